@@ -1,0 +1,52 @@
+# Every target sets up what it needs in .venv by itself; nothing outside this folder is changed.
+PYTHON ?= python3
+# What is installed as torch: a pin of constraints.txt unless given, as in `make install TORCH=path/to/a/cpu/wheel.whl`.
+# The wheel that pip finds by default on Linux brings CUDA (5 GB). On a machine without an NVIDIA GPU the CPU build is
+# enough: name PyTorch's CPU index in PIP_EXTRA_ARGS, as in `make install PIP_EXTRA_ARGS="--extra-index-url URL"`.
+TORCH ?= torch
+PIP_EXTRA_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_EXTRA_ARGS) -c constraints.txt
+STAMP := .venv/.installed
+
+# One thread per process: more only get in each other's way where several processes share a few cores.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint types bench
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+install: $(STAMP)  ## Make .venv with the pinned versions of everything
+
+$(STAMP): pyproject.toml constraints.txt trl_drcd/_torchaudio.py
+	@echo "Installing into .venv: minutes when packages have to be downloaded"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) "$(TORCH)"
+	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps tinysoundfont  # its one dependency, pyaudio, only plays sound and has no wheels for Linux
+	$(BIN)/python trl_drcd/_torchaudio.py
+	@touch $@
+
+demo: $(STAMP)  ## Distil the shipped text-to-music model, listen to the results under outputs/
+	$(BIN)/python recipes/demo.py
+
+test: lint types  ## Everything that is checked at every change (lint, types, import order, fast tests)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(STAMP)  ## The tests that train something
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## Style, formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## Type check
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## Every benchmark, one after another
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
