@@ -10,8 +10,8 @@ CUDA 13.0. They fail in two cases:
 
 Only the pure-PyTorch transforms are used here, and torchaudio imports without the extensions when they are absent. So
 in the first case `python trl_drcd/_torchaudio.py` deletes them (`make install` runs it); the second is for `pip` to
-mend, which is what `torch>=2.11,<2.15` is for. Nothing here imports torch or torchaudio: it is cheap, and it works when
-they do not. The file is run by its path, as importing the package would raise the error it cures.
+mend, which is what `torch>=2.11,<2.15` is for. Nothing here imports torch or torchaudio: it is cheap, and it works
+when they do not. The file is run by its path, as importing the package would raise the error it cures.
 """
 
 import re
@@ -67,14 +67,14 @@ def check_torchaudio() -> None:
         return
     if torch_cuda is None:
         raise ImportError(
-            f"The installed torch is CPU-only, but the installed torchaudio is linked against CUDA {torchaudio_cuda}: "
+            f"The installed torch has no CUDA, but the installed torchaudio is linked against CUDA {torchaudio_cuda}: "
             "neither torchaudio nor transformers can be imported. trl-drcd needs only its pure-PyTorch part; this "
             f"removes the rest:\n    {sys.executable} {Path(__file__).resolve()}"
         )
     raise ImportError(
         f"The installed torch was made with CUDA {torch_cuda}, but the installed torchaudio with CUDA "
-        f"{torchaudio_cuda}: neither torchaudio nor transformers can be imported. Install a torch that fits:\n"
-        '    pip install "torch>=2.11,<2.15" "torchaudio>=2.11,<2.12"'
+        f"{torchaudio_cuda}: neither torchaudio nor transformers can be imported. Install a pair made with the same "
+        'CUDA, such as the default wheels of\n    pip install "torch>=2.11,<2.15" "torchaudio>=2.11,<2.12"'
     )
 
 
