@@ -1,0 +1,156 @@
+"""From a list of waveforms to log-mel windows, and models that are a folder of safetensors and JSON."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from trl_drcd._extras import require
+
+MINIMUM_RMS = 1e-3  # quieter audio is not amplified any further, so that silence stays silence
+MEL_FLOOR = 1e-3  # added to the mel power of audio of unit RMS before the logarithm
+
+
+def check_waveform(waveform: Any, sampling_rate: Any, index: int) -> torch.Tensor:
+    """
+    Checked float32 copy of one waveform, on the CPU.
+
+    Args:
+        waveform (`torch.Tensor` or array): Shape `(T,)`, floating point; `T` may be 0.
+        sampling_rate (`int`): In Hz.
+        index (`int`): Position in the caller's list, for the messages.
+
+    Raises:
+        TypeError: If the samples are not floating-point numbers.
+        ValueError: If the waveform is not 1-D (average the channels of stereo first), holds NaN or infinity, or the
+            sampling rate is not a positive whole number.
+    """
+    waveform = torch.as_tensor(waveform)
+    if not waveform.is_floating_point():
+        raise TypeError(f"audio[{index}] has samples of type {waveform.dtype}; expected floats in [-1, 1]")
+    if waveform.ndim != 1:
+        raise ValueError(
+            f"audio[{index}] has shape {tuple(waveform.shape)}; expected one channel, shape (T,): average the channels"
+        )
+    if sampling_rate != int(sampling_rate) or sampling_rate <= 0:
+        raise ValueError(f"audio[{index}] has sampling rate {sampling_rate}; expected a positive whole number of Hz")
+    waveform = waveform.detach().to("cpu", torch.float32)
+    if not torch.isfinite(waveform).all():
+        raise ValueError(f"audio[{index}] holds NaN or infinite samples; expected finite ones")
+    return waveform
+
+
+def audio_windows(
+    audio: Sequence[tuple[Any, int]], sampling_rate: int, window: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Cut audio of any length and rate into windows of one length and rate, at one loudness.
+
+    Each clip is resampled, scaled to an RMS of 1 (so loudness carries no information; at most by 60 dB, so silence
+    stays silence), cut every `window` samples, and the last piece filled up with zeros. A clip without samples gives
+    one window of silence.
+
+    Args:
+        audio (`list` of `(waveform, sampling_rate)`): As `check_waveform` wants them.
+        sampling_rate (`int`): Of the windows, in Hz.
+        window (`int`): Samples per window.
+
+    Returns:
+        `tuple` of `torch.Tensor`: windows `(W, window)`; samples of each that came from the clip `(W,)`, at least 1;
+        index of the clip each belongs to `(W,)`, ascending.
+
+    Raises:
+        TypeError, ValueError: See `check_waveform`.
+    """
+    windows, lengths, owners = [], [], []
+    for index, (waveform, rate) in enumerate(audio):
+        waveform = check_waveform(waveform, rate, index)
+        if rate != sampling_rate and waveform.numel():
+            waveform = require("torchaudio.functional", "audio").resample(waveform, int(rate), sampling_rate)
+        if waveform.numel():
+            waveform = waveform / waveform.square().mean().sqrt().clamp(min=MINIMUM_RMS)
+        count = max(1, -(-waveform.numel() // window))
+        windows.append(nn.functional.pad(waveform, (0, count * window - waveform.numel())).view(count, window))
+        lengths += [window] * (count - 1) + [max(1, waveform.numel() - (count - 1) * window)]
+        owners += [index] * count
+    if not windows:
+        return torch.zeros(0, window), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+    return torch.cat(windows), torch.tensor(lengths), torch.tensor(owners)
+
+
+class LogMel(nn.Module):
+    """
+    `log(mel power + 1e-3)`, standardised with two fixed numbers; its filters are computed, never stored.
+
+    Args:
+        sampling_rate (`int`): In Hz.
+        n_fft (`int`): Samples of the Hann window.
+        hop_length (`int`): Samples between frames.
+        n_mels (`int`): Bands.
+        mean (`float`): Taken from the log-mel; nats.
+        std (`float`): What is left is divided by it; nats.
+    """
+
+    def __init__(self, sampling_rate: int, n_fft: int, hop_length: int, n_mels: int, mean: float, std: float) -> None:
+        super().__init__()
+        self.n_fft, self.hop_length, self.mean, self.std = n_fft, hop_length, mean, std
+        functional = require("torchaudio.functional", "audio")
+        filters = functional.melscale_fbanks(n_fft // 2 + 1, 0.0, sampling_rate / 2, n_mels, sampling_rate)
+        window = torch.hann_window(n_fft)
+        self.window: torch.Tensor
+        self.filters: torch.Tensor
+        self.register_buffer("window", window / window.square().sum().sqrt(), persistent=False)
+        self.register_buffer("filters", filters, persistent=False)
+
+    def forward(self, windows: torch.Tensor) -> torch.Tensor:
+        """Waveforms `(W, window)` of unit RMS to frames `(W, window / hop_length, n_mels)`."""
+        # Zeros and not reflections beyond the edges: what is computed then does not depend on the padding.
+        spectrum = torch.stft(
+            windows, self.n_fft, self.hop_length, window=self.window, pad_mode="constant", return_complex=True
+        )[..., : windows.shape[-1] // self.hop_length]
+        power = spectrum.real.square() + spectrum.imag.square()
+        return (torch.log(power.transpose(1, 2) @ self.filters + MEL_FLOOR) - self.mean) / self.std
+
+
+class SavedModule(nn.Module):
+    """A module that is a folder: the arguments of its constructor in `config.json`, weights in `model.safetensors`."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the folder, each file in one piece; an existing one is replaced."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = {"model_class": type(self).__name__, **self.config}
+        temporary = directory / f".{os.getpid()}.tmp"
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, temporary)
+        os.replace(temporary, directory / "model.safetensors")
+        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, directory / "config.json")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Self:
+        """
+        Read a folder that `save_pretrained` wrote; the model comes in evaluation mode, on the CPU.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If the folder holds another class.
+        """
+        directory = Path(directory)
+        for name in ("config.json", "model.safetensors"):
+            if not (directory / name).is_file():
+                raise FileNotFoundError(f"{directory} has no {name}; expected a folder that save_pretrained wrote")
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        if (found := config.pop("model_class", None)) != cls.__name__:
+            raise ValueError(f"{directory} holds a {found}; expected a {cls.__name__}")
+        model = cls(**config)
+        model.load_state_dict(load_file(directory / "model.safetensors"))
+        return model.eval()
