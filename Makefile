@@ -23,12 +23,13 @@ help:  ## Show this list
 
 install: $(STAMP)  ## Make .venv with the pinned versions of everything
 
+# tinysoundfont's one dependency, pyaudio, only plays sound and has no wheels for Linux: hence --no-deps.
 $(STAMP): pyproject.toml constraints.txt trl_drcd/_torchaudio.py
 	@echo "Installing into .venv: minutes when packages have to be downloaded"
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(PIP) "$(TORCH)"
 	$(PIP) -e ".[dev]"
-	$(PIP) --no-deps tinysoundfont  # its one dependency, pyaudio, only plays sound and has no wheels for Linux
+	$(PIP) --no-deps tinysoundfont
 	$(BIN)/python trl_drcd/_torchaudio.py
 	@touch $@
 
