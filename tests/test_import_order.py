@@ -21,6 +21,7 @@ ORDER = [
     "embedders",
     "policies",
     "config",
+    "callbacks",
     "trainer",
     "merging",
     "evaluation",
