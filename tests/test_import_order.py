@@ -22,6 +22,7 @@ ORDER = [
     "policies",
     "config",
     "callbacks",
+    "checks",
     "trainer",
     "merging",
     "evaluation",

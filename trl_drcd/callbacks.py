@@ -1,0 +1,90 @@
+"""What a training run shows besides numbers: samples of fixed prompts, as audio or text, in the logging backends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from trl.models import unwrap_model_for_generation
+
+from .guidance import generate_guided
+
+if TYPE_CHECKING:
+    from .trainer import CFGDistillDiversityTrainer
+
+
+class SampleCallback(TrainerCallback):
+    """
+    Logs one completion of each fixed prompt every `sample_steps` steps, with the same random draws each time.
+
+    Goes to TensorBoard, and to Weights & Biases and trackio where `report_to` names them: audio where there is a
+    codec.
+
+    Args:
+        trainer (`CFGDistillDiversityTrainer`): Whose model, tokenizer and arguments are used.
+        codec (*optional*): Makes audio of completion ids.
+    """
+
+    def __init__(self, trainer: CFGDistillDiversityTrainer, codec: Any = None):
+        self.trainer = trainer
+        self.codec = codec
+        self.prompts = trainer.args.sample_prompts or _first_prompts(trainer)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.sample_steps == 0:
+            samples = self._sample()
+            if self.trainer.accelerator.is_main_process:
+                self._log(samples, state.global_step)
+
+    def _sample(self) -> list:
+        trainer = self.trainer
+        prompt_ids, _, _ = trainer._tokenize_prompts(self.prompts)
+        # Drawn apart from the training's random state, which samples must not move
+        devices = [torch.cuda.current_device()] if trainer.accelerator.device.type == "cuda" else []
+        with (
+            torch.random.fork_rng(devices=devices),
+            unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model,
+        ):
+            torch.manual_seed(trainer.args.seed)
+            ids = generate_guided(
+                model,
+                [list(p) for p in prompt_ids],
+                temperature=trainer.temperature,
+                max_new_tokens=trainer.max_completion_length,
+            ).tolist()
+        return self.codec.decode(ids) if self.codec else trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def _log(self, samples: list, step: int):
+        report_to = self.trainer.args.report_to or []
+        if "tensorboard" in report_to:
+            writer = next(
+                (c.tb_writer for c in self.trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback)),
+                None,
+            )
+            for prompt, sample in zip(self.prompts, samples, strict=True):
+                if writer is not None and self.codec:
+                    writer.add_audio(f"samples/{prompt}", sample[0][None], step, sample_rate=sample[1])
+                elif writer is not None:
+                    writer.add_text(f"samples/{prompt}", sample, step)
+        for name in ("wandb", "trackio"):
+            if name in report_to:
+                self._log_to(__import__(name), samples, step)
+
+    def _log_to(self, backend: Any, samples: list, step: int):
+        entries = {}
+        for prompt, sample in zip(self.prompts, samples, strict=True):
+            if self.codec:
+                entries[f"samples/{prompt}"] = backend.Audio(sample[0].numpy(), sample_rate=sample[1])
+            else:
+                entries[f"samples/{prompt}"] = sample
+        backend.log(entries)
+
+
+def _first_prompts(trainer: CFGDistillDiversityTrainer, count: int = 2) -> list:
+    dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
+    if isinstance(dataset, dict):
+        dataset = next(iter(dataset.values()))
+    rows = iter(dataset)
+    return [row["prompt"] for row, _ in zip(rows, range(count), strict=False)]

@@ -1,0 +1,128 @@
+"""Configuration of the trainer: TRL's RLOO arguments, the paper's defaults, and what guidance and diversity add."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+
+from trl import RLOOConfig
+
+# Fields of `generation_kwargs` that leave the sampled distribution as it is
+_HARMLESS_GENERATION_KWARGS = frozenset({"cache_implementation", "cache_config", "compile_config", "disable_compile"})
+
+
+@dataclass
+class CFGDistillDiversityConfig(RLOOConfig):
+    r"""
+    Configuration of [`CFGDistillDiversityTrainer`].
+
+    Only what differs from [`~trl.RLOOConfig`] is listed; the defaults are those of the paper
+    (https://huggingface.co/papers/2410.06084), whose batch of 128 sequences is `per_device_train_batch_size` x
+    `gradient_accumulation_steps` on one process.
+
+    Args:
+        guidance_scale (`float`, *optional*, defaults to 3.0):
+            gamma of the teacher, Eq. (1). 1 distils the base model itself.
+        negative_prompt (`str`, *optional*):
+            x^- of Eq. (1) for rows without a `negative_prompt` of their own. `None` is the unconditional prompt.
+        diversity_coef (`float`, *optional*, defaults to 0.0):
+            beta of Eq. (5); the paper uses 0, 5, 10 and 15.
+        diversity_warmup_steps (`int`, *optional*, defaults to 1000):
+            Steps over which `diversity_coef` rises linearly from 0.
+        sample_steps (`int`, *optional*, defaults to 0):
+            Every so many steps, completions of `sample_prompts` go to the log (audio or text). 0 turns it off.
+        sample_prompts (`list[str]`, *optional*):
+            Fixed prompts for `sample_steps`; `None` takes the first two of the evaluation set, else of the training
+            set.
+
+    Raises:
+        ValueError: If sampling is not from the distribution that is scored (`top_k`, `top_p`, `min_p`,
+            `repetition_penalty`, `generation_kwargs`, dropout), or a value is out of its range.
+    """
+
+    learning_rate: float = field(default=1.5e-4, metadata={"help": "Initial learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Sequences per process and forward."})
+    gradient_accumulation_steps: int = field(
+        default=8, metadata={"help": "Forwards per update; 16 x 8 is the paper's batch of 128 on one process."}
+    )
+    temperature: float = field(default=0.99, metadata={"help": "T of the sampling and of the KL."})
+    num_generations: int = field(default=4, metadata={"help": "G, generations per prompt; at least 2."})
+    beta: float = field(
+        default=0.0,
+        metadata={
+            "help": "TRL's KL penalty to the unguided base, unused here; beta of the paper is `diversity_coef`."
+        },
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Dropout off, so that what was sampled is what is scored."}
+    )
+    guidance_scale: float = field(default=3.0, metadata={"help": "gamma of the teacher's classifier-free guidance."})
+    negative_prompt: str | None = field(
+        default=None, metadata={"help": "Negative prompt of the teacher; None is the unconditional prompt."}
+    )
+    diversity_coef: float = field(default=0.0, metadata={"help": "beta of the paper: weight of the diversity reward."})
+    diversity_warmup_steps: int = field(
+        default=1000, metadata={"help": "Steps over which diversity_coef rises linearly from 0."}
+    )
+    sample_steps: int = field(
+        default=0, metadata={"help": "Log samples of fixed prompts every so many steps; 0 is off."}
+    )
+    sample_prompts: list[str] | None = field(default=None, metadata={"help": "Prompts of these samples."})
+
+    def __post_init__(self) -> None:
+        self._check_sampling()
+        self._check_ranges()
+        super().__post_init__()
+
+    def _check_sampling(self) -> None:
+        """Refuse what would make the sampled distribution another one than the scored one."""
+        neutral = {
+            "top_k": (0, -1, None),
+            "top_p": (1.0, None),
+            "min_p": (None, 0.0),
+            "repetition_penalty": (1.0, None),
+        }
+        for name, allowed in neutral.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)}` samples from another distribution than the one that the KL and "
+                    f"the policy gradient score; set `{name}={allowed[0]}`"
+                )
+        kwargs = (
+            json.loads(self.generation_kwargs) if isinstance(self.generation_kwargs, str) else self.generation_kwargs
+        )
+        if changed := sorted(set(kwargs or {}) - _HARMLESS_GENERATION_KWARGS):
+            raise ValueError(
+                f"`generation_kwargs` has {changed}, which may change the sampled distribution or the length behind "
+                f"the trainer's back; allowed are {sorted(_HARMLESS_GENERATION_KWARGS)}"
+            )
+        if not self.disable_dropout:
+            raise ValueError(
+                "`disable_dropout=False` would score other networks than the one that sampled; set it to True"
+            )
+
+    def _check_ranges(self) -> None:
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 1):
+            raise ValueError(
+                f"`guidance_scale` must be finite and at least 1 (the paper's is 3), got {self.guidance_scale}"
+            )
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"`temperature` must be finite and above 0 (the paper's is 0.99), got {self.temperature}")
+        if not (math.isfinite(self.diversity_coef) and self.diversity_coef >= 0):
+            raise ValueError(f"`diversity_coef` must be finite and at least 0, got {self.diversity_coef}")
+        if self.diversity_warmup_steps < 0:
+            raise ValueError(f"`diversity_warmup_steps` must be at least 0, got {self.diversity_warmup_steps}")
+        if self.sample_steps < 0:
+            raise ValueError(f"`sample_steps` must be at least 0, got {self.sample_steps}")
+        if self.num_generations < 2:
+            raise ValueError(
+                f"`num_generations` must be at least 2 (diversity compares generations of one prompt, and TRL's "
+                f"sampler asks for it also without), got {self.num_generations}"
+            )
+        if self.beta != 0:
+            raise ValueError(
+                f"`beta={self.beta}` is TRL's KL penalty to the base without guidance, which pulls against the guided "
+                "teacher; set `beta=0` (the paper's beta is `diversity_coef`)"
+            )

@@ -1,0 +1,133 @@
+"""Causal language models: text, or audio tokens in one stream (`K = 1`)."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..losses import Head
+
+
+class CausalLMPolicy:
+    """
+    The policy of a causal LM.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Makes negative prompts into tokens.
+        chat_template_kwargs (`dict`, *optional*): Passed to the chat template, as the trainer does for prompts.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any] | None = None):
+        self.tokenizer = tokenizer
+        self.chat_template_kwargs = chat_template_kwargs or {}
+
+    def negative_prompt_ids(self, rows: list[dict[str, Any]], negative_prompt: Any) -> list[list[int]]:
+        """
+        Token ids of each row's negative prompt.
+
+        A row's own `negative_prompt` comes before the given one. `None` is the null prompt: the tokenizer's rendering
+        of an empty text (for MusicLM-like models a begin token and the audio marker), for conversations an empty user
+        turn. A text becomes a user turn where the row's prompt is a conversation. Nothing is truncated.
+
+        Args:
+            rows (`list[dict]`): Dataset rows with `prompt` and perhaps `negative_prompt`.
+            negative_prompt (`str`, `list[dict]` or `None`): For rows that have none of their own.
+
+        Returns:
+            `list[list[int]]`: One non-empty sequence per row.
+
+        Raises:
+            ValueError: If the null prompt has no token at all, so that there is nothing to condition the first step
+            on.
+        """
+        return [self._negative_ids(row, negative_prompt) for row in rows]
+
+    def _negative_ids(self, row: dict[str, Any], default: Any) -> list[int]:
+        negative = row.get("negative_prompt")
+        negative = default if negative is None else negative
+        text = "" if negative is None else negative
+        if isinstance(row["prompt"], str):
+            if not isinstance(text, str):
+                raise ValueError(f"`negative_prompt` must be a text where `prompt` is one, got {type(text).__name__}")
+            encoding: Any = self.tokenizer(text)
+        else:
+            turns = [{"role": "user", "content": text}] if isinstance(text, str) else text
+            encoding = self.tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, tokenize=True, return_dict=True, **self.chat_template_kwargs
+            )
+        ids = list(encoding["input_ids"])
+        if not ids and self.tokenizer.bos_token_id is not None:
+            ids = [self.tokenizer.bos_token_id]
+        if not ids:
+            raise ValueError(
+                f"no unconditional input for guidance: the tokenizer renders `negative_prompt={negative!r}` as no "
+                "token and has no `bos_token`; give a `negative_prompt`, or set `guidance_scale=1`"
+            )
+        return ids
+
+    def hidden_states(
+        self,
+        model: PreTrainedModel,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        completion_ids: torch.Tensor,
+        completion_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Last hidden states at the positions that predict the completion.
+
+        Args:
+            model (`PreTrainedModel`): Unwrapped causal LM, with or without adapters.
+            prompt_ids (`torch.Tensor`): Left-padded, int64, shape `(B, P)`.
+            prompt_mask (`torch.Tensor`): 1 where a token stands, shape `(B, P)`.
+            completion_ids (`torch.Tensor`): Right-padded, int64, shape `(B, S)`.
+            completion_mask (`torch.Tensor`): 1 where a token counts, shape `(B, S)`.
+
+        Returns:
+            `torch.Tensor`: Shape `(B, S, H)`, after the final norm.
+        """
+        backbone = _without_peft(model).base_model
+        # The last completion token predicts nothing that is scored
+        input_ids = torch.cat([prompt_ids, completion_ids[:, :-1]], dim=1)
+        mask = torch.cat([prompt_mask, completion_mask[:, :-1]], dim=1)
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
+        if "position_ids" in inspect.signature(backbone.forward).parameters:
+            # As `generate` counts them; padding on the left must not shift learned positions
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        hidden: torch.Tensor = backbone(**inputs).last_hidden_state
+        return hidden[:, -completion_ids.shape[1] :]
+
+    def heads(self, model: PreTrainedModel) -> list[Head]:
+        """The LM head with what the architecture does to its logits."""
+        head = _without_peft(model).get_output_embeddings()
+        config = model.config.get_text_config()
+        scale = next(
+            (
+                s
+                for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
+                if (s := getattr(config, name, None))
+            ),
+            1.0,
+        )
+        if divisor := getattr(config, "logits_scaling", None):
+            scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
+        return [Head(_full(head.weight), _full(head.bias), scale, getattr(config, "final_logit_softcapping", None))]
+
+    def ids_and_mask(
+        self, completion_ids: torch.Tensor, completion_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Completion ids `(B, S, 1)` and boolean mask `(B, S, 1)`."""
+        return completion_ids[..., None], completion_mask[..., None].bool()
+
+
+def _without_peft(model: Any) -> PreTrainedModel:
+    """The transformers model inside a `PeftModel`, its adapters in place; any other model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _full(parameter: Any) -> Any:
+    """An FSDP-sharded parameter gathered, with its gradient; any other as it is."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter

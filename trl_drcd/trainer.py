@@ -1,0 +1,406 @@
+"""
+Diversity-rewarded CFG distillation as a subclass of TRL's RLOO trainer.
+
+What is TRL's: samplers, generation, reward functions, logging, checkpoints. What changes: the loss, the unbiased
+baseline of the diversity reward, the guided teacher, and no pass for `old_logps` when there is one update per rollout.
+"""
+
+from __future__ import annotations
+
+import copy
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from transformers import PreTrainedModel
+from trl import RLOOTrainer
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.models.utils import _ForwardRedirection
+from trl.trainer.utils import get_config_model_id, use_adapter
+
+from .callbacks import SampleCallback
+from .checks import check_adapter, check_datasets, check_null_prompt, check_rewards
+from .config import CFGDistillDiversityConfig
+from .diversity import DiversityReward, diversity_advantages, group_diversity
+from .guidance import ancestral_generation_config, guide_hidden_states, guide_logits, left_pad
+from .losses import TokenTerms, policy_gradient_loss, sum_per_sequence, token_terms
+from .policies import CausalLMPolicy, Policy
+
+logger = get_logger(__name__)
+
+
+def _no_reward(prompts: list, **kwargs) -> list[float]:
+    """Stands in for reward functions where distillation is all there is: RLOO asks for one."""
+    return [0.0] * len(prompts)
+
+
+def diversity_coef_at(step: int, diversity_coef: float, warmup_steps: int) -> float:
+    """
+    Diversity coefficient of an update: rises linearly from 0 and stays at `diversity_coef` from `warmup_steps` on.
+
+    Args:
+        step (`int`): Updates already done.
+        diversity_coef (`float`): beta of Eq. (5).
+        warmup_steps (`int`): Updates until the full value.
+
+    Returns:
+        `float`: In `[0, diversity_coef]`.
+    """
+    return diversity_coef * min(1.0, step / warmup_steps) if warmup_steps else diversity_coef
+
+
+class CFGDistillDiversityTrainer(RLOOTrainer):
+    """
+    Trainer of *Diversity-Rewarded CFG Distillation* (https://huggingface.co/papers/2410.06084).
+
+    The student samples groups of completions without guidance. The teacher is the initial model with classifier-free
+    guidance: a frozen copy, or, with a PEFT adapter, the same weights with the adapter switched off. The loss of an
+    update is
+
+        mean over sequences of  sum over tokens KL(student || guided teacher)
+                                - (diversity_coef * A_diversity + A_extra) * log p(sequence)
+
+    with `A_diversity` from [`~trl_drcd.diversity.diversity_advantages`] and `A_extra` RLOO's leave-one-out advantage
+    of the extra reward functions, weighted by `reward_weights`. One student forward and backward serves all terms.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`): As in [`~trl.RLOOTrainer`]. A causal LM.
+        reward_funcs (*optional*): Extra per-sample rewards, as in [`~trl.RLOOTrainer`]; the diversity reward is not
+        among
+            them, it comes with `embedder`.
+        args ([`CFGDistillDiversityConfig`], *optional*): The paper's settings if `None`.
+        train_dataset (`Dataset` or `IterableDataset`): Column `prompt`, and perhaps `negative_prompt`.
+        eval_dataset (*optional*): The same, or a dictionary of such.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): Loaded with the model if `None`.
+        embedder (`Callable`, *optional*): E of the diversity reward; needed where `diversity_coef` is above 0. Without
+            it diversity is not measured. See [`DiversityReward`].
+        codec (*optional*): Turns completion ids into audio, for models of audio tokens; then E and the logged samples
+        get audio. **kwargs: `callbacks`, `optimizers`, `peft_config`, `quantization_config`,
+        `reward_processing_classes` of
+            [`~trl.RLOOTrainer`].
+
+    Raises:
+        ValueError: Before any sampling, if something cannot give a right result: see the messages.
+    """
+
+    args: CFGDistillDiversityConfig
+    _tag_names = ["trl", "trl-drcd", "cfg-distillation"]
+    _name = "Diversity-Rewarded CFG Distillation"
+    _paper = {
+        "title": "Diversity-Rewarded CFG Distillation",
+        "id": "2410.06084",
+        "citation": textwrap.dedent("""\
+            @inproceedings{cideron2025diversity,
+                title     = {{Diversity-Rewarded CFG Distillation}},
+                author    = {Geoffrey Cideron and Andrea Agostinelli and Johan Ferret and Sertan Girgin and Romuald Elie and Olivier Bachem and Sarah Perrin and Alexandre Ram{\\'e}},
+                year      = 2025,
+                booktitle = {International Conference on Learning Representations},
+            }"""),  # noqa: E501
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: Any = None,
+        args: CFGDistillDiversityConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        embedder: Any = None,
+        codec: Any = None,
+        **kwargs,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = CFGDistillDiversityConfig(f"{name.rstrip('/').split('/')[-1]}-DRCD")
+        check_datasets(train_dataset, eval_dataset)
+        check_adapter(model, kwargs.get("peft_config"))
+        extra_rewards = (
+            [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        )
+        check_rewards(args, extra_rewards, embedder)
+        self.diversity_reward = None if embedder is None else DiversityReward(embedder, args.num_generations, codec)
+        self.has_extra_rewards = bool(extra_rewards)
+        # RLOO rewards the extra functions; the diversity reward stands there only where nothing else does, for its log
+        if not extra_rewards:
+            extra_rewards = [self.diversity_reward or _no_reward]
+
+        super().__init__(
+            model=model,
+            reward_funcs=extra_rewards,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        student = self.accelerator.unwrap_model(self.model)
+        # What is sampled is what is scored, whatever the model came with; saved models sample as they were trained to
+        student.generation_config = ancestral_generation_config(student.generation_config, args.temperature)
+        self.policy: Policy = CausalLMPolicy(self._tokenizer, self.chat_template_kwargs)
+        if args.guidance_scale != 1:
+            check_null_prompt(self.policy, self.train_dataset, args.negative_prompt)
+        if any(head.softcap is not None for head in self.policy.heads(student)):
+            logger.warning(
+                "This model caps its logits: guidance is applied to the logits, one more projection per token."
+            )
+        self.teacher = None if is_peft_model(student) else self._frozen_copy(student)
+        self._forward_redirection = _ForwardRedirection()
+        updates_per_rollout = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
+        self._needs_old_logps = updates_per_rollout > 1
+        self._diversity_gradient: list[torch.Tensor | None] | None = None
+        self._seconds = {"rollout": 0.0, "teacher": 0.0, "reward": 0.0}
+        if args.sample_steps:
+            self.add_callback(SampleCallback(self, codec))
+
+    def _frozen_copy(self, student: PreTrainedModel) -> PreTrainedModel:
+        """The teacher's own weights: a copy of the initial model that nothing trains."""
+        teacher = copy.deepcopy(student)
+        # TRL patches `forward` on the instance, and the patch's closure still calls the student
+        teacher.__dict__.pop("forward", None)
+        teacher.requires_grad_(False).eval()
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(teacher, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(teacher, self.accelerator)
+        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if "negative_prompt" not in self._signature_columns:
+            self._signature_columns.append("negative_prompt")
+
+    # ---------------------------------------------------------------- rollouts and rewards
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Adds the seconds that the body takes to `time/<name>` of this update."""
+        start = time.perf_counter()
+        yield
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._seconds[name] += time.perf_counter() - start
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
+        with self._timed("rollout"):
+            completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+        # RLOO looks at the last token of each completion; one that is empty stands as a single eos
+        return [ids or [self._tokenizer.eos_token_id] for ids in completion_ids]
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        if not (self._needs_old_logps and self.model.training):
+            # With one update per rollout the ratio to the sampling policy is 1: nobody reads this forward's result
+            return torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device), None, None
+        return super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        mode = "train" if self.model.training else "eval"
+        with self._timed("reward"):
+            if self.diversity_reward is not None:
+                self.diversity_reward.num_generations = (
+                    self.num_generations if mode == "train" else self.num_generations_eval
+                )
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            if self.diversity_reward is not None and self.has_extra_rewards:
+                self.diversity_reward(prompts=prompts, completions=completions, completion_ids=completion_ids_list)
+        return rewards
+
+    def _generate_and_score_completions(self, inputs):
+        mode = "train" if self.model.training else "eval"
+        output = super()._generate_and_score_completions(inputs)
+        local = output["completion_ids"].shape[0]
+        if not self.has_extra_rewards:
+            output["advantages"] = torch.zeros_like(output["advantages"])
+        output["diversity_advantages"] = torch.zeros_like(output["advantages"])
+        if self.diversity_reward is not None:
+            embeddings, group = self.diversity_reward.embeddings, self.diversity_reward.num_generations
+            advantages = diversity_advantages(embeddings, group).to(output["advantages"])
+            start = self.accelerator.process_index * local
+            output["diversity_advantages"] = advantages[start : start + local]
+            self._metrics[mode]["diversity"].append(group_diversity(embeddings, group).mean().item())
+        if not (self._needs_old_logps and mode == "train"):
+            del output["old_logps"]
+        if not self.has_extra_rewards and self.diversity_reward is None:
+            for name in [n for n in self._metrics[mode] if "reward" in n]:
+                del self._metrics[mode][name]
+        if self.args.guidance_scale != 1:
+            ids, mask = left_pad(
+                self.policy.negative_prompt_ids(inputs, self.args.negative_prompt), self._tokenizer.pad_token_id
+            )
+            output["negative_prompt_ids"] = ids.to(self.accelerator.device)
+            output["negative_prompt_mask"] = mask.to(self.accelerator.device)
+        return output
+
+    # ---------------------------------------------------------------- the loss
+
+    @torch.no_grad()
+    def _teacher_logits(self, inputs: dict[str, Any]) -> Any:
+        """
+        The guided teacher on the student's completions: a function from codebook and rows to logits `(rows, V)`.
+
+        Conditional and unconditional stream run as one batch. Guidance is on the hidden states, so that one projection
+        per token follows; on the logits where the head is not affine.
+        """
+        student = self.accelerator.unwrap_model(self.model)
+        teacher = student if self.teacher is None else self.accelerator.unwrap_model(self.teacher)
+        completion = inputs["completion_ids"], inputs["completion_mask"]
+        prompt = inputs["prompt_ids"], inputs["prompt_mask"]
+        guided = "negative_prompt_ids" in inputs
+        if guided:
+            prompt = _stack_prompts(*prompt, inputs["negative_prompt_ids"], inputs["negative_prompt_mask"])
+            completion = completion[0].repeat(2, 1), completion[1].repeat(2, 1)
+
+        def forward():
+            with self.accelerator.autocast():
+                hidden = self.policy.hidden_states(teacher, *prompt, *completion)
+            return hidden, self.policy.heads(teacher)
+
+        was_training = teacher.training
+        teacher.eval()
+        with use_adapter(student, None) if self.teacher is None else nullcontext():
+            hidden, heads = self._forward_redirection(self.teacher or self.model_wrapped, teacher, forward)
+        teacher.train(was_training)
+
+        _, mask = self.policy.ids_and_mask(inputs["completion_ids"], inputs["completion_mask"])
+        scale = self.args.guidance_scale
+
+        def logits(codebook: int):
+            valid, head = mask[..., codebook], heads[codebook]
+            if not guided:
+                rows_hidden = hidden[valid]
+                return lambda rows: head.logits(rows_hidden[rows])
+            cond, uncond = (half[valid] for half in hidden.chunk(2))
+            if head.softcap is not None:
+                return lambda rows: guide_logits(head.logits(cond[rows]), head.logits(uncond[rows]), scale)
+            rows_hidden = guide_hidden_states(cond, uncond, scale)
+            return lambda rows: head.logits(rows_hidden[rows])
+
+        return logits
+
+    def _student_terms(self, student: PreTrainedModel, inputs: dict[str, Any], teacher_logits: Any):
+        """Token terms summed over the steps and codebooks of each sequence, `(B,)`, and the tokens of each, `(B,)`."""
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        with self.accelerator.autocast():
+            hidden = self.policy.hidden_states(student, *(inputs[name] for name in names))
+        ids, mask = self.policy.ids_and_mask(inputs["completion_ids"], inputs["completion_mask"])
+        sums = []
+        for k, head in enumerate(self.policy.heads(student)):
+            valid = mask[..., k]
+            terms = token_terms(hidden[valid], head, ids[..., k][valid], teacher_logits(k), self.temperature)
+            sums.append([sum_per_sequence(term, valid[..., None]) for term in terms])
+        kl, log_probs, entropy = (torch.stack(term).sum(0) for term in zip(*sums, strict=True))
+        return TokenTerms(kl, log_probs, entropy), mask.sum(dim=(1, 2))
+
+    def _compute_loss(self, model, inputs):
+        mode = "train" if self.model.training else "eval"
+        with self._timed("teacher"):
+            teacher_logits = self._teacher_logits(inputs)
+        student = self.accelerator.unwrap_model(model)
+        terms, lengths = self._forward_redirection(
+            model, student, self._student_terms, student, inputs, teacher_logits
+        )
+
+        coef = diversity_coef_at(self.state.global_step, self.args.diversity_coef, self.args.diversity_warmup_steps)
+        advantages = coef * inputs["diversity_advantages"] + inputs["advantages"]
+        distillation = terms.kl.mean()
+        diversity = policy_gradient_loss(
+            terms.log_probs, advantages, inputs.get("old_logps"), self.epsilon_low, self.epsilon_high
+        )
+        if mode == "train" and self._is_logging_step() and bool(advantages.any()):
+            self._accumulate_diversity_gradient(diversity)
+        self._log_terms(mode, terms, lengths, distillation, diversity, coef)
+        return distillation + diversity
+
+    def _log_terms(self, mode, terms: TokenTerms, lengths, distillation, diversity, coef: float):
+        """Global means of this forward's terms, in nats."""
+        per_sequence = torch.stack([terms.kl.detach(), terms.entropy, lengths.to(terms.kl)])
+        kl, entropy, tokens = self.accelerator.gather(per_sequence.T).T
+        losses = self.accelerator.gather(torch.stack([distillation, diversity]).detach()[None]).mean(0)
+        values = {
+            "loss/distillation": losses[0],
+            "loss/diversity": losses[1],
+            "kl": kl.mean(),
+            "kl_per_token": kl.sum() / tokens.sum().clamp(min=1),
+            "entropy": entropy.sum() / tokens.sum().clamp(min=1),
+            "diversity_coef": coef,
+        }
+        for name, value in values.items():
+            self._metrics[mode][name].append(float(value))
+
+    # ---------------------------------------------------------------- gradient norms and times
+
+    def _is_logging_step(self) -> bool:
+        return (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
+
+    def _measures_gradients(self) -> bool:
+        """Sharded gradients cannot be read term by term."""
+        return not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def _accumulate_diversity_gradient(self, diversity: torch.Tensor):
+        """Adds this forward's share of the diversity term's gradient to that of the update."""
+        if not self._measures_gradients():
+            return
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        gradient = torch.autograd.grad(
+            diversity / self.current_gradient_accumulation_steps, parameters, retain_graph=True, allow_unused=True
+        )
+        before = self._diversity_gradient or [None] * len(gradient)
+        self._diversity_gradient = [
+            new if old is None else old if new is None else old + new
+            for old, new in zip(before, gradient, strict=True)
+        ]
+
+    def _log_gradient_norms(self):
+        """Norms of the terms' gradients before clipping; what is not the diversity term's is distillation's."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        diversity = self._diversity_gradient or [None] * len(parameters)
+        self._diversity_gradient = None
+        squares = torch.zeros(2, device=self.accelerator.device)
+        for parameter, part in zip(parameters, diversity, strict=True):
+            rest = parameter.grad
+            if part is not None:
+                part = self.accelerator.reduce(part, reduction="mean")
+                squares[1] += part.float().square().sum()
+                rest = None if rest is None else rest - part
+            if rest is not None:
+                squares[0] += rest.float().square().sum()
+        self._metrics["train"]["grad_norm/distillation"].append(squares[0].sqrt().item())
+        self._metrics["train"]["grad_norm/diversity"].append(squares[1].sqrt().item())
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        start = time.perf_counter()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._seconds["update"] = self._seconds.get("update", 0.0) + time.perf_counter() - start
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            if self._is_logging_step() and self._measures_gradients():
+                self._log_gradient_norms()
+            self._seconds["update"] -= sum(self._seconds[name] for name in ("rollout", "teacher", "reward"))
+            for name in self._seconds:
+                self._metrics["train"][f"time/{name}"].append(self._seconds[name])
+                self._seconds[name] = 0.0
+        return loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
+        seconds = dict(self._seconds)  # evaluation is not part of the update's times
+        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self._seconds = seconds
+        return result
+
+
+def _stack_prompts(cond_ids, cond_mask, uncond_ids, uncond_mask) -> tuple[torch.Tensor, torch.Tensor]:
+    """Conditional rows first, then unconditional ones, both left-padded to one length: ids and mask `(2B, P)`."""
+    longest = max(cond_ids.shape[1], uncond_ids.shape[1])
+
+    def widen(tensor):
+        return torch.nn.functional.pad(tensor, (longest - tensor.shape[1], 0))
+
+    return torch.cat([widen(cond_ids), widen(uncond_ids)]), torch.cat([widen(cond_mask), widen(uncond_mask)])
