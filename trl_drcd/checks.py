@@ -53,7 +53,7 @@ def check_adapter(model: Any, peft_config: Any) -> None:
     parts = [(name, p) for name, p in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
     if not parts:
         raise ValueError(
-            "`model` is a `PeftModel` without LoRA weights, so it cannot be told whether its adapter is still neutral; "
+            "`model` is a `PeftModel` without LoRA weights, so whether its adapter is still neutral cannot be told; "
             "pass the base model and a `peft_config`"
         )
     if any(p.detach().abs().max() > 0 for _, p in parts):

@@ -172,7 +172,9 @@ class DiversityReward:
             )
         return embeddings.detach().to(PartialState().device, torch.promote_types(embeddings.dtype, torch.float32))
 
-    def __call__(self, prompts: list, completions: list, completion_ids: list[list[int]], **kwargs) -> list[float]:
+    def __call__(
+        self, prompts: list, completions: list, completion_ids: list[list[int]], **kwargs: Any
+    ) -> list[float]:
         """Rewards `r_j` of this process's completions; see [`group_diversity`]."""
         local = self.embed(completions, completion_ids)
         self.embeddings = gather(local)
