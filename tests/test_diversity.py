@@ -67,7 +67,7 @@ def test_estimator_is_unbiased(group, prompts):
 
 @pytest.mark.parametrize("group", [2, 3, 4])
 def test_leave_one_out_mean_of_the_rewards_is_biased(group):
-    """What RLOO subtracts still holds `d_ij`: its advantage, and so its gradient, is (G - 2) / (G - 1) of the right one."""
+    """What RLOO subtracts still holds `d_ij`: its gradient is (G - 2) / (G - 1) of the right one."""
 
     def leave_one_out(embeddings):
         rewards = group_diversity(embeddings, group).view(-1, group)
@@ -100,7 +100,7 @@ def test_baseline_lowers_the_variance_where_most_completions_differ():
 
 @pytest.mark.parametrize("function", [pairwise_cosine_distance, group_diversity, diversity_advantages])
 def test_bad_embeddings_are_named(function):
-    with pytest.raises(ValueError, match="at least 2 .* got 1"):
+    with pytest.raises(ValueError, match=r"at least 2 .* got 1"):
         function(torch.ones(4, 2), 1)
     with pytest.raises(ValueError, match=r"multiple of `num_generations` \(3\), got \(4, 2\)"):
         function(torch.ones(4, 2), 3)

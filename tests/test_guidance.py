@@ -108,7 +108,7 @@ def test_generate_guided_pads_after_eos(tokenizer):
 
 
 def test_guidance_without_negative_prompts_is_refused(model):
-    with pytest.raises(ValueError, match="`guidance_scale=3.0` needs `negative_prompt_ids`"):
+    with pytest.raises(ValueError, match=r"`guidance_scale=3.0` needs `negative_prompt_ids`"):
         generate_guided(model, [[1, 4]], None, 3.0)
 
 

@@ -54,7 +54,9 @@ class SampleCallback(TrainerCallback):
                 temperature=trainer.temperature,
                 max_new_tokens=trainer.max_completion_length,
             ).tolist()
-        return self.codec.decode(ids) if self.codec else trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
+            if self.codec is None:
+                return trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
+            return self.codec.decode(ids)
 
     def _log(self, samples: list, step: int):
         report_to = self.trainer.args.report_to or []

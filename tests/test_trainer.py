@@ -1,0 +1,408 @@
+"""The trainer on a tiny Llama: its loss against a dense reference, what it refuses, and that it learns."""
+
+import copy
+import inspect
+import re
+
+import pytest
+import torch
+from conftest import make_model
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from trl import RLOOTrainer
+
+from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer, DiversityReward
+from trl_drcd.diversity import diversity_advantages
+from trl_drcd.guidance import guide_logits
+from trl_drcd.losses import reverse_kl
+from trl_drcd.trainer import diversity_coef_at
+
+PROMPTS = ["a slow tune for flute", "fast drum", "harp", "a fast tune for harp"]
+
+
+def bag_of_words(texts):
+    """A fixed random vector per word, summed: an embedder that looks at what was sampled."""
+    vectors = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    return torch.stack([vectors[[0] + [1 + sum(map(ord, w)) % 63 for w in t.split()]].sum(0) for t in texts])
+
+
+def settings(tmp_path, **overrides):
+    defaults = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "max_completion_length": 5,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "diversity_warmup_steps": 0,
+        "disable_tqdm": True,
+    }
+    return CFGDistillDiversityConfig(str(tmp_path), **(defaults | overrides))
+
+
+def rows(repeat=4, **columns):
+    return Dataset.from_dict({"prompt": PROMPTS * repeat, **columns})
+
+
+def make_trainer(tmp_path, tokenizer, model=None, dataset=None, embedder=bag_of_words, **kwargs):
+    arguments = {k: kwargs.pop(k) for k in list(kwargs) if k in CFGDistillDiversityConfig.__dataclass_fields__}
+    return CFGDistillDiversityTrainer(
+        model=make_model(tokenizer) if model is None else model,
+        args=settings(tmp_path, **arguments),
+        train_dataset=rows() if dataset is None else dataset,
+        processing_class=tokenizer,
+        embedder=embedder,
+        **kwargs,
+    )
+
+
+def rollout(trainer):
+    trainer.model.train()
+    return trainer._generate_and_score_completions([{"prompt": p} for p in PROMPTS[:2] for _ in range(4)])
+
+
+# ------------------------------------------------------------------------------------------------ the loss
+
+
+def dense_reference(student, teacher, batch, tokenizer, scale, temperature):
+    """KL and log p of each sequence from full logits, one unpadded sequence at a time, in float64."""
+    student, teacher = student.double(), teacher.double()
+    null = tokenizer("")["input_ids"]
+    kls, log_ps = [], []
+    for i in range(len(batch["prompt_ids"])):
+        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist()
+        completion = batch["completion_ids"][i][batch["completion_mask"][i].bool()].tolist()
+
+        def logits(model, prefix, completion=completion):
+            return model(torch.tensor([prefix + completion])).logits[0, len(prefix) - 1 : -1]
+
+        guided = guide_logits(logits(teacher, prompt), logits(teacher, null), scale)
+        z = logits(student, prompt)
+        kls.append(reverse_kl(z, guided, temperature).sum())
+        log_ps.append((z / temperature).log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).sum())
+    return torch.stack(kls), torch.stack(log_ps)
+
+
+def test_loss_and_gradient_equal_the_dense_reference(tmp_path, tokenizer):
+    """Left padding, unequal completion lengths, both streams in one batch: nothing of it may show."""
+    trainer = make_trainer(tmp_path, tokenizer, diversity_coef=7.0)
+    student = trainer.model
+    with torch.no_grad():  # a student that has left its teacher
+        for parameter in student.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    torch.manual_seed(1)
+    batch = rollout(trainer)
+    assert len(batch["completion_mask"].sum(1).unique()) > 1, "completions of one length would test nothing"
+    assert batch["prompt_mask"].min() == 0
+    trainer._compute_loss(student, batch).backward()
+    ours = {name: p.grad.clone() for name, p in student.named_parameters()}
+    metrics = trainer._metrics["train"]
+
+    student.zero_grad()
+    teacher = make_model(tokenizer)
+    kl, log_p = dense_reference(student, teacher, batch, tokenizer, 3.0, 0.99)
+    advantages = diversity_advantages(trainer.diversity_reward.embeddings, 4)
+    torch.testing.assert_close(batch["diversity_advantages"], advantages)
+    diversity_loss = -(7.0 * advantages.double() * log_p).mean()
+    (kl.mean() + diversity_loss).backward()
+    assert metrics["loss/distillation"][-1] == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert metrics["loss/diversity"][-1] == pytest.approx(diversity_loss.item(), rel=1e-4)
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(ours[name].double(), parameter.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_log_probs_equal_trl(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer)
+    batch = rollout(trainer)
+    terms, _ = trainer._student_terms(trainer.model, batch, trainer._teacher_logits(batch))
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    theirs, entropy, _ = RLOOTrainer._get_per_token_logps_and_entropies(
+        trainer, trainer.model, ids, mask, batch["completion_ids"].shape[1], compute_entropy=True
+    )
+    torch.testing.assert_close(terms.log_probs, (theirs * batch["completion_mask"]).sum(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(terms.entropy, (entropy * batch["completion_mask"]).sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_without_guidance_the_untrained_student_is_its_teacher(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, guidance_scale=1.0)
+    batch = rollout(trainer)
+    assert "negative_prompt_ids" not in batch
+    trainer._compute_loss(trainer.model, batch)
+    assert abs(trainer._metrics["train"]["kl"][-1]) < 1e-4
+
+
+def test_soft_capped_logits_are_guided_after_the_cap(tmp_path, tokenizer, caplog):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2, head_dim=8, initializer_range=0.5, final_logit_softcapping=3.0, pad_token_id=0,
+            bos_token_id=1, eos_token_id=2, attn_implementation="eager",
+        )
+    ).eval()  # fmt: skip
+    teacher = copy.deepcopy(model)
+    trainer = make_trainer(tmp_path, tokenizer, model=model, embedder=None)
+    assert "caps its logits" in caplog.text
+    batch = rollout(trainer)
+    trainer._compute_loss(trainer.model, batch)
+    kl, _ = dense_reference(copy.deepcopy(teacher), teacher, batch, tokenizer, 3.0, 0.99)
+    assert trainer._metrics["train"]["kl"][-1] == pytest.approx(kl.mean().item(), rel=1e-3)
+
+
+def test_negative_prompts_per_row_and_for_all(tmp_path, tokenizer):
+    dataset = rows(negative_prompt=["drum", None, "slow harp", None] * 4)
+    trainer = make_trainer(tmp_path, tokenizer, dataset=dataset, negative_prompt="a drum")
+    ids = trainer.policy.negative_prompt_ids(list(dataset)[:4], "a drum")
+    assert ids == tokenizer(["drum", "a drum", "slow harp", "a drum"])["input_ids"]
+    assert trainer.policy.negative_prompt_ids([{"prompt": "harp"}], None) == [[1, 4]]  # <s> <audio>
+    trainer.train()
+
+
+# ------------------------------------------------------------------------------------------------ teachers
+
+
+def test_frozen_copy_does_not_move_and_is_no_alias(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=3, learning_rate=1e-2)
+    before = {name: p.clone() for name, p in trainer.teacher.named_parameters()}
+    trainer.train()
+    assert all(torch.equal(before[name], p) for name, p in trainer.teacher.named_parameters())
+    assert not any(p.requires_grad for p in trainer.teacher.parameters())
+    moved = [name for name, p in trainer.model.named_parameters() if not torch.equal(before[name], p)]
+    assert len(moved) == len(before)
+    ids = torch.tensor([[1, 5, 4, 6]])
+    assert not torch.equal(trainer.teacher(ids).logits, trainer.model(ids).logits)
+
+
+def test_adapter_off_teacher_equals_the_base_and_needs_no_copy(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, peft_config=LoraConfig(r=2), max_steps=3, learning_rate=1e-1)
+    assert trainer.teacher is None
+    trainer.train()
+    batch = rollout(trainer)
+    with torch.no_grad():
+        ours = trainer._teacher_logits(batch)(0)(slice(None))
+    frozen = make_trainer(tmp_path, tokenizer)
+    theirs = frozen._teacher_logits(batch)(0)(slice(None))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    student = trainer.model(batch["prompt_ids"]).logits
+    assert not torch.allclose(student, frozen.model(batch["prompt_ids"]).logits, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ learning and logging
+
+
+def test_kl_falls_and_every_promised_key_is_logged(tmp_path, tokenizer):
+    trainer = make_trainer(
+        tmp_path, tokenizer, max_steps=60, learning_rate=1e-2, per_device_train_batch_size=32,
+        gradient_accumulation_steps=2,
+        eval_dataset=rows(1), eval_strategy="steps", eval_steps=30, per_device_eval_batch_size=16,
+    )  # fmt: skip
+    trainer.train()
+    train = [entry for entry in trainer.state.log_history if "kl" in entry]
+    start, end = (sum(e["kl"] for e in part) / 5 for part in (train[:5], train[-5:]))
+    assert end < 0.5 * start
+    evals = [e["eval_kl"] for e in trainer.state.log_history if "eval_kl" in e]
+    assert evals[-1] < start
+    keys = {
+        "loss/distillation", "loss/diversity", "kl", "kl_per_token", "diversity", "entropy",
+        "grad_norm/distillation",
+        "grad_norm/diversity", "diversity_coef", "time/rollout", "time/teacher", "time/reward", "time/update", "reward",
+        "completions/mean_length",
+    }  # fmt: skip
+    assert keys <= set(train[-1])
+
+
+def test_diversity_rises_when_it_is_rewarded(tmp_path, tokenizer):
+    trainer = make_trainer(
+        tmp_path, tokenizer, max_steps=60, learning_rate=1e-2, per_device_train_batch_size=64, diversity_coef=50.0
+    )
+    trainer.train()
+    values = [entry["diversity"] for entry in trainer.state.log_history if "diversity" in entry]
+    assert sum(values[-5:]) > 1.2 * sum(values[:5])
+
+
+def test_gradient_norms_of_the_terms_are_those_of_separate_losses(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, diversity_coef=7.0, gradient_accumulation_steps=2, max_grad_norm=0.01)
+    seen = []
+    compute_loss = trainer._compute_loss
+
+    def remember(model, inputs):
+        seen.append(inputs)
+        return compute_loss(model, inputs)
+
+    trainer._compute_loss = remember
+    trainer.args.max_steps = 1
+    start = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    logged = next(e for e in trainer.state.log_history if "grad_norm/diversity" in e)
+    trainer.model.load_state_dict(start)
+    trainer.model.zero_grad()
+    for coef, key in ((0.0, "grad_norm/distillation"), (7.0, "grad_norm/diversity")):
+        for inputs in seen:
+            terms, _ = trainer._student_terms(trainer.model, inputs, trainer._teacher_logits(inputs))
+            term = -(coef * inputs["diversity_advantages"] * terms.log_probs).mean() if coef else terms.kl.mean()
+            (term / 2).backward()
+        norm = torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm().item()
+        assert logged[key] == pytest.approx(norm, rel=1e-3)
+        trainer.model.zero_grad()
+
+
+def test_one_update_per_rollout_needs_no_pass_for_old_logps(tmp_path, tokenizer, monkeypatch):
+    calls = []
+    original = RLOOTrainer._get_per_token_logps_and_entropies
+    monkeypatch.setattr(
+        RLOOTrainer, "_get_per_token_logps_and_entropies", lambda *a, **k: (calls.append(1), original(*a, **k))[1]
+    )
+    make_trainer(tmp_path, tokenizer, gradient_accumulation_steps=2).train()
+    assert not calls
+    make_trainer(tmp_path, tokenizer, num_iterations=2, diversity_coef=1.0).train()
+    assert calls
+
+
+def test_extra_rewards_add_with_their_weights(tmp_path, tokenizer):
+    def long(completion_ids, **kwargs):
+        return [float(len(ids)) for ids in completion_ids]
+
+    trainer = make_trainer(tmp_path, tokenizer, reward_funcs=[long], reward_weights=[0.5])
+    batch = rollout(trainer)
+    lengths = batch["completion_mask"].sum(1).float().view(-1, 4)
+    leave_one_out = lengths - (lengths.sum(1, keepdim=True) - lengths) / 3
+    torch.testing.assert_close(batch["advantages"], 0.5 * leave_one_out.flatten())
+    assert batch["diversity_advantages"].abs().sum() > 0
+
+
+def test_distillation_alone_needs_no_embedder(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, embedder=None)
+    trainer.train()
+    assert not any("reward" in key for entry in trainer.state.log_history for key in entry if key != "time/reward")
+
+
+def test_diversity_coef_rises_linearly():
+    assert [diversity_coef_at(step, 10.0, 4) for step in (0, 1, 4, 9)] == [0.0, 2.5, 10.0, 10.0]
+    assert diversity_coef_at(0, 10.0, 0) == 10.0
+
+
+def test_saved_models_sample_as_they_were_trained_to(tmp_path, tokenizer):
+    model = make_model(tokenizer)
+    model.generation_config.update(guidance_scale=3.0, top_k=5)
+    trainer = make_trainer(tmp_path, tokenizer, model=model)
+    trainer.save_model(str(tmp_path / "saved"))
+    config = type(model).from_pretrained(tmp_path / "saved").generation_config
+    assert (config.guidance_scale, config.top_k, config.temperature, config.do_sample) == (1.0, 0, 0.99, True)
+
+
+def test_samples_reach_tensorboard_and_leave_the_random_state_alone(tmp_path, tokenizer):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    class Codec:
+        def decode(self, token_ids):
+            return [(torch.rand(160) - 0.5, 16000) for _ in token_ids]
+
+    def listen(audio):
+        return torch.stack([wave[:8] + 1 for wave, _ in audio])
+
+    weights = []
+    for sample_steps in (0, 1):
+        trainer = make_trainer(
+            tmp_path / str(sample_steps), tokenizer, embedder=listen, codec=Codec(), report_to="tensorboard",
+            sample_steps=sample_steps, sample_prompts=["slow harp"],
+        )  # fmt: skip
+        trainer.train()
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert torch.equal(*weights)
+    events = next((tmp_path / "1").rglob("events.out.tfevents.*"))
+    accumulator = EventAccumulator(str(events)).Reload()
+    assert accumulator.Tags()["audio"] == ["samples/slow harp"]
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"top_k": 50}, "`top_k=50` samples from another distribution"),
+        ({"top_p": 0.9}, "`top_p=0.9` samples from another distribution"),
+        ({"min_p": 0.1}, "`min_p=0.1` samples from another distribution"),
+        ({"repetition_penalty": 1.2}, "`repetition_penalty=1.2` samples from another"),
+        ({"generation_kwargs": {"typical_p": 0.5}}, r"`generation_kwargs` has \['typical_p'\]"),
+        ({"disable_dropout": False}, "`disable_dropout=False` would score other networks"),
+        ({"num_generations": 1, "diversity_coef": 5.0}, "`num_generations` must be at least 2"),
+        ({"guidance_scale": 0.5}, "`guidance_scale` must be finite and at least 1"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale` must be finite"),
+        ({"temperature": 0.0}, "`temperature` must be finite and above 0"),
+        ({"diversity_coef": -1.0}, "`diversity_coef` must be finite and at least 0"),
+        ({"diversity_warmup_steps": -1}, "`diversity_warmup_steps` must be at least 0"),
+        ({"beta": 0.05}, "`beta=0.05` is TRL's KL penalty"),
+    ],
+)
+def test_configuration_refuses(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        settings(tmp_path, **overrides)
+
+
+def test_trainer_refuses_before_it_samples(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(CFGDistillDiversityTrainer, "_generate_single_turn", None)
+    with pytest.raises(ValueError, match="`train_dataset` is empty"):
+        make_trainer(tmp_path, tokenizer, dataset=Dataset.from_dict({"prompt": []}))
+    with pytest.raises(ValueError, match=r"`train_dataset` must have a column `prompt`, got columns \['text'\]"):
+        make_trainer(tmp_path, tokenizer, dataset=Dataset.from_dict({"text": ["a"]}))
+    with pytest.raises(TypeError, match="`train_dataset` must be a `Dataset`"):
+        make_trainer(tmp_path, tokenizer, dataset=[{"prompt": "a"}])
+    with pytest.raises(ValueError, match=r"`diversity_coef=5.0` needs `embedder`"):
+        make_trainer(tmp_path, tokenizer, embedder=None, diversity_coef=5.0)
+    with pytest.raises(ValueError, match="holds a `DiversityReward`"):
+        make_trainer(tmp_path, tokenizer, reward_funcs=[DiversityReward(bag_of_words)])
+    with pytest.raises(ValueError, match="`num_generations_eval=1` leaves nothing to compare"):
+        make_trainer(tmp_path, tokenizer, num_generations_eval=1)
+
+
+def test_an_adapter_that_was_trained_is_refused(tmp_path, tokenizer):
+    model = get_peft_model(make_model(tokenizer), LoraConfig(r=2))
+    make_trainer(tmp_path, tokenizer, model=model)  # fresh: its teacher is the base
+    model = get_peft_model(make_model(tokenizer), LoraConfig(r=2, init_lora_weights=False))
+    with pytest.raises(ValueError, match="already trained"):
+        make_trainer(tmp_path, tokenizer, model=model)
+
+
+def test_no_unconditional_input_is_refused(tmp_path, tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.backend_tokenizer.post_processor = None
+    bare.bos_token = None
+    with pytest.raises(ValueError, match="no unconditional input for guidance"):
+        make_trainer(tmp_path, bare)
+    make_trainer(tmp_path, bare, guidance_scale=1.0)
+    make_trainer(tmp_path, bare, negative_prompt="drum")
+
+
+# ------------------------------------------------------------------------------------------------ contract
+
+
+def test_private_methods_of_trl_have_the_signatures_we_override():
+    """Their first arguments, as of trl 1.16: if one changes, the override must be looked at."""
+    expected = {
+        "_generate_single_turn": "self, prompt_ids, images, multimodal_fields",
+        "_generate_and_score_completions": "self, inputs",
+        "_calculate_rewards": "self, inputs, prompts, completions, completion_ids_list",
+        "_get_per_token_logps_and_entropies": "self, model, input_ids, attention_mask, logits_to_keep, batch_size",
+        "_compute_loss": "self, model, inputs",
+        "_tokenize_prompts": "self, prompts",
+        "_set_signature_columns_if_needed": "self",
+        "training_step": "self, model, inputs, num_items_in_batch",
+        "prediction_step": "self, model, inputs, prediction_loss_only, ignore_keys",
+    }
+    for name, arguments in expected.items():
+        parameters = ", ".join(inspect.signature(getattr(RLOOTrainer, name)).parameters)
+        assert parameters.startswith(arguments), f"{name}({parameters})"
+    source = inspect.getsource(RLOOTrainer._generate_and_score_completions)
+    assert re.search(r"old_logps = \(old_per_token_logps \* completion_mask\)", source)
+    assert '"old_logps": old_logps' in source and '"advantages": advantages' in source
