@@ -213,8 +213,8 @@ def test_kl_falls_and_every_promised_key_is_logged(tmp_path, tokenizer):
     assert evals[-1] < start
     keys = {
         "loss/distillation", "loss/diversity", "kl", "kl_per_token", "diversity", "entropy",
-        "grad_norm/distillation",
-        "grad_norm/diversity", "diversity_coef", "time/rollout", "time/teacher", "time/reward", "time/update", "reward",
+        "grad_norm/distillation", "grad_norm/diversity", "diversity_coef", "time/rollout", "time/teacher",
+        "time/reward", "time/update", "reward",
         "completions/mean_length",
     }  # fmt: skip
     assert keys <= set(train[-1])
