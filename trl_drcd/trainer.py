@@ -315,7 +315,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         diversity = policy_gradient_loss(
             terms.log_probs, advantages, inputs.get("old_logps"), self.epsilon_low, self.epsilon_high
         )
-        if mode == "train" and self._is_logging_step() and bool(advantages.any()):
+        if mode == "train" and self._is_logging_step() and (coef > 0 or self.has_extra_rewards):
             self._accumulate_diversity_gradient(diversity)
         self._log_terms(mode, terms, lengths, distillation, diversity, coef)
         return distillation + diversity
