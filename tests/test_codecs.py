@@ -1,0 +1,133 @@
+"""The spectral codec: quantisation against brute force, token streams, waveforms, files."""
+
+import math
+
+import pytest
+import torch
+
+from trl_drcd.codecs import SpectralCodec, fit_codebooks, mel_matrix, nearest
+
+K, C, MELS = 2, 8, 32
+
+
+@pytest.fixture
+def codec():
+    generator = torch.Generator().manual_seed(0)
+    return SpectralCodec(torch.randn(K, C, MELS, generator=generator), first_token_id=5)
+
+
+def tone(frequency: float, seconds: float = 1.0) -> torch.Tensor:
+    return 0.3 * torch.sin(2 * math.pi * frequency * torch.arange(int(16000 * seconds)) / 16000)
+
+
+def test_residual_quantisation_is_greedy_nearest_neighbour(codec):
+    frames = torch.randn(2, 3, MELS)
+    codes = codec.quantise(frames)
+    residual = frames.reshape(-1, MELS)
+    for k in range(K):
+        expected = torch.cdist(residual, codec.codebooks[k]).argmin(1)
+        torch.testing.assert_close(codes[..., k].flatten(), expected)
+        residual = residual - codec.codebooks[k][expected]
+    torch.testing.assert_close(codec.decode_log_mel(codes).reshape(-1, MELS), frames.reshape(-1, MELS) - residual)
+
+
+def test_codebooks_find_the_clusters():
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    offsets = torch.tensor(
+        [[0.5, 0.0], [-0.5, 0.0]]
+    )  # the same in every cluster: what the second codebook has to code
+    frames = (centres[:, None, None] + offsets[:, None]).expand(3, 2, 20, 2).reshape(-1, 2)
+    coarse, fine = fit_codebooks(frames, 2, 3, seed=0)
+    torch.testing.assert_close(coarse[nearest(centres, coarse)], centres)
+    torch.testing.assert_close(fine[nearest(offsets, fine)], offsets)
+
+
+def test_fit_needs_enough_frames():
+    with pytest.raises(ValueError, match="7 rows; a codebook of 8"):
+        fit_codebooks(torch.zeros(7, 4), 1, 8)
+
+
+def test_log_mel_shows_a_tone_at_its_frequency():
+    codec = SpectralCodec(torch.zeros(1, 1, 96))
+    log_mel = codec.log_mel(tone(1000.0))
+    assert log_mel.shape == (1, 25, 96)  # 25 frames a second
+    centres = (mel_matrix(2048, 96, 16000) * torch.linspace(0, 8000, 1025)[:, None]).sum(0) / mel_matrix(
+        2048, 96, 16000
+    ).sum(0)
+    peaks = centres[log_mel[0, 2:-2].argmax(-1)]
+    assert (peaks - 1000).abs().max() < 30
+    torch.testing.assert_close(codec.log_mel(torch.zeros(16000)), torch.full((1, 25, 96), math.log(codec.floor)))
+
+
+def test_a_tone_survives_the_round_trip():
+    waveform = tone(440.0)
+    frames = SpectralCodec(torch.zeros(1, 1, 96)).log_mel(waveform)[0]
+    codec = SpectralCodec(torch.stack([frames, torch.zeros_like(frames)]))  # every frame is an entry: no coding loss
+    decoded = codec.decode_codes(codec.encode(waveform))
+    assert decoded.shape == (1, 16000) and decoded.dtype == torch.float32 and decoded.abs().max() <= 1
+    spectrum = torch.fft.rfft(decoded[0] * torch.hann_window(16000)).abs()
+    assert abs(int(spectrum.argmax()) - 440) <= 8  # Hz; a mel band is 24 Hz wide there
+    assert abs(float(decoded.square().mean().sqrt() / waveform.square().mean().sqrt()) - 1) < 0.2
+
+
+def test_decoding_is_deterministic_and_the_same_in_a_batch(codec):
+    codes = torch.randint(0, C, (3, 30, K), generator=torch.Generator().manual_seed(1))
+    waveforms = codec.decode_codes(codes)
+    torch.testing.assert_close(codec.decode_codes(codes[1:2])[0], waveforms[1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(codec.decode_codes(codes), waveforms)
+
+
+def test_token_ids_by_hand(codec):
+    assert codec.to_token_ids(torch.tensor([[0, 1], [7, 0]])) == [5, 5 + 8 + 1, 5 + 7, 5 + 8]
+
+
+def test_tokens_out_of_turn_are_skipped(codec):
+    codes = torch.tensor([[0, 1], [7, 0], [3, 2]])
+    clean = codec.to_token_ids(codes)
+    torch.testing.assert_close(codec.to_codes(clean), codes)
+    word, end = 5 + K * C, 2
+    # a word, a code of the first codebook in the second one's turn, and the end token change nothing
+    torch.testing.assert_close(codec.to_codes([word, clean[0], 5 + 4, *clean[1:], end]), codes)
+    torch.testing.assert_close(codec.to_codes(clean[:-1]), codes[:2])  # the last frame is not complete
+    assert codec.to_codes([1, 2, word]).shape == (0, K)
+
+
+def test_decode_gives_one_waveform_per_stream_in_order(codec):
+    streams = [codec.to_token_ids(torch.randint(0, C, (frames, K))) for frames in (4, 6, 4)]
+    waveforms = codec.decode([streams[0], [], streams[1], streams[2]])
+    assert [len(w) for w, _ in waveforms] == [4 * 640, 640, 6 * 640, 4 * 640]
+    assert all(rate == 16000 and w.dim() == 1 and w.dtype == torch.float32 for w, rate in waveforms)
+    assert not waveforms[1][0].any()
+    torch.testing.assert_close(
+        waveforms[2][0], codec.decode_codes(codec.to_codes(streams[1])[None])[0], atol=1e-4, rtol=0
+    )
+
+
+def test_files(codec, tmp_path):
+    codec.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "codec.safetensors"}
+    again = SpectralCodec.from_pretrained(tmp_path)
+    torch.testing.assert_close(again.codebooks, codec.codebooks)
+    codes = torch.randint(0, C, (1, 5, K))
+    torch.testing.assert_close(again.decode_codes(codes), codec.decode_codes(codes))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no spectral codec"):
+        SpectralCodec.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (torch.zeros(3, 2), "shape \\(3, 2\\)"),
+        (torch.zeros(1, 3, 3), "shape \\(1, 3, 3\\)"),
+        (torch.full((1, 3, 2), C), "codes are 0..7"),
+    ],
+)
+def test_bad_codes_are_refused(codec, codes, message):
+    with pytest.raises(ValueError, match=message):
+        codec.decode_codes(codes)
+
+
+def test_bad_waveform_is_refused(codec):
+    with pytest.raises(ValueError, match="waveform has 100 samples"):
+        codec.encode(torch.zeros(100))
