@@ -96,9 +96,9 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE / "models" / "embedder")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-recordings", type=int, default=256)
-    parser.add_argument("--recordings", type=int, default=3000, help="of the half, at most")
+    parser.add_argument("--recordings", type=int, default=1500, help="of the half, at most")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--margin", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)

@@ -96,9 +96,9 @@ def measure(judge: TextAudioJudge, codec: SpectralCodec | None, split: str, seed
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE / "models" / "judge")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--recordings", type=int, default=3000, help="of the half, at most")
+    parser.add_argument("--recordings", type=int, default=1500, help="of the half, at most")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
