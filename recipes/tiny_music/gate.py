@@ -19,6 +19,7 @@ import json
 import os
 import random
 import re
+import textwrap
 import time
 from pathlib import Path
 
@@ -183,7 +184,7 @@ def spectrograms(
             axis.imshow(codec.log_mel(padded)[0].T, origin="lower", aspect="auto", vmin=-3, vmax=3)
             axis.set_title(name, fontsize=8)
             axis.set_xticks([]), axis.set_yticks([])
-        line[0].set_ylabel(prompts[index], fontsize=7, wrap=True)
+        line[0].set_ylabel(textwrap.fill(prompts[index], 26), fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 
