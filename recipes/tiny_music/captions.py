@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import re
 
-
 # Name -> General MIDI program, counted from 0.
 INSTRUMENTS = {
     "church organ": 19, "piano": 0, "violin": 40, "flute": 73, "trumpet": 56,
@@ -44,7 +43,7 @@ NAMED = {"instrument": 0.9, "tempo": 0.8, "kind": 0.8, "key": 0.5}
 
 def _join(*words: str) -> str:
     text = " ".join(word for word in words if word)
-    return re.sub(r"\ba (?=[aAeEiIoOuU])(?!A |E )", "an ", text)
+    return re.sub(r"\ba (?=[aeiouI])", "an ", text)
 
 
 def _wordings(tempo: str, kind: str, key: str, instrument: str) -> list[str]:
@@ -62,7 +61,9 @@ def _wordings(tempo: str, kind: str, key: str, instrument: str) -> list[str]:
             _join("solo", instrument, tempo, kind, in_key),
         ]
     if tempo:
-        forms.append(_join("a", kind or "tune", "at a", tempo, "tempo", in_key, f"for {instrument}" if instrument else ""))
+        forms.append(
+            _join("a", kind or "tune", "at a", tempo, "tempo", in_key, f"for {instrument}" if instrument else "")
+        )
     return forms
 
 

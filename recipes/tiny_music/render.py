@@ -1,8 +1,9 @@
 """
 Render the score list to 4-second clips at 16 kHz, with captions' metadata.
 
-A recording is a score with an instrument, a tempo and a transposition, all drawn at random; two non-overlapping chunks of it
-become clips. Each clip starts at a bar, on a note. Writes `audio.npy` (N, 64000) int16 and `metadata.jsonl` per split.
+A recording is a score with an instrument, a tempo and a transposition, all drawn at random; two non-overlapping chunks
+of it become clips. Each clip starts at a bar, on a note. Writes `audio.npy` (N, 64000) int16 and `metadata.jsonl` per
+split.
 
     python recipes/tiny_music/render.py --soundfont /usr/share/sounds/sf2/FluidR3_GM.sf2
 """
@@ -26,7 +27,6 @@ from captions import INSTRUMENTS, KINDS, TEMPI, transpose_key
 from scores import HERE, read_scores
 from tqdm import tqdm
 
-
 SAMPLING_RATE, SECONDS = 16000, 4.0
 SAMPLES = int(SAMPLING_RATE * SECONDS)
 CHUNKS = 2
@@ -49,7 +49,7 @@ def chunk_starts(score: dict, seconds_per_quarter: float, rng: random.Random) ->
 
     def usable(bar: float) -> bool:
         first = bisect_left(onsets, bar - 1e-3)
-        inside = onsets[first : bisect_left(onsets, bar + length)] + [bar + length]
+        inside = [*onsets[first : bisect_left(onsets, bar + length)], bar + length]
         gaps = [b - a for a, b in zip([bar, *inside], inside, strict=False)]
         starts_with_note = first < len(onsets) and abs(onsets[first] - bar) < 1e-2
         return starts_with_note and bar + length <= end + 1e-6 and max(gaps) * seconds_per_quarter < LONGEST_GAP
@@ -82,9 +82,10 @@ def plan(scores: list[dict], recordings: int, seed: int) -> list[dict]:
             continue
         transpose = rng.randint(-5, 6)
         rows.append({
-            "score": score["id"], "family": score["family"], "recording": len(rows), "instrument": instrument, "tempo": tempo,
-            "kind": kind, "key": transpose_key(score["key"], score["mode"], transpose), "metre": score["metre"],
-            "transpose": transpose, "starts": starts, "seconds_per_quarter": seconds_per_quarter,
+            "score": score["id"], "family": score["family"], "recording": len(rows), "instrument": instrument,
+            "tempo": tempo, "kind": kind, "key": transpose_key(score["key"], score["mode"], transpose),
+            "metre": score["metre"], "transpose": transpose, "starts": starts,
+            "seconds_per_quarter": seconds_per_quarter,
         })  # fmt: skip
     return rows
 
@@ -133,11 +134,23 @@ def render_recording(task: tuple[dict, dict, str]) -> np.ndarray:
         for onset, duration, pitch, _ in score["notes"]:
             if start - 1e-3 <= onset < start + length:
                 velocity = 105 if any(abs(onset - bar) < 1e-3 for bar in score["bars"]) else 92
-                notes.append((max(0.0, onset - start) * spq, max(0.06, 0.93 * duration * spq), pitch + row["transpose"], velocity))
+                notes.append(
+                    (
+                        max(0.0, onset - start) * spq,
+                        max(0.06, 0.93 * duration * spq),
+                        pitch + row["transpose"],
+                        velocity,
+                    )
+                )
         chunks.append(render_notes(notes, INSTRUMENTS[row["instrument"]], soundfont))
     audio = np.stack(chunks)
     gain = min(LOUDNESS / max(1e-6, float(np.sqrt((audio**2).mean()))), PEAK / max(1e-6, float(np.abs(audio).max())))
     return np.round(audio * gain * 32767).astype(np.int16)
+
+
+def read_metadata(folder: Path) -> list[dict]:
+    """The rows of a split, one per clip."""
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
 
 
 def render_split(split: str, scores: list[dict], recordings: int, args: argparse.Namespace) -> None:
@@ -177,9 +190,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if not Path(args.soundfont).exists():
-        raise FileNotFoundError(f"--soundfont {args.soundfont} does not exist: `apt-get install fluid-soundfont-gm`, or name another")
+        raise FileNotFoundError(
+            f"--soundfont {args.soundfont} does not exist: `apt-get install fluid-soundfont-gm`, or name another"
+        )
     scores = read_scores(args.scores)
-    for split, recordings in zip(("validation", "test", "train"), args.recordings[1:] + args.recordings[:1], strict=True):
+    for split, recordings in zip(
+        ("validation", "test", "train"), args.recordings[1:] + args.recordings[:1], strict=True
+    ):
         render_split(split, [s for s in scores if s["split"] == split], recordings, args)
 
 

@@ -1,9 +1,10 @@
 """
 Note lists of public-domain tunes, extracted from the scores that the package `music21` ships.
 
-Three sources: Bach's four-part chorales, Ryan's Mammoth Collection (1883) and O'Neill's Music of Ireland (1903). Each score
-becomes one JSON line: `id, title, source, kind, metre, key, mode, bars (onsets, in quarter notes), notes ([onset, duration,
-MIDI pitch, part], in quarter notes), family, split`. A family holds all editions of a tune; a family is never split.
+Three sources: Bach's four-part chorales, Ryan's Mammoth Collection (1883) and O'Neill's Music of Ireland (1903). Each
+score becomes one JSON line: `id, title, source, kind, metre, key, mode, bars, notes, family, split`. Times are in
+quarter notes: `bars` holds onsets, `notes` lists of (onset, duration, MIDI pitch, part). A family holds all editions
+of a tune; no family is divided over two splits.
 
     python recipes/tiny_music/scores.py
 """
@@ -18,12 +19,12 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
+from itertools import pairwise
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-
 
 HERE = Path(__file__).parent
 TONICS = ["C", "C#", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B"]
@@ -72,7 +73,9 @@ def _extract(score: Any, source: str, name: str, rhythm: str = "", number: int |
     for part, flat in enumerate(flats):
         for n in flat.notes:
             if not n.duration.isGrace and n.quarterLength > 0:
-                notes += [[round(float(n.offset), 4), round(float(n.quarterLength), 4), p.midi, part] for p in n.pitches]
+                notes += [
+                    [round(float(n.offset), 4), round(float(n.quarterLength), 4), p.midi, part] for p in n.pitches
+                ]
     if kind in (None, "waltz", "march") or len(notes) < MIN_NOTES:
         return None
     stated = next(iter(flats[0].getElementsByClass(m21key.Key)), None)
@@ -125,14 +128,14 @@ def melody_ngrams(row: dict) -> set[tuple[int, ...]]:
     """Interval n-grams of the top part, repeated notes dropped: the same for every transposition and note length."""
     pitches = [n[2] for n in row["notes"] if n[3] == 0]
     pitches = [p for p, before in zip(pitches, [None, *pitches], strict=False) if p != before]
-    steps = [b - a for a, b in zip(pitches, pitches[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(pitches)]
     return {tuple(steps[i : i + NGRAM]) for i in range(len(steps) - NGRAM + 1)}
 
 
 def families(rows: list[dict]) -> list[int]:
     """
     Tune-family index of every score: the connected components of "same normalised title, or at least `OVERLAP` of the
-    shorter melody's interval n-grams in common" (n-grams found in more than `COMMON` scores are stock phrases: ignored).
+    shorter melody's interval n-grams in common". N-grams of more than `COMMON` scores are stock phrases, and ignored.
     """
     parent = list(range(len(rows)))
 

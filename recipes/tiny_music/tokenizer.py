@@ -6,7 +6,6 @@ from captions import vocabulary
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<audio>"]
 FIRST_AUDIO_TOKEN = len(SPECIALS)
 
@@ -15,8 +14,8 @@ def build_tokenizer(num_codebooks: int, codebook_size: int) -> PreTrainedTokeniz
     """
     Word-level tokenizer: specials, then the audio tokens `<a0_0> ... `, then the words of `captions.vocabulary`.
 
-    A text becomes `<s> words <audio>`, in lower case and without punctuation; the empty text, `<s> <audio>`, is the null
-    prompt. Audio tokens in a text (`<a0_17>`) are read as such.
+    A text becomes `<s> words <audio>`, in lower case and without punctuation; the empty text, `<s> <audio>`, is the
+    null prompt. Audio tokens in a text (`<a0_17>`) are read as such.
     """
     audio = [f"<a{k}_{code}>" for k in range(num_codebooks) for code in range(codebook_size)]
     tokens = {token: i for i, token in enumerate([*SPECIALS, *audio, *vocabulary()])}

@@ -1,11 +1,11 @@
 """
 Train the tiny MusicLM: a `LlamaForCausalLM` over `<s> caption words <audio> a0 b0 a1 b1 ... </s>`.
 
-The loss is on the audio tokens and `</s>`. A caption is drawn anew each time a clip is seen, and replaced by the null prompt
-with probability `--caption-dropout`. The learning rate follows the clock: the run ends after `--minutes`, whatever the
-speed of the machine. The best checkpoint by validation loss is kept in `best/`; `last/` is for resuming.
+The loss is on the audio tokens and `</s>`. A caption is drawn anew each time a clip is seen, and replaced by the null
+prompt with probability `--caption-dropout`. The learning rate follows the clock: the run ends after `--minutes`,
+whatever the speed of the machine. The best checkpoint by validation loss is kept in `best/`; `last/` is for resuming.
 
-    OMP_NUM_THREADS=1 python recipes/tiny_music/train_base.py --minutes 55
+    OMP_NUM_THREADS=1 python recipes/tiny_music/train_base.py --minutes 57
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import os
 import random
 import shutil
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from captions import caption
-from render import OUTPUT
+from render import OUTPUT, read_metadata
 from safetensors.torch import load_file, save_file
 from scores import HERE
 from tokenizer import build_tokenizer
@@ -40,7 +41,7 @@ class Clips:
         codes = torch.from_numpy(np.load(folder / "codes.npy").astype(np.int64))
         offsets = torch.arange(codec.num_codebooks) * codec.codebook_size + codec.first_token_id
         self.audio = (codes + offsets).flatten(1)
-        self.rows = [json.loads(line) for line in open(folder / "metadata.jsonl")]
+        self.rows = read_metadata(folder)
         self.tokenizer = tokenizer
 
     def batch(self, indices: list[int], rng: random.Random, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,9 +58,11 @@ class Clips:
         return ids, torch.tensor([len(p) for p in prompts])
 
 
-def audio_loss(model: LlamaForCausalLM, ids: torch.Tensor, lengths: torch.Tensor, audio_length: int = 201) -> torch.Tensor:
+def audio_logits(
+    model: LlamaForCausalLM, ids: torch.Tensor, lengths: torch.Tensor, audio_length: int = 201
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Mean negative log-likelihood, in nats per token, of the `audio_length` tokens after the prompts.
+    Logits `(B, audio_length, V)` of the tokens after the prompts, and these tokens `(B, audio_length)`.
 
     With the padding on the right, causal attention alone hides it: no mask, and attention takes its fast path.
     """
@@ -68,7 +71,33 @@ def audio_loss(model: LlamaForCausalLM, ids: torch.Tensor, lengths: torch.Tensor
         hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
         hidden = hidden.gather(1, (targets - 1)[..., None].expand(-1, -1, hidden.shape[-1]))
         logits = model.lm_head(hidden)
-    return F.cross_entropy(logits.float().flatten(0, 1), ids.gather(1, targets).flatten())
+    return logits.float(), ids.gather(1, targets)
+
+
+def audio_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood in nats per token."""
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
+def tokens_in_turn(codec: SpectralCodec, end: int, vocabulary: int, audio_length: int = 201) -> torch.Tensor:
+    """Which tokens may stand at which place of a stream: bool `(audio_length, V)`; the codebooks in turn, then `</s>`."""
+    ids = torch.arange(vocabulary)
+    codebook = torch.where(ids < codec.first_token_id, -1, (ids - codec.first_token_id) // codec.codebook_size)
+    allowed = codebook[None] == (torch.arange(audio_length) % codec.num_codebooks)[:, None]
+    allowed[-1] = ids == end
+    return allowed
+
+
+def off_turn_penalty(logits: torch.Tensor, allowed: torch.Tensor, margin: float = 12.0) -> torch.Tensor:
+    """
+    Mean of `softplus(log sum exp(z off turn) - log sum exp(z in turn) + margin)`, in nats.
+
+    The likelihood alone leaves a rest of probability on words and on the other codebook, and guidance multiplies what is
+    left of it: a guided model that ends a clip at once, or slips out of turn, sounds like neither. Beyond the margin the
+    penalty is silent.
+    """
+    off, on = logits.masked_fill(allowed, -torch.inf), logits.masked_fill(~allowed, -torch.inf)
+    return F.softplus(off.logsumexp(-1) - on.logsumexp(-1) + margin).mean()
 
 
 @torch.no_grad()
@@ -80,7 +109,9 @@ def validation_loss(model: LlamaForCausalLM, clips: Clips, count: int, dropout: 
     for start in range(0, len(chosen), 64):
         part = chosen[start : start + 64]
         ids, lengths = clips.batch(part, rng, dropout)
-        losses.append(float(audio_loss(model, ids.to(model.device), lengths.to(model.device))) * len(part))
+        losses.append(
+            float(audio_loss(*audio_logits(model, ids.to(model.device), lengths.to(model.device)))) * len(part)
+        )
     model.train()
     return sum(losses) / len(chosen)
 
@@ -124,7 +155,9 @@ class State:
             for name, value in entry.items()
         }
         save_file(moments, temporary / "optimiser.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": self.step, "seconds": self.seconds, "best": self.best}))
+        (temporary / "state.json").write_text(
+            json.dumps({"step": self.step, "seconds": self.seconds, "best": self.best})
+        )
         shutil.rmtree(self.folder, ignore_errors=True)
         os.replace(temporary, self.folder)
 
@@ -152,60 +185,75 @@ def build_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) ->
     )  # fmt: skip
 
 
+@lru_cache(maxsize=1)
+def epoch_order(seed: int, epoch: int, clips: int) -> list[int]:
+    """The order in which an epoch visits the clips."""
+    return random.Random(f"{seed}-{epoch}").sample(range(clips), clips)
+
+
+def build_optimiser(model: LlamaForCausalLM, args: argparse.Namespace) -> torch.optim.AdamW:
+    """AdamW with weight decay on the matrices alone."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95))
+
+
+def evaluate(model: LlamaForCausalLM, clips: Clips, record: dict, args: argparse.Namespace) -> float:
+    """Add the validation losses to a record, append it to the log, and return the one with captions."""
+    with_caption, null = (validation_loss(model, clips, args.validation_clips, share) for share in (0.0, 1.0))
+    record |= {"validation_loss": round(with_caption, 4), "validation_loss_null": round(null, 4)}
+    with open(args.output / "log.jsonl", "a") as log:
+        log.write(json.dumps(record) + "\n")
+    tqdm.write(json.dumps(record))
+    return record["validation_loss"]
+
+
 def train(args: argparse.Namespace) -> None:
+    """Train until the clock says so, going on from `last/` where there is one."""
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     codec = SpectralCodec.from_pretrained(args.codec)
     tokenizer = build_tokenizer(codec.num_codebooks, codec.codebook_size)
-    data = {split: Clips(args.clips / split, codec, tokenizer) for split in ("train", "validation")}
+    clips, validation = (Clips(args.clips / split, codec, tokenizer) for split in ("train", "validation"))
     model = build_model(tokenizer, args).to(device).train()
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95))
+    optimiser = build_optimiser(model, args)
+    allowed = tokens_in_turn(codec, tokenizer.eos_token_id, len(tokenizer)).to(device)
     state = State(args.output / "last")
     state.load(model, optimiser)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(data['train'].rows)} clips, {device}")
+    print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(clips.rows)} clips, {device}")
 
-    size, limit = args.batch, args.minutes * 60
-    per_epoch = len(data["train"].rows) // size
-    order: list[int] = []
-    running, began = [], time.time() - state.seconds
-    last_evaluation = state.seconds
+    size, limit, losses = args.batch, args.minutes * 60, []
+    per_epoch = len(clips.rows) // size
+    began, evaluated = time.time() - state.seconds, state.seconds
     bar = tqdm(total=int(limit), initial=int(state.seconds), unit="s", desc="training")
     while state.seconds < limit:
         epoch, position = divmod(state.step, per_epoch)
-        if not order or position == 0:
-            order = random.Random(f"{args.seed}-{epoch}").sample(range(len(data["train"].rows)), len(data["train"].rows))
+        order = epoch_order(args.seed, epoch, len(clips.rows))
         rng = random.Random(f"{args.seed}-{state.step}")
-        ids, lengths = data["train"].batch(order[position * size : (position + 1) * size], rng, args.caption_dropout)
-        loss = audio_loss(model, ids.to(device), lengths.to(device))
+        ids, lengths = clips.batch(order[position * size : (position + 1) * size], rng, args.caption_dropout)
+        logits, tokens = audio_logits(model, ids.to(device), lengths.to(device))
+        loss = audio_loss(logits, tokens)
         optimiser.zero_grad()
-        loss.backward()
+        (loss + args.off_turn_weight * off_turn_penalty(logits, allowed)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(state.seconds / limit, args.learning_rate)
         optimiser.step()
-        state.step += 1
-        running.append(loss.item())
-        state.seconds = time.time() - began
-        bar.set_postfix(step=state.step, loss=f"{np.mean(running[-50:]):.3f}", refresh=False)
+        state.step, state.seconds = state.step + 1, time.time() - began
+        losses.append(loss.item())
+        bar.set_postfix(step=state.step, loss=f"{np.mean(losses[-50:]):.3f}", refresh=False)
         bar.update(int(state.seconds) - bar.n)
-        if state.seconds - last_evaluation > 60 * args.evaluate_minutes or state.seconds >= limit:
-            last_evaluation = state.seconds
+        if state.seconds - evaluated > 60 * args.evaluate_minutes or state.seconds >= limit:
+            evaluated = state.seconds
             record = {
                 "step": state.step, "epoch": round(state.step / per_epoch, 3), "seconds": round(state.seconds, 1),
-                "train_loss": round(float(np.mean(running)), 4),
-                "validation_loss": round(validation_loss(model, data["validation"], args.validation_clips, 0.0), 4),
-                "validation_loss_null": round(validation_loss(model, data["validation"], args.validation_clips, 1.0), 4),
-                "learning_rate": optimiser.param_groups[0]["lr"],
+                "train_loss": round(float(np.mean(losses)), 4), "learning_rate": optimiser.param_groups[0]["lr"],
             }  # fmt: skip
-            running = []
-            with open(args.output / "log.jsonl", "a") as log:
-                log.write(json.dumps(record) + "\n")
-            tqdm.write(json.dumps(record))
-            if record["validation_loss"] < state.best:
-                state.best = record["validation_loss"]
+            losses = []
+            held_out = evaluate(model, validation, record, args)
+            if held_out < state.best:
+                state.best = held_out
                 save_model(args.output / "best", model, tokenizer)
             state.seconds = time.time() - began
             state.save(model, optimiser)
@@ -217,7 +265,7 @@ def main() -> None:
     parser.add_argument("--clips", type=Path, default=OUTPUT)
     parser.add_argument("--codec", type=Path, default=HERE / "models" / "codec")
     parser.add_argument("--output", type=Path, default=OUTPUT.parent / "base")
-    parser.add_argument("--minutes", type=float, default=55.0)
+    parser.add_argument("--minutes", type=float, default=57.0)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=256)
@@ -225,6 +273,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--caption-dropout", type=float, default=0.15)
+    parser.add_argument(
+        "--off-turn-weight", type=float, default=0.1, help="weight of the penalty on tokens out of turn"
+    )
     parser.add_argument("--evaluate-minutes", type=float, default=3.0)
     parser.add_argument("--validation-clips", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,5 +1,5 @@
 """
-Fit the spectral codec on the training clips, write the codes of all clips, and report the codec on the validation clips.
+Fit the spectral codec on the training clips, write the codes of all clips, and report it on the validation clips.
 
     python recipes/tiny_music/train_codec.py
 """
@@ -33,7 +33,7 @@ def perplexity(codes: torch.Tensor, codebook_size: int) -> list[float]:
 
 @torch.no_grad()
 def report(codec: SpectralCodec, audio: torch.Tensor) -> dict:
-    """Log-mel distances in nats (mean absolute, against the original) of the quantised spectrogram and of the waveform."""
+    """Log-mel distances to the original, in nats (mean absolute), of the quantised spectrogram and of the waveform."""
     original = codec.log_mel(audio)
     codes = codec.quantise(original)
     coded = (codec.decode_log_mel(codes) - original).abs().mean()
@@ -41,7 +41,8 @@ def report(codec: SpectralCodec, audio: torch.Tensor) -> dict:
     return {
         "codebook_size": codec.codebook_size, "quantised_nats": float(coded),
         "decoded_nats": float((decoded - original[:200]).abs().mean()),
-        "silence_nats": float((original - np.log(codec.floor)).abs().mean()), "perplexity": perplexity(codes, codec.codebook_size),
+        "silence_nats": float((original - np.log(codec.floor)).abs().mean()),
+        "perplexity": perplexity(codes, codec.codebook_size),
     }  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "models" / "codec")
     parser.add_argument("--codebook-size", type=int, default=1024)
     parser.add_argument("--num-codebooks", type=int, default=2)
-    parser.add_argument("--frames", type=int, default=300_000, help="training frames for the k-means")
+    parser.add_argument("--frames", type=int, default=200_000, help="training frames for the k-means")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-codes", action="store_true", help="fit and report only")
     args = parser.parse_args()
@@ -60,7 +61,10 @@ def main() -> None:
         rng = np.random.default_rng(args.seed)
         rows = np.sort(rng.choice(len(audio), min(len(audio), args.frames // 50), replace=False))
         empty = SpectralCodec(torch.zeros(1, 1, 96))
-        parts = [empty.log_mel(waveforms(audio, part)) for part in tqdm(np.array_split(rows, len(rows) // 100 + 1), desc="log-mel")]
+        parts = [
+            empty.log_mel(waveforms(audio, part))
+            for part in tqdm(np.array_split(rows, len(rows) // 100 + 1), desc="log-mel")
+        ]
         frames = torch.cat(parts).flatten(0, 1)
         frames = frames[torch.from_numpy(rng.permutation(len(frames))[: args.frames])]
         codec = SpectralCodec(fit_codebooks(frames, args.num_codebooks, args.codebook_size, seed=args.seed))

@@ -1,0 +1,57 @@
+"""
+Build the tiny music world from nothing: scores, audio, codec, prompts, base model, embedding model, judge, gate.
+
+Each step is a script of this folder that leaves out what exists already, so an interrupted build goes on where it was.
+What a clone ships (the score list, the prompts, the models) exists: `--fresh` moves it to `outputs/` first.
+
+    python recipes/tiny_music/build.py            # about two hours on two cores, most of it training
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+STEPS = [
+    "scores", "render", "train_codec", "prompts", "train_base", "export", "train_embedder", "train_judge", "gate",
+]  # fmt: skip
+
+
+def run(step: str, arguments: list[str]) -> None:
+    """Run a step's script and print how long it took; it sees the repository's `trl_drcd` and one thread."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    began = time.time()
+    print(f"== {step}", flush=True)
+    subprocess.run([sys.executable, str(HERE / f"{step}.py"), *arguments], check=True, env=environment, cwd=ROOT)
+    print(f"== {step}: {time.time() - began:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="the steps to run, in this order")
+    parser.add_argument("--minutes", type=float, default=57.0, help="for the training of the base model")
+    parser.add_argument("--soundfont", default="/usr/share/sounds/sf2/FluidR3_GM.sf2")
+    parser.add_argument("--fresh", action="store_true", help="build again what is shipped")
+    args = parser.parse_args()
+    if args.fresh:
+        kept = ROOT / "outputs" / f"tiny_music_{time.strftime('%Y%m%d-%H%M%S')}"
+        for part in (HERE / "data", HERE / "models", ROOT / "outputs" / "tiny_music"):
+            if part.exists():
+                kept.mkdir(parents=True, exist_ok=True)
+                shutil.move(part, kept / part.name)
+        print(f"what was built before is now in {kept}")
+    extra = {"render": ["--soundfont", args.soundfont], "train_base": ["--minutes", str(args.minutes)]}
+    for step in args.steps:
+        run(step, extra.get(step, []))
+
+
+if __name__ == "__main__":
+    main()

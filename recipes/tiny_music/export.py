@@ -1,0 +1,68 @@
+"""
+Ship the trained base: weights in half precision, tokenizer, generation settings; and its loss on the test clips.
+
+The weights are stored as float16 and `config.json` says `float32`, so `from_pretrained` gives a float32 model.
+
+    python recipes/tiny_music/export.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from render import OUTPUT
+from safetensors.torch import load_file, save_file
+from scores import HERE
+from train_base import Clips, validation_loss
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from trl_drcd.codecs import SpectralCodec
+
+
+def export(source: Path, target: Path) -> None:
+    """Copy a model folder, with the weights rounded to float16."""
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    weights = {name: value.half() for name, value in load_file(source / "model.safetensors").items()}
+    save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text()) | {"dtype": "float32"}
+    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(temporary, target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=OUTPUT.parent / "base" / "best")
+    parser.add_argument("--clips", type=Path, default=OUTPUT)
+    parser.add_argument("--codec", type=Path, default=HERE / "models" / "codec")
+    parser.add_argument("--output", type=Path, default=HERE / "models" / "musiclm")
+    args = parser.parse_args()
+    if (args.output / "report.json").exists():
+        print(f"{args.output} exists: skipped")
+        return
+    export(args.model, args.output)
+    tokenizer = AutoTokenizer.from_pretrained(args.output)
+    codec = SpectralCodec.from_pretrained(args.codec)
+    clips = {split: Clips(args.clips / split, codec, tokenizer) for split in ("train", "validation", "test")}
+    report: dict[str, float | int] = {}
+    for name, folder in (("trained", args.model), ("shipped", args.output)):
+        model = LlamaForCausalLM.from_pretrained(folder)
+        report["parameters"] = model.num_parameters()
+        for split in ("train", "validation", "test"):
+            for prompt, dropout in (("caption", 0.0), ("null", 1.0)):
+                loss = validation_loss(model, clips[split], 1000, dropout)
+                report[f"{name}/{split}/{prompt}"] = round(loss, 4)
+    (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,151 @@
+"""The tiny music world: tune families and splits, captions, token streams, what is shipped."""
+
+import json
+import random
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "recipes" / "tiny_music"
+sys.path.append(str(FOLDER))
+
+import captions  # noqa: E402
+import prompts  # noqa: E402
+import render  # noqa: E402
+import scores  # noqa: E402
+from tokenizer import FIRST_AUDIO_TOKEN, build_tokenizer  # noqa: E402
+from train_base import Clips, audio_loss, learning_rate  # noqa: E402
+
+
+def score(title: str, pitches: list[int], **fields) -> dict:
+    notes = [[float(i), 1.0, pitch, 0] for i, pitch in enumerate(pitches)]
+    bars = [float(i) for i in range(0, len(pitches), 4)]
+    return {"id": title, "title": title, "source": "ryan", "notes": notes, "bars": bars} | fields
+
+
+def tune(seed: int, length: int = 60) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randint(60, 80) for _ in range(length)]
+
+
+def test_a_family_is_a_title_or_a_melody_in_any_transposition():
+    melody = tune(0)
+    variant = [p + 5 for p in melody[:40]] + tune(9, 20)  # two thirds of the tune, transposed, under another name
+    rows = [
+        score("The Humours of Bandon", melody),
+        score("Flowers of Cork", variant),
+        score("Humours of Bandon -- Jig", tune(1)),
+        score("Maid on the Green", tune(2)),
+    ]
+    families = scores.families(rows)
+    assert families[0] == families[1] == families[2] != families[3]
+
+
+def test_kind_is_read_from_the_field_the_title_or_the_place_in_the_book():
+    assert scores._kind(" slipjig", "x", None, "9/8") == "slip jig"
+    assert scores._kind("", "Acacia -- Reel", None, "2/4") == "reel"
+    assert scores._kind("", "Untitled", 1200, "4/4") == "reel"
+    assert scores._kind("", "Untitled", 700, "4/4") is None  # in the section of jigs, and not in 6/8
+    assert scores._kind("jig", "x", None, "9/8") == "slip jig"
+
+
+def test_chunks_start_on_bars_and_do_not_overlap():
+    row = score("x", tune(3, 40))
+    for seed in range(20):
+        first, second = render.chunk_starts(row, 0.25, random.Random(seed))  # 4 s are 16 quarter notes
+        assert first in row["bars"] and second in row["bars"] and second >= first + 16 and second + 16 <= 40
+    assert render.chunk_starts(score("x", tune(3, 31)), 0.25, random.Random(0)) is None
+
+
+def test_keys_are_transposed():
+    assert captions.transpose_key("G", "minor", 2) == "A minor"
+    assert captions.transpose_key("C", "major", -1) == "B major"
+
+
+def test_captions_stay_in_the_vocabulary_and_name_what_they_are_told_to():
+    rng, words = random.Random(0), set(captions.vocabulary())
+    for _ in range(500):
+        row = {
+            "instrument": rng.choice(list(captions.INSTRUMENTS)),
+            "tempo": rng.choice(list(captions.TEMPI)),
+            "kind": rng.choice(list(captions.KINDS)),
+            "key": f"{rng.choice(captions.TONICS)} {rng.choice(captions.MODES)}",
+        }
+        assert set(captions.caption(row, rng).lower().split()) <= words
+        assert row["key"] in captions.caption(row, rng, {"key"})
+        assert row["key"] not in captions.caption(row, rng, {"instrument", "tempo", "kind"})
+    row = {"instrument": "church organ", "tempo": "slow", "kind": "air", "key": "G minor"}
+    assert captions.full_caption(row) == "a slow air in G minor for church organ"
+    assert captions._join("a", "air") == "an air"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(2, 8)
+
+
+def test_prompt_layout(tokenizer):
+    def tokens(text):
+        return tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
+
+    assert tokens("") == ["<s>", "<audio>"]
+    assert tokens("A slow Bach chorale, in C# minor!") == "<s> a slow bach chorale in c# minor <audio>".split()
+    assert tokens("slow <a1_7>")[2] == "<a1_7>"
+    assert tokenizer.convert_tokens_to_ids("<a1_7>") == FIRST_AUDIO_TOKEN + 8 + 7
+    assert (
+        tokenizer.padding_side == "left" and tokenizer.unk_token_id not in tokenizer(tokenizer.decode(5))["input_ids"]
+    )
+
+
+def test_training_loss_is_that_of_each_stream_alone(tokenizer):
+    """Right padding and a batch of unequal prompts change nothing; only audio tokens and the end count."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    clips = Clips.__new__(Clips)
+    clips.audio = torch.randint(FIRST_AUDIO_TOKEN, FIRST_AUDIO_TOKEN + 8, (3, 6))
+    clips.rows = [{"instrument": "piano", "tempo": "fast", "kind": "jig", "key": "C major"}] * 3
+    clips.tokenizer = tokenizer
+    ids, lengths = clips.batch([0, 1, 2], random.Random(1), 0.5)
+    assert len(set(lengths.tolist())) > 1 and ids.shape[1] == lengths.max() + 7
+    single = []
+    for row, length in zip(ids, lengths.tolist(), strict=True):
+        labels = row[: length + 7].clone()
+        labels[:length] = -100
+        assert labels[-1] == tokenizer.eos_token_id
+        single.append(model(row[None, : length + 7], labels=labels[None]).loss)
+    torch.testing.assert_close(audio_loss(model, ids, lengths, 7), torch.stack(single).mean(), atol=0.02, rtol=0)
+
+
+def test_learning_rate_warms_up_and_falls():
+    rates = [learning_rate(share / 100, 1.0) for share in range(101)]
+    assert rates[0] == 0 and max(rates) == rates[2] == 1 and abs(rates[-1] - 0.02) < 1e-9
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+def test_no_tune_family_of_the_shipped_scores_is_in_two_splits():
+    rows = scores.read_scores()
+    splits = defaultdict(set)
+    for row in rows:
+        splits[row["family"]].add(row["split"])
+    assert len(rows) > 3000 and all(len(found) == 1 for found in splits.values())
+    assert {row["kind"] for row in rows} <= set(captions.KINDS)
+
+
+def test_shipped_test_prompts_are_held_out():
+    shipped = {
+        split: [json.loads(line) for line in open(FOLDER / "data" / f"{split}_prompts.jsonl")]
+        for split in ("train", "test")
+    }
+    assert len(shipped["train"]) >= 2000 and len(shipped["test"]) >= 200
+    assert not {p["prompt"].lower() for p in shipped["train"]} & {p["prompt"].lower() for p in shipped["test"]}
+    for split, expected in (("train", False), ("test", True)):
+        full = [p for p in shipped[split] if p["instrument"] and p["tempo"] and p["kind"]]
+        assert full and all(prompts.held_out(p) is expected for p in full)
