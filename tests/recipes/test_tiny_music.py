@@ -92,7 +92,7 @@ def test_prompt_layout(tokenizer):
         return tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
 
     assert tokens("") == ["<s>", "<audio>"]
-    assert tokens("A slow Bach chorale, in C# minor!") == "<s> a slow bach chorale in c# minor <audio>".split()
+    assert " ".join(tokens("A slow Bach chorale, in C# minor!")) == "<s> a slow bach chorale in c# minor <audio>"
     assert tokens("slow <a1_7>")[2] == "<a1_7>"
     assert tokenizer.convert_tokens_to_ids("<a1_7>") == FIRST_AUDIO_TOKEN + 8 + 7
     assert (
@@ -141,7 +141,7 @@ def test_no_tune_family_of_the_shipped_scores_is_in_two_splits():
 
 def test_shipped_test_prompts_are_held_out():
     shipped = {
-        split: [json.loads(line) for line in open(FOLDER / "data" / f"{split}_prompts.jsonl")]
+        split: [json.loads(line) for line in (FOLDER / "data" / f"{split}_prompts.jsonl").read_text().splitlines()]
         for split in ("train", "test")
     }
     assert len(shipped["train"]) >= 2000 and len(shipped["test"]) >= 200
