@@ -80,7 +80,7 @@ def audio_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def tokens_in_turn(codec: SpectralCodec, end: int, vocabulary: int, audio_length: int = 201) -> torch.Tensor:
-    """Which tokens may stand at which place of a stream: bool `(audio_length, V)`; the codebooks in turn, then `</s>`."""
+    """Which tokens may stand where in a stream, bool `(audio_length, V)`: the codebooks in turn, `</s>` last."""
     ids = torch.arange(vocabulary)
     codebook = torch.where(ids < codec.first_token_id, -1, (ids - codec.first_token_id) // codec.codebook_size)
     allowed = codebook[None] == (torch.arange(audio_length) % codec.num_codebooks)[:, None]
@@ -92,9 +92,8 @@ def off_turn_penalty(logits: torch.Tensor, allowed: torch.Tensor, margin: float 
     """
     Mean of `softplus(log sum exp(z off turn) - log sum exp(z in turn) + margin)`, in nats.
 
-    The likelihood alone leaves a rest of probability on words and on the other codebook, and guidance multiplies what is
-    left of it: a guided model that ends a clip at once, or slips out of turn, sounds like neither. Beyond the margin the
-    penalty is silent.
+    The likelihood alone leaves a rest of probability on words, on `</s>` and on the other codebook, and guidance may
+    multiply it: guided clips ended at once or slipped out of turn. Beyond the margin the penalty is silent.
     """
     off, on = logits.masked_fill(allowed, -torch.inf), logits.masked_fill(~allowed, -torch.inf)
     return F.softplus(off.logsumexp(-1) - on.logsumexp(-1) + margin).mean()

@@ -6,6 +6,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ import prompts  # noqa: E402
 import render  # noqa: E402
 import scores  # noqa: E402
 from tokenizer import FIRST_AUDIO_TOKEN, build_tokenizer  # noqa: E402
-from train_base import Clips, audio_loss, learning_rate  # noqa: E402
+from train_base import Clips, audio_logits, audio_loss, learning_rate, off_turn_penalty, tokens_in_turn  # noqa: E402
 
 
 def score(title: str, pitches: list[int], **fields) -> dict:
@@ -121,7 +122,8 @@ def test_training_loss_is_that_of_each_stream_alone(tokenizer):
         labels[:length] = -100
         assert labels[-1] == tokenizer.eos_token_id
         single.append(model(row[None, : length + 7], labels=labels[None]).loss)
-    torch.testing.assert_close(audio_loss(model, ids, lengths, 7), torch.stack(single).mean(), atol=0.02, rtol=0)
+    loss = audio_loss(*audio_logits(model, ids, lengths, 7))
+    torch.testing.assert_close(loss, torch.stack(single).mean(), atol=0.02, rtol=0)
 
 
 def test_learning_rate_warms_up_and_falls():
@@ -149,3 +151,18 @@ def test_shipped_test_prompts_are_held_out():
     for split, expected in (("train", False), ("test", True)):
         full = [p for p in shipped[split] if p["instrument"] and p["tempo"] and p["kind"]]
         assert full and all(prompts.held_out(p) is expected for p in full)
+
+
+def test_off_turn_penalty_knows_whose_turn_it_is():
+    """Codebooks of four entries, two frames and the end: silent where only allowed tokens have weight."""
+
+    class Codec:
+        num_codebooks, codebook_size, first_token_id = 2, 4, 5
+
+    allowed = tokens_in_turn(Codec, end=2, vocabulary=15, audio_length=5)
+    assert [row.nonzero().flatten().tolist() for row in allowed] == [[5, 6, 7, 8], [9, 10, 11, 12]] * 2 + [[2]]
+    assert off_turn_penalty(torch.where(allowed, 30.0, 0.0)[None], allowed) < 1e-3
+    wrong = torch.zeros(1, 5, 15)
+    # log of forbidden over allowed mass, above the margin: (11 to 4 four times, 14 to 1 once)
+    expected = (4 * np.log(11 / 4) + np.log(14)) / 5 + 12
+    assert abs(off_turn_penalty(wrong, allowed).item() - expected) < 1e-3
