@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from .guidance import guide_hidden_states, guide_logits
+
 # Logits of this many tokens x vocabulary entries exist at one time: 2**24 float32 are 64 MiB a buffer
 LOGITS_PER_CHUNK = 2**24
 
@@ -50,6 +52,31 @@ class Head:
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def guided_logits(
+    head: Head, cond: torch.Tensor, uncond: torch.Tensor | None, guidance_scale: float
+) -> Callable[[slice], torch.Tensor]:
+    """
+    The guided logits of a teacher, projected only for the rows that are asked for.
+
+    Guidance is on the hidden states, one projection per row; on the logits where the head is not affine.
+
+    Args:
+        head (`Head`): The teacher's.
+        cond (`torch.Tensor`): Conditional last hidden states, shape `(N, H)`.
+        uncond (`torch.Tensor`, *optional*): Unconditional ones, same shape; `None` means no guidance.
+        guidance_scale (`float`): gamma of Eq. (1).
+
+    Returns:
+        `Callable`: Maps a slice of the `N` rows to logits `(rows, V)`, float32 at least.
+    """
+    if uncond is None:
+        return lambda rows: head.logits(cond[rows])
+    if head.softcap is not None:
+        return lambda rows: guide_logits(head.logits(cond[rows]), head.logits(uncond[rows]), guidance_scale)
+    guided = guide_hidden_states(cond, uncond, guidance_scale)
+    return lambda rows: head.logits(guided[rows])
 
 
 def _matmul(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -29,8 +29,8 @@ from .callbacks import SampleCallback
 from .checks import check_adapter, check_datasets, check_null_prompt, check_rewards
 from .config import CFGDistillDiversityConfig
 from .diversity import DiversityReward, diversity_advantages, group_diversity
-from .guidance import ancestral_generation_config, guide_hidden_states, guide_logits, left_pad
-from .losses import TokenTerms, policy_gradient_loss, sum_per_sequence, token_terms
+from .guidance import ancestral_generation_config, left_pad
+from .losses import TokenTerms, guided_logits, policy_gradient_loss, sum_per_sequence, token_terms
 from .policies import CausalLMPolicy, Policy
 
 logger = get_logger(__name__)
@@ -230,7 +230,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         if not (self._needs_old_logps and mode == "train"):
             del output["old_logps"]
         if not self.has_extra_rewards and self.diversity_reward is None:
-            for name in [n for n in self._metrics[mode] if "reward" in n]:
+            for name in [n for n in self._metrics[mode] if n.startswith(("reward", "frac_reward"))]:
                 del self._metrics[mode][name]
         if self.args.guidance_scale != 1:
             ids, mask = left_pad(
@@ -247,8 +247,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         """
         The guided teacher on the student's completions: a function from codebook and rows to logits `(rows, V)`.
 
-        Conditional and unconditional stream run as one batch. Guidance is on the hidden states, so that one projection
-        per token follows; on the logits where the head is not affine.
+        Conditional and unconditional stream run as one batch.
         """
         student = self.accelerator.unwrap_model(self.model)
         teacher = student if self.teacher is None else self.accelerator.unwrap_model(self.teacher)
@@ -271,18 +270,16 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         teacher.train(was_training)
 
         _, mask = self.policy.ids_and_mask(inputs["completion_ids"], inputs["completion_mask"])
-        scale = self.args.guidance_scale
+        cond, uncond = hidden.chunk(2) if guided else (hidden, None)
 
         def logits(codebook: int):
-            valid, head = mask[..., codebook], heads[codebook]
-            if not guided:
-                rows_hidden = hidden[valid]
-                return lambda rows: head.logits(rows_hidden[rows])
-            cond, uncond = (half[valid] for half in hidden.chunk(2))
-            if head.softcap is not None:
-                return lambda rows: guide_logits(head.logits(cond[rows]), head.logits(uncond[rows]), scale)
-            rows_hidden = guide_hidden_states(cond, uncond, scale)
-            return lambda rows: head.logits(rows_hidden[rows])
+            valid = mask[..., codebook]
+            return guided_logits(
+                heads[codebook],
+                cond[valid],
+                None if uncond is None else uncond[valid],
+                self.args.guidance_scale,
+            )
 
         return logits
 
