@@ -37,6 +37,21 @@ def export(source: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
+def plot_curves(log: Path, target: Path) -> None:
+    """Training and validation loss against the step, as a PNG."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    figure = Figure(figsize=(7, 3.5), layout="tight")
+    axes = figure.subplots()
+    for name in ("train_loss", "validation_loss", "validation_loss_null"):
+        axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
+    axes.set(xlabel="step", ylabel="nats per token")
+    axes.set_yscale("log")
+    axes.legend()
+    figure.savefig(target, dpi=80)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=OUTPUT.parent / "base" / "best")
@@ -48,6 +63,8 @@ def main() -> None:
         print(f"{args.output} exists: skipped")
         return
     export(args.model, args.output)
+    shutil.copy(args.model.parent / "log.jsonl", args.output / "training_log.jsonl")
+    plot_curves(args.output / "training_log.jsonl", args.output / "curves.png")
     tokenizer = AutoTokenizer.from_pretrained(args.output)
     codec = SpectralCodec.from_pretrained(args.codec)
     clips = {split: Clips(args.clips / split, codec, tokenizer) for split in ("train", "validation", "test")}

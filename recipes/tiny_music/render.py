@@ -108,7 +108,9 @@ def render_notes(notes: list[tuple[float, float, int, int]], program: int, sound
         soundfont: Path of an SF2 file.
     """
     synth, font = _synthesiser(soundfont)
+    # Voices take some milliseconds to stop: rendered and dropped, or the last clip is heard at the start of this one.
     synth.sounds_off()
+    synth.generate(SAMPLING_RATE // 20)
     synth.program_select(0, font, 0, program)
     events = [(int(o * SAMPLING_RATE), 1, p, v) for o, _, p, v in notes]
     events += [(int((o + d) * SAMPLING_RATE) - 1, 0, p, 0) for o, d, p, _ in notes]

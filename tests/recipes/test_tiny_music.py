@@ -61,6 +61,18 @@ def test_chunks_start_on_bars_and_do_not_overlap():
     assert render.chunk_starts(score("x", tune(3, 31)), 0.25, random.Random(0)) is None
 
 
+def test_a_clip_does_not_hear_the_clip_before_it():
+    pytest.importorskip("tinysoundfont")
+    soundfont = "/usr/share/sounds/sf2/FluidR3_GM.sf2"
+    if not Path(soundfont).exists():
+        pytest.skip(f"{soundfont} is not installed")
+    notes = [(0.0, 1.0, 60, 90), (1.0, 3.0, 64, 90)]
+    violin = render.render_notes(notes, 40, soundfont)
+    assert violin.shape == (64000,) and violin.std() > 0
+    render.render_notes(notes, 19, soundfont)
+    assert (render.render_notes(notes, 40, soundfont) == violin).all()
+
+
 def test_keys_are_transposed():
     assert captions.transpose_key("G", "minor", 2) == "A minor"
     assert captions.transpose_key("C", "major", -1) == "B major"
