@@ -181,12 +181,12 @@ def generate_guided(
             )
         rows = prompt_ids + list(negative_prompt_ids or [])
     own_config = model.generation_config
-    # Where the processor draws the tokens itself, `generate` is left to take the only possible one
-    greedy = {"do_sample": False, "temperature": 1.0, "top_k": 50} if guided else {}
-    config = ancestral_generation_config(own_config, temperature, max_new_tokens=max_new_tokens, **greedy)
+    config = ancestral_generation_config(own_config, temperature, max_new_tokens=max_new_tokens)
     processors = LogitsProcessorList()
     if guided:
         processors.append(TeacherCFGLogitsProcessor(guidance_scale, temperature))
+        # The processor draws the tokens itself: `generate` is left to take the only possible one
+        config.update(do_sample=False, temperature=1.0, top_k=50)
     ids, mask = left_pad(rows, config.pad_token_id or 0)
     ids, mask = ids.to(model.device), mask.to(model.device)
     try:
