@@ -2,12 +2,10 @@
 Distil classifier-free guidance into a text-to-music model, with or without the diversity reward
 (https://huggingface.co/papers/2410.06084).
 
-Without arguments, a short run on the model that is shipped in recipes/tiny_music:
+From the root of the repository and without arguments, the short run of recipes/musiclm_quality.yaml on the model that
+is shipped in recipes/tiny_music; with another YAML file, and a value of it overridden:
 
     accelerate launch recipes/musiclm_drcd.py
-
-The same with a YAML file, whose values the command line overrides:
-
     accelerate launch recipes/musiclm_drcd.py --config recipes/musiclm_diversity.yaml --max_steps 300
 
 Any causal LM over words and audio tokens, and any prompts (hub name, or a JSONL, CSV or Parquet file, with a column
@@ -42,11 +40,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer
-from trl_drcd._files import write_text, write_wav
+from trl_drcd._files import wav_bytes, write_bytes, write_text
 from trl_drcd._run import Deadline, LogFile, distinct, final_metrics, find_checkpoint, load_prompts, local_name
 from trl_drcd._run import model_card as make_card
 from trl_drcd.checks import check_datasets
@@ -54,30 +51,8 @@ from trl_drcd.codecs import SpectralCodec
 from trl_drcd.embedders import MusicEmbedder
 from trl_drcd.evaluation.sampling import sample_prompts
 
-WORLD = Path(os.path.relpath(Path(__file__).parent / "tiny_music"))
-# For the shipped model: a short run on a small machine
-SHIPPED: dict[str, Any] = {
-    "model_name_or_path": str(WORLD / "models" / "musiclm"),
-    "codec": str(WORLD / "models" / "codec"),
-    "embedder": str(WORLD / "models" / "embedder"),
-    "dataset": str(WORLD / "data" / "train_prompts.jsonl"),
-    "eval_dataset": str(WORLD / "data" / "test_prompts.jsonl"),
-    "max_steps": 60,
-    "learning_rate": 1e-4,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 64,
-    "gradient_accumulation_steps": 1,
-    "max_completion_length": 200,
-    "gradient_checkpointing": False,
-    "diversity_warmup_steps": 20,
-    "logging_steps": 2,
-    "eval_strategy": "steps",
-    "eval_steps": 20,
-    "eval_on_start": True,
-    "max_eval_prompts": 16,
-    "save_steps": 50,
-    "save_total_limit": 1,
-}
+# What runs where the command line names neither a YAML file nor a model
+DEFAULT_CONFIG = Path(__file__).with_name("musiclm_quality.yaml")
 # What --help shows of the arguments of TRL and transformers; --help_all shows them all
 COMMON = {
     *("output_dir", "max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size"),
@@ -125,18 +100,10 @@ def has_fast_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def names_a_model(argv: list[str]) -> bool:
-    """Whether the command line or its YAML file asks for another model than the shipped one."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--config")
-    peek.add_argument("--model_name_or_path", "--model-name-or-path")
-    known, _ = peek.parse_known_args(argv)
-    settings = yaml.safe_load(Path(known.config).read_text()) if known.config else None
-    return bool(known.model_name_or_path or (settings or {}).get("model_name_or_path"))
-
-
 def parse(argv: list[str]) -> tuple[ScriptArguments, CFGDistillDiversityConfig, ModelConfig]:
     """Arguments: the command line before the YAML file of `--config`, that before the defaults."""
+    if not {"--config", "--model_name_or_path", "--model-name-or-path"} & {word.partition("=")[0] for word in argv}:
+        argv = ["--config", os.path.relpath(DEFAULT_CONFIG), *argv]
     parser = TrlParser(
         (ScriptArguments, CFGDistillDiversityConfig, ModelConfig),
         prog="accelerate launch recipes/musiclm_drcd.py",
@@ -150,7 +117,7 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, CFGDistillDiversityConfig, 
         "use_cpu": not torch.accelerator.is_available(),  # without it transformers refuses bfloat16 on a CPU
         "bf16": has_fast_bfloat16(),
     }
-    parser.set_defaults_with_config(**defaults, **({} if names_a_model(argv) else SHIPPED))
+    parser.set_defaults_with_config(**defaults)
     if {"-h", "--help", "--help_all"} & set(argv):
         shown = COMMON | set(ScriptArguments.__dataclass_fields__)
         for action in parser._actions:
@@ -208,7 +175,7 @@ def write_samples(trainer: CFGDistillDiversityTrainer, codec: Any, count: int) -
     else:
         for number, (waveform, rate) in enumerate(codec.decode(samples.token_ids)):
             rows[number]["file"] = f"{number:02d}.wav"
-            write_wav(folder / f"{number:02d}.wav", waveform, rate)
+            write_bytes(folder / f"{number:02d}.wav", wav_bytes(waveform, rate))
     write_text(folder / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -267,10 +234,11 @@ def main(argv: list[str] | None = None) -> None:
         peft_config=get_peft_config(model),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    evaluates = args.eval_strategy != "no"
     evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_kl" in entry]
-    if held_out is not None and trainer.state.global_step not in evaluated[-1:]:
+    if evaluates and trainer.state.global_step not in evaluated[-1:]:
         trainer.evaluate()
-    metrics = final_metrics(trainer.state.log_history, held_out is not None)
+    metrics = final_metrics(trainer.state.log_history, evaluates)
     save(trainer, script, model, codec, metrics)
     if trainer.accelerator.is_main_process:
         for which, row in metrics.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -9,30 +10,34 @@ from typing import Any
 from ._extras import require
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file (UTF-8) in one piece; its folder is made, an existing file replaced."""
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file in one piece; its folder is made, an existing file replaced."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
-def write_wav(path: str | Path, waveform: Any, sampling_rate: int) -> None:
+def write_text(path: str | Path, text: str) -> None:
+    """[`write_bytes`] of a text in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def wav_bytes(waveform: Any, sampling_rate: int) -> bytes:
     """
-    Write a waveform as a 16-bit WAV file in one piece; its folder is made, an existing file replaced.
+    The content of a 16-bit WAV file.
 
     Args:
-        path (`str` or `Path`): The file.
-        waveform (`torch.Tensor` or array): Shape `(T,)`, float samples in `[-1, 1]`.
+        waveform (`torch.Tensor`): Shape `(T,)`, float samples in `[-1, 1]`, on the CPU.
         sampling_rate (`int`): In Hz.
+
+    Returns:
+        `bytes`: For [`write_bytes`], or to be embedded in a page.
 
     Raises:
         ImportError: If soundfile is missing; it comes with the extra `audio`.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    samples = waveform.numpy() if hasattr(waveform, "numpy") else waveform
-    require("soundfile", "audio").write(temporary, samples, sampling_rate, subtype="PCM_16", format="WAV")
-    os.replace(temporary, path)
+    file = io.BytesIO()
+    require("soundfile", "audio").write(file, waveform.numpy(), sampling_rate, subtype="PCM_16", format="WAV")
+    return file.getvalue()

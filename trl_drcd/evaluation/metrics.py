@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from trl_drcd.diversity import group_diversity
-from trl_drcd.guidance import guide_hidden_states, guide_logits, left_pad
-from trl_drcd.losses import LOGITS_PER_CHUNK, reverse_kl, sum_per_sequence
+from trl_drcd.guidance import left_pad
+from trl_drcd.losses import LOGITS_PER_CHUNK, guided_logits, reverse_kl, sum_per_sequence
 from trl_drcd.policies import CausalLMPolicy
 
 from .sampling import Samples, tokenize_prompts
@@ -55,7 +55,7 @@ def bootstrap_interval(
     statistic = statistic or np.nanmean
     draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
     tail = (1 - level) / 2
-    low, high = np.quantile([statistic(values[draw]) for draw in draws], [tail, 1 - tail])
+    low, high = np.nanquantile([statistic(values[draw]) for draw in draws], [tail, 1 - tail])
     return {"mean": float(statistic(values)), "low": float(low), "high": float(high)}
 
 
@@ -129,17 +129,11 @@ def _logits(
         hidden.append(policy.hidden_states(model, *prompt, *completion))
     _, mask = policy.ids_and_mask(*completion)
 
-    def of_codebook(k: int, head: Any) -> Callable[[slice], torch.Tensor]:
-        valid = [h[mask[..., k]] for h in hidden]
-        if len(valid) == 1:
-            return lambda rows: head.logits(valid[0][rows])
-        cond, uncond = valid
-        if head.softcap is not None:
-            return lambda rows: guide_logits(head.logits(cond[rows]), head.logits(uncond[rows]), guidance_scale)
-        guided = guide_hidden_states(cond, uncond, guidance_scale)
-        return lambda rows: head.logits(guided[rows])
-
-    return [of_codebook(k, head) for k, head in enumerate(policy.heads(model))]
+    cond, uncond = hidden if len(hidden) == 2 else (hidden[0], None)
+    return [
+        guided_logits(head, cond[mask[..., k]], None if uncond is None else uncond[mask[..., k]], guidance_scale)
+        for k, head in enumerate(policy.heads(model))
+    ]
 
 
 @torch.no_grad()

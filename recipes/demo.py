@@ -1,0 +1,258 @@
+"""
+The whole method on the shipped text-to-music model, in minutes on two CPU cores: a short run for quality and a short
+run with a high diversity reward, then measurements and a page to listen to, all under outputs/demo/.
+
+    make demo
+    python recipes/demo.py --fresh      # forget what an earlier call has finished
+
+What is finished is kept: a second call continues after an interruption.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the reason is in recipes/musiclm_drcd.py
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_drcd._extras import require
+from trl_drcd._files import wav_bytes, write_bytes, write_text
+from trl_drcd._run import distinct, load_prompts, markdown_table
+from trl_drcd.codecs import SpectralCodec
+from trl_drcd.embedders import MusicEmbedder
+from trl_drcd.evaluation import TextAudioJudge
+from trl_drcd.evaluation.metrics import bootstrap_interval, diversity_within_prompts, per_prompt, teacher_terms
+from trl_drcd.evaluation.report import comparison_page
+from trl_drcd.evaluation.sampling import sample_prompts
+
+HERE = Path(__file__).resolve().parent
+RUNS = {"quality": "musiclm_quality.yaml", "diversity": "musiclm_diversity.yaml"}
+# Name to the run that made the model, and the guidance it samples with; the slowest first
+MODELS = {
+    "base with CFG": (None, 3.0),
+    "base": (None, 1.0),
+    "quality": ("quality", 1.0),
+    "diversity": ("diversity", 1.0),
+}
+TEACHER_GUIDANCE, TEMPERATURE, MAX_NEW_TOKENS, SEED = 3.0, 0.99, 200, 0
+COLUMNS = {
+    "kl": "KL to guided teacher (nats)",
+    "adherence": "text adherence",
+    "diversity": "diversity",
+    "entropy_per_token": "entropy (nats/token)",
+}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder of the results")
+    parser.add_argument("--world", type=Path, default=HERE / "tiny_music", help="has models/ and data/")
+    parser.add_argument("--steps", type=int, default=45, help="training steps of each run")
+    parser.add_argument("--minutes", type=float, default=6.0, help="training of each run ends after so long anyway")
+    parser.add_argument("--prompts", type=int, default=32, help="held-out prompts to measure on")
+    parser.add_argument("--samples", type=int, default=4, help="samples of each prompt, at least 2")
+    parser.add_argument("--listen", type=int, default=6, help="prompts on the page")
+    parser.add_argument("--fresh", action="store_true", help="start over")
+    parser.add_argument(
+        "--measure", choices=list(MODELS), help=argparse.SUPPRESS
+    )  # one model, in a process of its own
+    return parser.parse_args()
+
+
+def folder_of(name: str, args: argparse.Namespace) -> Path:
+    """Where the model `name` is."""
+    run = MODELS[name][0]
+    return args.output / run if run else args.world / "models" / "musiclm"
+
+
+def start(command: list[str], log: Path, **environment: str) -> subprocess.Popen:
+    """A process of its own, whose output goes to a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with open(log, "w") as file:
+        return subprocess.Popen(
+            [sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, env=os.environ | quiet | environment
+        )
+
+
+def wait(processes: dict[str, subprocess.Popen], logs: Path, look: Any) -> None:
+    """Calls `look()` every second until all processes have ended well; ends them all if one fails, or at Ctrl-C."""
+    try:
+        while any(process.poll() is None for process in processes.values()):
+            time.sleep(1)
+            look()
+            for name, process in processes.items():
+                if process.poll():
+                    tail = (logs / f"{name}.txt").read_text().splitlines()[-15:]
+                    raise SystemExit("\n".join([f"{name} failed (all of it: {logs / name}.txt):", *tail]))
+    finally:
+        for process in processes.values():
+            process.terminate()
+
+
+def train(args: argparse.Namespace) -> None:
+    """The two runs, at the same time, each on one core."""
+    waiting = [name for name in RUNS if not (args.output / name / "README.md").exists()]
+    world, data = args.world / "models", args.world / "data"
+    processes, bars = {}, {}
+    for name in waiting:
+        command = [str(HERE / "musiclm_drcd.py"), "--config", str(HERE / RUNS[name])]
+        command += ["--model_name_or_path", str(world / "musiclm"), "--codec", str(world / "codec")]
+        command += ["--embedder", str(world / "embedder"), "--dataset", str(data / "train_prompts.jsonl")]
+        command += ["--eval_dataset", str(data / "test_prompts.jsonl"), "--output_dir", str(args.output / name)]
+        command += ["--max_steps", str(args.steps), "--max_minutes", str(args.minutes), "--logging_steps", "1"]
+        # Measured below, on more prompts
+        command += ["--eval_strategy", "no", "--eval_on_start", "false", "--save_strategy", "no"]
+        processes[name] = start(command, args.output / "logs" / f"{name}.txt")
+        bars[name] = tqdm(total=args.steps, desc=f"train {name:9s}", unit="step", position=len(bars))
+
+    def look() -> None:
+        for name, bar in bars.items():
+            log = args.output / name / "log.jsonl"
+            entries = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+            if entries := [entry for entry in entries if "kl" in entry]:
+                bar.set_postfix(kl=f"{entries[-1]['kl']:.1f}", diversity=f"{entries[-1].get('diversity', 0):.3f}")
+                bar.update(entries[-1]["step"] - bar.n)
+
+    wait(processes, args.output / "logs", look)
+    for bar in bars.values():
+        bar.close()
+
+
+def measure(name: str, args: argparse.Namespace) -> None:
+    """Samples of one model on the held-out prompts: values per prompt to `measured.json`, some WAV files."""
+    torch.set_grad_enabled(False)
+    models, guidance = args.world / "models", MODELS[name][1]
+    base = AutoModelForCausalLM.from_pretrained(models / "musiclm", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder_of(name, args), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(models / "musiclm")
+    dataset = load_prompts("prompts", str(args.world / "data" / "test_prompts.jsonl"), "train")
+    samples = sample_prompts(
+        model, tokenizer, distinct(dataset["prompt"], args.prompts), args.samples, guidance,
+        temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS, seed=SEED, description=f"sample {name:13s}",
+    )  # fmt: skip
+    terms = teacher_terms(
+        model, base, tokenizer, samples, TEACHER_GUIDANCE, temperature=TEMPERATURE,
+        model_guidance_scale=guidance, description=f"KL     {name:13s}",
+    )  # fmt: skip
+    audio = SpectralCodec.from_pretrained(models / "codec").decode(samples.token_ids)
+    embeddings = MusicEmbedder.from_pretrained(models / "embedder")(audio)
+    adherence = TextAudioJudge.from_pretrained(models / "judge").adherence(samples.repeated_prompts, audio)
+    values = {
+        "kl": per_prompt(terms.kl, args.samples),
+        "adherence": per_prompt(adherence, args.samples),
+        "diversity": diversity_within_prompts(embeddings, args.samples),
+        "entropy_per_token": per_prompt(terms.entropy / terms.tokens, args.samples),
+    }
+    folder = args.output / "measured" / name
+    shown = np.linspace(0, len(samples.prompts) - 1, min(args.listen, len(samples.prompts))).astype(int).tolist()
+    for number, index in enumerate(shown):
+        write_bytes(folder / f"{number:02d}.wav", wav_bytes(*audio[index * args.samples]))
+    measured = {
+        "prompts": samples.prompts,
+        "shown": shown,
+        "tokens_per_second": samples.tokens_per_second,
+        "values": {key: value.tolist() for key, value in values.items()},
+    }
+    write_text(folder / "measured.json", json.dumps(measured))
+
+
+def measure_all(args: argparse.Namespace) -> None:
+    """Every model in a process of its own, two at a time."""
+    waiting = [name for name in MODELS if not (args.output / "measured" / name / "measured.json").exists()]
+    passed_on = [f"--{key}={getattr(args, key)}" for key in ("output", "world", "prompts", "samples", "listen")]
+    for pair in (waiting[i : i + 2] for i in range(0, len(waiting), 2)):
+        processes = {}
+        for position, name in enumerate(pair):
+            command = [sys.executable, __file__, "--measure", name, *passed_on]
+            quiet = {"TQDM_POSITION": str(position), "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+            processes[name] = subprocess.Popen(command, env=os.environ | quiet)
+        for name, process in processes.items():
+            if process.wait():
+                raise SystemExit(f"measuring {name!r} failed")
+
+
+def formatted(interval: dict[str, float], digits: int = 3) -> str:
+    """`mean [low, high]`."""
+    mean, low, high = (f"{interval[key]:.{digits}f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def against_base(values: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> dict[str, str]:
+    """Paired differences from the base: the fall of the KL in per cent, the others as they are."""
+    both = np.stack([values["kl"], base["kl"]], 1)
+    fall = bootstrap_interval(both, lambda rows: 100 * (1 - rows[:, 0].mean() / rows[:, 1].mean()))
+    others = {COLUMNS[k]: formatted(bootstrap_interval(values[k] - base[k])) for k in COLUMNS if k != "kl"}
+    return {"KL falls by (%)": formatted(fall, 0)} | others
+
+
+def report(args: argparse.Namespace) -> str:
+    """`results.jsonl`, `results.md` and `index.html` from what was measured; returns the tables."""
+    folder, order = args.output / "measured", ["base", "base with CFG", "quality", "diversity"]
+    measured = {name: json.loads((folder / name / "measured.json").read_text()) for name in order}
+    values = {name: {k: np.array(v) for k, v in measured[name]["values"].items()} for name in order}
+    rows, lines = {}, []
+    for name in order:
+        metrics = {key: bootstrap_interval(values[name][key]) for key in COLUMNS}
+        speed = measured[name]["tokens_per_second"]
+        rows[name] = {COLUMNS[key]: formatted(value) for key, value in metrics.items()} | {"tokens/s": f"{speed:.0f}"}
+        line = {
+            "strategy": name, "model": folder_of(name, args).name, "guidance_scale": MODELS[name][1],
+            "temperature": TEMPERATURE, "seed": SEED, "prompts": args.prompts, "samples_per_prompt": args.samples,
+            "metrics": metrics | {"tokens_per_second": {"mean": speed, "low": speed, "high": speed}},
+        }  # fmt: skip
+        lines.append(json.dumps(line) + "\n")
+    about = f"{args.prompts} held-out prompts x {args.samples} samples, temperature {TEMPERATURE}, seed {SEED}; "
+    about += "mean and 95 % bootstrap interval over prompts."
+    paired = markdown_table({name: against_base(values[name], values["base"]) for name in order[1:]})
+    tables = f"{about}\n\n{markdown_table(rows)}\n\nAgainst the base, prompt by prompt:\n\n{paired}\n"
+    page = comparison_page(
+        "Diversity-rewarded CFG distillation: before and after",
+        about + " Spectrograms: 0 to 4 kHz, 60 dB.",
+        (["", *rows["base"]], [[name, *row.values()] for name, row in rows.items()]),
+        [measured["base"]["prompts"][index] for index in measured["base"]["shown"]],
+        {name: [read_wav(path) for path in sorted((folder / name).glob("*.wav"))] for name in order},
+    )
+    for name, text in {"results.jsonl": "".join(lines), "results.md": tables, "index.html": page}.items():
+        write_text(args.output / name, text)
+    return tables
+
+
+def read_wav(path: Path) -> tuple[torch.Tensor, int]:
+    """Waveform and sampling rate."""
+    waveform, rate = require("soundfile", "audio").read(path, dtype="float32")
+    return torch.from_numpy(waveform), rate
+
+
+def main() -> None:
+    """Trains, measures, reports."""
+    args, began = parse(), time.time()
+    if args.measure:
+        return measure(args.measure, args)
+    if args.fresh:
+        shutil.rmtree(args.output, ignore_errors=True)
+    train(args)
+    measure_all(args)
+    print("\n" + report(args))
+    print(f"Listen:  {args.output / 'index.html'}   (WAV files: {args.output / 'measured'})")
+    print(f"Models:  {', '.join(str(args.output / name) for name in RUNS)}")
+    print(f"Numbers: {args.output / 'results.md'}, {args.output / 'results.jsonl'}")
+    print(f"{(time.time() - began) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()
