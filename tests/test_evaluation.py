@@ -48,9 +48,10 @@ def test_the_kl_along_samples_adds_up_to_the_kl_of_sequences(model, tokenizer, m
         ])
         for m, scale in ((model, model_guidance), (other, 3.0))
     )  # fmt: skip
-    assert log_p.exp().sum() == pytest.approx(1.0, abs=1e-6)
-    assert (log_p.exp() * terms.kl).sum() == pytest.approx((log_p.exp() * (log_p - log_q)).sum(), rel=1e-4)
-    assert (log_p.exp() * terms.entropy).sum() == pytest.approx(-(log_p.exp() * log_p).sum(), rel=1e-4)
+    assert float(log_p.exp().sum()) == pytest.approx(1.0, abs=1e-6)
+    p = log_p.exp()
+    assert float((p * terms.kl).sum()) == pytest.approx(float((p * (log_p - log_q)).sum()), rel=1e-4)
+    assert float((p * terms.entropy).sum()) == pytest.approx(float(-(p * log_p).sum()), rel=1e-4)
     assert terms.tokens.tolist() == [len(y) for y in sequences]
 
 

@@ -94,9 +94,10 @@ def test_two_steps_and_what_they_leave(world, tmp_path):
 
 def test_lora_with_a_yaml_file(world, tmp_path, capsys):
     config, output = tmp_path / "run.yaml", tmp_path / "out"
-    words = arguments(world, output, use_peft=True, lora_target_modules="set below", lora_dropout=0, diversity_coef=0)
+    words = arguments(world, output, use_peft=True, lora_dropout=0, diversity_coef=0)
     names = [word.removeprefix("--") for word in words[::2]]
-    settings = dict(zip(names, words[1::2], strict=True)) | {"lora_target_modules": ["q_proj", "v_proj"], "max_steps": 100}
+    settings = dict(zip(names, words[1::2], strict=True))
+    settings |= {"lora_target_modules": ["q_proj", "v_proj"], "max_steps": 100}
     for name in ("embedder", "eval_dataset", "eval_strategy", "eval_on_start", "codec"):
         del settings[name]
     config.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in settings.items()))
