@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--clips", type=Path, default=OUTPUT)
     parser.add_argument("--codec", type=Path, default=HERE / "models" / "codec")
     parser.add_argument("--output", type=Path, default=HERE / "models" / "musiclm")
+    parser.add_argument("--count", type=int, default=1000, help="clips of each split to measure the loss on")
     args = parser.parse_args()
     if (args.output / "report.json").exists():
         print(f"{args.output} exists: skipped")
@@ -68,14 +69,13 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.output)
     codec = SpectralCodec.from_pretrained(args.codec)
     clips = {split: Clips(args.clips / split, codec, tokenizer) for split in ("train", "validation", "test")}
-    report: dict[str, float | int] = {}
-    for name, folder in (("trained", args.model), ("shipped", args.output)):
-        model = LlamaForCausalLM.from_pretrained(folder)
-        report["parameters"] = model.num_parameters()
-        for split in ("train", "validation", "test"):
-            for prompt, dropout in (("caption", 0.0), ("null", 1.0)):
-                loss = validation_loss(model, clips[split], 1000, dropout)
-                report[f"{name}/{split}/{prompt}"] = round(loss, 4)
+    shipped = LlamaForCausalLM.from_pretrained(args.output)
+    report: dict[str, float | int] = {"parameters": shipped.num_parameters()}
+    for split, data in clips.items():
+        for prompt, dropout in (("caption", 0.0), ("null", 1.0)):
+            report[f"{split}/{prompt}"] = round(validation_loss(shipped, data, args.count, dropout), 4)
+    trained = LlamaForCausalLM.from_pretrained(args.model)
+    report["validation/caption/float32"] = round(validation_loss(trained, clips["validation"], args.count, 0.0), 4)
     (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 
