@@ -38,6 +38,13 @@ def test_adherence(judge, audio):
     assert judge.adherence([], []).shape == (0,)
 
 
+def test_embeddings(judge, audio):
+    text, sound = judge.embed_text(["a tune", "flute"]), judge.embed_audio(audio)
+    assert text.shape == (2, 8) and sound.shape == (4, 8)
+    torch.testing.assert_close(text.norm(dim=1), torch.ones(2))
+    torch.testing.assert_close(sound.norm(dim=1), torch.ones(4))
+
+
 def test_classify(judge, audio):
     labels = judge.classify(audio)
     assert list(labels) == ["instrument", "tempo"]

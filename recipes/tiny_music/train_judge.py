@@ -87,10 +87,11 @@ def measure(judge: TextAudioJudge, codec: SpectralCodec | None, split: str, seed
         for name in LABELS
     }
     captions = [full_caption(row) for row in clips.rows]
-    others = [rng.sample(sorted(set(captions) - {own}), choices - 1) for own in captions]
-    right = judge.adherence(captions, audio)
-    wrong = torch.stack([judge.adherence([line[k] for line in others], audio) for k in range(choices - 1)])
-    return result | {f"caption_of_{choices}": float((right > wrong).all(0).float().mean())}
+    distinct = sorted(set(captions))
+    others = [rng.sample([text for text in distinct if text != own], choices - 1) for own in captions]
+    offered = [text for own, line in zip(captions, others, strict=True) for text in [own, *line]]
+    cosines = judge.embed_text(offered).view(len(audio), choices, -1) @ judge.embed_audio(audio)[..., None]
+    return result | {f"caption_of_{choices}": float((cosines[..., 0].argmax(1) == 0).float().mean())}
 
 
 def main() -> None:

@@ -120,6 +120,17 @@ class TextAudioJudge(SavedModule):
         return (sums / frames_of_clip[:, None]).to(device)
 
     @torch.no_grad()
+    def embed_text(self, captions: Sequence[str]) -> torch.Tensor:
+        """Embeddings of captions, shape `(N, embedding_size)`, each of length 1, on the CPU."""
+        if not len(captions):
+            return torch.zeros(0, self.text_projection.out_features)
+        return self.text_embeddings(self.word_tensor(captions).to(self.log_scale.device)).cpu()
+
+    @torch.no_grad()
+    def embed_audio(self, audio: Sequence[tuple[Any, int]]) -> torch.Tensor:
+        """Embeddings of clips, shape `(N, embedding_size)`, length 1, on the CPU; raises as `adherence` does."""
+        return self.audio_embeddings(self._listen(audio)).cpu()
+
     def adherence(self, captions: Sequence[str], audio: Sequence[tuple[Any, int]]) -> torch.Tensor:
         """
         Cosine of each caption's embedding and its clip's: how well the music fits the text.
@@ -137,10 +148,7 @@ class TextAudioJudge(SavedModule):
         """
         if len(captions) != len(audio):
             raise ValueError(f"{len(captions)} captions and {len(audio)} clips; expected one caption for each clip")
-        if not len(audio):
-            return torch.zeros(0)
-        text = self.text_embeddings(self.word_tensor(captions).to(self.log_scale.device))
-        return (text * self.audio_embeddings(self._listen(audio))).sum(-1).cpu()
+        return (self.embed_text(captions) * self.embed_audio(audio)).sum(-1)
 
     @torch.no_grad()
     def classify(self, audio: Sequence[tuple[Any, int]]) -> dict[str, list[str]]:
