@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
+from trl import RLOOTrainer
 from trl.models import unwrap_model_for_generation
 
 from .guidance import generate_guided
-
-if TYPE_CHECKING:
-    from .trainer import CFGDistillDiversityTrainer
 
 
 class SampleCallback(TrainerCallback):
@@ -27,7 +25,7 @@ class SampleCallback(TrainerCallback):
         codec (*optional*): Makes audio of completion ids.
     """
 
-    def __init__(self, trainer: CFGDistillDiversityTrainer, codec: Any = None):
+    def __init__(self, trainer: RLOOTrainer, codec: Any = None):
         self.trainer = trainer
         self.codec = codec
         self.prompts = trainer.args.sample_prompts or _first_prompts(trainer)
@@ -84,7 +82,7 @@ class SampleCallback(TrainerCallback):
         backend.log(entries)
 
 
-def _first_prompts(trainer: CFGDistillDiversityTrainer, count: int = 2) -> list:
+def _first_prompts(trainer: RLOOTrainer, count: int = 2) -> list:
     dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
     if isinstance(dataset, dict):
         dataset = next(iter(dataset.values()))
