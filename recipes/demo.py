@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from trl_drcd._extras import require
 from trl_drcd._files import wav_bytes, write_bytes, write_text
@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=6.0, help="training of each run ends after so long anyway")
     parser.add_argument("--prompts", type=int, default=32, help="held-out prompts to measure on")
     parser.add_argument("--samples", type=int, default=4, help="samples of each prompt, at least 2")
-    parser.add_argument("--listen", type=int, default=6, help="prompts on the page")
+    parser.add_argument("--listen", type=int, default=4, help="prompts on the page, with two samples of each")
     parser.add_argument("--fresh", action="store_true", help="start over")
     parser.add_argument(
         "--measure", choices=list(MODELS), help=argparse.SUPPRESS
@@ -92,13 +92,15 @@ def start(command: list[str], log: Path, **environment: str) -> subprocess.Popen
 def wait(processes: dict[str, subprocess.Popen], logs: Path, look: Any) -> None:
     """Calls `look()` every second until all processes have ended well; ends them all if one fails, or at Ctrl-C."""
     try:
-        while any(process.poll() is None for process in processes.values()):
-            time.sleep(1)
+        while True:
             look()
             for name, process in processes.items():
                 if process.poll():
                     tail = (logs / f"{name}.txt").read_text().splitlines()[-15:]
-                    raise SystemExit("\n".join([f"{name} failed (all of it: {logs / name}.txt):", *tail]))
+                    raise SystemExit("\n".join([f"{name} failed; the end of {logs / name}.txt:", *tail]))
+            if all(process.poll() == 0 for process in processes.values()):
+                return
+            time.sleep(1)
     finally:
         for process in processes.values():
             process.terminate()
@@ -110,11 +112,13 @@ def train(args: argparse.Namespace) -> None:
     world, data = args.world / "models", args.world / "data"
     processes, bars = {}, {}
     for name in waiting:
+        for stale in (args.output / name, args.output / "measured" / name):
+            shutil.rmtree(stale, ignore_errors=True)
         command = [str(HERE / "musiclm_drcd.py"), "--config", str(HERE / RUNS[name])]
         command += ["--model_name_or_path", str(world / "musiclm"), "--codec", str(world / "codec")]
         command += ["--embedder", str(world / "embedder"), "--dataset", str(data / "train_prompts.jsonl")]
         command += ["--eval_dataset", str(data / "test_prompts.jsonl"), "--output_dir", str(args.output / name)]
-        command += ["--max_steps", str(args.steps), "--max_minutes", str(args.minutes), "--logging_steps", "1"]
+        command += ["--max_steps", str(args.steps), "--max_minutes", str(args.minutes), "--logging_steps", "4"]
         # Measured below, on more prompts
         command += ["--eval_strategy", "no", "--eval_on_start", "false", "--save_strategy", "no"]
         processes[name] = start(command, args.output / "logs" / f"{name}.txt")
@@ -127,6 +131,7 @@ def train(args: argparse.Namespace) -> None:
             if entries := [entry for entry in entries if "kl" in entry]:
                 bar.set_postfix(kl=f"{entries[-1]['kl']:.1f}", diversity=f"{entries[-1].get('diversity', 0):.3f}")
                 bar.update(entries[-1]["step"] - bar.n)
+            bar.refresh()
 
     wait(processes, args.output / "logs", look)
     for bar in bars.values():
@@ -136,6 +141,7 @@ def train(args: argparse.Namespace) -> None:
 def measure(name: str, args: argparse.Namespace) -> None:
     """Samples of one model on the held-out prompts: values per prompt to `measured.json`, some WAV files."""
     torch.set_grad_enabled(False)
+    logging.disable_progress_bar()  # of loading; sampling has its own
     models, guidance = args.world / "models", MODELS[name][1]
     base = AutoModelForCausalLM.from_pretrained(models / "musiclm", dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(folder_of(name, args), dtype=torch.float32)
@@ -159,21 +165,35 @@ def measure(name: str, args: argparse.Namespace) -> None:
         "entropy_per_token": per_prompt(terms.entropy / terms.tokens, args.samples),
     }
     folder = args.output / "measured" / name
-    shown = np.linspace(0, len(samples.prompts) - 1, min(args.listen, len(samples.prompts))).astype(int).tolist()
+    step = max(1, len(samples.prompts) // args.listen)
+    shown = [
+        i * args.samples + sample for i in range(0, len(samples.prompts), step)[: args.listen] for sample in (0, 1)
+    ]
     for number, index in enumerate(shown):
-        write_bytes(folder / f"{number:02d}.wav", wav_bytes(*audio[index * args.samples]))
+        write_bytes(folder / f"{number:02d}.wav", wav_bytes(*audio[index]))
     measured = {
-        "prompts": samples.prompts,
-        "shown": shown,
+        "settings": settings_of(args),
+        "shown": [f"{samples.repeated_prompts[index]} ({index % args.samples + 1})" for index in shown],
         "tokens_per_second": samples.tokens_per_second,
         "values": {key: value.tolist() for key, value in values.items()},
     }
     write_text(folder / "measured.json", json.dumps(measured))
 
 
+def settings_of(args: argparse.Namespace) -> dict[str, int]:
+    """What a measurement depends on besides the model."""
+    return {"prompts": args.prompts, "samples": args.samples, "listen": args.listen}
+
+
+def is_measured(name: str, args: argparse.Namespace) -> bool:
+    """Whether an earlier call has measured this model with these settings."""
+    file = args.output / "measured" / name / "measured.json"
+    return file.exists() and json.loads(file.read_text())["settings"] == settings_of(args)
+
+
 def measure_all(args: argparse.Namespace) -> None:
     """Every model in a process of its own, two at a time."""
-    waiting = [name for name in MODELS if not (args.output / "measured" / name / "measured.json").exists()]
+    waiting = [name for name in MODELS if not is_measured(name, args)]
     passed_on = [f"--{key}={getattr(args, key)}" for key in ("output", "world", "prompts", "samples", "listen")]
     for pair in (waiting[i : i + 2] for i in range(0, len(waiting), 2)):
         processes = {}
@@ -222,9 +242,11 @@ def report(args: argparse.Namespace) -> str:
     tables = f"{about}\n\n{markdown_table(rows)}\n\nAgainst the base, prompt by prompt:\n\n{paired}\n"
     page = comparison_page(
         "Diversity-rewarded CFG distillation: before and after",
-        about + " Spectrograms: 0 to 4 kHz, 60 dB.",
+        about
+        + " Adherence: cosine of prompt and music under the judge. Diversity: mean cosine distance of the samples "
+        "of a prompt under the embedding model. Spectrograms: 4 s, 0 to 4 kHz, 60 dB.",
         (["", *rows["base"]], [[name, *row.values()] for name, row in rows.items()]),
-        [measured["base"]["prompts"][index] for index in measured["base"]["shown"]],
+        measured["base"]["shown"],
         {name: [read_wav(path) for path in sorted((folder / name).glob("*.wav"))] for name in order},
     )
     for name, text in {"results.jsonl": "".join(lines), "results.md": tables, "index.html": page}.items():

@@ -40,7 +40,7 @@ def spectrogram_png(waveform: torch.Tensor, sampling_rate: int, max_hertz: float
     """
     n_fft = 2048
     window = torch.hann_window(n_fft)
-    spectrum = torch.stft(waveform, n_fft, n_fft // 8, window=window, pad_mode="constant", return_complex=True)
+    spectrum = torch.stft(waveform, n_fft, n_fft // 4, window=window, pad_mode="constant", return_complex=True)
     bins = max(1, min(n_fft // 2, round(max_hertz * n_fft / sampling_rate)))
     decibels = 20 * spectrum[:bins].abs().clamp(min=1e-5).log10()
     file = io.BytesIO()
