@@ -50,6 +50,9 @@ def main() -> None:
         print(f"what was built before is now in {kept}")
     extra = {"render": ["--soundfont", args.soundfont], "train_base": ["--minutes", str(args.minutes)]}
     for step in args.steps:
+        if step == "train_base" and (HERE / "models" / "musiclm" / "report.json").exists():
+            print("== train_base: its model is shipped in models/musiclm, skipped")
+            continue
         run(step, extra.get(step, []))
 
 
