@@ -356,6 +356,8 @@ def test_trainer_refuses_before_it_samples(tmp_path, tokenizer, monkeypatch):
         make_trainer(tmp_path, tokenizer, dataset=Dataset.from_dict({"prompt": []}))
     with pytest.raises(ValueError, match=r"`train_dataset` must have a column `prompt`, got columns \['text'\]"):
         make_trainer(tmp_path, tokenizer, dataset=Dataset.from_dict({"text": ["a"]}))
+    with pytest.raises(ValueError, match="has 4 rows, but one rollout takes 8 prompts"):
+        make_trainer(tmp_path, tokenizer, dataset=rows(1), gradient_accumulation_steps=4)
     with pytest.raises(TypeError, match="`train_dataset` must be a `Dataset`"):
         make_trainer(tmp_path, tokenizer, dataset=[{"prompt": "a"}])
     with pytest.raises(ValueError, match=r"`diversity_coef=5.0` needs `embedder`"):

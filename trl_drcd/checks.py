@@ -26,6 +26,18 @@ def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
             raise ValueError(f"`{name}` must have a column `prompt`, got columns {dataset.column_names}")
 
 
+def check_rollout_size(train_dataset: Any, args: CFGDistillDiversityConfig) -> None:
+    """A rollout takes that many different prompts; TRL's sampler drops what does not fill one, here everything."""
+    prompts = (args.generation_batch_size or 0) // args.num_generations
+    if isinstance(train_dataset, Dataset) and len(train_dataset) < prompts:
+        raise ValueError(
+            f"`train_dataset` has {len(train_dataset)} rows, but one rollout takes {prompts} prompts "
+            f"(`generation_batch_size={args.generation_batch_size}` / `num_generations={args.num_generations}`), so "
+            "there would be no step; give more prompts, or lower `per_device_train_batch_size` or "
+            "`gradient_accumulation_steps`"
+        )
+
+
 def check_rewards(args: CFGDistillDiversityConfig, extra_rewards: list, embedder: Any) -> None:
     """Rewards, their weights and the embedder must fit together."""
     if any(isinstance(reward, DiversityReward) for reward in extra_rewards):

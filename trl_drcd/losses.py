@@ -8,50 +8,14 @@ KL, log-probabilities and entropy are in nats.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
+from ._head import Head, TokenTerms, TokenTermsFunction, WeightedTerms, WeightedTermsFunction
 from .guidance import guide_hidden_states, guide_logits
 
 # Logits of this many tokens x vocabulary entries exist at one time: 2**24 float32 are 64 MiB a buffer
 LOGITS_PER_CHUNK = 2**24
-
-
-class TokenTerms(NamedTuple):
-    """What the loss and the log need of each token: `kl`, `log_probs` (both differentiable) and `entropy`; nats."""
-
-    kl: torch.Tensor
-    log_probs: torch.Tensor
-    entropy: torch.Tensor
-
-
-@dataclass
-class Head:
-    """
-    An output head: `logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`, or without the tanh.
-
-    Args:
-        weight (`torch.Tensor`): Shape `(V, H)`.
-        bias (`torch.Tensor`, *optional*): Shape `(V,)`.
-        scale (`float`, *optional*, defaults to 1.0): Factor some architectures put on the logits.
-        softcap (`float`, *optional*): `final_logit_softcapping` of the architecture.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits `(N, V)` of hidden states `(N, H)`, in float32 (float64 where the hidden states are)."""
-        logits = _matmul(hidden, self.weight)
-        if self.bias is not None:
-            logits = logits + self.bias.to(logits.dtype)
-        if self.scale != 1:
-            logits = logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def guided_logits(
@@ -77,16 +41,6 @@ def guided_logits(
         return lambda rows: guide_logits(head.logits(cond[rows]), head.logits(uncond[rows]), guidance_scale)
     guided = guide_hidden_states(cond, uncond, guidance_scale)
     return lambda rows: head.logits(guided[rows])
-
-
-def _matmul(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`hidden @ weight.T` in float32 or float64; under autocast on CUDA, from inputs of the autocast dtype."""
-    if hidden.is_cuda and torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
-        return torch.mm(hidden.to(dtype), weight.to(dtype).t(), out_dtype=torch.float32)
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return hidden.to(dtype) @ weight.to(dtype).t()
 
 
 def reverse_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -122,70 +76,6 @@ def reverse_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor, tempe
     return (log_p.exp() * log_ratio).sum(-1)
 
 
-class _TokenTermsFunction(torch.autograd.Function):
-    """
-    [`token_terms`] in chunks of rows: the `(N, V)` logits never exist in whole, forward or backward.
-
-    With z the student's logits over T, p its probabilities, q the teacher's: d kl / d z_v = p_v (log p_v - log q_v -
-    kl), d log_prob / d z_v = 1[v = id] - p_v. The backward pass projects again instead of keeping the logits.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, teacher_logits, temperature, scale, softcap, rows):
-        head = Head(weight, bias, scale, softcap)
-        parts = []
-        for start in range(0, hidden.shape[0], rows):
-            chunk = slice(start, start + rows)
-            log_p = (head.logits(hidden[chunk]) / temperature).log_softmax(-1)
-            log_q = (teacher_logits(chunk) / temperature).log_softmax(-1)
-            p = log_p.exp()
-            kl = (p * (log_p - log_q)).sum(-1)
-            entropy = -(p * log_p).sum(-1)
-            parts.append((kl, log_p.gather(-1, ids[chunk, None]).squeeze(-1), entropy))
-        kl, log_probs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
-        ctx.save_for_backward(hidden, weight, bias, ids, kl)
-        ctx.teacher_logits, ctx.settings = teacher_logits, (temperature, scale, softcap, rows)
-        ctx.mark_non_differentiable(entropy)
-        return kl, log_probs, entropy
-
-    @staticmethod
-    def backward(ctx, grad_kl, grad_log_probs, _):
-        hidden, weight, bias, ids, kl = ctx.saved_tensors
-        temperature, scale, softcap, rows = ctx.settings
-        head = Head(weight, bias, scale, softcap)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        grad_hidden = torch.empty_like(hidden, dtype=dtype) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
-        for start in range(0, hidden.shape[0], rows):
-            chunk = slice(start, start + rows)
-            logits = head.logits(hidden[chunk])
-            log_p = (logits / temperature).log_softmax(-1)
-            log_q = (ctx.teacher_logits(chunk) / temperature).log_softmax(-1)
-            p = log_p.exp()
-            log_p -= log_q
-            log_p -= kl[chunk, None]
-            log_p *= grad_kl[chunk, None]
-            log_p -= grad_log_probs[chunk, None]
-            grad = p.mul_(log_p)  # now d loss / d z but for the sampled token
-            grad.scatter_add_(1, ids[chunk, None], grad_log_probs[chunk, None].to(grad.dtype))
-            if softcap is not None:
-                grad *= 1 - (logits / softcap) ** 2
-            grad *= scale / temperature
-            if grad_hidden is not None:
-                grad_hidden[chunk] = _matmul(grad, weight.t())
-            if grad_weight is not None:
-                grad_weight += _matmul(grad.t(), hidden[chunk].t())
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-        as_given = [
-            None if grad is None else grad.to(given.dtype)
-            for grad, given in ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias))
-        ]
-        return (*as_given, None, None, None, None, None, None)
-
-
 def token_terms(
     hidden: torch.Tensor,
     head: Head,
@@ -219,8 +109,51 @@ def token_terms(
         return TokenTerms(nothing, nothing, nothing.detach())
     rows = max(1, logits_per_chunk // head.weight.shape[0])
     return TokenTerms(
-        *_TokenTermsFunction.apply(
-            hidden, head.weight, head.bias, ids, teacher_logits, temperature, head.scale, head.softcap, rows
+        *TokenTermsFunction.apply(hidden, head.weight, head.bias, ids, teacher_logits, head, temperature, rows)
+    )
+
+
+def weighted_terms(
+    hidden: torch.Tensor,
+    head: Head,
+    ids: torch.Tensor,
+    teacher_logits: Callable[[slice], torch.Tensor],
+    kl_weights: torch.Tensor,
+    log_prob_weights: torch.Tensor,
+    temperature: float = 1.0,
+    logits_per_chunk: int = LOGITS_PER_CHUNK,
+) -> WeightedTerms:
+    """
+    `sum_n kl_weight_n kl_n + log_prob_weight_n log_prob_n` of [`token_terms`], for weights that are known beforehand.
+
+    The gradient is computed along with the terms, so that no chunk is projected twice: two thirds of the projections
+    of [`token_terms`] and its backward pass. Equation (5) has this form wherever there is one update per rollout.
+
+    Args:
+        hidden, head, ids, teacher_logits, temperature, logits_per_chunk: As in [`token_terms`].
+        kl_weights (`torch.Tensor`): Shape `(N,)`.
+        log_prob_weights (`torch.Tensor`): Shape `(N,)`.
+
+    Returns:
+        `WeightedTerms`: `loss`, a scalar, differentiable by `hidden` and the head's parameters; `kl`, `log_probs` and
+        `entropy`, each of shape `(N,)`, without gradient.
+    """
+    if hidden.shape[0] == 0:
+        terms = token_terms(hidden, head, ids, teacher_logits)
+        return WeightedTerms(terms.kl.sum(), *(term.detach() for term in terms))
+    rows = max(1, logits_per_chunk // head.weight.shape[0])
+    return WeightedTerms(
+        *WeightedTermsFunction.apply(
+            hidden,
+            head.weight,
+            head.bias,
+            ids,
+            teacher_logits,
+            head,
+            kl_weights,
+            log_prob_weights,
+            temperature,
+            rows,
         )
     )
 

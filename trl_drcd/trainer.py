@@ -26,11 +26,19 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from .callbacks import SampleCallback
-from .checks import check_adapter, check_datasets, check_null_prompt, check_rewards
+from .checks import check_adapter, check_datasets, check_null_prompt, check_rewards, check_rollout_size
 from .config import CFGDistillDiversityConfig
 from .diversity import DiversityReward, diversity_advantages, group_diversity
 from .guidance import ancestral_generation_config, left_pad
-from .losses import TokenTerms, guided_logits, policy_gradient_loss, sum_per_sequence, token_terms
+from .losses import (
+    TokenTerms,
+    WeightedTerms,
+    guided_logits,
+    policy_gradient_loss,
+    sum_per_sequence,
+    token_terms,
+    weighted_terms,
+)
 from .policies import CausalLMPolicy, Policy
 
 logger = get_logger(__name__)
@@ -121,6 +129,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = CFGDistillDiversityConfig(f"{name.rstrip('/').split('/')[-1]}-DRCD")
         check_datasets(train_dataset, eval_dataset)
+        check_rollout_size(train_dataset, args)
         check_adapter(model, kwargs.get("peft_config"))
         extra_rewards = (
             [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -260,8 +269,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
 
         def forward():
             with self.accelerator.autocast():
-                hidden = self.policy.hidden_states(teacher, *prompt, *completion)
-            return hidden, self.policy.heads(teacher)
+                return self.policy.hidden_states(teacher, *prompt, *completion), self.policy.heads(teacher)
 
         was_training = teacher.training
         teacher.eval()
@@ -283,41 +291,64 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
 
         return logits
 
-    def _student_terms(self, student: PreTrainedModel, inputs: dict[str, Any], teacher_logits: Any):
-        """Token terms summed over the steps and codebooks of each sequence, `(B,)`, and the tokens of each, `(B,)`."""
+    def _student_terms(
+        self,
+        student: PreTrainedModel,
+        inputs: dict[str, Any],
+        teacher_logits: Any,
+        weights: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):
+        """
+        Token terms summed over the steps and codebooks of each sequence, `(B,)`, and the tokens of each, `(B,)`.
+
+        With `weights` of each sequence's KL and log-probability, `(B,)` each, their weighted sum and its gradient come
+        along, at less cost.
+        """
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         with self.accelerator.autocast():
             hidden = self.policy.hidden_states(student, *(inputs[name] for name in names))
+            heads = self.policy.heads(student)
         ids, mask = self.policy.ids_and_mask(inputs["completion_ids"], inputs["completion_mask"])
-        sums = []
-        for k, head in enumerate(self.policy.heads(student)):
+        losses, sums = [], []
+        for k, head in enumerate(heads):
             valid = mask[..., k]
-            terms = token_terms(hidden[valid], head, ids[..., k][valid], teacher_logits(k), self.temperature)
+            tokens = hidden[valid], head, ids[..., k][valid], teacher_logits(k)
+            if weights is None:
+                terms = token_terms(*tokens, self.temperature)
+            else:
+                kl_weights, log_prob_weights = (weight[:, None].expand(valid.shape)[valid] for weight in weights)
+                loss, *terms = weighted_terms(*tokens, kl_weights, log_prob_weights, self.temperature)
+                losses.append(loss)
             sums.append([sum_per_sequence(term, valid[..., None]) for term in terms])
-        kl, log_probs, entropy = (torch.stack(term).sum(0) for term in zip(*sums, strict=True))
-        return TokenTerms(kl, log_probs, entropy), mask.sum(dim=(1, 2))
+        terms = TokenTerms(*(torch.stack(term).sum(0) for term in zip(*sums, strict=True)))
+        return WeightedTerms(sum(losses), *terms) if losses else terms, mask.sum(dim=(1, 2))
 
     def _compute_loss(self, model, inputs):
         mode = "train" if self.model.training else "eval"
         with self._timed("teacher"):
             teacher_logits = self._teacher_logits(inputs)
-        student = self.accelerator.unwrap_model(model)
-        terms, lengths = self._forward_redirection(
-            model, student, self._student_terms, student, inputs, teacher_logits
-        )
-
         coef = diversity_coef_at(self.state.global_step, self.args.diversity_coef, self.args.diversity_warmup_steps)
         advantages = coef * inputs["diversity_advantages"] + inputs["advantages"]
+        # One by one where the gradient of one term alone is asked for, or where a weight depends on `log_probs`
+        separately = mode == "train" and self._is_logging_step() and (coef > 0 or self.has_extra_rewards)
+        weights = None
+        if mode == "train" and not separately and "old_logps" not in inputs:
+            weights = torch.ones_like(advantages) / len(advantages), -advantages / len(advantages)
+
+        student = self.accelerator.unwrap_model(model)
+        terms, lengths = self._forward_redirection(
+            model, student, self._student_terms, student, inputs, teacher_logits, weights
+        )
         distillation = terms.kl.mean()
         diversity = policy_gradient_loss(
             terms.log_probs, advantages, inputs.get("old_logps"), self.epsilon_low, self.epsilon_high
         )
-        if mode == "train" and self._is_logging_step() and (coef > 0 or self.has_extra_rewards):
+        if separately:
             self._accumulate_diversity_gradient(diversity)
         self._log_terms(mode, terms, lengths, distillation, diversity, coef)
-        return distillation + diversity
+        return distillation + diversity if weights is None else terms.loss
 
-    def _log_terms(self, mode, terms: TokenTerms, lengths, distillation, diversity, coef: float):
+    def _log_terms(self, mode, terms: TokenTerms | WeightedTerms, lengths, distillation, diversity, coef: float):
         """Global means of this forward's terms, in nats."""
         per_sequence = torch.stack([terms.kl.detach(), terms.entropy, lengths.to(terms.kl)])
         kl, entropy, tokens = self.accelerator.gather(per_sequence.T).T

@@ -1,0 +1,192 @@
+"""
+An output head, and the terms of its tokens in chunks of rows: the `(N, V)` logits never exist in whole.
+
+Letters: `N` scored tokens, `V` vocabulary, `H` hidden size. KL, log-probabilities and entropy are in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+
+
+class TokenTerms(NamedTuple):
+    """What the loss and the log need of each token: `kl`, `log_probs` (both differentiable) and `entropy`; nats."""
+
+    kl: torch.Tensor
+    log_probs: torch.Tensor
+    entropy: torch.Tensor
+
+
+class WeightedTerms(NamedTuple):
+    """The weighted sum of token terms, which alone is differentiable, and the terms; nats."""
+
+    loss: torch.Tensor
+    kl: torch.Tensor
+    log_probs: torch.Tensor
+    entropy: torch.Tensor
+
+
+def _cuda_autocast_dtype() -> torch.dtype | None:
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+
+
+@dataclass
+class Head:
+    """
+    An output head: `logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`, or without the tanh.
+
+    Args:
+        weight (`torch.Tensor`): Shape `(V, H)`.
+        bias (`torch.Tensor`, *optional*): Shape `(V,)`.
+        scale (`float`, *optional*, defaults to 1.0): Factor some architectures put on the logits.
+        softcap (`float`, *optional*): `final_logit_softcapping` of the architecture.
+        compute_dtype (`torch.dtype`, *optional*): On CUDA, what the inputs of the projection are rounded to; its sums
+            and results stay float32. Defaults to autocast's dtype where the head is made under autocast. A CPU
+            projects in float32.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    compute_dtype: torch.dtype | None = field(default_factory=_cuda_autocast_dtype)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits `(N, V)` of hidden states `(N, H)`, in float32 (float64 where the hidden states are)."""
+        if hidden.is_cuda and self.compute_dtype is not None:
+            inputs = hidden.to(self.compute_dtype), self.weight.to(self.compute_dtype).t()
+            logits = torch.mm(*inputs, out_dtype=torch.float32)
+        else:
+            dtype = torch.promote_types(hidden.dtype, torch.float32)
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = hidden.to(dtype) @ self.weight.to(dtype).t()
+        if self.bias is not None:
+            logits = logits + self.bias.to(logits.dtype)
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def add_product(self, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        """`total += left @ right` in the precision of the logits; `total` is float32 or float64."""
+        if total.is_cuda and self.compute_dtype is not None:
+            inputs = left.to(self.compute_dtype), right.to(self.compute_dtype)
+            torch.addmm(total, *inputs, out_dtype=torch.float32, out=total)
+        else:
+            total.addmm_(left, right.to(total.dtype))
+
+
+def chunk_terms(head: Head, hidden, ids, teacher_logits, temperature):
+    """
+    The terms of some rows, and what their gradient is made of: the student's logits, its probabilities p, and
+    p log(p / q), q being the teacher's, each `(rows, V)`.
+
+    In place where it can be: on a CPU the passes over `(rows, V)` cost about as much as the projections.
+    """
+    logits = head.logits(hidden)
+    log_p = (logits / temperature).log_softmax(-1)
+    log_ratio = (teacher_logits / temperature).log_softmax(-1)
+    torch.sub(log_p, log_ratio, out=log_ratio)
+    p = log_p.exp()
+    weighted_log_ratio = log_ratio.mul_(p)
+    log_probs = log_p.gather(-1, ids[:, None]).squeeze(-1)
+    entropy = -log_p.mul_(p).sum(-1)
+    return TokenTerms(weighted_log_ratio.sum(-1), log_probs, entropy), logits, p, weighted_log_ratio
+
+
+class HeadGradients:
+    """
+    Gradients of `sum_n kl_weight_n kl_n + log_prob_weight_n log_prob_n` by hidden states, weight and bias of a head.
+
+    With z the student's logits over T: d kl / d z_v = p_v (log p_v - log q_v - kl), d log_prob / d z_v = 1[v = id] -
+    p_v.
+    """
+
+    def __init__(self, hidden, head: Head, needed: Sequence[bool], temperature: float):
+        given = hidden, head.weight, head.bias
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        self.head, self.temperature, self.dtypes = head, temperature, [None if x is None else x.dtype for x in given]
+        self.hidden, self.weight, self.bias = (
+            torch.zeros_like(x, dtype=dtype) if need else None for x, need in zip(given, needed, strict=True)
+        )
+
+    def add(self, chunk: slice, hidden, ids, kl_weights, log_prob_weights, kl, logits, p, weighted_log_ratio):
+        """Adds the rows of one chunk, from what `chunk_terms` gave, which is overwritten."""
+        slope = self.head.scale / self.temperature  # d z / d (hidden @ weight.T + bias), but for the cap's
+        kl_weights, log_prob_weights = (slope * w[:, None].to(p.dtype) for w in (kl_weights, log_prob_weights))
+        grad = weighted_log_ratio.mul_(kl_weights)
+        grad.addcmul_(p, kl_weights * kl[:, None] + log_prob_weights, value=-1)
+        grad.scatter_add_(1, ids[:, None], log_prob_weights)
+        if self.head.softcap is not None:
+            grad *= 1 - (logits / self.head.softcap) ** 2
+        if self.hidden is not None:
+            self.head.add_product(self.hidden[chunk], grad, self.head.weight)
+        if self.weight is not None:
+            self.head.add_product(self.weight, grad.t(), hidden)
+        if self.bias is not None:
+            self.bias += grad.sum(0)
+
+    def as_given(self) -> list[torch.Tensor | None]:
+        """In the dtypes of hidden states, weight and bias."""
+        grads = self.hidden, self.weight, self.bias
+        return [None if g is None else g.to(dtype) for g, dtype in zip(grads, self.dtypes, strict=True)]
+
+
+def chunks_of(rows: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+class TokenTermsFunction(torch.autograd.Function):
+    """
+    [`~trl_drcd.losses.token_terms`] in chunks of rows: the `(N, V)` logits never exist in whole, forward or backward.
+
+    The backward pass projects again instead of keeping the logits.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, ids, teacher_logits, head, temperature, rows):
+        chunks = chunks_of(hidden.shape[0], rows)
+        parts = [chunk_terms(head, hidden[c], ids[c], teacher_logits(c), temperature)[0] for c in chunks]
+        ctx.save_for_backward(hidden, weight, bias, ids)
+        ctx.teacher_logits, ctx.settings = teacher_logits, (head, temperature, chunks)
+        terms = TokenTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        ctx.mark_non_differentiable(terms.entropy)
+        return tuple(terms)
+
+    @staticmethod
+    def backward(ctx, grad_kl, grad_log_probs, _):
+        hidden, weight, bias, ids = ctx.saved_tensors
+        head, temperature, chunks = ctx.settings
+        head = replace(head, weight=weight, bias=bias)
+        grads = HeadGradients(hidden, head, ctx.needs_input_grad[:3], temperature)
+        for c in chunks:
+            terms, *parts = chunk_terms(head, hidden[c], ids[c], ctx.teacher_logits(c), temperature)
+            grads.add(c, hidden[c], ids[c], grad_kl[c], grad_log_probs[c], terms.kl, *parts)
+        return (*grads.as_given(), None, None, None, None, None)
+
+
+class WeightedTermsFunction(torch.autograd.Function):
+    """[`~trl_drcd.losses.weighted_terms`] in chunks of rows; each chunk's gradient is taken while its logits exist."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, ids, teacher_logits, head, kl_weights, log_prob_weights, temperature, rows):
+        needed = ctx.needs_input_grad[:3]
+        grads = HeadGradients(hidden, head, needed, temperature)
+        all_terms = []
+        for c in chunks_of(hidden.shape[0], rows):
+            terms, *parts = chunk_terms(head, hidden[c], ids[c], teacher_logits(c), temperature)
+            all_terms.append(terms)
+            if any(needed):
+                grads.add(c, hidden[c], ids[c], kl_weights[c], log_prob_weights[c], terms.kl, *parts)
+        ctx.grads = grads.as_given()
+        kl, log_probs, entropy = (torch.cat(part) for part in zip(*all_terms, strict=True))
+        ctx.mark_non_differentiable(kl, log_probs, entropy)
+        return (kl_weights * kl + log_prob_weights * log_probs).sum(), kl, log_probs, entropy
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        grads = [None if grad is None else grad * grad_loss for grad in ctx.grads]
+        return (*grads, None, None, None, None, None, None, None)
