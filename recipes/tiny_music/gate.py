@@ -20,7 +20,6 @@ import os
 import random
 import re
 import textwrap
-import time
 from pathlib import Path
 
 import numpy as np
@@ -145,18 +144,25 @@ def table(report: dict) -> str:
     cell = "{mean:.3f} [{low:.3f}, {high:.3f}]".format_map
     lines = [
         f"{report['prompts']} prompts of held-out tunes x {report['samples_per_prompt']} samples, temperature "
-        f"{report['temperature']}, seed {report['seed']}; mean and 95 % bootstrap interval over prompts.",
+        f"{report['temperature']}, seed {report['seed']}; mean and 95 % bootstrap interval over prompts. "
+        "By `recipes/tiny_music/gate.py`.",
         "",
-        "| guidance | " + " | ".join(METRICS) + " | tokens/s |",
-        "|---" * (len(METRICS) + 2) + "|",
+        "| guidance | " + " | ".join(METRICS) + " |",
+        "|---" * (len(METRICS) + 1) + "|",
     ]
-    for name, metrics in report["guidance"].items():
-        speed = report["tokens_per_second"][name]
-        lines.append(f"| {name} | " + " | ".join(cell(metrics[m]) for m in METRICS) + f" | {speed:.0f} |")
-    lines.append(f"| {report['compared']} | " + " | ".join(cell(report["difference"][m]) for m in METRICS) + " | |")
+    for name, metrics in [*report["guidance"].items(), (report["compared"], report["difference"])]:
+        lines.append(f"| {name} | " + " | ".join(cell(metrics[m]) for m in METRICS) + " |")
     for name in ("chance", "originals", "round_trips"):
         values = [report[name].get(m) for m in METRICS]
-        lines.append(f"| {name} | " + " | ".join("" if v is None else f"{v:.3f}" for v in values) + " | |")
+        lines.append(f"| {name} | " + " | ".join("" if v is None else f"{v:.3f}" for v in values) + " |")
+    lines += [
+        "",
+        "`originals` and `round_trips`: test recordings with captions of their own, as they are and through the",
+    ]
+    lines += [
+        "codec; their diversity is that between different recordings, not within a prompt. `pitch_hold`: share of"
+    ]
+    lines += ["frames (25 a second) whose strongest partial is that of the frame before."]
     lines += ["", *(f"- {'holds' if holds else 'DOES NOT HOLD'}: {name}" for name, holds in report["verdict"].items())]
     return "\n".join([*lines, "", f"Gate: {'passed' if report['passed'] else 'NOT passed'}."]) + "\n"
 
@@ -169,6 +175,7 @@ def spectrograms(
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from PIL import Image
 
     clips = Clips("test")
     figure, axes = plt.subplots(rows, 2 + len(samples), figsize=(4 * (2 + len(samples)), 2.4 * rows), squeeze=False)
@@ -187,6 +194,7 @@ def spectrograms(
         line[0].set_ylabel(textwrap.fill(prompts[index], 26), fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
+    Image.open(path).quantize(64).save(path, optimize=True)  # a third of the size
 
 
 def reference(judge: TextAudioJudge, embedder: MusicEmbedder, codec: SpectralCodec | None) -> dict[str, float]:
@@ -211,8 +219,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=HERE / "models" / "musiclm")
     parser.add_argument("--prompts", type=Path, default=HERE / "data" / "test_prompts.jsonl")
     parser.add_argument("--output", type=Path, default=HERE.parents[1] / "results" / "music")
-    parser.add_argument("--num-prompts", type=int, default=128)
-    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--num-prompts", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0])
     parser.add_argument("--temperature", type=float, default=0.99)
     parser.add_argument("--max-new-tokens", type=int, default=200)
@@ -230,11 +238,10 @@ def main() -> None:
     codec = SpectralCodec.from_pretrained(args.codec)
     embedder, judge = MusicEmbedder.from_pretrained(args.embedder), TextAudioJudge.from_pretrained(args.judge)
 
-    samples, values, chances, speed = {}, {}, {}, {}
+    samples, values, chances = {}, {}, {}
     for guidance in args.guidance:
-        name, started = f"{guidance:g}", time.perf_counter()
+        name = f"{guidance:g}"
         samples[name] = sample(model, tokenizer, codec, prompts, guidance, args)
-        speed[name] = len(samples[name]) * args.max_new_tokens / (time.perf_counter() - started)
         values[name], chances[name] = measure(prompts, samples[name], judge, embedder)
     draws = np.random.default_rng(args.seed).integers(0, len(prompts), (args.resamples, len(prompts)))
     low, high = f"{min(args.guidance):g}", f"{max(args.guidance):g}"
@@ -244,11 +251,8 @@ def main() -> None:
     report = {
         "prompts": len(prompts), "samples_per_prompt": args.samples, "temperature": args.temperature,
         "seed": args.seed, "resamples": args.resamples, "guidance": results, "compared": f"{high} - {low}",
-        "difference": difference,
-        "chance": chances[low],
-        "originals": reference(judge, embedder, None),
-        "round_trips": reference(judge, embedder, codec), "tokens_per_second": speed, "verdict": checks,
-        "passed": all(checks.values()),
+        "difference": difference, "chance": chances[low], "originals": reference(judge, embedder, None),
+        "round_trips": reference(judge, embedder, codec), "verdict": checks, "passed": all(checks.values()),
     }  # fmt: skip
     args.output.mkdir(parents=True, exist_ok=True)
     write(args.output / "gate.json", json.dumps(report, indent=2) + "\n")
