@@ -98,6 +98,12 @@ def test_no_gradient_reaches_the_teacher_and_none_is_needed_for_a_frozen_head():
     assert not terms.entropy.requires_grad
 
 
+def test_two_vocabularies_are_refused():
+    states, head, ids, teacher = random_problem()
+    with pytest.raises(ValueError, match="same vocabulary, got 11 and 10"):
+        token_terms(states, head, ids, lambda chunk: teacher[chunk, :10])
+
+
 def test_no_tokens_is_a_differentiable_nothing():
     states, head, _, _ = random_problem()
     terms = token_terms(states[:0], head, torch.zeros(0, dtype=torch.long), lambda chunk: chunk)

@@ -368,6 +368,11 @@ def test_trainer_refuses_before_it_samples(tmp_path, tokenizer, monkeypatch):
         make_trainer(tmp_path, tokenizer, num_generations_eval=1)
 
 
+def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="has 13 tokens and the model's head 10"):
+        make_trainer(tmp_path, tokenizer, model=make_model(tokenizer, vocab_size=10))
+
+
 def test_an_adapter_that_was_trained_is_refused(tmp_path, tokenizer):
     model = get_peft_model(make_model(tokenizer), LoraConfig(r=2))
     make_trainer(tmp_path, tokenizer, model=model)  # fresh: its teacher is the base

@@ -87,6 +87,11 @@ def chunk_terms(head: Head, hidden, ids, teacher_logits, temperature):
     In place where it can be: on a CPU the passes over `(rows, V)` cost about as much as the projections.
     """
     logits = head.logits(hidden)
+    if teacher_logits.shape != logits.shape:
+        raise ValueError(
+            f"student and teacher must have the same vocabulary, got {logits.shape[-1]} and "
+            f"{teacher_logits.shape[-1]} tokens"
+        )
     log_p = (logits / temperature).log_softmax(-1)
     log_ratio = (teacher_logits / temperature).log_softmax(-1)
     torch.sub(log_p, log_ratio, out=log_ratio)

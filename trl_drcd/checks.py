@@ -78,3 +78,13 @@ def check_adapter(model: Any, peft_config: Any) -> None:
 def check_null_prompt(policy: Policy, dataset: Any, negative_prompt: Any) -> None:
     """Fails on the first row if the tokenizer has no rendering of its negative prompt."""
     policy.negative_prompt_ids([next(iter(dataset))], negative_prompt)
+
+
+def check_vocabulary(policy: Policy, model: Any, tokenizer: Any) -> None:
+    """Prompts must not hold tokens that student and teacher do not have."""
+    size = policy.heads(model)[0].weight.shape[0]
+    if len(tokenizer) > size:
+        raise ValueError(
+            f"`processing_class` has {len(tokenizer)} tokens and the model's head {size}: they do not share a "
+            "vocabulary. Give the model's own tokenizer, or resize the model's embeddings before"
+        )

@@ -26,7 +26,14 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from .callbacks import SampleCallback
-from .checks import check_adapter, check_datasets, check_null_prompt, check_rewards, check_rollout_size
+from .checks import (
+    check_adapter,
+    check_datasets,
+    check_null_prompt,
+    check_rewards,
+    check_rollout_size,
+    check_vocabulary,
+)
 from .config import CFGDistillDiversityConfig
 from .diversity import DiversityReward, diversity_advantages, group_diversity
 from .guidance import ancestral_generation_config, left_pad
@@ -154,6 +161,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         # What is sampled is what is scored, whatever the model came with; saved models sample as they were trained to
         student.generation_config = ancestral_generation_config(student.generation_config, args.temperature)
         self.policy: Policy = CausalLMPolicy(self._tokenizer, self.chat_template_kwargs)
+        check_vocabulary(self.policy, student, self._tokenizer)
         if args.guidance_scale != 1:
             check_null_prompt(self.policy, self.train_dataset, args.negative_prompt)
         if any(head.softcap is not None for head in self.policy.heads(student)):
