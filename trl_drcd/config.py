@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass, field
 
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import RLOOConfig
 
 # Fields of `generation_kwargs` that leave the sampled distribution as it is
@@ -74,6 +75,8 @@ class CFGDistillDiversityConfig(RLOOConfig):
     def __post_init__(self) -> None:
         self._check_sampling()
         self._check_ranges()
+        if self.bf16 is None and not self.fp16 and not self.use_cpu and not is_torch_bf16_gpu_available():
+            self.bf16 = False  # TRL's default would be an error on a machine without a GPU
         super().__post_init__()
 
     def _check_sampling(self) -> None:
