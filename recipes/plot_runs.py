@@ -3,7 +3,7 @@ Plot training runs beside each other: KL to the guided teacher, diversity and en
 
     python recipes/plot_runs.py outputs/long/quality outputs/long/diversity --output results/music/long_run/curves.png
 
-Each folder holds the `log.jsonl` that recipes/musiclm_drcd.py writes. Lines are the training batches, dots the held-out
+Each folder holds the `log.jsonl` that recipes/musiclm_drcd.py writes. Lines are training batches, dots the held-out
 prompts.
 """
 
