@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the reason is in recipes/musiclm_drcd.py
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in recipes/musiclm_drcd.py; two runs then share two cores
 
 import argparse
 import json
@@ -61,7 +61,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder of the results")
     parser.add_argument("--world", type=Path, default=HERE / "tiny_music", help="has models/ and data/")
-    parser.add_argument("--steps", type=int, default=45, help="training steps of each run")
+    parser.add_argument("--steps", type=int, default=38, help="training steps of each run")
     parser.add_argument("--minutes", type=float, default=6.0, help="training of each run ends after so long anyway")
     parser.add_argument("--prompts", type=int, default=32, help="held-out prompts to measure on")
     parser.add_argument("--samples", type=int, default=4, help="samples of each prompt, at least 2")
@@ -119,6 +119,7 @@ def train(args: argparse.Namespace) -> None:
         command += ["--embedder", str(world / "embedder"), "--dataset", str(data / "train_prompts.jsonl")]
         command += ["--eval_dataset", str(data / "test_prompts.jsonl"), "--output_dir", str(args.output / name)]
         command += ["--max_steps", str(args.steps), "--max_minutes", str(args.minutes), "--logging_steps", "4"]
+        command += ["--diversity_warmup_steps", str(args.steps // 3)]
         # Measured below, on more prompts
         command += ["--eval_strategy", "no", "--eval_on_start", "false", "--save_strategy", "no"]
         processes[name] = start(command, args.output / "logs" / f"{name}.txt")

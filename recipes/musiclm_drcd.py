@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import os
 
-# One thread per process unless the caller says otherwise: THREADS_REASON
+# One thread per process unless the caller says otherwise; measured in recipes/README.md, section Threads
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
