@@ -1,0 +1,71 @@
+"""The demo's tables and page from made-up measurements, and how it watches its processes."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchaudio")
+pytest.importorskip("soundfile")
+pytest.importorskip("matplotlib")
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+
+import demo
+
+from trl_drcd._files import wav_bytes, write_bytes, write_text
+
+
+@pytest.fixture
+def args(tmp_path) -> argparse.Namespace:
+    return argparse.Namespace(output=tmp_path, world=tmp_path / "world", prompts=2, samples=2, listen=1)
+
+
+def test_the_report_compares_with_the_base(args):
+    values = {"kl": [10.0, 30.0], "adherence": [0.2, 0.4], "diversity": [0.5, 0.5], "entropy_per_token": [1.0, 1.2]}
+    for name in demo.MODELS:
+        halved = values | {"kl": [5.0, 15.0], "diversity": [0.4, 0.4]} if name == "quality" else values
+        measured = {
+            "settings": demo.settings_of(args), "shown": ["a <b> (1)"], "tokens_per_second": 123.4, "values": halved,
+        }  # fmt: skip
+        write_text(args.output / "measured" / name / "measured.json", json.dumps(measured))
+        write_bytes(args.output / "measured" / name / "00.wav", wav_bytes(torch.zeros(4000), 16000))
+    tables = demo.report(args)
+    assert "| base | 20.000 [10.000, 30.000] | 0.300 [0.200, 0.400] | 0.500 [0.500, 0.500] |" in tables
+    assert "| quality | 50 [50, 50] | 0.000 [0.000, 0.000] | -0.100 [-0.100, -0.100] |" in tables
+    assert (args.output / "index.html").read_text().count("<audio") == 4
+    lines = [json.loads(line) for line in (args.output / "results.jsonl").read_text().splitlines()]
+    assert [line["strategy"] for line in lines] == ["base", "base with CFG", "quality", "diversity"]
+    assert [line["guidance_scale"] for line in lines] == [1.0, 3.0, 1.0, 1.0]
+    assert lines[2]["metrics"]["kl"] == {"mean": 10.0, "low": 5.0, "high": 15.0}
+
+
+def test_what_was_measured_with_other_settings_is_measured_anew(args):
+    assert not demo.is_measured("base", args)
+    measured = {"settings": demo.settings_of(args)}
+    write_text(args.output / "measured" / "base" / "measured.json", json.dumps(measured))
+    assert demo.is_measured("base", args)
+    args.samples = 8
+    assert not demo.is_measured("base", args)
+
+
+def test_a_failed_process_ends_the_others_and_shows_its_last_words(tmp_path):
+    processes = {
+        "bad": demo.start(["-c", "raise ValueError('no such luck')"], tmp_path / "bad.txt"),
+        "good": demo.start(["-c", "import time; time.sleep(60)"], tmp_path / "good.txt"),
+    }
+    with pytest.raises(SystemExit, match=r"bad failed(.|\n)*no such luck"):
+        demo.wait(processes, tmp_path, lambda: None)
+    assert processes["good"].wait(timeout=10) != 0
+    demo.wait({"fine": demo.start(["-c", "pass"], tmp_path / "fine.txt")}, tmp_path, lambda: None)
+
+
+def test_the_command_line_is_described(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--help"])
+    with pytest.raises(SystemExit):
+        demo.parse()
+    text = capsys.readouterr().out
+    assert "make demo" in text and "--fresh" in text and "--measure" not in text
