@@ -206,7 +206,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         self._seconds[name] += time.perf_counter() - start
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
-        with self._timed("rollout"):
+        # Autocast around the whole rollout casts the weights once, not once per token
+        with self._timed("rollout"), self.accelerator.autocast():
             completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
         # RLOO looks at the last token of each completion; one that is empty stands as a single eos
         return [ids or [self._tokenizer.eos_token_id] for ids in completion_ids]
