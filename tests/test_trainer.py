@@ -3,6 +3,8 @@
 import copy
 import inspect
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from trl import RLOOTrainer
 
 from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer, DiversityReward
+from trl_drcd.callbacks import SampleCallback
 from trl_drcd.diversity import diversity_advantages
 from trl_drcd.guidance import guide_logits
 from trl_drcd.losses import reverse_kl
@@ -322,6 +325,23 @@ def test_samples_reach_tensorboard_and_leave_the_random_state_alone(tmp_path, to
     events = next((tmp_path / "1").rglob("events.out.tfevents.*"))
     accumulator = EventAccumulator(str(events)).Reload()
     assert accumulator.Tags()["audio"] == ["samples/slow harp"]
+
+
+@pytest.mark.parametrize("backend", ["wandb", "trackio"])
+@pytest.mark.parametrize("audio", [True, False])
+def test_samples_reach_other_backends_with_their_step(backend, audio, tmp_path, tokenizer, monkeypatch):
+    entries = []
+    fake = SimpleNamespace(log=entries.append, Audio=lambda waveform, sample_rate: (waveform.shape, sample_rate))
+    codec = SimpleNamespace(decode=lambda rows: [(torch.zeros(160), 16000) for _ in rows]) if audio else None
+    trainer = make_trainer(tmp_path, tokenizer, codec=codec, sample_steps=2, sample_prompts=["slow harp"])
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SampleCallback))
+    trainer.args.report_to = [backend]
+    monkeypatch.setitem(sys.modules, backend, fake)
+    for step in range(1, 5):
+        callback.on_step_end(trainer.args, SimpleNamespace(global_step=step), None)
+    assert [entry["train/global_step"] for entry in entries] == [2, 4]
+    samples = [entry["samples/slow harp"] for entry in entries]
+    assert samples[0] == samples[1] and (samples[0] == ((160,), 16000) if audio else isinstance(samples[0], str))
 
 
 # ------------------------------------------------------------------------------------------------ refusals

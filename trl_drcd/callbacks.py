@@ -73,7 +73,7 @@ class SampleCallback(TrainerCallback):
                 self._log_to(__import__(name), samples, step)
 
     def _log_to(self, backend: Any, samples: list, step: int):
-        entries = {}
+        entries: dict[str, Any] = {"train/global_step": step}  # the axis of transformers' own entries
         for prompt, sample in zip(self.prompts, samples, strict=True):
             if self.codec:
                 entries[f"samples/{prompt}"] = backend.Audio(sample[0].numpy(), sample_rate=sample[1])
