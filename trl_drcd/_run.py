@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -18,7 +18,7 @@ from ._files import write_text
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_prompts(argument: str, name: str, split: str) -> Dataset:
+def load_prompts(argument: str, name: str, split: str, streaming: bool = False) -> Any:
     """
     Prompts of a local file or of the hub, in the columns `prompt` and, where it is there, `negative_prompt`.
 
@@ -26,9 +26,10 @@ def load_prompts(argument: str, name: str, split: str) -> Dataset:
         argument (`str`): What the user calls it, for the messages.
         name (`str`): A JSONL, CSV or Parquet file, or the name of a data set on the hub.
         split (`str`): Split of the data set on the hub.
+        streaming (`bool`, *optional*, defaults to `False`): Read rows as they are needed, without a look at all.
 
     Returns:
-        `Dataset`: Not empty, no prompt empty.
+        `Dataset`: Not empty, no prompt empty; an `IterableDataset` where `streaming`.
 
     Raises:
         FileNotFoundError: If the name is that of a file, and there is none.
@@ -44,14 +45,18 @@ def load_prompts(argument: str, name: str, split: str) -> Dataset:
             raise ValueError(f"`{argument}={name}` has an unknown format; expected one of {sorted(FORMATS)}")
         if Path(name).stat().st_size == 0:
             raise ValueError(f"`{argument}={name}` is empty; it must have at least one row with a `prompt`")
-        dataset = load_dataset(FORMATS[suffix], data_files=name, split="train")
+        dataset = load_dataset(FORMATS[suffix], data_files=name, split="train", streaming=streaming)
     else:
-        dataset = load_dataset(name, split=split)
-    if "prompt" not in dataset.column_names:
-        raise ValueError(f"`{argument}={name}` must have a column `prompt`, got columns {dataset.column_names}")
+        dataset = load_dataset(name, split=split, streaming=streaming)
+    columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know them before its first row
+    if "prompt" not in columns:
+        raise ValueError(f"`{argument}={name}` must have a column `prompt`, got columns {columns}")
+    dataset = dataset.select_columns([c for c in ("prompt", "negative_prompt") if c in columns])
+    if streaming:
+        return dataset
     if empty := [row for row, prompt in enumerate(dataset["prompt"]) if not prompt]:
         raise ValueError(f"`{argument}={name}` has no prompt in rows {empty[:8]} ({len(empty)} in all)")
-    return dataset.select_columns([c for c in ("prompt", "negative_prompt") if c in dataset.column_names])
+    return dataset
 
 
 def distinct(prompts: Iterable[Any], count: int) -> list[Any]:

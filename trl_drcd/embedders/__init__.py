@@ -6,8 +6,9 @@ import torch
 
 if TYPE_CHECKING:
     from trl_drcd.embedders.music import MusicEmbedder
+    from trl_drcd.embedders.sentence import SentenceEmbedder
 
-__all__ = ["Embedder", "MusicEmbedder"]
+__all__ = ["Embedder", "MusicEmbedder", "SentenceEmbedder"]
 
 
 class Embedder(Protocol):
@@ -27,4 +28,8 @@ def __getattr__(name: str) -> Any:
         from trl_drcd.embedders.music import MusicEmbedder
 
         return MusicEmbedder
+    if name == "SentenceEmbedder":
+        from trl_drcd.embedders.sentence import SentenceEmbedder
+
+        return SentenceEmbedder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

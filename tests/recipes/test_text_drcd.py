@@ -1,0 +1,163 @@
+"""The text recipe on a chat model of random weights, and its prompts."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recipes import text_drcd
+from trl_drcd._run import load_prompts
+from trl_drcd.policies import CausalLMPolicy
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = ROOT / "recipes" / "text_prompts"
+CHAT = [[{"role": "user", "content": text}] for text in ("a slow tune", "fast drum", "harp for a flute", "tune")]
+
+COMMON = {"a", "an", "and", "the", "of", "in", "on", "to", "for", "that", "who", "is", "with", "from", "about"} | {
+    "write", "tell", "describe", "invent", "short", "story", "poem", "scene", "letter",
+}  # fmt: skip
+
+
+@pytest.fixture
+def world(tmp_path, model, tokenizer):
+    """A saved model with a chat template, and two files of prompts."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<audio>' }}{% endif %}"
+    )
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    tokenizer.chat_template = None
+    for name, prompts in {"chat": CHAT, "plain": ["a slow tune", "fast drum", "harp", "flute"]}.items():
+        lines = (json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    return tmp_path
+
+
+def arguments(world, **changed) -> list[str]:
+    settings = {
+        "model_name_or_path": world / "model", "dataset": world / "chat.jsonl", "output_dir": world / "out",
+        "max_steps": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "logging_steps": 1,
+        "max_completion_length": 4, "gradient_checkpointing": False, "use_cpu": True, "bf16": False,
+        "report_to": "none", "save_strategy": "no", "num_samples": 2,
+    }  # fmt: skip
+    return [word for name, value in (settings | changed).items() for word in (f"--{name}", str(value))]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"dataset": "plain.jsonl"},
+        {"dataset": "plain.jsonl", "system_prompt": "a tune"},
+        {"system_prompt": "a tune", "negative_prompt": "slow"},
+        {"streaming": True},
+        {"gradient_checkpointing": True},
+    ],
+    ids=lambda changed: "-".join(changed) or "default",
+)
+def test_one_step_and_what_it_leaves(world, changed):
+    if "dataset" in changed:
+        changed = changed | {"dataset": world / changed["dataset"]}
+    text_drcd.main(arguments(world, **changed))
+    before, after = (AutoModelForCausalLM.from_pretrained(world / name) for name in ("model", "out"))
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+    assert after.generation_config.guidance_scale in (None, 1.0)
+    rows = [json.loads(line) for line in (world / "out/samples/samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(isinstance(row["completion"], str) for row in rows)
+    if "system_prompt" in changed:
+        assert all([turn["role"] for turn in row["prompt"]] == ["system", "user"] for row in rows)
+
+
+def test_a_reloaded_adapter_gives_the_same_logits(world, monkeypatch):
+    trained = []
+    save = text_drcd.train_and_save
+    monkeypatch.setattr(text_drcd, "train_and_save", lambda *args: (save(*args), trained.append(args[0].model)))
+    lora = {"use_peft": True, "lora_dropout": 0, "lora_target_modules": "all-linear", "learning_rate": 0.01}
+    text_drcd.main(arguments(world, max_steps=2, **lora))
+    reloaded = AutoPeftModelForCausalLM.from_pretrained(world / "out")
+    ids = torch.arange(5, 13)[None]
+    with torch.no_grad():
+        logits, expected = reloaded(ids).logits, trained[0].eval()(ids).logits
+        with trained[0].disable_adapter():
+            assert (trained[0](ids).logits - expected).abs().max() > 1e-3
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+    assert AutoTokenizer.from_pretrained(world / "out").chat_template
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"dataset": "none.jsonl"}, "`dataset=none.jsonl` is no file"),
+        ({"diversity_coef": 1}, "`diversity_coef=1.0` needs `embedder`"),
+        ({"model_name_or_path": "./none"}, "`model_name_or_path=./none` has no config.json"),
+        ({"model_name_or_path": "outputs/smollm2"}, "Run: python recipes/get_smollm2.py"),
+        ({"eval_strategy": "steps"}, "`eval_strategy=steps` needs `eval_dataset`"),
+    ],
+)
+def test_refusals_before_anything_is_loaded(world, monkeypatch, changed, message):
+    monkeypatch.setattr(text_drcd, "CFGDistillDiversityTrainer", None)
+    monkeypatch.chdir(world)
+    with pytest.raises(SystemExit, match=message):
+        text_drcd.main(arguments(world, **changed))
+
+
+def test_a_system_prompt_does_not_replace_one():
+    turns = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    assert text_drcd.with_system_prompt({"prompt": turns}, "c") == {"prompt": turns}
+    assert text_drcd.with_system_prompt({"prompt": "b"}, "a") == {"prompt": turns}
+
+
+def texts(name: str) -> list[str]:
+    rows = load_prompts("dataset", str(PROMPTS / f"{name}.jsonl"), "train")
+    assert all([turn["role"] for turn in row["prompt"]] == ["user"] for row in rows)
+    return [row["prompt"][0]["content"] for row in rows]
+
+
+def test_the_shipped_prompts_are_many_and_held_out_ones_are_not_near_training_ones():
+    train, validation, test = texts("train"), texts("validation"), texts("test")
+    assert len(train) >= 300 and len(validation) == 16 and len(test) == 64
+    assert len({*train, *validation, *test}) == len(train) + len(validation) + len(test)
+    bags = {text: set(re.findall(r"[a-z']+", text.lower())) - COMMON for text in [*train, *validation, *test]}
+    for held_out in test:
+        for other in [*train, *validation]:
+            shared = len(bags[held_out] & bags[other]) / len(bags[held_out] | bags[other])
+            assert shared <= 0.5, (held_out, other)
+
+
+# ---------------------------------------------------------------- negative prompts of conversations
+
+
+SYSTEM = [{"role": "system", "content": "slow"}, {"role": "user", "content": "a tune"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "default", "rendered"),
+    [
+        ({"prompt": SYSTEM}, None, "user <audio>"),  # an empty user's turn, without the row's system prompt
+        ({"prompt": SYSTEM}, "harp", "user harp <audio>"),
+        ({"prompt": SYSTEM, "negative_prompt": "drum"}, "harp", "user drum <audio>"),
+        ({"prompt": SYSTEM, "negative_prompt": None}, "harp", "user harp <audio>"),
+        ({"prompt": SYSTEM, "negative_prompt": SYSTEM[:1]}, "harp", "system slow <audio>"),
+        ({"prompt": "a tune"}, None, ""),
+        ({"prompt": "a tune"}, "harp", "harp"),
+    ],
+)
+def test_negative_prompts(world, row, default, rendered):
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    (ids,) = CausalLMPolicy(tokenizer).negative_prompt_ids([row], default)
+    expected = tokenizer(rendered, add_special_tokens=isinstance(row["prompt"], str))["input_ids"]
+    assert ids == expected
+
+
+def test_the_null_prompt_of_a_tokenizer_that_adds_nothing_is_bos(world):
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    tokenizer.backend_tokenizer.post_processor = None
+    assert CausalLMPolicy(tokenizer).negative_prompt_ids([{"prompt": "a"}], None) == [[tokenizer.bos_token_id]]
+    tokenizer.bos_token = None
+    with pytest.raises(ValueError, match="no unconditional input for guidance"):
+        CausalLMPolicy(tokenizer).negative_prompt_ids([{"prompt": "a"}], None)

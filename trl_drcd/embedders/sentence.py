@@ -1,0 +1,79 @@
+"""Embeddings of texts, by a sentence encoder of the library sentence-transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from trl_drcd._extras import require
+
+
+class SentenceEmbedder:
+    """
+    Embeds texts with a sentence encoder; any callable `list[str] -> (N, D)` can stand in its place.
+
+    A text longer than the encoder reads is cut into windows of that length, and its embedding is the direction of the
+    mean of their embeddings, weighted by the tokens of each, so that no part of it goes unseen. An empty text, one of
+    white space too, is embedded as the encoder embeds "", and so all empty completions are equal. Equal texts get
+    equal embeddings, whatever else is in the list.
+
+    Args:
+        model (`str` or `SentenceTransformer`): Folder or hub name of a sentence encoder, or the encoder.
+        batch_size (`int`, *optional*, defaults to 64): Texts at one time.
+        device (`str`, *optional*): Where the encoder runs; sentence-transformers chooses if `None`.
+
+    Raises:
+        ImportError: If sentence-transformers is missing; it comes with the extra `text`.
+    """
+
+    def __init__(self, model: Any, batch_size: int = 64, device: str | None = None) -> None:
+        if isinstance(model, str):
+            model = require("sentence_transformers", "text").SentenceTransformer(model, device=device)
+        self.model = model.eval()
+        self.batch_size = batch_size
+
+    def windows(self, text: str) -> list[tuple[str, int]]:
+        """The parts of a text that the encoder can read whole, each with its number of tokens, at least 1."""
+        tokenizer, limit = self.model.tokenizer, self.model.max_seq_length
+        text = text.strip()
+        offsets = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+        )["offset_mapping"]
+        if not offsets or limit is None:
+            return [(text, max(1, len(offsets)))]
+        size = limit - tokenizer.num_special_tokens_to_add()
+        parts = [offsets[start : start + size] for start in range(0, len(offsets), size)]
+        return [(text[part[0][0] : part[-1][1]], len(part)) for part in parts]
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        """
+        Embed a list of texts.
+
+        Args:
+            texts (`list[str]`): `N` texts of any length, empty ones too.
+
+        Returns:
+            `torch.Tensor`: Shape `(N, D)`, float32, on the CPU, each row of length 1.
+
+        Raises:
+            TypeError: If an item is not a text.
+        """
+        if wrong := [type(text).__name__ for text in texts if not isinstance(text, str)]:
+            raise TypeError(f"`texts` must be strings, got {wrong[0]}")
+        distinct = list(dict.fromkeys(text.strip() for text in texts))
+        windows = [window for text in distinct for window in self.windows(text)]
+        owners = torch.tensor([row for row, text in enumerate(distinct) for _ in self.windows(text)])
+        vectors = self.model.encode(
+            [text for text, _ in windows],
+            batch_size=self.batch_size,
+            convert_to_tensor=True,
+            normalize_embeddings=True,
+            show_progress_bar=False,
+        ).float().cpu()  # fmt: skip
+        weights = torch.tensor([float(tokens) for _, tokens in windows])
+        sums = torch.zeros(len(distinct), vectors.shape[1]).index_add_(0, owners, vectors * weights[:, None])
+        unit = torch.nn.functional.normalize(sums, dim=-1)
+        row_of = {text: row for row, text in enumerate(distinct)}
+        return unit[[row_of[text.strip()] for text in texts]]
