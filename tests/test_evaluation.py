@@ -14,7 +14,8 @@ from trl_drcd.evaluation.metrics import (
     teacher_terms,
 )
 from trl_drcd.evaluation.report import comparison_page
-from trl_drcd.evaluation.sampling import Samples, cut_after_eos, sample_prompts
+from trl_drcd.evaluation.sampling import Samples, sample_prompts
+from trl_drcd.policies.causal_lm import cut_after_eos
 
 TEMPERATURE = 0.9
 

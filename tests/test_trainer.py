@@ -389,7 +389,7 @@ def test_trainer_refuses_before_it_samples(tmp_path, tokenizer, monkeypatch):
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="has 13 tokens and the model's head 10"):
+    with pytest.raises(ValueError, match="has 13 tokens and the model 10"):
         make_trainer(tmp_path, tokenizer, model=make_model(tokenizer, vocab_size=10))
 
 

@@ -10,8 +10,6 @@ from transformers.integrations import TensorBoardCallback
 from trl import RLOOTrainer
 from trl.models import unwrap_model_for_generation
 
-from .guidance import generate_guided
-
 
 class SampleCallback(TrainerCallback):
     """
@@ -46,12 +44,12 @@ class SampleCallback(TrainerCallback):
             unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model,
         ):
             torch.manual_seed(trainer.args.seed)
-            ids = generate_guided(
+            ids = trainer.policy.sample(
                 model,
                 [list(p) for p in prompt_ids],
                 temperature=trainer.temperature,
                 max_new_tokens=trainer.max_completion_length,
-            ).tolist()
+            )
             if self.codec is None:
                 return trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
             return self.codec.decode(ids)

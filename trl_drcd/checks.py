@@ -75,6 +75,17 @@ def check_adapter(model: Any, peft_config: Any) -> None:
         )
 
 
+def check_family(family: Any, args: CFGDistillDiversityConfig) -> None:
+    """What is TRL's own way to sample serves causal LMs alone."""
+    if family.rolls_out_with_trl:
+        return
+    for name in ("use_vllm", "use_transformers_continuous_batching", "mask_truncated_completions"):
+        if getattr(args, name):
+            raise ValueError(f"`{name}=True` does not serve this family of models; set it to False")
+    if args.beta != 0:
+        raise ValueError(f"`beta={args.beta}`, TRL's KL penalty, does not serve this family of models; set it to 0")
+
+
 def check_null_prompt(policy: Policy, dataset: Any, negative_prompt: Any) -> None:
     """Fails on the first row if the tokenizer has no rendering of its negative prompt."""
     policy.negative_prompt_ids([next(iter(dataset))], negative_prompt)
@@ -82,9 +93,9 @@ def check_null_prompt(policy: Policy, dataset: Any, negative_prompt: Any) -> Non
 
 def check_vocabulary(policy: Policy, model: Any, tokenizer: Any) -> None:
     """Prompts must not hold tokens that student and teacher do not have."""
-    size = policy.heads(model)[0].weight.shape[0]
+    size = policy.prompt_vocabulary(model)
     if len(tokenizer) > size:
         raise ValueError(
-            f"`processing_class` has {len(tokenizer)} tokens and the model's head {size}: they do not share a "
+            f"`processing_class` has {len(tokenizer)} tokens and the model {size}: they do not share a "
             "vocabulary. Give the model's own tokenizer, or resize the model's embeddings before"
         )

@@ -1,4 +1,4 @@
-"""Audio tokens to waveforms: a small closed-form spectral codec."""
+"""Audio tokens to waveforms: a small closed-form spectral codec, and neural codecs of transformers."""
 
 from __future__ import annotations
 
@@ -199,6 +199,78 @@ class SpectralCodec(nn.Module):
         if config.pop("codec_type", None) != "spectral":
             raise ValueError(f"{directory} holds no spectral codec: its config.json lacks `codec_type: spectral`")
         return cls(load_file(Path(directory) / "codec.safetensors")["codebooks"].float(), **config)
+
+
+def is_coded(steps: int, num_codebooks: int) -> torch.Tensor:
+    """Where codes stand in the delayed layout, bool `(S, K)`: codebook `k` from step `k` to `S - K + k`."""
+    frame = torch.arange(steps)[:, None] - torch.arange(num_codebooks)
+    return (frame >= 0) & (frame <= steps - num_codebooks)
+
+
+def delay(codes: torch.Tensor, mask_id: int) -> torch.Tensor:
+    """The delayed layout `(B, T + K - 1, K)` of codes `(B, T, K)`: codebook `k` is `k` steps late."""
+    batch, frames, books = codes.shape
+    delayed = codes.new_full((batch, frames + books - 1, books), mask_id)
+    for k in range(books):
+        delayed[:, k : k + frames, k] = codes[..., k]
+    return delayed
+
+
+def undelay(delayed: torch.Tensor) -> torch.Tensor:
+    """The codes `(B, T, K)` of the delayed layout `(B, S, K)`, `T = S - K + 1`."""
+    frames, books = delayed.shape[1] - delayed.shape[2] + 1, delayed.shape[2]
+    return torch.stack([delayed[:, k : k + frames, k] for k in range(books)], dim=-1)
+
+
+class CodebookCodec:
+    """
+    Makes audio of MusicGen's completions, by a neural codec of transformers (EnCodec).
+
+    Args:
+        audio_encoder (`PreTrainedModel`): Has `decode(audio_codes, audio_scales)` and `config.sampling_rate`; mono.
+        num_codebooks (`int`): `K`.
+        mask_id (`int`): The id where the delayed layout has no code.
+        batch_size (`int`, *optional*, defaults to 8): Clips to decode at one time.
+    """
+
+    def __init__(self, audio_encoder: Any, num_codebooks: int, mask_id: int, batch_size: int = 8):
+        self.audio_encoder, self.num_codebooks = audio_encoder, num_codebooks
+        self.mask_id, self.batch_size = mask_id, batch_size
+
+    def to_codes(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """
+        The codes `(T, K)`, int64, of one completion of `S * K` ids in the delayed layout.
+
+        Raises:
+            ValueError: If the ids are no whole steps, fewer than the delays take, or the mask id stands where a code
+                belongs.
+        """
+        steps = len(token_ids) // self.num_codebooks
+        if len(token_ids) % self.num_codebooks or steps < self.num_codebooks:
+            raise ValueError(
+                f"a completion has {len(token_ids)} ids; it must have S * {self.num_codebooks} of them, with S at "
+                f"least {self.num_codebooks}"
+            )
+        codes = undelay(torch.tensor(token_ids).view(1, steps, self.num_codebooks))[0]
+        if (codes == self.mask_id).any():
+            raise ValueError(f"the mask id {self.mask_id} stands where a code belongs: this is no delayed layout")
+        return codes
+
+    @torch.no_grad()
+    def decode(self, token_ids: Sequence[Sequence[int]]) -> list[tuple[torch.Tensor, int]]:
+        """`(waveform, sampling_rate)` of each completion; the waveform is 1-D float32 on the CPU."""
+        all_codes = [self.to_codes(ids) for ids in token_ids]
+        waveforms: list[torch.Tensor] = [torch.empty(0)] * len(all_codes)
+        device, rate = self.audio_encoder.device, int(self.audio_encoder.config.sampling_rate)
+        for frames in {len(codes) for codes in all_codes}:
+            rows = [i for i, codes in enumerate(all_codes) if len(codes) == frames]
+            for first in range(0, len(rows), self.batch_size):
+                part = rows[first : first + self.batch_size]
+                codes = torch.stack([all_codes[i] for i in part]).transpose(1, 2).to(device)
+                audio = self.audio_encoder.decode(codes[None], [None]).audio_values
+                for i, waveform in zip(part, audio[:, 0].float().cpu(), strict=True):
+                    waveforms[i] = waveform
+        return [(waveform, rate) for waveform in waveforms]
 
 
 def mel_matrix(n_fft: int, num_mels: int, sampling_rate: int) -> torch.Tensor:

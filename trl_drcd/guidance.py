@@ -130,15 +130,15 @@ def left_pad(sequences: list[list[int]], pad_token_id: int) -> tuple[torch.Tenso
     Left-pad token sequences into one batch.
 
     Args:
-        sequences (`list[list[int]]`): `B` sequences of token ids, none empty.
+        sequences (`list[list[int]]`): `B` sequences of token ids; an empty one becomes padding alone.
         pad_token_id (`int`): Token that fills the left.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Ids and attention mask, each int64 of shape `(B, longest)`.
     """
     longest = max(map(len, sequences))
-    ids = torch.tensor([[pad_token_id] * (longest - len(s)) + list(s) for s in sequences])
-    mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences])
+    ids = torch.tensor([[pad_token_id] * (longest - len(s)) + list(s) for s in sequences], dtype=torch.long)
+    mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences], dtype=torch.long)
     return ids, mask
 
 

@@ -21,7 +21,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import RLOOTrainer
-from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import get_config_model_id, use_adapter
 
@@ -29,6 +29,7 @@ from .callbacks import SampleCallback
 from .checks import (
     check_adapter,
     check_datasets,
+    check_family,
     check_null_prompt,
     check_rewards,
     check_rollout_size,
@@ -46,7 +47,7 @@ from .losses import (
     token_terms,
     weighted_terms,
 )
-from .policies import CausalLMPolicy, Policy
+from .policies import Policy, policy_class
 
 logger = get_logger(__name__)
 
@@ -86,10 +87,9 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
     of the extra reward functions, weighted by `reward_weights`. One student forward and backward serves all terms.
 
     Args:
-        model (`str`, `PreTrainedModel` or `PeftModel`): As in [`~trl.RLOOTrainer`]. A causal LM.
+        model (`str`, `PreTrainedModel` or `PeftModel`): As in [`~trl.RLOOTrainer`]. A causal LM or a mono MusicGen.
         reward_funcs (*optional*): Extra per-sample rewards, as in [`~trl.RLOOTrainer`]; the diversity reward is not
-        among
-            them, it comes with `embedder`.
+            among them, it comes with `embedder`.
         args ([`CFGDistillDiversityConfig`], *optional*): The paper's settings if `None`.
         train_dataset (`Dataset` or `IterableDataset`): Column `prompt`, and perhaps `negative_prompt`.
         eval_dataset (*optional*): The same, or a dictionary of such.
@@ -97,7 +97,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         embedder (`Callable`, *optional*): E of the diversity reward; needed where `diversity_coef` is above 0. Without
             it diversity is not measured. See [`DiversityReward`].
         codec (*optional*): Turns completion ids into audio, for models of audio tokens; then E and the logged samples
-        get audio. **kwargs: `callbacks`, `optimizers`, `peft_config`, `quantization_config`,
+            get audio. `None` is the model's own, where it has one (MusicGen).
+        **kwargs: `callbacks`, `optimizers`, `peft_config`, `quantization_config`,
         `reward_processing_classes` of
             [`~trl.RLOOTrainer`].
 
@@ -142,25 +143,32 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         )
         check_rewards(args, extra_rewards, embedder)
+        revision = (args.model_init_kwargs or {}).get("revision")
+        family = policy_class(model, revision)
+        check_family(family, args)
+        self._inside_trl = family.inside_trl
         self.diversity_reward = None if embedder is None else DiversityReward(embedder, args.num_generations, codec)
         self.has_extra_rewards = bool(extra_rewards)
         # RLOO rewards the extra functions; the diversity reward stands there only where nothing else does, for its log
         if not extra_rewards:
             extra_rewards = [self.diversity_reward or _no_reward]
 
-        super().__init__(
-            model=model,
-            reward_funcs=extra_rewards,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        with self._inside_trl():
+            super().__init__(
+                model=model,
+                reward_funcs=extra_rewards,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=family.processing_class(model, processing_class, revision),
+                **kwargs,
+            )
         student = self.accelerator.unwrap_model(self.model)
+        self.policy: Policy = family(self._tokenizer, student.config, self.chat_template_kwargs)
+        self.policy.check_length(args.max_completion_length)
+        self.policy.prepare(student)
         # What is sampled is what is scored, whatever the model came with; saved models sample as they were trained to
         student.generation_config = ancestral_generation_config(student.generation_config, args.temperature)
-        self.policy: Policy = CausalLMPolicy(self._tokenizer, self.chat_template_kwargs)
         check_vocabulary(self.policy, student, self._tokenizer)
         if args.guidance_scale != 1:
             check_null_prompt(self.policy, self.train_dataset, args.negative_prompt)
@@ -169,17 +177,22 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
                 "This model caps its logits: guidance is applied to the logits, one more projection per token."
             )
         self.teacher = None if is_peft_model(student) else self._frozen_copy(student)
+        self.codec = self.policy.codec(student) if codec is None else codec
+        if self.diversity_reward is not None:
+            self.diversity_reward.codec = self.codec
         self._forward_redirection = _ForwardRedirection()
         updates_per_rollout = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
         self._needs_old_logps = updates_per_rollout > 1
         self._diversity_gradient: list[torch.Tensor | None] | None = None
         self._seconds = {"rollout": 0.0, "teacher": 0.0, "reward": 0.0}
         if args.sample_steps:
-            self.add_callback(SampleCallback(self, codec))
+            self.add_callback(SampleCallback(self, self.codec))
 
     def _frozen_copy(self, student: PreTrainedModel) -> PreTrainedModel:
-        """The teacher's own weights: a copy of the initial model that nothing trains."""
-        teacher = copy.deepcopy(student)
+        """The teacher's own weights: a copy of the initial model that nothing trains; what is frozen is shared."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        frozen = [] if sharded else [p for p in student.parameters() if not p.requires_grad]
+        teacher = copy.deepcopy(student, memo={id(parameter): parameter for parameter in frozen})
         # TRL patches `forward` on the instance, and the patch's closure still calls the student
         teacher.__dict__.pop("forward", None)
         teacher.requires_grad_(False).eval()
@@ -193,6 +206,18 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         super()._set_signature_columns_if_needed()
         if "negative_prompt" not in self._signature_columns:
             self._signature_columns.append("negative_prompt")
+
+    def train(self, *args, **kwargs):
+        with self._inside_trl():  # transformers aligns the special tokens of tokenizer and model
+            result = super().train(*args, **kwargs)
+        self.policy.restore_special_tokens(self.accelerator.unwrap_model(self.model).generation_config)
+        return result
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        student = self.accelerator.unwrap_model(self.model)
+        self.policy.restore_special_tokens(student.generation_config)
+        super()._save(output_dir, state_dict)
+        self.policy.save_extras(student, output_dir or self.args.output_dir)
 
     # ---------------------------------------------------------------- rollouts and rewards
 
@@ -208,17 +233,68 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
         # Autocast around the whole rollout casts the weights once, not once per token
         with self._timed("rollout"), self.accelerator.autocast():
+            if not self.policy.rolls_out_with_trl:
+                return self._sample(prompt_ids)
             completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
         # RLOO looks at the last token of each completion; one that is empty stands as a single eos
         return [ids or [self._tokenizer.eos_token_id] for ids in completion_ids]
+
+    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """Completions by the policy's own sampling, without guidance."""
+        with unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        ) as model:
+            return self.policy.sample(
+                model, prompt_ids, temperature=self.temperature, max_new_tokens=self.max_completion_length
+            )
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         if not (self._needs_old_logps and self.model.training):
             # With one update per rollout the ratio to the sampling policy is 1: nobody reads this forward's result
             return torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device), None, None
+        if not self.policy.rolls_out_with_trl:
+            return self._log_probs(model, input_ids, attention_mask, logits_to_keep, *args[:1]), None, None
         return super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
+
+    @torch.no_grad()
+    def _log_probs(
+        self, model, input_ids: torch.Tensor, mask: torch.Tensor, length: int, batch_size: int | None = None
+    ) -> torch.Tensor:
+        """
+        Log-probability of each id of the completions, nats, shape `(B, length)`; 0 where none is scored.
+
+        Args:
+            model: Perhaps wrapped.
+            input_ids, mask (`torch.Tensor`): Prompt and completion in one row, int64 `(B, P + length)`.
+            length (`int`): Ids of a completion.
+            batch_size (`int`, *optional*): Sequences at one time; all if `None`.
+        """
+        student, rows = self.accelerator.unwrap_model(model), []
+
+        def forward(*batch):
+            with self.accelerator.autocast():
+                return self.policy.hidden_states(student, *batch), self.policy.heads(student)
+
+        size = batch_size or len(input_ids)
+        for ids, part in zip(input_ids.split(size), mask.split(size), strict=True):
+            completion = ids[:, -length:], part[:, -length:]
+            hidden, heads = self._forward_redirection(
+                model, student, forward, ids[:, :-length], part[:, :-length], *completion
+            )
+            tokens, valid = self.policy.ids_and_mask(*completion)
+            log_probs = torch.zeros(tokens.shape, device=hidden.device)
+            for k, head in enumerate(heads):
+                scored = valid[..., k]
+                log_p = (head.logits(hidden[scored]) / self.temperature).log_softmax(-1)
+                log_probs[..., k][scored] = log_p.gather(-1, tokens[..., k][scored][:, None]).squeeze(-1).float()
+            flat = log_probs.flatten(1)
+            rows.append(torch.nn.functional.pad(flat, (0, length - flat.shape[1])))
+        return torch.cat(rows)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         mode = "train" if self.model.training else "eval"

@@ -34,3 +34,25 @@ def build_tokenizer(num_codebooks: int, codebook_size: int) -> PreTrainedTokeniz
         additional_special_tokens=["<audio>"], padding_side="left", model_max_length=256,
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
+
+
+def build_t5_tokenizer() -> PreTrainedTokenizerFast:
+    """
+    The words of `captions.vocabulary` in the form T5 reads: `words </s>`, lower case, without punctuation.
+
+    It pads on the right, as T5's own tokenizer does.
+    """
+    specials = ["<pad>", "</s>", "<unk>"]
+    tokens = {token: i for i, token in enumerate([*specials, *vocabulary()])}
+    tokenizer = Tokenizer(models.WordLevel(tokens, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(Regex(r"[^a-z0-9# ]"), " ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokens["</s>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", pad_token="<pad>", model_max_length=256,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip

@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from captions import caption
 from render import OUTPUT, read_metadata
 from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model as load_weights
+from safetensors.torch import save_model as save_weights
 from scores import HERE
 from tokenizer import build_tokenizer
 from tqdm import tqdm
@@ -143,11 +145,11 @@ class State:
     def __init__(self, folder: Path):
         self.folder, self.step, self.seconds, self.best = folder, 0, 0.0, math.inf
 
-    def save(self, model: LlamaForCausalLM, optimiser: torch.optim.AdamW) -> None:
+    def save(self, model: torch.nn.Module, optimiser: torch.optim.AdamW) -> None:
         temporary = self.folder.with_name("last.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file({k: v.contiguous() for k, v in model.model.state_dict().items()}, temporary / "model.safetensors")
+        save_weights(model, str(temporary / "model.safetensors"))
         moments = {
             f"{i}.{name}": value.clone()
             for i, entry in optimiser.state_dict()["state"].items()
@@ -160,11 +162,11 @@ class State:
         shutil.rmtree(self.folder, ignore_errors=True)
         os.replace(temporary, self.folder)
 
-    def load(self, model: LlamaForCausalLM, optimiser: torch.optim.AdamW) -> None:
+    def load(self, model: torch.nn.Module, optimiser: torch.optim.AdamW) -> None:
         if not (self.folder / "state.json").exists():
             return
         self.__dict__.update(json.loads((self.folder / "state.json").read_text()))
-        model.model.load_state_dict(load_file(self.folder / "model.safetensors"))
+        load_weights(model, str(self.folder / "model.safetensors"))
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in load_file(self.folder / "optimiser.safetensors").items():
             index, name = key.split(".")
@@ -219,7 +221,7 @@ def train(args: argparse.Namespace) -> None:
     optimiser = build_optimiser(model, args)
     allowed = tokens_in_turn(codec, tokenizer.eos_token_id, len(tokenizer)).to(device)
     state = State(args.output / "last")
-    state.load(model, optimiser)
+    state.load(model.model, optimiser)
     print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(clips.rows)} clips, {device}")
 
     size, limit, losses = args.batch, args.minutes * 60, []
@@ -255,7 +257,7 @@ def train(args: argparse.Namespace) -> None:
                 state.best = held_out
                 save_model(args.output / "best", model, tokenizer)
             state.seconds = time.time() - began
-            state.save(model, optimiser)
+            state.save(model.model, optimiser)
     (args.output / "finished.json").write_text(json.dumps({"step": state.step, "best": state.best}) + "\n")
 
 

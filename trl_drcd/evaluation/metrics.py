@@ -17,7 +17,7 @@ from tqdm import tqdm
 from trl_drcd.diversity import group_diversity
 from trl_drcd.guidance import left_pad
 from trl_drcd.losses import LOGITS_PER_CHUNK, guided_logits, reverse_kl, sum_per_sequence
-from trl_drcd.policies import CausalLMPolicy
+from trl_drcd.policies import Policy, policy_for
 
 from .sampling import Samples, tokenize_prompts
 
@@ -120,7 +120,7 @@ def _right_pad(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _logits(
-    policy: CausalLMPolicy, model: Any, streams: list[list[list[int]]], completion: Any, guidance_scale: float
+    policy: Policy, model: Any, streams: list[list[list[int]]], completion: Any, guidance_scale: float
 ) -> list[Callable[[slice], torch.Tensor]]:
     """For each codebook, a function from rows of its valid tokens to (guided) logits `(rows, V)`."""
     hidden = []
@@ -156,7 +156,7 @@ def teacher_terms(
     the two distributions over whole sequences.
 
     Args:
-        model (`PreTrainedModel`): The student, a causal LM.
+        model (`PreTrainedModel`): The student, a causal LM or a MusicGen.
         teacher (`PreTrainedModel`): The teacher's model, of the same vocabulary.
         tokenizer (`PreTrainedTokenizerBase`): Of both.
         samples ([`Samples`]): Prompts and completions, at least one token each.
@@ -174,7 +174,7 @@ def teacher_terms(
     Raises:
         ValueError: If the vocabularies differ.
     """
-    policy = CausalLMPolicy(tokenizer)
+    policy = policy_for(model, tokenizer)
     rows = [{"prompt": prompt} for prompt in samples.repeated_prompts]
     streams = [tokenize_prompts(policy, samples.repeated_prompts), policy.negative_prompt_ids(rows, negative_prompt)]
     model.eval(), teacher.eval()

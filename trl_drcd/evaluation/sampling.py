@@ -1,4 +1,4 @@
-"""Samples of a grid of prompts from a causal LM, with or without classifier-free guidance, and what they cost."""
+"""Samples of a grid of prompts, with or without classifier-free guidance, and what they cost."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trl_drcd.guidance import generate_guided
-from trl_drcd.policies import CausalLMPolicy
+from trl_drcd.policies import Policy, policy_for
 
 
 @dataclass
@@ -37,21 +36,18 @@ class Samples:
 
     @property
     def tokens_per_second(self) -> float:
-        """Completion tokens per second; what a batch computes after a sequence's eos does not count."""
+        """
+        Completion ids per second; what a batch computes after a sequence's eos does not count.
+
+        MusicGen's are those of all codebooks, the few without a code included.
+        """
         return sum(map(len, self.token_ids)) / self.seconds
 
 
-def tokenize_prompts(policy: CausalLMPolicy, prompts: list[Any]) -> list[list[int]]:
+def tokenize_prompts(policy: Policy, prompts: list[Any]) -> list[list[int]]:
     """Token ids of prompts, texts or conversations, as the trainer renders them."""
     # A prompt reads as a negative prompt does, template and generation marker included
     return policy.negative_prompt_ids([{"prompt": p, "negative_prompt": p} for p in prompts], None)
-
-
-def cut_after_eos(token_ids: torch.Tensor, eos_token_id: int | list[int] | None) -> list[list[int]]:
-    """The rows of `token_ids (B, S)` as lists, each up to and with its first eos."""
-    eos = set(eos_token_id) if isinstance(eos_token_id, list) else {eos_token_id}
-    rows: list[list[int]] = token_ids.tolist()
-    return [row[: next((i for i, token in enumerate(row) if token in eos), len(row)) + 1] for row in rows]
 
 
 def sample_prompts(
@@ -73,7 +69,7 @@ def sample_prompts(
     The same seed and `batch_size` give the same samples; the caller's random state is left as it was.
 
     Args:
-        model (`PreTrainedModel`): A causal LM.
+        model (`PreTrainedModel`): A causal LM or a MusicGen.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         prompts (`list`): Texts or conversations.
         samples_per_prompt (`int`, *optional*, defaults to 1): Completions of each prompt.
@@ -81,7 +77,8 @@ def sample_prompts(
             https://huggingface.co/papers/2410.06084; 1 is off.
         negative_prompt (*optional*): x^- of Eq. (1); `None` is the null prompt.
         temperature (`float`, *optional*, defaults to 0.99): Above 0.
-        max_new_tokens (`int`, *optional*, defaults to 200): Largest number of completion tokens.
+        max_new_tokens (`int`, *optional*, defaults to 200): Largest number of completion tokens; for MusicGen,
+            decoder steps.
         batch_size (`int`, *optional*, defaults to 64): Sequences at one time (twice as many rows with guidance).
         seed (`int`, *optional*, defaults to 0): Of the draws.
         description (`str`, *optional*): Name of the progress bar; `None` shows none.
@@ -97,7 +94,7 @@ def sample_prompts(
             f"`prompts` must not be empty and `samples_per_prompt` at least 1, got {len(prompts)} prompts and "
             f"{samples_per_prompt}"
         )
-    policy = CausalLMPolicy(tokenizer)
+    policy = policy_for(model, tokenizer)
     rows = [{"prompt": prompt} for prompt in prompts for _ in range(samples_per_prompt)]
     ids = tokenize_prompts(policy, [row["prompt"] for row in rows])
     negative_ids = policy.negative_prompt_ids(rows, negative_prompt) if guidance_scale != 1 else None
@@ -109,10 +106,10 @@ def sample_prompts(
         with tqdm(total=len(rows), desc=description, unit="sample", disable=description is None) as bar:
             for first in range(0, len(rows), batch_size):
                 part = slice(first, first + batch_size)
-                output = generate_guided(
+                output = policy.sample(
                     model, ids[part], negative_ids and negative_ids[part], guidance_scale, temperature, max_new_tokens
                 )
-                completions += cut_after_eos(output, model.generation_config.eos_token_id)
+                completions += output
                 bar.update(len(output))
     seconds = time.perf_counter() - start
     model.train(was_training)

@@ -2,22 +2,60 @@
 Policies: all that differs between model families, behind one protocol.
 
 The losses and the trainer see `hidden (B, S, H)`, `K` heads, and `ids`, `mask` of shape `(B, S, K)`; a text LM has `K
-= 1`.
+= 1`. Between them, a completion is a list of ids: `S` of them, or `S * K`, as the family lays them out.
 """
 
 from __future__ import annotations
 
+import os
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ..losses import Head
 from .causal_lm import CausalLMPolicy
+from .musicgen import MusicgenPolicy
 
 
 class Policy(Protocol):
-    """What the trainer asks of a model family."""
+    """What trainer and evaluation ask of a model family. Made of `(tokenizer, config, chat_template_kwargs)`."""
+
+    rolls_out_with_trl: bool
+    """Whether TRL samples the rollouts (`generate`, vLLM); else [`Policy.sample`] does."""
+    has_own_codec: bool
+    """Whether completions are made audio by a part of the model."""
+
+    @staticmethod
+    def check_config(config: Any) -> None:
+        """Refuses, with a `ValueError`, checkpoints of the family that are not supported."""
+
+    @staticmethod
+    def processing_class(model: Any, given: Any, revision: str | None = None) -> Any:
+        """The tokenizer to give to TRL, from a model or its name and what the user gave."""
+
+    @staticmethod
+    def inside_trl() -> AbstractContextManager[None]:
+        """Surrounds calls of TRL and transformers that know causal LMs alone."""
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Freezes what must not train, before the teacher is copied and the optimiser is made."""
+
+    def restore_special_tokens(self, config: Any) -> None:
+        """Undoes in a generation config what TRL and transformers take from the tokenizer."""
+
+    def save_extras(self, model: PreTrainedModel, folder: str | os.PathLike) -> None:
+        """Writes what a saved folder needs beside model and tokenizer."""
+
+    def codec(self, model: PreTrainedModel) -> Any:
+        """The model's own codec, where `has_own_codec`; else `None`."""
+
+    def prompt_vocabulary(self, model: PreTrainedModel) -> int:
+        """Number of tokens that a prompt may hold."""
+
+    def check_length(self, max_completion_length: int) -> None:
+        """Refuses completions that are too short for the family's layout."""
 
     def negative_prompt_ids(self, rows: list[dict[str, Any]], negative_prompt: Any) -> list[list[int]]:
         """Token ids of each row's `x^-`: its own `negative_prompt`, else the given one, else the null prompt."""
@@ -40,5 +78,43 @@ class Policy(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The scored tokens, int64 `(B, S, K)`, and the boolean mask of those that count, `(B, S, K)`."""
 
+    def sample(
+        self,
+        model: PreTrainedModel,
+        prompt_ids: list[list[int]],
+        negative_prompt_ids: list[list[int]] | None = None,
+        guidance_scale: float = 1.0,
+        temperature: float = 1.0,
+        max_new_tokens: int = 20,
+    ) -> list[list[int]]:
+        """Completions, without truncation or penalties, guided where `guidance_scale` is not 1."""
 
-__all__ = ["CausalLMPolicy", "Policy"]
+
+def policy_class(model: Any, revision: str | None = None) -> type[CausalLMPolicy] | type[MusicgenPolicy]:
+    """
+    The policy of a model family, by `config.model_type`: the one place where a family is chosen.
+
+    Args:
+        model (`PreTrainedModel`, `PeftModel` or `str`): A model, or its name or folder.
+        revision (`str`, *optional*): Of a name on the hub.
+
+    Raises:
+        ValueError: If the checkpoint is of a family or kind that is known and not supported.
+    """
+    config = AutoConfig.from_pretrained(model, revision=revision) if isinstance(model, str) else model.config
+    if config.model_type == "musicgen_melody":
+        raise ValueError(
+            "`model` is a MusicGen melody checkpoint, whose melody prompt is not supported; use a text-only one, "
+            "e.g. facebook/musicgen-small, -medium or -large"
+        )
+    family = MusicgenPolicy if config.model_type == "musicgen" else CausalLMPolicy
+    family.check_config(config)
+    return family
+
+
+def policy_for(model: Any, tokenizer: Any) -> Policy:
+    """The policy of a loaded model and its tokenizer."""
+    return policy_class(model)(tokenizer, model.config)
+
+
+__all__ = ["CausalLMPolicy", "MusicgenPolicy", "Policy", "policy_class", "policy_for"]

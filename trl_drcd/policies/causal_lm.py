@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..guidance import generate_guided
 from ..losses import Head
 
 
@@ -17,12 +20,55 @@ class CausalLMPolicy:
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): Makes negative prompts into tokens.
+        config (`PretrainedConfig`, *optional*): Not used: all that a causal LM is asked for is in the model.
         chat_template_kwargs (`dict`, *optional*): Passed to the chat template, as the trainer does for prompts.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any] | None = None):
+    rolls_out_with_trl = True
+    has_own_codec = False
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: Any = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ):
         self.tokenizer = tokenizer
         self.chat_template_kwargs = chat_template_kwargs or {}
+
+    @staticmethod
+    def check_config(config: Any) -> None:
+        """Every causal LM is taken."""
+
+    @staticmethod
+    def processing_class(model: Any, given: Any, revision: str | None = None) -> Any:
+        """What was given; TRL loads it where there is none."""
+        return given
+
+    @staticmethod
+    def inside_trl() -> AbstractContextManager[None]:
+        """TRL is made for causal LMs."""
+        return nullcontext()
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Everything trains, or what the adapter leaves."""
+
+    def restore_special_tokens(self, config: Any) -> None:
+        """The tokenizer's are right."""
+
+    def save_extras(self, model: PreTrainedModel, folder: str | os.PathLike) -> None:
+        """Model and tokenizer are all there is."""
+
+    def codec(self, model: PreTrainedModel) -> Any:
+        """None: a codec stands beside the model."""
+        return None
+
+    def prompt_vocabulary(self, model: PreTrainedModel) -> int:
+        """The head's vocabulary: prompt and completion are one stream."""
+        return int(self.heads(model)[0].weight.shape[0])
+
+    def check_length(self, max_completion_length: int) -> None:
+        """Any length will do."""
 
     def negative_prompt_ids(self, rows: list[dict[str, Any]], negative_prompt: Any) -> list[list[int]]:
         """
@@ -121,6 +167,26 @@ class CausalLMPolicy:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Completion ids `(B, S, 1)` and boolean mask `(B, S, 1)`."""
         return completion_ids[..., None], completion_mask[..., None].bool()
+
+    def sample(
+        self,
+        model: PreTrainedModel,
+        prompt_ids: list[list[int]],
+        negative_prompt_ids: list[list[int]] | None = None,
+        guidance_scale: float = 1.0,
+        temperature: float = 1.0,
+        max_new_tokens: int = 20,
+    ) -> list[list[int]]:
+        """[`~trl_drcd.guidance.generate_guided`], each completion up to and with its first eos."""
+        ids = generate_guided(model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens)
+        return cut_after_eos(ids, model.generation_config.eos_token_id)
+
+
+def cut_after_eos(token_ids: torch.Tensor, eos_token_id: int | list[int] | None) -> list[list[int]]:
+    """The rows of `token_ids (B, S)` as lists, each up to and with its first eos."""
+    eos = set(eos_token_id) if isinstance(eos_token_id, list) else {eos_token_id}
+    rows: list[list[int]] = token_ids.tolist()
+    return [row[: next((i for i, token in enumerate(row) if token in eos), len(row)) + 1] for row in rows]
 
 
 def _without_peft(model: Any) -> PreTrainedModel:

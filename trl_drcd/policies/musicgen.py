@@ -1,0 +1,315 @@
+"""
+MusicGen: a T5 encoder, a decoder with `K` heads over delayed codebooks, and the codec that makes audio of its codes.
+
+A completion travels as one list of `S * K` ids: the delayed layout step by step, its `K` codebooks in order, as
+`generate` has it. Codebook `k` begins `k` steps late and ends `K - 1 - k` steps early; there stands the mask id,
+which is `vocab_size`. It is undelayed only in the codec ([`~trl_drcd.codecs.CodebookCodec`]).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    EncodecFeatureExtractor,
+    GenerationConfig,
+    MusicgenConfig,
+    MusicgenProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from trl.trainer.utils import get_config_model_id
+
+from ..codecs import CodebookCodec, is_coded
+from ..guidance import guide_logits, left_pad
+from ..losses import Head
+from .causal_lm import _full
+from .causal_lm import _without_peft as unwrapped
+
+# Parts that never train, as attributes of the model. The projection belongs to the conditioning, as in AudioCraft
+FROZEN = ("text_encoder", "audio_encoder", "enc_to_dec_proj")
+# Linear layers of the decoder alone: T5 and EnCodec have none of these names
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+
+
+class MusicgenPolicy:
+    """
+    The policy of a mono `MusicgenForConditionalGeneration`.
+
+    The decoder trains, with its embeddings and heads. Text encoder, its projection and audio codec are frozen, so that
+    teacher and student share them.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The T5 tokenizer.
+        config (`MusicgenConfig`): The model's.
+        chat_template_kwargs (`dict`, *optional*): Not used: prompts are texts.
+
+    Raises:
+        ValueError: If the checkpoint is a stereo one.
+    """
+
+    rolls_out_with_trl = False
+    has_own_codec = True
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: Any, chat_template_kwargs: dict | None = None):
+        self.check_config(config)
+        self.tokenizer = tokenizer
+        self.num_codebooks: int = config.decoder.num_codebooks
+        self.mask_id: int = config.decoder.vocab_size
+
+    # ---------------------------------------------------------------- setting up
+
+    @staticmethod
+    def check_config(config: Any) -> None:
+        """Refuses stereo checkpoints, whose codebooks come in pairs."""
+        if config.decoder.audio_channels != 1:
+            raise ValueError(
+                f"`model` is a stereo MusicGen (`audio_channels={config.decoder.audio_channels}`), which is not "
+                "supported; use a mono one, e.g. facebook/musicgen-small, -medium or -large"
+            )
+
+    @staticmethod
+    def processing_class(model: Any, given: Any, revision: str | None = None) -> Any:
+        """The T5 tokenizer: TRL would take MusicGen's processor for that of a vision model."""
+        if given is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            given = AutoTokenizer.from_pretrained(name, revision=revision)
+        return given.tokenizer if isinstance(given, ProcessorMixin) else given
+
+    @staticmethod
+    @contextmanager
+    def inside_trl() -> Iterator[None]:
+        """
+        Makes `config.get_text_config()` work: with a text encoder and a decoder it is ambiguous, and an error.
+
+        TRL and transformers read of it what a MusicGen does not have, and write the tokenizer's pad and eos ids to it,
+        which are none of the decoder's: they get a copy.
+        """
+        own = MusicgenConfig.get_text_config
+
+        def text_config(self: Any, decoder: Any = None, encoder: Any = None) -> Any:
+            return copy.deepcopy(self.decoder) if decoder == encoder else own(self, decoder, encoder)
+
+        with mock.patch.object(MusicgenConfig, "get_text_config", text_config):
+            yield
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """
+        Freezes what must not train, turns off all dropout, and undoes what TRL did to the model.
+
+        Raises:
+            ValueError: If an adapter stands where it has no effect, or on a frozen part.
+        """
+        musicgen: Any = unwrapped(model)
+        trainable = [name for name, p in musicgen.named_parameters() if p.requires_grad]
+        if musicgen is not model:
+            wrong = [name for name in trainable if name.startswith((*FROZEN, "decoder.lm_heads"))]
+            if wrong:
+                raise ValueError(
+                    f"`target_modules` of the adapter reaches {wrong[0]} and {len(wrong) - 1} more parameters of "
+                    "the text encoder, the audio codec or the heads, which must not have one; use "
+                    f"`target_modules={LORA_TARGETS}`"
+                )
+        for name in FROZEN:
+            if hasattr(musicgen, name):
+                getattr(musicgen, name).requires_grad_(False)
+        # Functional dropout of T5's attention and of the decoder, which `disable_dropout_in_model` does not see
+        for module in musicgen.modules():
+            for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+                if isinstance(getattr(module, name, None), int | float):
+                    setattr(module, name, 0.0)
+        musicgen.__dict__.pop("forward", None)  # TRL's fused LM head is for one head
+        self.restore_special_tokens(musicgen.generation_config)
+
+    def restore_special_tokens(self, config: GenerationConfig) -> None:
+        """The decoder begins and is padded with the mask id, whatever the tokenizer's ids are; no id ends it."""
+        config.update(
+            pad_token_id=self.mask_id,
+            bos_token_id=self.mask_id,
+            decoder_start_token_id=self.mask_id,
+            eos_token_id=None,
+        )
+
+    def save_extras(self, model: PreTrainedModel, folder: str | os.PathLike) -> None:
+        """Writes `preprocessor_config.json`, which processors and pipelines look for."""
+        config = model.config.audio_encoder
+        extractor = EncodecFeatureExtractor(config.audio_channels, config.sampling_rate, padding_side="left")
+        MusicgenProcessor(extractor, self.tokenizer).save_pretrained(folder)
+
+    def codec(self, model: PreTrainedModel) -> CodebookCodec:
+        """The codec of the model's own audio encoder, not a copy."""
+        return CodebookCodec(unwrapped(model).audio_encoder, self.num_codebooks, self.mask_id)
+
+    def prompt_vocabulary(self, model: PreTrainedModel) -> int:
+        """Tokens that the text encoder knows."""
+        musicgen: Any = unwrapped(model)
+        return int(musicgen.text_encoder.get_input_embeddings().num_embeddings)
+
+    def check_length(self, max_completion_length: int) -> None:
+        """With fewer steps than the delays take, `generate` leaves the delay out without a word."""
+        if max_completion_length < (least := 2 * self.num_codebooks - 2):
+            raise ValueError(
+                f"`max_completion_length={max_completion_length}` decoder steps are too few for the delays of "
+                f"{self.num_codebooks} codebooks; give at least {least} ({self.num_codebooks - 1} more than frames)"
+            )
+
+    # ---------------------------------------------------------------- conditioning
+
+    def negative_prompt_ids(self, rows: list[dict[str, Any]], negative_prompt: Any) -> list[list[int]]:
+        """
+        Token ids of each row's negative prompt; none for the null condition.
+
+        An empty list makes a row of padding, whose mask sets all encoder states to zero: the null condition of
+        `generate`. The empty text, in contrast, is a prompt like another.
+
+        Args:
+            rows (`list[dict]`): Dataset rows with `prompt` and perhaps `negative_prompt`.
+            negative_prompt (`str` or `None`): For rows that have none of their own.
+
+        Returns:
+            `list[list[int]]`: One sequence per row, perhaps empty.
+
+        Raises:
+            ValueError: If a prompt is not a text.
+        """
+        texts = [row["negative_prompt"] if row.get("negative_prompt") is not None else negative_prompt for row in rows]
+        for text in [row["prompt"] for row in rows] + texts:
+            if not isinstance(text, str | None):
+                raise ValueError(f"MusicGen reads texts: `prompt` and `negative_prompt` must be `str`, got {text!r}")
+        return [[] if text is None else list(self.tokenizer(text)["input_ids"]) for text in texts]
+
+    def _condition(self, model: Any, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the decoder's cross-attention sees: projected encoder states, zero where the mask is, and the mask."""
+        if prompt_ids.shape[1] == 0:  # nothing but null conditions
+            prompt_ids, prompt_mask = (torch.nn.functional.pad(t, (0, 1)) for t in (prompt_ids, prompt_mask))
+        states = model.text_encoder(input_ids=prompt_ids, attention_mask=prompt_mask).last_hidden_state
+        if hasattr(model, "enc_to_dec_proj"):
+            states = model.enc_to_dec_proj(states)
+        # Selected, not multiplied: what a row of nothing but padding encodes to may be anything
+        states = states.where(prompt_mask[..., None].bool(), 0.0)
+        return {"encoder_hidden_states": states, "encoder_attention_mask": prompt_mask}
+
+    # ---------------------------------------------------------------- scoring
+
+    def _steps(self, completion_ids: torch.Tensor) -> torch.Tensor:
+        """`(B, S * K)`, perhaps with padding on the right, as `(B, S, K)`."""
+        steps = completion_ids.shape[1] // self.num_codebooks
+        return completion_ids[:, : steps * self.num_codebooks].unflatten(1, (steps, self.num_codebooks))
+
+    def hidden_states(
+        self,
+        model: PreTrainedModel,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        completion_ids: torch.Tensor,
+        completion_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Last hidden states of the decoder that predict each step.
+
+        Args:
+            model (`PreTrainedModel`): Unwrapped, with or without adapters.
+            prompt_ids (`torch.Tensor`): Left-padded, int64, shape `(B, P)`.
+            prompt_mask (`torch.Tensor`): 1 where a token stands, shape `(B, P)`; a row of zeros is the null condition.
+            completion_ids (`torch.Tensor`): Delayed layout, int64, shape `(B, S * K)`.
+            completion_mask (`torch.Tensor`): 1 where an id counts, shape `(B, S * K)`.
+
+        Returns:
+            `torch.Tensor`: Shape `(B, S, H)`.
+        """
+        musicgen: Any = unwrapped(model)
+        steps = self._steps(completion_ids)
+        inputs = torch.cat([torch.full_like(steps[:, :1], self.mask_id), steps[:, :-1]], dim=1)
+        output = musicgen.decoder.model(
+            input_ids=inputs.transpose(1, 2).flatten(0, 1),
+            use_cache=False,
+            **self._condition(musicgen, prompt_ids, prompt_mask),
+        )
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+
+    def heads(self, model: PreTrainedModel) -> list[Head]:
+        """One head per codebook."""
+        musicgen: Any = unwrapped(model)
+        return [Head(_full(head.weight)) for head in musicgen.decoder.lm_heads]
+
+    def ids_and_mask(
+        self, completion_ids: torch.Tensor, completion_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Ids and boolean mask `(B, S, K)`: False in the delays and in padding.
+
+        The ids where it is False are none that a head has.
+        """
+        ids = self._steps(completion_ids)
+        return ids, self._steps(completion_mask).bool() & (ids != self.mask_id)
+
+    # ---------------------------------------------------------------- sampling
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: PreTrainedModel,
+        prompt_ids: list[list[int]],
+        negative_prompt_ids: list[list[int]] | None = None,
+        guidance_scale: float = 1.0,
+        temperature: float = 1.0,
+        max_new_tokens: int = 256,
+    ) -> list[list[int]]:
+        """
+        Sample completions, with classifier-free guidance (one doubled batch) where `guidance_scale` is not 1.
+
+        `generate` decodes what it samples to audio, knows no negative prompts and takes guidance and truncation from
+        the checkpoint; this loop draws the same codes with the same random state (tested), and returns them.
+
+        Args:
+            model (`PreTrainedModel`): Unwrapped, with or without adapters.
+            prompt_ids (`list[list[int]]`): `B` prompts.
+            negative_prompt_ids (`list[list[int]]`, *optional*): As many; needed with guidance. Empty is null.
+            guidance_scale (`float`, *optional*, defaults to 1.0): gamma; 1 samples the model alone.
+            temperature (`float`, *optional*, defaults to 1.0): Above 0.
+            max_new_tokens (`int`, *optional*, defaults to 256): Decoder steps `S`.
+
+        Returns:
+            `list[list[int]]`: `B` completions of `S * K` ids.
+
+        Raises:
+            ValueError: If guidance lacks negative prompts, or there are fewer steps than delays.
+        """
+        self.check_length(max_new_tokens)
+        rows, guided = list(prompt_ids), guidance_scale != 1
+        if guided:
+            if len(negative_prompt_ids or []) != len(prompt_ids):
+                raise ValueError(
+                    f"`guidance_scale={guidance_scale}` needs `negative_prompt_ids` with one entry per prompt "
+                    f"({len(prompt_ids)}), got {negative_prompt_ids and len(negative_prompt_ids)}"
+                )
+            rows += list(negative_prompt_ids or [])
+        musicgen: Any = unwrapped(model)
+        heads = self.heads(model)
+        ids, mask = left_pad(rows, self.tokenizer.pad_token_id or 0)
+        condition = self._condition(musicgen, ids.to(model.device), mask.to(model.device))
+        coded = is_coded(max_new_tokens, self.num_codebooks).to(model.device)
+        step = torch.full((len(prompt_ids), self.num_codebooks), self.mask_id, device=model.device)
+        steps, cache = [], None
+        for allowed in coded:
+            inputs = (step.repeat(2, 1) if guided else step).flatten()[:, None]
+            output = musicgen.decoder.model(input_ids=inputs, past_key_values=cache, use_cache=True, **condition)
+            cache, hidden = output.past_key_values, output.last_hidden_state[:, -1]
+            logits = torch.stack([head.logits(hidden) for head in heads], dim=1)
+            if guided:
+                cond, uncond = logits.chunk(2)
+                logits = guide_logits(cond, uncond, guidance_scale)
+            drawn = torch.multinomial((logits / temperature).softmax(-1).flatten(0, 1), 1).view_as(step)
+            step = drawn.where(allowed, self.mask_id)
+            steps.append(step)
+        completions: list[list[int]] = torch.stack(steps, dim=1).flatten(1).tolist()
+        return completions
