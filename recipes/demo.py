@@ -23,20 +23,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from trl_drcd._extras import require
 from trl_drcd._files import wav_bytes, write_bytes, write_text
-from trl_drcd._run import distinct, load_prompts, markdown_table
+from trl_drcd._run import distinct, load_prompts
 from trl_drcd.codecs import SpectralCodec
 from trl_drcd.embedders import MusicEmbedder
 from trl_drcd.evaluation import TextAudioJudge
-from trl_drcd.evaluation.metrics import bootstrap_interval, diversity_within_prompts, per_prompt, teacher_terms
+from trl_drcd.evaluation.metrics import diversity_within_prompts, per_prompt, teacher_terms
 from trl_drcd.evaluation.report import comparison_page
 from trl_drcd.evaluation.sampling import sample_prompts
+from trl_drcd.evaluation.tables import compare
 
 HERE = Path(__file__).resolve().parent
 RUNS = {"quality": "musiclm_quality.yaml", "diversity": "musiclm_diversity.yaml"}
@@ -207,40 +207,16 @@ def measure_all(args: argparse.Namespace) -> None:
                 raise SystemExit(f"measuring {name!r} failed")
 
 
-def formatted(interval: dict[str, float], digits: int = 3) -> str:
-    """`mean [low, high]`."""
-    mean, low, high = (f"{interval[key]:.{digits}f}" for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
-
-
-def against_base(values: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> dict[str, str]:
-    """Paired differences from the base: the fall of the KL in per cent, the others as they are."""
-    both = np.stack([values["kl"], base["kl"]], 1)
-    fall = bootstrap_interval(both, lambda rows: 100 * (1 - rows[:, 0].mean() / rows[:, 1].mean()))
-    others = {COLUMNS[k]: formatted(bootstrap_interval(values[k] - base[k])) for k in COLUMNS if k != "kl"}
-    return {"KL falls by (%)": formatted(fall, 0)} | others
-
-
 def report(args: argparse.Namespace) -> str:
     """`results.jsonl`, `results.md` and `index.html` from what was measured; returns the tables."""
     folder, order = args.output / "measured", ["base", "base with CFG", "quality", "diversity"]
     measured = {name: json.loads((folder / name / "measured.json").read_text()) for name in order}
-    values = {name: {k: np.array(v) for k, v in measured[name]["values"].items()} for name in order}
-    rows, lines = {}, []
     for name in order:
-        metrics = {key: bootstrap_interval(values[name][key]) for key in COLUMNS}
-        speed = measured[name]["tokens_per_second"]
-        rows[name] = {COLUMNS[key]: formatted(value) for key, value in metrics.items()} | {"tokens/s": f"{speed:.0f}"}
-        line = {
-            "strategy": name, "model": folder_of(name, args).name, "guidance_scale": MODELS[name][1],
-            "temperature": TEMPERATURE, "seed": SEED, "prompts": args.prompts, "samples_per_prompt": args.samples,
-            "metrics": metrics | {"tokens_per_second": {"mean": speed, "low": speed, "high": speed}},
-        }  # fmt: skip
-        lines.append(json.dumps(line) + "\n")
+        measured[name]["about"] = {"model": folder_of(name, args).name, "guidance_scale": MODELS[name][1]}
     about = f"{args.prompts} held-out prompts x {args.samples} samples, temperature {TEMPERATURE}, seed {SEED}; "
     about += "mean and 95 % bootstrap interval over prompts."
-    paired = markdown_table({name: against_base(values[name], values["base"]) for name in order[1:]})
-    tables = f"{about}\n\n{markdown_table(rows)}\n\nAgainst the base, prompt by prompt:\n\n{paired}\n"
+    shared = {"temperature": TEMPERATURE, "seed": SEED, "prompts": args.prompts, "samples_per_prompt": args.samples}
+    rows, lines, tables = compare(measured, COLUMNS, about, shared)
     page = comparison_page(
         "Diversity-rewarded CFG distillation: before and after",
         about
@@ -250,7 +226,7 @@ def report(args: argparse.Namespace) -> str:
         measured["base"]["shown"],
         {name: [read_wav(path) for path in sorted((folder / name).glob("*.wav"))] for name in order},
     )
-    for name, text in {"results.jsonl": "".join(lines), "results.md": tables, "index.html": page}.items():
+    for name, text in {"results.jsonl": lines, "results.md": tables, "index.html": page}.items():
         write_text(args.output / name, text)
     return tables
 

