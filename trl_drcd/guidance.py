@@ -121,7 +121,11 @@ class TeacherCFGLogitsProcessor(LogitsProcessor):
         return (guide_logits(cond, uncond, self.guidance_scale) / self.temperature).log_softmax(-1)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        token = torch.multinomial(self.guided_log_probs(scores).exp(), num_samples=1).repeat(2, 1)
+        # Inverse of the distribution function, in float64 so that no rare token is lost: with a large vocabulary
+        # `torch.multinomial`, which draws a random number for every token, takes many times as long
+        cumulated = self.guided_log_probs(scores).exp().cumsum(-1, dtype=torch.float64)
+        draw = torch.rand(len(cumulated), 1, dtype=torch.float64, device=scores.device) * cumulated[:, -1:]
+        token = torch.searchsorted(cumulated, draw, right=True).clamp(max=scores.shape[1] - 1).repeat(2, 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
