@@ -1,0 +1,107 @@
+"""
+The command line.
+
+    trl-drcd merge --quality QUALITY --diversity DIVERSITY --interpolation_weight 0.5 --out MERGED
+    trl-drcd merge --help
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+
+@dataclass
+class MergeArguments:
+    """What `trl-drcd merge` takes; `--config FILE.yaml` gives the same from a file."""
+
+    out: str = field(metadata={"help": "Folder to write."})
+    quality: str | None = field(default=None, metadata={"help": "Model, or LoRA adapter, at lambda 0."})
+    diversity: str | None = field(
+        default=None, metadata={"help": "Model, or LoRA adapter, at lambda 1; for adapters `base` is the base model."}
+    )
+    interpolation_weight: float = field(
+        default=0.5, metadata={"help": "lambda: (1 - lambda) quality + lambda diversity."}
+    )
+    models: list[str] | None = field(
+        default=None, metadata={"help": "Any number of models or adapters, in place of quality and diversity."}
+    )
+    weights: list[float] | None = field(default=None, metadata={"help": "Their weights, which sum to 1."})
+    dtype: str | None = field(
+        default=None, metadata={"help": "Data type of the merged model, where the models differ in it."}
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "Adapters: merge the result into this model, write a full checkpoint."}
+    )
+    svd_rank: int | None = field(
+        default=None, metadata={"help": "Adapters: compress to this rank; the error is printed."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace a folder that is not empty."})
+
+
+def ends(arguments: MergeArguments) -> tuple[list[str], list[float]]:
+    """
+    Models and weights, from either way to give them.
+
+    Raises:
+        ValueError: If neither way is complete, or both are used.
+    """
+    from trl_drcd.merging.blend import check_weights, two_weights
+
+    two = [model for model in (arguments.quality, arguments.diversity) if model]
+    if arguments.models:
+        if two or not arguments.weights:
+            raise ValueError("`models` needs `weights`, one for each, and neither `quality` nor `diversity`")
+        return arguments.models, check_weights(arguments.weights, len(arguments.models))
+    if len(two) != 2 or arguments.weights:
+        raise ValueError("give `quality` and `diversity`, with `interpolation_weight`; or `models` with `weights`")
+    return two, two_weights(arguments.interpolation_weight)
+
+
+def merge(argv: list[str]) -> None:
+    """Interpolate checkpoints (by mergekit) or LoRA adapters; load what was written, and generate from it."""
+    from trl import TrlParser
+
+    parser = TrlParser((MergeArguments,), prog="trl-drcd merge", description=merge.__doc__)
+    (arguments,) = parser.parse_args_and_config(argv)
+    from trl_drcd.merging import interpolate_adapters, merge_with_mergekit
+    from trl_drcd.merging.folders import find_folder
+    from trl_drcd.merging.verify import check_that_it_generates
+
+    models, weights = ends(arguments)
+    adapters = [(find_folder(model) / "adapter_config.json").is_file() for model in models if model != "base"]
+    if all(adapters):
+        if arguments.dtype:
+            raise ValueError(f"`dtype={arguments.dtype}` is for full checkpoints; adapters are stored in float32")
+        errors = interpolate_adapters(
+            models, weights, arguments.out, arguments.svd_rank, arguments.base_model, arguments.overwrite
+        )
+        print(f"Relative error of the compression: {errors['total']:.3g}")
+        if arguments.base_model:
+            check_that_it_generates(arguments.out)
+    elif any(adapters):
+        raise ValueError("`models` mixes checkpoints and adapters; merge each adapter into its base first")
+    else:
+        if arguments.svd_rank or arguments.base_model:
+            raise ValueError("`svd_rank` and `base_model` are for LoRA adapters, and these are checkpoints")
+        merge_with_mergekit(models, weights, arguments.out, arguments.dtype, arguments.overwrite, verify=True)
+    print(f"Merged: {arguments.out}")
+
+
+COMMANDS = {"merge": merge}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`trl-drcd COMMAND ...`; errors in the arguments end it with one line."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] not in COMMANDS:
+        print(f"usage: trl-drcd COMMAND ...; `trl-drcd COMMAND --help` says more\n\ncommands: {', '.join(COMMANDS)}")
+        raise SystemExit(0 if words and words[0] in ("-h", "--help") else 2)
+    try:
+        COMMANDS[words[0]](words[1:])
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise SystemExit(f"trl-drcd {words[0]}: error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""
+Merging: `(1 - lambda) * theta_q + lambda * theta_d`, Eq. (6) of https://huggingface.co/papers/2410.06084.
+
+`interpolate_checkpoints` and `merge_with_mergekit` write full checkpoints, `interpolate_adapters` LoRA adapters;
+`set_interpolation_weight` changes lambda of a model in memory. All take any number of models with weights that sum
+to 1.
+"""
+
+from .adapters import interpolate_adapters
+from .checkpoints import interpolate_checkpoints
+from .in_memory import hold_checkpoints, set_interpolation_weight
+from .mergekit import merge_with_mergekit
+
+__all__ = [
+    "hold_checkpoints",
+    "interpolate_adapters",
+    "interpolate_checkpoints",
+    "merge_with_mergekit",
+    "set_interpolation_weight",
+]

@@ -1,0 +1,275 @@
+"""
+Exact linear interpolation of LoRA adapters.
+
+What is interpolated is the products `scaling * B @ A`, not the factors: the average of the factors holds cross terms
+`B_q @ A_d`. Stacked factors hold the sum of the products exactly, at the sum of the ranks:
+
+    A = [A_q; A_d],  B = [(1 - l) * s_q * B_q, l * s_d * B_d],  scaling 1.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from trl_drcd._files import write_text
+
+from .blend import blend, check_weights
+from .cards import merge_card
+from .folders import copy_side_files, find_folder, new_folder, recorded_base, warn_of_different_bases
+from .lora import PREFIX, Adapter, check_linear, load_adapter
+
+BASE = "base"
+# Entries of the configurations that hold for an adapter as a whole
+AGREED = (
+    *("fan_in_fan_out", "bias", "modules_to_save", "trainable_token_indices", "layer_replication"),
+    "ensure_weight_tying",
+)
+TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def interpolate_adapters(
+    adapters: Sequence[str | Path],
+    weights: Sequence[float],
+    output_dir: str | Path,
+    svd_rank: int | None = None,
+    base_model: str | Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, float]:
+    """
+    Write the adapter whose change of the base weights is `sum_i weights[i] * scaling_i * B_i @ A_i`.
+
+    Eq. (6) of https://huggingface.co/papers/2410.06084, for adapters of one base and of any ranks, alphas, patterns,
+    rsLoRA or not; modules that an adapter lacks count as zero. Biases of B, saved modules, embeddings and token rows
+    are interpolated too. All modules of the result have one rank `r`, the largest sum of ranks (smaller ones are
+    filled up with zeros), and `lora_alpha = r`, so that every loader finds the same scaling, 1. Factors are multiplied
+    in float64 and stored in float32. A weight of 1 beside zeros gives that adapter back bit for bit.
+
+    Args:
+        adapters (`Sequence[str | Path]`): Folders or hub names of LoRA adapters. The word `"base"` stands for the base
+            itself, an adapter of zeros.
+        weights (`Sequence[float]`): One for each; they sum to 1.
+        output_dir (`str` or `Path`): Folder to write.
+        svd_rank (`int`, *optional*): Compress every module to this rank at most, by the truncated singular value
+            decomposition of its product, the best approximation of that rank.
+        base_model (`str` or `Path`, *optional*): Merge the interpolated adapter into this model, and write the full
+            checkpoint instead.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace a folder that is not empty.
+
+    Returns:
+        `dict[str, float]`: Relative error of the compression in the Frobenius norm, `||dW - dW_r|| / ||dW||`: of all
+        modules together as `"total"`, and of each by its name; 0 where nothing was cut off.
+
+    Raises:
+        FileExistsError: If `output_dir` is not empty, and `overwrite` is not set.
+        FileNotFoundError: If a folder holds no adapter.
+        ValueError: If the weights do not sum to 1, or the adapters cannot be interpolated exactly; the message gives
+            the reason.
+    """
+    values = check_weights(weights, len(adapters))
+    if svd_rank is not None and svd_rank < 1:
+        raise ValueError(f"`svd_rank` must be at least 1, got {svd_rank}")
+    named = [(str(adapter), weight) for adapter, weight in zip(adapters, values, strict=True)]
+    found = {name: load_adapter(find_folder(name)) for name, _ in named if name != BASE}
+    used = [(found[name], weight) for name, weight in named if name != BASE and weight != 0]
+    if not used:
+        raise ValueError(f"`weights={values}` leave nothing but the base")
+    folders = [adapter.folder for adapter in found.values()]
+    warn_of_different_bases(folders)
+    with new_folder(output_dir, folders, overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
+        errors = _write_adapter(Path(scratch) if base_model else folder, used, svd_rank)
+        if base_model:
+            _merge_into_base(Path(scratch), used, find_folder(base_model), folder)
+        copy_side_files([*folders, *([find_folder(base_model)] if base_model else [])], folder)
+        sections = ["## Compression", f"Relative error of the weight changes: {errors['total']:.3g}."] * bool(svd_rank)
+        base = None if base_model else recorded_base(used[0][0].folder)
+        card = merge_card(Path(output_dir).name, named, folders, sections, base)
+        write_text(folder / "README.md", str(card))
+    return errors
+
+
+def _write_adapter(folder: Path, parents: list[tuple[Adapter, float]], svd_rank: int | None) -> dict[str, float]:
+    """The two files of the interpolated adapter; returns what [`interpolate_adapters`] does."""
+    modules = sorted({module for adapter, _ in parents for module in adapter.factors})
+    if len(parents) == 1 and parents[0][1] == 1 and svd_rank is None:
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(parents[0][0].folder / file, folder / file)
+        return dict.fromkeys(["total", *(module.removeprefix(PREFIX) for module in modules)], 0.0)
+    for adapter, _ in parents:
+        check_linear(adapter.config, str(adapter.folder))
+    check_agreement([adapter for adapter, _ in parents])
+    tensors = blend_full(parents)
+
+    factors, lost, norms = {}, {}, {}
+    for module in tqdm(modules, desc="interpolate", unit="module"):
+        a, b = stacked_factors(parents, module)
+        factors[module], lost[module], norms[module] = truncated(a, b, svd_rank)
+    rank = max(a.shape[0] for a, _ in factors.values())
+    embeddings = {module for adapter, _ in parents for module in adapter.embeddings}
+    biased = any(adapter.biases for adapter, _ in parents)
+    for module, (a, b) in factors.items():
+        suffixes = (
+            ("lora_embedding_A", "lora_embedding_B") if module in embeddings else ("lora_A.weight", "lora_B.weight")
+        )
+        padding = rank - a.shape[0]
+        padded = torch.nn.functional.pad(a, (0, 0, 0, padding)), torch.nn.functional.pad(b, (0, padding))
+        for suffix, factor in zip(suffixes, padded, strict=True):
+            tensors[f"{module}.{suffix}"] = factor.float().contiguous()
+        if biased:
+            tensors[f"{module}.lora_B.bias"] = blended_bias(parents, module, b.shape[0])
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    changes: dict[str, Any] = {"r": rank, "lora_alpha": rank, "use_rslora": False, "lora_bias": biased}
+    changes |= {"rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True, "inference_mode": True}
+    changes |= common_targets([adapter for adapter, _ in parents], modules)
+    replace(parents[0][0].config, **changes, eva_config=None).save_pretrained(str(folder))
+
+    def ratio(chosen: Sequence[str]) -> float:
+        norm = sum(norms[module] for module in chosen)
+        return (sum(lost[module] for module in chosen) / norm) ** 0.5 if norm else 0.0
+
+    return {"total": ratio(modules)} | {module.removeprefix(PREFIX): ratio([module]) for module in modules}
+
+
+def check_agreement(adapters: Sequence[Adapter]) -> None:
+    """
+    Compare what holds for an adapter as a whole.
+
+    Raises:
+        ValueError: If the adapters differ in it, or biases of B meet an embedding, which PEFT does not load.
+    """
+    first = adapters[0]
+    for adapter in adapters:
+        for name in AGREED:
+            ours, theirs = getattr(first.config, name), getattr(adapter.config, name)
+            if (sorted(ours) if isinstance(ours, list | set) else ours) != (
+                sorted(theirs) if isinstance(theirs, list | set) else theirs
+            ):
+                raise ValueError(
+                    f"the adapters differ in `{name}`: {ours} in {first.folder}, {theirs} in {adapter.folder}"
+                )
+        for module, factors in adapter.factors.items():
+            if any(factor.ndim != 2 for factor in factors):
+                raise ValueError(f"{module} of {adapter.folder} is a convolution, which is not supported here")
+    if any(adapter.biases for adapter in adapters) and any(adapter.embeddings for adapter in adapters):
+        raise ValueError(
+            "one adapter has `lora_bias=True`, another changes an embedding: PEFT loads no adapter with both"
+        )
+
+
+def blend_full(parents: Sequence[tuple[Adapter, float]]) -> dict[str, torch.Tensor]:
+    """
+    The weighted sum of the tensors that take the place of the base's.
+
+    Raises:
+        ValueError: If one is not in every adapter (what the base has in its place is not known here), or the base
+            itself is one of the ends.
+    """
+    keys = sorted({key for adapter, _ in parents for key in adapter.full})
+    share = sum(weight for _, weight in parents)
+    for key in keys:
+        lacking = [str(adapter.folder) for adapter, _ in parents if key not in adapter.full]
+        lacking += [BASE] if abs(share - 1) > 1e-6 else []
+        if lacking:
+            raise ValueError(
+                f"{key} takes the place of one of the base's tensors, and {lacking[0]} has none to mix it with; "
+                "merge each adapter into the base first (`base_model`), then use `interpolate_checkpoints`"
+            )
+        if len({adapter.full[key].shape for adapter, _ in parents}) > 1:
+            raise ValueError(f"{key} has different shapes: {[tuple(a.full[key].shape) for a, _ in parents]}")
+    return {key: blend([a.full[key] for a, _ in parents], [weight for _, weight in parents]) for key in keys}
+
+
+def stacked_factors(parents: Sequence[tuple[Adapter, float]], module: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `A (R, in)` and `B (out, R)` in float64, whose product is the weighted sum of the parents' `scaling * B @ A`.
+
+    Raises:
+        ValueError: If the module has different sizes.
+    """
+    having = [(adapter, weight) for adapter, weight in parents if module in adapter.factors]
+    sizes = {(a.factors[module][0].shape[1], a.factors[module][1].shape[0]) for a, _ in having}
+    if len(sizes) > 1:
+        raise ValueError(f"{module} has different sizes (in, out) in the adapters: {sorted(sizes)}")
+    a = torch.cat([adapter.factors[module][0].double() for adapter, _ in having])
+    b = torch.cat(
+        [adapter.factors[module][1].double() * (w * adapter.scaling(module)) for adapter, w in having], dim=1
+    )
+    return a, b
+
+
+def truncated(
+    a: torch.Tensor, b: torch.Tensor, rank: int | None
+) -> tuple[tuple[torch.Tensor, torch.Tensor], float, float]:
+    """
+    The best factors of a lower rank, by the singular value decomposition of `b @ a`.
+
+    Args:
+        a (`torch.Tensor`): Shape `(R, in)`, float64.
+        b (`torch.Tensor`): Shape `(out, R)`, float64.
+        rank (`int`, *optional*): Highest rank of the result; `None` keeps the factors.
+
+    Returns:
+        `tuple`: The factors, the squared Frobenius norm of what was cut off, and that of the product.
+    """
+    if rank is None or a.shape[0] <= rank:
+        return (a, b), 0.0, float(((b.T @ b) * (a @ a.T)).sum())
+    # The product has the singular values of a small core
+    (q_b, r_b), (q_a, r_a) = torch.linalg.qr(b), torch.linalg.qr(a.T)
+    u, s, v = torch.linalg.svd(r_b @ r_a.T)
+    root = s[:rank].sqrt()
+    factors = root[:, None] * (v[:rank] @ q_a.T), (q_b @ u[:, :rank]) * root
+    return factors, float(s[rank:].square().sum()), float(s.square().sum())
+
+
+def blended_bias(parents: Sequence[tuple[Adapter, float]], module: str, size: int) -> torch.Tensor:
+    """The weighted sum of `scaling * bias` of a module's B, shape `(out,)`, float32; zeros where there is none."""
+    total = torch.zeros(size, dtype=torch.float64)
+    for adapter, weight in parents:
+        if module in adapter.biases:
+            total += weight * adapter.scaling(module) * adapter.biases[module].double()
+    return total.float()
+
+
+def common_targets(adapters: Sequence[Adapter], modules: Sequence[str]) -> dict[str, Any]:
+    """What the adapters say of the modules they change, where they agree; else the full names of all modules."""
+    said = [{name: getattr(adapter.config, name) for name in TARGETS} for adapter in adapters]
+    if all(entry == said[0] for entry in said):
+        return {}
+    names = [module.removeprefix(PREFIX) for module in modules]
+    return {"target_modules": names, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+
+
+def _merge_into_base(adapter: Path, parents: Sequence[tuple[Adapter, float]], base: Path, folder: Path) -> None:
+    """
+    Write the base with the adapter in its weights, computed in float32 and rounded once to the base's data type.
+
+    Raises:
+        ValueError: If the base ties its embedding and its head and the adapter changes one of them: PEFT applies it to
+            one, and the merged tensor would be both.
+    """
+    config: Any = transformers.AutoConfig.from_pretrained(base)
+    model_class = getattr(transformers, config.architectures[0])
+    model = model_class.from_pretrained(base, dtype=torch.float32)
+    if getattr(config, "tie_word_embeddings", False) and not parents[0][0].config.ensure_weight_tying:
+        tied = [model.get_input_embeddings(), model.get_output_embeddings()]
+        names = [PREFIX + name for name, module in model.named_modules() if any(module is t for t in tied)]
+        changed = {
+            key for parent, _ in parents for key in [*parent.factors, *parent.full] if "token_adapter" not in key
+        }
+        if hit := sorted(key for key in changed if any(f"{key}.".startswith(f"{name}.") for name in names)):
+            raise ValueError(
+                f"{base} ties its embedding and its head, and the adapter changes one of them ({hit[0]}): the merged "
+                "tensor would be both. Keep the adapter apart (no `base_model`), or train with `ensure_weight_tying`"
+            )
+    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    merged.to(config.dtype or torch.float32).save_pretrained(folder)

@@ -1,0 +1,71 @@
+"""Weighted sums of tensors, and the weights of merges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+
+def check_weights(weights: Sequence[float], count: int) -> list[float]:
+    """
+    The weights of a merge as floats.
+
+    Args:
+        weights (`Sequence[float]`): One for each model.
+        count (`int`): Number of models.
+
+    Returns:
+        `list[float]`: The weights.
+
+    Raises:
+        ValueError: If there is not one finite weight for each model, or they do not sum to 1.
+    """
+    values = [float(weight) for weight in weights]
+    if len(values) != count or count == 0:
+        raise ValueError(f"`weights` must have one value for each of {count} models (at least one), got {values}")
+    if not all(map(math.isfinite, values)) or abs(math.fsum(values) - 1) > 1e-6:
+        raise ValueError(f"`weights` must be finite and sum to 1, got {values}, which sum to {math.fsum(values):g}")
+    return values
+
+
+def two_weights(interpolation_weight: float) -> list[float]:
+    """
+    `[1 - lambda, lambda]` of Eq. (6).
+
+    Raises:
+        ValueError: If lambda is not in `[0, 1]`.
+    """
+    if not 0 <= interpolation_weight <= 1:
+        raise ValueError(f"`interpolation_weight` must lie between 0 and 1, got {interpolation_weight}")
+    return [1 - interpolation_weight, float(interpolation_weight)]
+
+
+def blend(tensors: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    `sum_i weights[i] * tensors[i]`, computed in float32 (float64 where a tensor is).
+
+    A single tensor of weight 1 is returned, or copied to `out`, bit for bit; tensors of weight 0 do not count.
+
+    Args:
+        tensors (`Sequence[torch.Tensor]`): Floating-point tensors of one shape.
+        weights (`Sequence[float]`): Their weights, not all 0.
+        out (`torch.Tensor`, *optional*): Where to write the sum; its dtype is that of the result.
+
+    Returns:
+        `torch.Tensor`: The sum, rounded to the first tensor's dtype; or `out`.
+    """
+    terms = [(tensor, weight) for tensor, weight in zip(tensors, weights, strict=True) if weight != 0]
+    dtype = tensors[0].dtype if out is None else out.dtype
+    if len(terms) == 1 and terms[0][1] == 1:
+        total = terms[0][0]
+    else:
+        wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+        first, weight = terms[0]
+        total = torch.mul(first.to(wide), weight, out=out if out is not None and out.dtype == wide else None)
+        for tensor, weight in terms[1:]:
+            total.add_(tensor.to(wide), alpha=weight)
+    if out is None:
+        return total.to(dtype)
+    return out if total is out else out.copy_(total)

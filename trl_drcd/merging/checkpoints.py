@@ -1,0 +1,194 @@
+"""Linear interpolation of full checkpoints, streamed from file to file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from trl_drcd._files import write_text
+
+from .blend import blend, check_weights
+from .cards import merge_card, merge_recipe
+from .folders import check_same_family, copy_side_files, find_folder, new_folder
+from .safetensors_files import NAMES, Checkpoint, write_checkpoint
+from .verify import check_that_it_generates
+
+
+def interpolate_checkpoints(
+    models: Sequence[str | Path],
+    weights: Sequence[float],
+    output_dir: str | Path,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    verify: bool = False,
+) -> Path:
+    """
+    Write the model with the weights `sum_i weights[i] * theta_i`.
+
+    `interpolate_checkpoints([quality, diversity], [1 - l, l], out)` is Eq. (6) of
+    https://huggingface.co/papers/2410.06084.
+    Sums are computed in float32 (float64 where a tensor is) and rounded to the models' own data type. A weight of 1
+    beside zeros gives that model back bit for bit. One tensor is in memory at a time, whatever the size of the models.
+    The folder gets the tokenizer, processor and codec of the first model that has them, a generation config with
+    guidance off, and a model card; it appears under its name when it is complete.
+
+    Args:
+        models (`Sequence[str | Path]`): Folders or hub names of full checkpoints in safetensors, the one whose
+            tokenizer counts first.
+        weights (`Sequence[float]`): One for each model; they sum to 1.
+        output_dir (`str` or `Path`): Folder to write.
+        dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or another, of the result. Needed where the models' own
+            data types differ.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace a folder that is not empty.
+        verify (`bool`, *optional*, defaults to `False`): Load the result and generate from it before it appears.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        FileExistsError: If `output_dir` is not empty, and `overwrite` is not set.
+        FileNotFoundError: If a model has no `config.json` or no safetensors.
+        ValueError: If the weights do not sum to 1, or the models do not fit together; the message says where.
+    """
+
+    def write(folders: list[Path], values: list[float], folder: Path) -> None:
+        checkpoints = [Checkpoint(path) for path in folders]
+        names = common_tensors(checkpoints)
+        sources = {name: checkpoints[0].spec(name) for name in names}
+        wanted = wanted_dtype(dtype)
+        specs = {
+            name: (wanted if wanted and t.is_floating_point else t, shape) for name, (t, shape) in sources.items()
+        }
+        files = {file: [n for n in listed if n in specs] for file, listed in checkpoints[0].files.items()}
+        check_specs(checkpoints, sources, any_float=wanted is not None)
+        used = [(checkpoint, value) for checkpoint, value in zip(checkpoints, values, strict=True) if value != 0]
+
+        with tqdm(total=len(names), desc="interpolate", unit="tensor") as bar:
+
+            def tensor_of(name: str) -> torch.Tensor:
+                bar.update()
+                if not sources[name][0].is_floating_point:
+                    return checkpoints[0][name]
+                return blend([checkpoint[name] for checkpoint, _ in used], [value for _, value in used]).to(
+                    specs[name][0]
+                )
+
+            write_checkpoint(folder, files, specs, tensor_of)
+        config = json.loads((folders[0] / "config.json").read_text())
+        write_text(folder / "config.json", json.dumps(with_dtype(config, dtype), indent=2) + "\n")
+
+    return merge_folders(models, weights, output_dir, write, dtype, overwrite, verify)
+
+
+def merge_folders(
+    models: Sequence[str | Path],
+    weights: Sequence[float],
+    output_dir: str | Path,
+    write_weights: Callable[[list[Path], list[float], Path], None],
+    dtype: str | None,
+    overwrite: bool,
+    verify: bool,
+) -> Path:
+    """What every merge of checkpoints does around the weights; arguments as for [`interpolate_checkpoints`]."""
+    values = check_weights(weights, len(models))
+    wanted_dtype(dtype)
+    folders = [find_folder(model) for model in models]
+    check_same_family(folders)
+    with new_folder(output_dir, folders, overwrite) as folder:
+        write_weights(folders, values, folder)
+        copy_side_files(folders, folder)
+        named = [str(model) for model in models]
+        recipe = f"For mergekit:\n\n```yaml\n{merge_recipe(named, values, dtype, names_only=True)}```"
+        parents = list(zip(named, values, strict=True))
+        card = merge_card(Path(output_dir).name, parents, folders, ["## Recipe", recipe])
+        write_text(folder / "README.md", str(card))
+        if verify:
+            check_that_it_generates(folder)
+    return Path(output_dir)
+
+
+def wanted_dtype(dtype: str | None) -> torch.dtype | None:
+    """
+    The data type of a name such as `"float32"`.
+
+    Raises:
+        ValueError: If there is no such floating-point data type.
+    """
+    if dtype is None:
+        return None
+    found = getattr(torch, dtype, None)
+    if not (isinstance(found, torch.dtype) and found.is_floating_point and found in NAMES):
+        known = [str(d).removeprefix("torch.") for d in NAMES if d.is_floating_point]
+        raise ValueError(f"`dtype={dtype}` is unknown; expected one of {known}")
+    return found
+
+
+def with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """A configuration, nested ones included, that names this data type; as it is if there is none."""
+    if dtype is None:
+        return config
+    return {
+        key: dtype
+        if key in ("dtype", "torch_dtype")
+        else with_dtype(value, dtype)
+        if isinstance(value, dict)
+        else value
+        for key, value in config.items()
+    }
+
+
+def common_tensors(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """
+    Names of the tensors of all checkpoints.
+
+    Tied weights are usually stored once; where only some checkpoints store the second of a pair, and it equals the
+    first, it is left out.
+
+    Raises:
+        ValueError: If a checkpoint lacks a tensor that another has.
+    """
+    names = [name for name in checkpoints[0].names if all(name in other for other in checkpoints)]
+    shared = set(names)
+    for checkpoint in checkpoints:
+        for name in checkpoint.names:
+            if name not in shared and not _is_copy_of_another(checkpoint, name, names):
+                lacking = next(other.folder for other in checkpoints if name not in other)
+                raise ValueError(
+                    f"the models have different tensors: {checkpoint.folder} has {name}, {lacking} has not"
+                )
+    return names
+
+
+def _is_copy_of_another(checkpoint: Checkpoint, name: str, names: Sequence[str]) -> bool:
+    spec, tensor = checkpoint.spec(name), checkpoint[name]
+    tied = json.loads((checkpoint.folder / "config.json").read_text()).get("tie_word_embeddings", True)
+    return bool(tied) and any(checkpoint.spec(n) == spec and torch.equal(checkpoint[n], tensor) for n in names)
+
+
+def check_specs(
+    checkpoints: Sequence[Checkpoint], specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], any_float: bool
+) -> None:
+    """
+    Compare shapes and data types of all tensors with the first checkpoint's, and the values of those that have no
+    average: integers and booleans.
+
+    Raises:
+        ValueError: At the first difference.
+    """
+    for other in checkpoints[1:]:
+        for name, (dtype, shape) in specs.items():
+            their_dtype, their_shape = other.spec(name)
+            where = f"{name} in {checkpoints[0].folder} and {other.folder}"
+            if shape != their_shape:
+                raise ValueError(f"different shapes of {where}: {shape} and {their_shape}")
+            floats = dtype.is_floating_point and their_dtype.is_floating_point
+            if dtype != their_dtype and not (any_float and floats):
+                hint = '; set `dtype`, such as "float32"' if floats else ""
+                raise ValueError(f"different data types of {where}: {dtype} and {their_dtype}{hint}")
+            if not floats and not torch.equal(checkpoints[0][name], other[name]):
+                raise ValueError(f"different values of {where}, which are {dtype} and have no average")

@@ -1,0 +1,177 @@
+"""Folders of models: found, compared, completed with what a merge of weights leaves out, written in one piece."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, snapshot_download
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from trl_drcd._run import local_name
+
+# What belongs to a model besides its weights. Each group is taken from one parent, so that it stays consistent.
+SIDE_FILES = (
+    ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "spiece.model", "special_tokens_map.json",
+     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    ("preprocessor_config.json", "processor_config.json"),
+    ("generation_config.json",),
+    ("codec",),
+)  # fmt: skip
+# Entries of a configuration in which models of one architecture may differ
+NOT_ARCHITECTURE = {
+    *("_name_or_path", "_commit_hash", "_attn_implementation", "transformers_version", "dtype", "torch_dtype"),
+    *("use_cache", "attention_dropout", "dropout", "activation_dropout", "layerdrop", "dropout_rate"),
+}
+
+
+def find_folder(model: str | Path) -> Path:
+    """The folder of a model: a local path, or a hub name, of which a snapshot is fetched."""
+    return Path(model) if Path(model).exists() else Path(snapshot_download(str(model)))
+
+
+@contextmanager
+def new_folder(output_dir: str | Path, parents: Sequence[Path], overwrite: bool) -> Iterator[Path]:
+    """
+    A temporary folder that becomes `output_dir` when the block ends well, and is removed when it does not.
+
+    Args:
+        output_dir (`str` or `Path`): The folder to write.
+        parents (`Sequence[Path]`): Folders that must not be it.
+        overwrite (`bool`): Whether a folder that is not empty may be replaced.
+
+    Raises:
+        FileExistsError: If there is something at `output_dir`, and `overwrite` is not set.
+        ValueError: If `output_dir` is one of the parents, or holds one.
+    """
+    output = Path(output_dir)
+    for parent in parents:
+        if output.resolve() in (parent.resolve(), *parent.resolve().parents):
+            raise ValueError(f"`output_dir={output}` holds the model {parent} that is merged; give another folder")
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not overwrite):
+        raise FileExistsError(f"`output_dir={output}` is not an empty folder; give another, or set `overwrite`")
+    temporary, replaced = (output.with_name(f".{output.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if output.exists():
+            os.replace(output, replaced)
+        os.replace(temporary, output)
+    finally:
+        for leftover in (temporary, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def check_same_family(folders: Sequence[Path]) -> None:
+    """
+    Compare configurations, vocabularies and codecs with those of the first model.
+
+    Warns where the model cards name different base models: the weights of models that do not come from one
+    initialisation have no meaningful average.
+
+    Args:
+        folders (`Sequence[Path]`): At least one model.
+
+    Raises:
+        FileNotFoundError: If a folder has no `config.json`.
+        ValueError: If configurations, vocabularies or codecs differ; the message says where.
+    """
+    for folder in folders:
+        if not (folder / "config.json").is_file():
+            what = "is a LoRA adapter" if (folder / "adapter_config.json").is_file() else "has no config.json"
+            raise FileNotFoundError(f"{folder} {what}; give folders of full checkpoints")
+    first = folders[0]
+    config, vocabulary = _flat(AutoConfig.from_pretrained(first).to_dict()), _vocabulary(first)
+    for other in folders[1:]:
+        theirs = _flat(AutoConfig.from_pretrained(other).to_dict())
+        for key in sorted(config.keys() | theirs.keys()):
+            if config.get(key) != theirs.get(key):
+                raise ValueError(
+                    f"the models have different architectures: `{key}` is {config.get(key)!r} in {first} and "
+                    f"{theirs.get(key)!r} in {other}"
+                )
+        words = _vocabulary(other)
+        if vocabulary is not None and words is not None and words != vocabulary:
+            example = sorted(words.items() ^ vocabulary.items())[0][0]
+            raise ValueError(f"the tokenizers of {first} and {other} have different vocabularies, as at {example!r}")
+        for name in ("codec/config.json", "codec/codec.safetensors"):
+            pair = first / name, other / name
+            if all(path.is_file() for path in pair) and not filecmp.cmp(*pair, shallow=False):
+                raise ValueError(f"the codecs of {first} and {other} differ: {name}")
+    warn_of_different_bases(folders)
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested configuration with dotted keys, without what is not architecture."""
+    entries: dict[str, Any] = {}
+    for key, value in config.items():
+        if key not in NOT_ARCHITECTURE:
+            entries |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return entries
+
+
+def _vocabulary(folder: Path) -> dict[str, int] | None:
+    """Tokens and their ids; `None` where there is no tokenizer."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(folder).get_vocab()
+    return vocabulary
+
+
+def recorded_base(folder: Path) -> str | None:
+    """The base model that an adapter's configuration or a model card names; `None` if neither does, or several."""
+    config, card = folder / "adapter_config.json", folder / "README.md"
+    if config.is_file():
+        base = json.loads(config.read_text()).get("base_model_name_or_path")
+    else:
+        base = ModelCard.load(card).data.get("base_model") if card.is_file() else None
+    return base if isinstance(base, str) else None
+
+
+def warn_of_different_bases(folders: Sequence[Path]) -> None:
+    """
+    Warn where the models record different base models, by the last part of their names.
+
+    Weights that do not come from one initialisation have no meaningful average.
+    """
+    bases = {folder: local_name(base) for folder in folders if (base := recorded_base(folder))}
+    if len(set(bases.values())) > 1:
+        listed = ", ".join(f"{folder}: {base}" for folder, base in bases.items())
+        warnings.warn(
+            f"the models record different base models ({listed}); weights that do not come from one initialisation "
+            "have no meaningful average",
+            stacklevel=3,
+        )
+
+
+def copy_side_files(parents: Sequence[Path], folder: Path) -> None:
+    """
+    Copy tokenizer, processor, codec and generation config of the first parent that has them, guidance off.
+
+    Args:
+        parents (`Sequence[Path]`): The merged models, the one that comes first in doubt first.
+        folder (`Path`): The merged model's; has a `config.json`.
+    """
+    for group in SIDE_FILES:
+        donor = next((parent for parent in parents if any((parent / name).exists() for name in group)), None)
+        for name in group if donor else ():
+            source = donor / name  # type: ignore[operator]
+            if source.is_dir():
+                shutil.copytree(source, folder / name, dirs_exist_ok=True)
+            elif source.is_file():
+                shutil.copyfile(source, folder / name)
+    if (folder / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(folder)
+    elif not (folder / "config.json").is_file():
+        return  # an adapter's
+    else:
+        generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+    generation.guidance_scale = 1.0  # guidance is in the weights; MusicGen's own default would apply it again
+    generation.save_pretrained(folder)

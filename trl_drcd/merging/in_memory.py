@@ -1,0 +1,125 @@
+"""lambda at deployment: several ends in memory, and a model that is set to any mixture of them in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+from .blend import blend, check_weights, two_weights
+from .folders import find_folder
+from .lora import check_linear
+from .safetensors_files import Checkpoint
+
+ENDS = "_interpolation_ends"
+
+
+def set_interpolation_weight(model: Any, weight: float | Sequence[float]) -> None:
+    """
+    Set a model in memory to `(1 - lambda) * theta_q + lambda * theta_d`, Eq. (6) of
+    https://huggingface.co/papers/2410.06084, in place.
+
+    For a `PeftModel` with two LoRA adapters (`load_adapter`), theta_q is the first and theta_d the second; all are
+    made active and frozen, and only their scalings change. With one adapter, theta_d is the base. For any other model,
+    the ends are those given to [`hold_checkpoints`]. The result never depends on what was set before: 0 and 1 give back the ends
+    bit for bit. What `save_pretrained` writes of an adapter does not know lambda: write with `interpolate_adapters`.
+
+    Args:
+        model (`PeftModel` or `nn.Module`): The model.
+        weight (`float` or `Sequence[float]`): lambda between 0 and 1; or one weight for each end, which sum to 1.
+
+    Raises:
+        ValueError: If there are no ends, their number does not fit the weights, an adapter is merged into the base, or
+            is of a kind whose mixture is not linear.
+    """
+    if hasattr(model, "peft_config"):
+        _set_adapters(model, weight)
+    elif hasattr(model, ENDS):
+        _set_tensors(model, weight)
+    else:
+        raise ValueError(
+            "`model` has nothing to interpolate; load two LoRA adapters, or call `hold_checkpoints` first"
+        )
+
+
+def hold_checkpoints(model: torch.nn.Module, checkpoints: Sequence[str | Path | Mapping[str, torch.Tensor]]) -> None:
+    """
+    Keep the ends of an interpolation beside a model, for [`set_interpolation_weight`]; the model stays as it is.
+
+    The ends take the memory of one more model each, on the model's device and in its data types.
+
+    Args:
+        model (`nn.Module`): A full model, of the ends' architecture.
+        checkpoints (`Sequence`): For each end a folder or hub name of a safetensors checkpoint, or a state dict.
+
+    Raises:
+        ValueError: If an end lacks a tensor of the model, or has another shape, or other integers.
+    """
+    own = _own_tensors(model)
+    ends = []
+    for checkpoint in checkpoints:
+        label = checkpoint if isinstance(checkpoint, str | Path) else "a state dict"
+        source: Any = Checkpoint(find_folder(checkpoint)) if isinstance(checkpoint, str | Path) else checkpoint
+        end = {}
+        for names, tensor in own:
+            name = next((name for name in names if name in source), None)
+            if name is None or source[name].shape != tensor.shape:
+                has = "no such tensor" if name is None else f"the shape {tuple(source[name].shape)}"
+                raise ValueError(f"the model has {names[0]} of shape {tuple(tensor.shape)}, {label} has {has}")
+            if not tensor.is_floating_point() and not torch.equal(source[name].to(tensor.device), tensor):
+                raise ValueError(f"{name} of {label} differs from the model's, is {tensor.dtype} and has no average")
+            end[names[0]] = source[name].detach().to(tensor.device, tensor.dtype, copy=True)
+        ends.append(end)
+    object.__setattr__(model, ENDS, ends)
+
+
+def _own_tensors(model: torch.nn.Module) -> list[tuple[list[str], torch.Tensor]]:
+    """Every tensor of the model's state once, with all its names: tied ones have several."""
+    grouped: dict[int, tuple[list[str], torch.Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        grouped.setdefault(id(tensor), ([], tensor.detach()))[0].append(name)
+    return list(grouped.values())
+
+
+def _set_tensors(model: torch.nn.Module, weight: float | Sequence[float]) -> None:
+    ends = getattr(model, ENDS)
+    weights = _weights_of(weight, len(ends))
+    with torch.no_grad():
+        for names, tensor in _own_tensors(model):
+            if tensor.is_floating_point():
+                blend([end[names[0]] for end in ends], weights, out=tensor)
+
+
+def _set_adapters(model: Any, weight: float | Sequence[float]) -> None:
+    names = list(model.peft_config)
+    # One adapter and lambda: what is not the adapter's share is the base's
+    weights = two_weights(weight)[:1] if len(names) == 1 and isinstance(weight, int | float) else None
+    weights = weights or _weights_of(weight, len(names))
+    for name, config in model.peft_config.items():
+        check_linear(config, f"adapter {name!r}")
+        if config.bias != "none" or config.modules_to_save or config.trainable_token_indices:
+            raise ValueError(
+                f"adapter {name!r} holds tensors that take the place of the base's, of which only one "
+                f"adapter's can be active: `bias={config.bias!r}`, `modules_to_save={config.modules_to_save}`, "
+                f"`trainable_token_indices={config.trainable_token_indices}`; write with `interpolate_adapters`"
+            )
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if any(layer.merged for layer in layers):
+        raise ValueError("`model` has an adapter merged into its weights; call `unmerge_adapter()` first")
+    if list(model.active_adapters) != names:
+        model.base_model.set_adapter(names, inference_mode=True)
+    for layer in layers:
+        for name, share in zip(names, weights, strict=True):
+            layer.set_scale(name, share)
+
+
+def _weights_of(weight: float | Sequence[float], count: int) -> list[float]:
+    """One weight for each end, of lambda or of a list."""
+    if not isinstance(weight, int | float):
+        return check_weights(weight, count)
+    if count != 2:
+        raise ValueError(f"`weight={weight}` is lambda between two ends, but there are {count}; give {count} weights")
+    return two_weights(weight)

@@ -1,0 +1,128 @@
+"""Checkpoints in safetensors files, read and written one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Checkpoint:
+    """
+    The tensors of a folder with `model.safetensors`, in one file or in shards; nothing is read before it is asked for.
+
+    Args:
+        folder (`Path`): The folder.
+
+    Raises:
+        FileNotFoundError: If it holds no safetensors checkpoint.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        index = folder / INDEX
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            names = ["model.safetensors"]
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise FileNotFoundError(
+                f"{folder} has no {missing[0]}; give a folder of `save_pretrained`, with safetensors files"
+            )
+        handles = {name: safe_open(folder / name, framework="pt") for name in names}
+        self.files: dict[str, list[str]] = {name: list(handle.keys()) for name, handle in handles.items()}
+        self._handles = {tensor: handles[name] for name, tensors in self.files.items() for tensor in tensors}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._handles
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._handles[name].get_tensor(name)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._handles)
+
+    def spec(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Data type and shape of a tensor, without reading it."""
+        view: Any = self._handles[name].get_slice(name)
+        dtype = DTYPES.get(view.get_dtype())
+        if dtype is None:
+            raise ValueError(
+                f"{name} of {self.folder} has the dtype {view.get_dtype()}; expected one of {list(DTYPES)}"
+            )
+        return dtype, tuple(view.get_shape())
+
+
+def write_safetensors(
+    path: Path, specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], tensor_of: Callable[[str], torch.Tensor]
+) -> int:
+    """
+    Write a safetensors file with one tensor in memory at a time; `safetensors.torch.save_file` needs them all.
+
+    Args:
+        path (`Path`): The file.
+        specs (`dict`): Name of each tensor to its data type and shape.
+        tensor_of (`Callable`): Makes the tensor of a name, when its turn comes.
+
+    Returns:
+        `int`: Bytes of the tensors.
+
+    Raises:
+        ValueError: If a tensor is not what its spec says.
+    """
+    # As the library does: wide data types first, so that every tensor is aligned
+    order = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        dtype, shape = specs[name]
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            tensor = tensor_of(name)
+            if (tensor.dtype, tuple(tensor.shape)) != specs[name]:
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {specs[name]}")
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return end
+
+
+def write_checkpoint(
+    folder: Path,
+    files: Mapping[str, Sequence[str]],
+    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensor_of: Callable[[str], torch.Tensor],
+) -> None:
+    """
+    Write shards and, where there are several, their index.
+
+    Args:
+        folder (`Path`): Where to.
+        files (`dict`): Name of each shard to the names of its tensors.
+        specs, tensor_of: As for [`write_safetensors`].
+    """
+    total = sum(
+        write_safetensors(folder / file, {name: specs[name] for name in names}, tensor_of)
+        for file, names in files.items()
+    )
+    if len(files) > 1:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
