@@ -42,7 +42,12 @@ def two_weights(interpolation_weight: float) -> list[float]:
     return [1 - interpolation_weight, float(interpolation_weight)]
 
 
-def blend(tensors: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor | None = None) -> torch.Tensor:
+def blend(
+    tensors: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """
     `sum_i weights[i] * tensors[i]`, computed in float32 (float64 where a tensor is).
 
@@ -51,13 +56,13 @@ def blend(tensors: Sequence[torch.Tensor], weights: Sequence[float], out: torch.
     Args:
         tensors (`Sequence[torch.Tensor]`): Floating-point tensors of one shape.
         weights (`Sequence[float]`): Their weights, not all 0.
-        out (`torch.Tensor`, *optional*): Where to write the sum; its dtype is that of the result.
+        dtype (`torch.dtype`, *optional*): Of the result, rounded once; by default that of the first tensor.
+        out (`torch.Tensor`, *optional*): Where to write the sum instead, in its own data type.
 
     Returns:
-        `torch.Tensor`: The sum, rounded to the first tensor's dtype; or `out`.
+        `torch.Tensor`: The sum, or `out`.
     """
     terms = [(tensor, weight) for tensor, weight in zip(tensors, weights, strict=True) if weight != 0]
-    dtype = tensors[0].dtype if out is None else out.dtype
     if len(terms) == 1 and terms[0][1] == 1:
         total = terms[0][0]
     else:
@@ -67,5 +72,5 @@ def blend(tensors: Sequence[torch.Tensor], weights: Sequence[float], out: torch.
         for tensor, weight in terms[1:]:
             total.add_(tensor.to(wide), alpha=weight)
     if out is None:
-        return total.to(dtype)
+        return total.to(dtype or tensors[0].dtype)
     return out if total is out else out.copy_(total)

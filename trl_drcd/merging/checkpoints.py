@@ -74,9 +74,8 @@ def interpolate_checkpoints(
                 bar.update()
                 if not sources[name][0].is_floating_point:
                     return checkpoints[0][name]
-                return blend([checkpoint[name] for checkpoint, _ in used], [value for _, value in used]).to(
-                    specs[name][0]
-                )
+                tensors = [checkpoint[name] for checkpoint, _ in used]
+                return blend(tensors, [value for _, value in used], specs[name][0])
 
             write_checkpoint(folder, files, specs, tensor_of)
         config = json.loads((folders[0] / "config.json").read_text())

@@ -24,8 +24,9 @@ def set_interpolation_weight(model: Any, weight: float | Sequence[float]) -> Non
 
     For a `PeftModel` with two LoRA adapters (`load_adapter`), theta_q is the first and theta_d the second; all are
     made active and frozen, and only their scalings change. With one adapter, theta_d is the base. For any other model,
-    the ends are those given to [`hold_checkpoints`]. The result never depends on what was set before: 0 and 1 give back the ends
-    bit for bit. What `save_pretrained` writes of an adapter does not know lambda: write with `interpolate_adapters`.
+    the ends are those given to [`hold_checkpoints`]. The result never depends on what was set before: 0 and 1 give
+    back the ends bit for bit. What `save_pretrained` writes of an adapter does not know lambda; write with
+    `interpolate_adapters`.
 
     Args:
         model (`PeftModel` or `nn.Module`): The model.

@@ -1,0 +1,191 @@
+"""The recipes through the real `mergekit-yaml`, what it leaves out, and the command line."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoProcessor, GenerationConfig, pipeline
+from worlds import ROOT, WORLD, assert_equal_bits, assert_lerp, random_adapter, small_musicgen, tensors_of
+from worlds import trained_music_model as trained
+
+from trl_drcd import cli
+from trl_drcd.merging import interpolate_checkpoints, merge_with_mergekit, mergekit
+from trl_drcd.merging.cards import merge_recipe
+
+RECIPES = ROOT / "recipes"
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A copy of what the recipes find in the root of the repository: the shipped base, and trained models."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "recipes").symlink_to(RECIPES)
+    for seed, name in enumerate(("quality", "diversity", "coef5", "coef10", "coef15")):
+        trained(folder / "outputs" / f"musiclm_{name}", seed)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("recipe", "names"),
+    [
+        ("lerp.yaml", ["quality", "diversity"]),
+        pytest.param("lerp_base.yaml", ["quality", None], marks=pytest.mark.slow),
+        pytest.param("lerp_uniform.yaml", ["quality", "coef5", "coef10", "coef15"], marks=pytest.mark.slow),
+    ],
+)
+def test_the_recipes_run_as_they_stand(workplace, tmp_path, recipe, names):
+    command = [mergekit.find_mergekit(), f"recipes/{recipe}", str(tmp_path / "out")]
+    run = subprocess.run(command, cwd=workplace, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    parents = [workplace / "outputs" / f"musiclm_{name}" if name else WORLD / "musiclm" for name in names]
+    weights = [1 / len(parents)] * len(parents)
+    assert_lerp(tmp_path / "out", parents, weights, tolerance=2.4e-7)
+    ours = interpolate_checkpoints(parents, weights, tmp_path / "ours", dtype="float32")
+    assert_lerp(tmp_path / "out", [ours], [1.0], tolerance=2.4e-7)
+
+
+def test_the_command_line_merges_trained_music_models(workplace, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    ends = ["--quality", "outputs/musiclm_quality", "--diversity", "outputs/musiclm_diversity"]
+    out = tmp_path / "merged"
+    cli.main(["merge", *ends, "--interpolation_weight", "0.3", "--out", str(out)])
+    parents = [workplace / "outputs" / f"musiclm_{name}" for name in ("quality", "diversity")]
+    assert_lerp(out, parents, [0.7, 0.3], tolerance=2.4e-7)
+    assert f"Merged: {out}" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {
+        *("README.md", "codec", "config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    card = ModelCard.load(out / "README.md")
+    assert card.data.base_model == ["musiclm_quality", "musiclm_diversity"]
+    assert card.data.to_dict()["base_model_relation"] == "merge"
+    assert (card.data.pipeline_tag, card.data.library_name, card.data.license) == (
+        "text-to-audio", "transformers", "apache-2.0",
+    )  # fmt: skip
+    assert card.data.tags == ["merge", "trl-drcd", "trl", "music"]
+    assert "papers/2410.06084" in card.text and str(tmp_path) not in card.text
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", card.text, re.S)
+    assert recipe == merge_recipe(["musiclm_quality", "musiclm_diversity"], [0.7, 0.3])
+    assert pipeline("text-generation", model=str(out))("a slow reel", max_new_tokens=3)
+    with pytest.raises(SystemExit, match=r"trl-drcd merge: error: `output_dir=.*` is not an empty folder"):
+        cli.main(["merge", *ends, "--out", str(out)])
+
+
+def test_a_yaml_file_and_the_ends_bit_for_bit(workplace, tmp_path, monkeypatch):
+    monkeypatch.chdir(workplace)
+    (tmp_path / "merge.yaml").write_text(
+        "quality: outputs/musiclm_quality\ndiversity: outputs/musiclm_diversity\ninterpolation_weight: 0.5\n"
+    )
+    words = ["merge", "--config", str(tmp_path / "merge.yaml"), "--out", str(tmp_path / "m")]
+    cli.main([*words, "--interpolation_weight", "1"])
+    assert_equal_bits(tensors_of(tmp_path / "m"), tensors_of(workplace / "outputs" / "musiclm_diversity"))
+
+
+def test_musicgen_keeps_its_processor_and_gets_guidance_off(tmp_path, tokenizer):
+    parents = [small_musicgen(tmp_path / name, seed, tokenizer) for seed, name in enumerate("ab")]
+    merged = merge_with_mergekit(parents, [0.7, 0.3], tmp_path / "m", verify=True)
+    assert_lerp(merged, parents, [0.7, 0.3], tolerance=2.4e-7)
+    assert GenerationConfig.from_pretrained(merged).guidance_scale == 1.0
+    assert GenerationConfig.from_pretrained(merged).decoder_start_token_id == 16
+    assert {path.name for path in merged.iterdir()} == {
+        *("README.md", "config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    assert AutoProcessor.from_pretrained(merged).feature_extractor.sampling_rate == 16000
+    audio = pipeline("text-to-audio", model=str(merged))("a slow tune", generate_kwargs={"max_new_tokens": 8})
+    assert audio["sampling_rate"] == 16000 and audio["audio"].size > 0
+
+
+def test_adapters_on_the_command_line(tmp_path, tokenizer, model, capsys):
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    for seed, name in enumerate("ab"):
+        random_adapter(tmp_path / name, tmp_path / "base", seed)
+    ends = ["--quality", str(tmp_path / "a"), "--diversity", str(tmp_path / "b")]
+    cli.main(["merge", *ends, "--out", str(tmp_path / "m"), "--svd_rank", "3"])
+    (error,) = re.findall(r"Relative error of the compression: (\S+)", capsys.readouterr().out)
+    assert 0 < float(error) < 1
+    card = ModelCard.load(tmp_path / "m" / "README.md")
+    assert card.data.base_model == "base" and card.data.library_name == "peft"
+    assert card.data.to_dict()["base_model_relation"] == "adapter"
+    assert load_file(tmp_path / "m" / "adapter_model.safetensors")
+    cli.main(["merge", *ends, "--out", str(tmp_path / "n"), "--base_model", str(tmp_path / "base")])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "n")
+    towards = ["--quality", str(tmp_path / "a"), "--diversity", "base", "--interpolation_weight", "0.2"]
+    cli.main(["merge", *towards, "--out", str(tmp_path / "o")])
+    for words, message in (
+        (["--quality", str(tmp_path / "a"), "--diversity", str(tmp_path / "base")], "mixes checkpoints and adapters"),
+        ([*ends, "--dtype", "float32"], "`dtype=float32` is for full checkpoints"),
+        (
+            ["--quality", "x"],
+            "give `quality` and `diversity`, with `interpolation_weight`; or `models` with `weights`",
+        ),
+        ([*ends, "--models", "x", "--weights", "1"], "`models` needs `weights`, one for each, and neither"),
+        (["--models", "x", "y", "--weights", "1", "1"], "sum to 1, got"),
+        ([*ends, "--interpolation_weight", "2"], "`interpolation_weight` must lie between 0 and 1, got 2.0"),
+    ):
+        with pytest.raises(SystemExit, match=f"trl-drcd merge: error: .*{message}"):
+            cli.main(["merge", *words, "--out", str(tmp_path / "p")])
+
+
+def test_several_models_with_weights(workplace, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("trl_drcd.merging.merge_with_mergekit", lambda *a, **k: seen.update(args=a, **k))
+    models = [str(workplace / "outputs" / f"musiclm_{name}") for name in ("quality", "coef5", "coef10")]
+    words = ["--models", *models, "--weights", "0.5", "0.25", "0.25", "--dtype", "float32", "--overwrite"]
+    cli.main(["merge", *words, "--out", str(tmp_path / "m")])
+    assert seen == {"args": (models, [0.5, 0.25, 0.25], str(tmp_path / "m"), "float32", True), "verify": True}
+
+
+def test_help_and_unknown_commands(capsys):
+    for words, code in (([], 2), (["nonsense"], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as end:
+            cli.main(words)
+        assert end.value.code == code and "commands: merge" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["merge", "--help"])
+    text = capsys.readouterr().out
+    assert "--interpolation_weight" in text and "--svd_rank" in text and "LoRA" in text
+
+
+def test_a_failure_of_mergekit_is_shown_and_leaves_nothing(tmp_path, tokenizer, model, monkeypatch):
+    for name in "ab":
+        model.save_pretrained(tmp_path / name)
+    script = tmp_path / "mergekit-yaml"
+    script.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('no such luck')\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(mergekit, "find_mergekit", lambda: str(script))
+    with pytest.raises(RuntimeError, match=r"mergekit-yaml failed:\nno such luck"):
+        merge_with_mergekit([tmp_path / "a", tmp_path / "b"], [0.5, 0.5], tmp_path / "m")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "mergekit-yaml"]
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "which", lambda *args, **kwargs: None)
+    with pytest.raises(ImportError, match=r'pip install "trl-drcd\[merge\]"'):
+        merge_with_mergekit([tmp_path / "a", tmp_path / "b"], [0.5, 0.5], tmp_path / "m")
+
+
+def test_a_recipe():
+    assert merge_recipe(["/x/a", "b/c"], [0.75, 0.25], "float32").splitlines() == [
+        "merge_method: linear", "models:", '  - model: "/x/a"', "    parameters: {weight: 0.75}",
+        '  - model: "b/c"', "    parameters: {weight: 0.25}", "dtype: float32",
+    ]  # fmt: skip
+    assert merge_recipe(["a", "b"], [0.0, 1.0]) == 'merge_method: passthrough\nmodels:\n  - model: "b"\n'
+
+
+def test_the_recipes_name_the_outputs_of_the_runs():
+    for name in ("quality", "diversity"):
+        text = (RECIPES / f"musiclm_{name}.yaml").read_text()
+        assert f"output_dir: outputs/musiclm_{name}\n" in text
+        assert f"  - model: outputs/musiclm_{name}\n" in (RECIPES / "lerp.yaml").read_text()
+
+
+def test_json_is_untouched_by_a_merge(workplace, tmp_path):
+    parents = [workplace / "outputs" / f"musiclm_{name}" for name in ("quality", "diversity")]
+    merged = interpolate_checkpoints(parents, [0.5, 0.5], tmp_path / "m")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((merged / name).read_text()) == json.loads((parents[0] / name).read_text())
