@@ -164,6 +164,7 @@ def model_card(
     """
     data = ModelCardData(
         base_model=local_name(base_model),
+        base_model_relation="adapter" if adapter else "finetune",
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-to-audio" if audio else "text-generation",
         tags=["trl", "trl-drcd", "cfg-distillation", *(["music"] if audio else [])],

@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
@@ -76,16 +78,15 @@ def test_the_command_line_merges_trained_music_models(workplace, tmp_path, monke
         cli.main(["merge", *ends, "--out", str(out)])
 
 
-def test_a_yaml_file_and_the_ends_bit_for_bit(workplace, tmp_path, monkeypatch):
-    monkeypatch.chdir(workplace)
-    (tmp_path / "merge.yaml").write_text(
-        "quality: outputs/musiclm_quality\ndiversity: outputs/musiclm_diversity\ninterpolation_weight: 0.5\n"
-    )
-    words = ["merge", "--config", str(tmp_path / "merge.yaml"), "--out", str(tmp_path / "m")]
-    cli.main([*words, "--interpolation_weight", "1"])
-    assert_equal_bits(tensors_of(tmp_path / "m"), tensors_of(workplace / "outputs" / "musiclm_diversity"))
+@pytest.mark.slow
+@pytest.mark.parametrize(("weights", "name"), [([1.0, 0.0], "quality"), ([0, 1], "diversity")])
+def test_the_ends_come_back_bit_for_bit(workplace, tmp_path, weights, name):
+    parents = [workplace / "outputs" / f"musiclm_{parent}" for parent in ("quality", "diversity")]
+    merge_with_mergekit(parents, weights, tmp_path / "m")
+    assert_equal_bits(tensors_of(tmp_path / "m"), tensors_of(workplace / "outputs" / f"musiclm_{name}"))
 
 
+@pytest.mark.slow
 def test_musicgen_keeps_its_processor_and_gets_guidance_off(tmp_path, tokenizer):
     parents = [small_musicgen(tmp_path / name, seed, tokenizer) for seed, name in enumerate("ab")]
     merged = merge_with_mergekit(parents, [0.7, 0.3], tmp_path / "m", verify=True)
@@ -133,13 +134,20 @@ def test_adapters_on_the_command_line(tmp_path, tokenizer, model, capsys):
             cli.main(["merge", *words, "--out", str(tmp_path / "p")])
 
 
-def test_several_models_with_weights(workplace, tmp_path, monkeypatch):
+def test_several_models_with_weights_and_a_yaml_file(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr("trl_drcd.merging.merge_with_mergekit", lambda *a, **k: seen.update(args=a, **k))
-    models = [str(workplace / "outputs" / f"musiclm_{name}") for name in ("quality", "coef5", "coef10")]
+    models = [str(tmp_path / name) for name in "abc"]
+    for name in models:
+        Path(name).mkdir()
     words = ["--models", *models, "--weights", "0.5", "0.25", "0.25", "--dtype", "float32", "--overwrite"]
-    cli.main(["merge", *words, "--out", str(tmp_path / "m")])
-    assert seen == {"args": (models, [0.5, 0.25, 0.25], str(tmp_path / "m"), "float32", True), "verify": True}
+    cli.main(["merge", *words, "--out", "m"])
+    assert seen == {"args": (models, [0.5, 0.25, 0.25], "m", "float32", True), "verify": True}
+    (tmp_path / "x.yaml").write_text(f"quality: {models[0]}\ndiversity: {models[1]}\ninterpolation_weight: 0.25\n")
+    cli.main(["merge", "--config", str(tmp_path / "x.yaml"), "--out", "m"])
+    assert seen["args"] == (models[:2], [0.75, 0.25], "m", None, False)
+    cli.main(["merge", "--config", str(tmp_path / "x.yaml"), "--out", "m", "--interpolation_weight", "1"])
+    assert seen["args"][1] == [0, 1]
 
 
 def test_help_and_unknown_commands(capsys):
@@ -151,6 +159,11 @@ def test_help_and_unknown_commands(capsys):
         cli.main(["merge", "--help"])
     text = capsys.readouterr().out
     assert "--interpolation_weight" in text and "--svd_rank" in text and "LoRA" in text
+
+
+def test_the_console_script_is_this_command_line():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"trl-drcd": f"{cli.__name__}:{cli.main.__name__}"}
 
 
 def test_a_failure_of_mergekit_is_shown_and_leaves_nothing(tmp_path, tokenizer, model, monkeypatch):
@@ -181,7 +194,7 @@ def test_the_recipes_name_the_outputs_of_the_runs():
     for name in ("quality", "diversity"):
         text = (RECIPES / f"musiclm_{name}.yaml").read_text()
         assert f"output_dir: outputs/musiclm_{name}\n" in text
-        assert f"  - model: outputs/musiclm_{name}\n" in (RECIPES / "lerp.yaml").read_text()
+        assert f"  - model: ./outputs/musiclm_{name}\n" in (RECIPES / "lerp.yaml").read_text()
 
 
 def test_json_is_untouched_by_a_merge(workplace, tmp_path):

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("torchaudio")
 pytest.importorskip("soundfile")
 
+from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -83,7 +84,8 @@ def test_two_steps_and_what_they_leave(world, tmp_path):
     assert [row["prompt"] for row in rows] == PROMPTS[:2]
     assert all((output / "samples" / row["file"]).read_bytes().startswith(b"RIFF") for row in rows)
     card = (output / "README.md").read_text()
-    assert "base_model: model\n" in card and "| diversity_coef | 5 |" in card and "last (step 2)" in card
+    assert "base_model: model\n" in card and "base_model_relation: finetune\n" in card
+    assert "| diversity_coef | 5 |" in card and "last (step 2)" in card
     assert str(world) not in card
 
     # The run goes on where it ended
@@ -104,6 +106,12 @@ def test_lora_with_a_yaml_file(world, tmp_path, capsys):
     musiclm_drcd.main(["--config", str(config), "--max_steps", "1", "--codec", str(world / "codec")])
     assert (output / "adapter_model.safetensors").exists() and (output / "generation_config.json").exists()
     assert (output / "codec" / "codec.safetensors").exists()
+    assert {path.name for path in output.iterdir() if path.is_file()} >= {
+        *("adapter_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"),
+    }
+    card = ModelCard.load(output / "README.md").data.to_dict()
+    assert (card["base_model"], card["base_model_relation"], card["library_name"]) == ("model", "adapter", "peft")
+    assert {"trl", "cfg-distillation"} <= set(card["tags"])
     assert "kl" in capsys.readouterr().out
 
 
