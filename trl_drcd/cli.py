@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -62,7 +63,8 @@ def merge(argv: list[str]) -> None:
     """Interpolate checkpoints (by mergekit) or LoRA adapters; load what was written, and generate from it."""
     from trl import TrlParser
 
-    parser = TrlParser((MergeArguments,), prog="trl-drcd merge", description=merge.__doc__)
+    kind: Any = MergeArguments
+    parser = TrlParser(kind, prog="trl-drcd merge", description=merge.__doc__)
     (arguments,) = parser.parse_args_and_config(argv)
     from trl_drcd.merging import interpolate_adapters, merge_with_mergekit
     from trl_drcd.merging.folders import find_folder

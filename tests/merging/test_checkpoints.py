@@ -294,6 +294,17 @@ def test_blend_by_hand():
     assert blend([one, five], [0.25, 0.75]).item() == 4.0
     assert blend([one, five], [0.25, 0.75], out=out) is out and out.item() == 4.0
     assert blend([one, five], [0.0, 1.0], out=out).item() == 5.0 and blend([one, five], [0, 1]) is five
+    # What is equal in both stays, at any weight
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    for tensor in (values, values.bfloat16()):
+        assert torch.equal(blend([tensor, tensor], [0.7, 0.3]), tensor)
+        # One rounding, not three
+        other = tensor.flip(0)
+        exact = 0.7 * tensor.double() + 0.3 * other.double()
+        assert ((blend([tensor, other], [0.7, 0.3]).double() - exact).abs() <= torch.finfo(tensor.dtype).eps).all()
+        assert torch.equal(
+            blend([tensor, other], [0.7, 0.3], out=torch.empty_like(tensor)), blend([tensor, other], [0.7, 0.3])
+        )
     minus_zero = torch.tensor([-0.0])
     assert blend([minus_zero, five], [1, 0]).signbit().item()
     assert torch.isfinite(blend([one, torch.tensor([torch.inf])], [1.0, 0.0]))

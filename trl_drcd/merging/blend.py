@@ -51,7 +51,8 @@ def blend(
     """
     `sum_i weights[i] * tensors[i]`, computed in float32 (float64 where a tensor is).
 
-    A single tensor of weight 1 is returned, or copied to `out`, bit for bit; tensors of weight 0 do not count.
+    A single tensor of weight 1 is returned, or copied to `out`, bit for bit; tensors of weight 0 do not count. Two
+    tensors are mixed as `t_0 + l * (t_1 - t_0)`, so that what is equal in both stays as it is.
 
     Args:
         tensors (`Sequence[torch.Tensor]`): Floating-point tensors of one shape.
@@ -63,13 +64,18 @@ def blend(
         `torch.Tensor`: The sum, or `out`.
     """
     terms = [(tensor, weight) for tensor, weight in zip(tensors, weights, strict=True) if weight != 0]
-    if len(terms) == 1 and terms[0][1] == 1:
-        total = terms[0][0]
+    (first, weight), *rest = terms
+    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    if not rest and weight == 1:
+        total = first
+    elif len(rest) == 1 and abs(weight + rest[0][1] - 1) < 1e-12:
+        second, share = rest[0]
+        if first.dtype == second.dtype and dtype in (None, first.dtype) and (out is None or out.dtype == first.dtype):
+            return torch.lerp(first, second, share, out=out)  # widens low precision by itself, and rounds once
+        total = torch.lerp(first.to(wide), second.to(wide), share)
     else:
-        wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-        first, weight = terms[0]
         total = torch.mul(first.to(wide), weight, out=out if out is not None and out.dtype == wide else None)
-        for tensor, weight in terms[1:]:
+        for tensor, weight in rest:
             total.add_(tensor.to(wide), alpha=weight)
     if out is None:
         return total.to(dtype or tensors[0].dtype)
