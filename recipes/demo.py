@@ -1,6 +1,6 @@
 """
 The whole method on the shipped text-to-music model, in minutes on two CPU cores: a short run for quality and a short
-run with a high diversity reward, then measurements and a page to listen to, all under outputs/demo/.
+run with a high diversity reward, the two merged, then measurements and a page to listen to, all under outputs/demo/.
 
     make demo
     python recipes/demo.py --fresh      # forget what an earlier call has finished
@@ -37,16 +37,20 @@ from trl_drcd.evaluation.metrics import diversity_within_prompts, per_prompt, te
 from trl_drcd.evaluation.report import comparison_page
 from trl_drcd.evaluation.sampling import sample_prompts
 from trl_drcd.evaluation.tables import compare
+from trl_drcd.merging import interpolate_checkpoints
 
 HERE = Path(__file__).resolve().parent
 RUNS = {"quality": "musiclm_quality.yaml", "diversity": "musiclm_diversity.yaml"}
-# Name to the run that made the model, and the guidance it samples with; the slowest first
+# Name to the folder of the model (`None` is the base), and the guidance it samples with; the slowest first
 MODELS = {
     "base with CFG": (None, 3.0),
     "base": (None, 1.0),
     "quality": ("quality", 1.0),
+    "merged": ("merged", 1.0),
     "diversity": ("diversity", 1.0),
 }
+ORDER = ["base", "base with CFG", "quality", "merged", "diversity"]  # in tables and on the page
+INTERPOLATION_WEIGHT = 0.5
 TEACHER_GUIDANCE, TEMPERATURE, MAX_NEW_TOKENS, SEED = 3.0, 0.99, 200, 0
 COLUMNS = {
     "kl": "KL to guided teacher (nats)",
@@ -109,11 +113,12 @@ def wait(processes: dict[str, subprocess.Popen], logs: Path, look: Any) -> None:
 def train(args: argparse.Namespace) -> None:
     """The two runs, at the same time, each on one core."""
     waiting = [name for name in RUNS if not (args.output / name / "README.md").exists()]
+    stale = [*waiting, "merged"] if waiting else []
+    for folder in (args.output / part / name for name in stale for part in ("", "measured")):
+        shutil.rmtree(folder, ignore_errors=True)
     world, data = args.world / "models", args.world / "data"
     processes, bars = {}, {}
     for name in waiting:
-        for stale in (args.output / name, args.output / "measured" / name):
-            shutil.rmtree(stale, ignore_errors=True)
         command = [str(HERE / "musiclm_drcd.py"), "--config", str(HERE / RUNS[name])]
         command += ["--model_name_or_path", str(world / "musiclm"), "--codec", str(world / "codec")]
         command += ["--embedder", str(world / "embedder"), "--dataset", str(data / "train_prompts.jsonl")]
@@ -137,6 +142,13 @@ def train(args: argparse.Namespace) -> None:
     wait(processes, args.output / "logs", look)
     for bar in bars.values():
         bar.close()
+
+
+def merge(args: argparse.Namespace) -> None:
+    """The model half way between the two runs."""
+    if not (args.output / "merged").exists():
+        weights = [1 - INTERPOLATION_WEIGHT, INTERPOLATION_WEIGHT]
+        interpolate_checkpoints([args.output / "quality", args.output / "diversity"], weights, args.output / "merged")
 
 
 def measure(name: str, args: argparse.Namespace) -> None:
@@ -193,26 +205,35 @@ def is_measured(name: str, args: argparse.Namespace) -> bool:
 
 
 def measure_all(args: argparse.Namespace) -> None:
-    """Every model in a process of its own, two at a time."""
+    """Every model in a process of its own, two at a time, the next as soon as one ends."""
     waiting = [name for name in MODELS if not is_measured(name, args)]
     passed_on = [f"--{key}={getattr(args, key)}" for key in ("output", "world", "prompts", "samples", "listen")]
-    for pair in (waiting[i : i + 2] for i in range(0, len(waiting), 2)):
-        processes = {}
-        for position, name in enumerate(pair):
-            command = [sys.executable, __file__, "--measure", name, *passed_on]
-            quiet = {"TQDM_POSITION": str(position), "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-            processes[name] = subprocess.Popen(command, env=os.environ | quiet)
-        for name, process in processes.items():
-            if process.wait():
-                raise SystemExit(f"measuring {name!r} failed")
+    running: dict[int, tuple[str, subprocess.Popen]] = {}  # by the line of the progress bar
+    try:
+        while waiting or running:
+            for position in (0, 1):
+                if position in running and running[position][1].poll() is not None:
+                    name, process = running.pop(position)
+                    if process.returncode:
+                        raise SystemExit(f"measuring {name!r} failed")
+                if position not in running and waiting:
+                    name = waiting.pop(0)
+                    command = [sys.executable, __file__, "--measure", name, *passed_on]
+                    quiet = {"TQDM_POSITION": str(position), "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+                    running[position] = name, subprocess.Popen(command, env=os.environ | quiet)
+            time.sleep(0.2)
+    finally:
+        for _, process in running.values():
+            process.terminate()
 
 
 def report(args: argparse.Namespace) -> str:
     """`results.jsonl`, `results.md` and `index.html` from what was measured; returns the tables."""
-    folder, order = args.output / "measured", ["base", "base with CFG", "quality", "diversity"]
-    measured = {name: json.loads((folder / name / "measured.json").read_text()) for name in order}
-    for name in order:
+    folder = args.output / "measured"
+    measured = {name: json.loads((folder / name / "measured.json").read_text()) for name in ORDER}
+    for name in ORDER:
         measured[name]["about"] = {"model": folder_of(name, args).name, "guidance_scale": MODELS[name][1]}
+    measured["merged"]["about"]["interpolation_weight"] = INTERPOLATION_WEIGHT
     about = f"{args.prompts} held-out prompts x {args.samples} samples, temperature {TEMPERATURE}, seed {SEED}; "
     about += "mean and 95 % bootstrap interval over prompts."
     shared = {"temperature": TEMPERATURE, "seed": SEED, "prompts": args.prompts, "samples_per_prompt": args.samples}
@@ -221,10 +242,11 @@ def report(args: argparse.Namespace) -> str:
         "Diversity-rewarded CFG distillation: before and after",
         about
         + " Adherence: cosine of prompt and music under the judge. Diversity: mean cosine distance of the samples "
-        "of a prompt under the embedding model. Spectrograms: 4 s, 0 to 4 kHz, 60 dB.",
+        "of a prompt under the embedding model. Merged: the mean of the weights of quality and diversity. "
+        "Spectrograms: 4 s, 0 to 4 kHz, 60 dB.",
         (["", *rows["base"]], [[name, *row.values()] for name, row in rows.items()]),
         measured["base"]["shown"],
-        {name: [read_wav(path) for path in sorted((folder / name).glob("*.wav"))] for name in order},
+        {name: [read_wav(path) for path in sorted((folder / name).glob("*.wav"))] for name in ORDER},
     )
     for name, text in {"results.jsonl": lines, "results.md": tables, "index.html": page}.items():
         write_text(args.output / name, text)
@@ -238,17 +260,18 @@ def read_wav(path: Path) -> tuple[torch.Tensor, int]:
 
 
 def main() -> None:
-    """Trains, measures, reports."""
+    """Trains, merges, measures, reports."""
     args, began = parse(), time.time()
     if args.measure:
         return measure(args.measure, args)
     if args.fresh:
         shutil.rmtree(args.output, ignore_errors=True)
     train(args)
+    merge(args)
     measure_all(args)
     print("\n" + report(args))
     print(f"Listen:  {args.output / 'index.html'}   (WAV files: {args.output / 'measured'})")
-    print(f"Models:  {', '.join(str(args.output / name) for name in RUNS)}")
+    print(f"Models:  {', '.join(str(args.output / name) for name in (*RUNS, 'merged'))}")
     print(f"Numbers: {args.output / 'results.md'}, {args.output / 'results.jsonl'}")
     print(f"{(time.time() - began) / 60:.1f} minutes")
 

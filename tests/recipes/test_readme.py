@@ -1,13 +1,17 @@
-"""The README's Python example runs as it stands, but for its length."""
+"""The README's Python examples run as they stand, but for their length."""
 
 import re
 from pathlib import Path
 
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaForCausalLM
+
 ROOT = Path(__file__).parents[2]
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
 def test_the_python_example_runs(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code = EXAMPLES[0]
     shorter = code.replace(
         "max_completion_length=200",
         "max_completion_length=4, max_steps=1, per_device_train_batch_size=8, gradient_accumulation_steps=1, "
@@ -18,3 +22,16 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     names: dict = {}
     exec(shorter, names)
     assert names["trainer"].state.global_step == 1
+
+
+def test_the_merging_example_runs(tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("base")
+    for name in ("quality", "diversity"):
+        get_peft_model(LlamaForCausalLM.from_pretrained("base"), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(
+            f"{name}_lora"
+        )
+    names = {"model": PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("base"), "quality_lora", "quality")}
+    exec(EXAMPLES[1], names)
+    assert names["model"].active_adapters == ["quality", "diversity"]
+    assert Path("merged_lora/adapter_model.safetensors").is_file()
