@@ -1,12 +1,16 @@
 """The music embedding model and the front end it shares with the judge."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 
 from trl_drcd.embedders import MusicEmbedder
 from trl_drcd.embedders.audio_front_end import LogMel, audio_windows
+from trl_drcd.embedders.music import PAPER, Attention
 
 RATE = 16000
 
@@ -107,11 +111,58 @@ def test_bad_audio_is_refused(embedder, waveform, rate, error, message):
 
 def test_save_and_load(embedder, tmp_path):
     embedder.save_pretrained(tmp_path / "e")
-    assert {file.name for file in (tmp_path / "e").iterdir()} == {"config.json", "model.safetensors"}
+    assert {file.name for file in (tmp_path / "e").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert "MusicEmbedder.from_pretrained" in (tmp_path / "e" / "README.md").read_text()
     loaded = MusicEmbedder.from_pretrained(tmp_path / "e")
     assert loaded.config == embedder.config and not loaded.training
     audio = [(tone(440, 0.7), RATE)]
     torch.testing.assert_close(loaded(audio), embedder(audio), atol=0, rtol=0)
+
+
+def test_saving_again_keeps_the_model_card(embedder, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    embedder.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+
+
+def test_upload_and_download(embedder, tmp_path, monkeypatch):
+    """What goes to the hub is the folder, and it comes back from there; the network is left out."""
+    uploaded = {}
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **kwargs: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(
+        HfApi,
+        "upload_folder",
+        lambda self, repo_id, folder_path, **kwargs: shutil.copytree(folder_path, tmp_path / "hub"),
+    )
+    embedder.push_to_hub("me/embedder")
+    assert {file.name for file in (tmp_path / "hub").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+
+    def download(repo_id, filename, **kwargs):
+        uploaded[filename] = repo_id
+        return str(tmp_path / "hub" / filename)
+
+    monkeypatch.setattr("trl_drcd.embedders.audio_front_end.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", download)
+    loaded = MusicEmbedder.from_pretrained("me/embedder")
+    assert uploaded == {"config.json": "me/embedder", "model.safetensors": "me/embedder"}
+    audio = [(tone(440, 0.7), RATE)]
+    torch.testing.assert_close(loaded(audio), embedder(audio), atol=0, rtol=0)
+
+
+def test_the_papers_model():
+    model = MusicEmbedder(**PAPER)
+    assert 24e6 < sum(p.numel() for p in model.parameters()) < 27e6
+    assert model.window == 64000 and model.embedding_size == 192
+    assert model.encoder.layers[0].self_attn.out_proj.in_features == 6 * 85
+
+
+def test_attention_is_torchs():
+    ours, theirs = Attention(16, 2, 8), torch.nn.MultiheadAttention(16, 2, batch_first=True)
+    theirs.load_state_dict(ours.state_dict())
+    hidden, present = torch.randn(3, 5, 16), torch.arange(5) < torch.tensor([[5], [3], [1]])
+    expected = theirs(hidden, hidden, hidden, key_padding_mask=~present, need_weights=False)[0]
+    torch.testing.assert_close(ours(hidden, present), expected)
 
 
 def test_loading_something_else_is_refused(embedder, tmp_path):

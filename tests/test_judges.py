@@ -1,9 +1,12 @@
 """The text-audio judge."""
 
+import math
+
 import pytest
 import torch
 
-from trl_drcd.evaluation import TextAudioJudge
+from trl_drcd.evaluation import PreferenceModel, TextAudioJudge
+from trl_drcd.evaluation.judges import bradley_terry_loss
 
 RATE = 16000
 LABELS = {"instrument": ["flute", "piano", "violin"], "tempo": ["slow", "fast"]}
@@ -91,3 +94,48 @@ def test_save_and_load(judge, audio, tmp_path):
     captions = ["a slow tune"] * 4
     torch.testing.assert_close(loaded.adherence(captions, audio), judge.adherence(captions, audio), atol=0, rtol=0)
     assert loaded.classify(audio) == judge.classify(audio)
+
+
+@pytest.fixture(scope="module")
+def preference() -> PreferenceModel:
+    torch.manual_seed(0)
+    return PreferenceModel(n_fft=512, hop_length=400, n_mels=16, window=6400, channels=[4, 8], feature_size=16).eval()
+
+
+def test_preference_scores(preference, audio, tmp_path):
+    scores = preference.preference(audio)
+    assert scores.shape == (4,) and not scores.requires_grad
+    alone = torch.cat([preference.preference([clip]) for clip in audio])
+    torch.testing.assert_close(scores, alone, atol=1e-5, rtol=0)
+    preference.save_pretrained(tmp_path)
+    assert torch.equal(PreferenceModel.from_pretrained(tmp_path).preference(audio), scores)
+
+
+def test_bradley_terry_loss():
+    better, worse = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
+    odds = torch.tensor([math.e / (math.e + 1), 1 / (1 + math.e**2)])  # exp(s_a) / (exp(s_a) + exp(s_b))
+    torch.testing.assert_close(bradley_terry_loss(better, worse), -odds.log().mean())
+
+
+def test_preference_learns_from_pairs(preference):
+    """Tones against noise: the score comes to tell them apart, on clips that it has not seen."""
+    model = PreferenceModel(**preference.config)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    generator = torch.Generator().manual_seed(0)
+
+    def pair(frequency: float) -> tuple[torch.Tensor, torch.Tensor]:
+        good = tone(frequency, 0.4)
+        return good, good + 0.3 * torch.randn(good.shape, generator=generator)
+
+    for _ in range(15):
+        better, worse = zip(*(pair(f) for f in (torch.rand(8, generator=generator) * 800 + 200).tolist()), strict=True)
+        frames = model.log_mel(torch.stack([wave / wave.square().mean().sqrt() for wave in (*better, *worse)]))
+        scores = model.scores(model.audio_features(frames, torch.full((16,), frames.shape[1])))
+        loss = bradley_terry_loss(*scores.chunk(2))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    good, bad = zip(*(pair(f) for f in (250.0, 450.0, 650.0, 850.0)), strict=True)
+    better, worse = (model.preference([(wave, RATE) for wave in side]) for side in (good, bad))
+    assert (better > worse).all()

@@ -1,10 +1,14 @@
 """
-Build the tiny music world from nothing: scores, audio, codec, prompts, base model, embedding model, judge, gate.
+Build the tiny music world from nothing: scores, audio, codec, prompts, base model, embedding model, judges, gate.
 
 Each step is a script of this folder that leaves out what exists already, so an interrupted build goes on where it was.
 What a clone ships (the score list, the prompts, the models) exists: `--fresh` moves it to `outputs/` first.
 
-    python recipes/tiny_music/build.py            # about two hours on two cores, most of it training
+    python recipes/tiny_music/build.py            # about three hours on two cores, most of it training
+
+The embedding model and all judges alone, anew:
+
+    python recipes/tiny_music/build.py --steps embedder descriptors train_judge train_preference measure_embedder
 """
 
 from __future__ import annotations
@@ -19,9 +23,12 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-STEPS = [
-    "scores", "render", "train_codec", "prompts", "train_base", "export", "train_embedder", "train_judge", "gate",
-]  # fmt: skip
+# Step to the folder of models/ that it makes, where it makes one
+STEPS = {
+    "scores": None, "render": None, "train_codec": None, "prompts": None, "train_base": "musiclm", "export": None,
+    "embedder": "embedder", "descriptors": "descriptors", "train_judge": "judge", "train_preference": "preference",
+    "measure_embedder": None, "gate": None,
+}  # fmt: skip
 
 
 def run(step: str, arguments: list[str]) -> None:
@@ -36,7 +43,9 @@ def run(step: str, arguments: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="the steps to run, in this order")
+    parser.add_argument(
+        "--steps", nargs="+", choices=STEPS, help="only these, in this order, whether or not what they make exists"
+    )
     parser.add_argument("--minutes", type=float, default=57.0, help="for the training of the base model")
     parser.add_argument("--soundfont", default="/usr/share/sounds/sf2/FluidR3_GM.sf2")
     parser.add_argument("--fresh", action="store_true", help="build again what is shipped")
@@ -48,10 +57,12 @@ def main() -> None:
                 kept.mkdir(parents=True, exist_ok=True)
                 shutil.move(part, kept / part.name)
         print(f"what was built before is now in {kept}")
-    extra = {"render": ["--soundfont", args.soundfont], "train_base": ["--minutes", str(args.minutes)]}
-    for step in args.steps:
-        if step == "train_base" and (HERE / "models" / "musiclm" / "report.json").exists():
-            print("== train_base: its model is shipped in models/musiclm, skipped")
+    soundfont = ["--soundfont", args.soundfont]
+    extra = {"render": soundfont, "measure_embedder": soundfont, "train_base": ["--minutes", str(args.minutes)]}
+    for step in args.steps or STEPS:
+        model = STEPS[step]
+        if not args.steps and model and (HERE / "models" / model / "report.json").exists():
+            print(f"== {step}: models/{model} exists, skipped")
             continue
         run(step, extra.get(step, []))
 

@@ -18,16 +18,22 @@ import time
 from pathlib import Path
 
 import torch
-from captions import INSTRUMENTS, KINDS, NAMED, TEMPI, caption, full_caption, vocabulary
-from listening import CODEC, Clips, as_audio, banks, log_mel_statistics
+from captions import INSTRUMENTS, KINDS, MODES, NAMED, TEMPI, caption, full_caption, vocabulary
+from listening import CODEC, Clips, as_audio, bank, log_mel_statistics
 from scores import HERE
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from trl_drcd.codecs import SpectralCodec
 from trl_drcd.evaluation import TextAudioJudge
+from trl_drcd.evaluation.metrics import bootstrap_interval, per_prompt
 
-LABELS = {"instrument": list(INSTRUMENTS), "tempo": list(TEMPI), "kind": list(KINDS)}
+LABELS = {"instrument": list(INSTRUMENTS), "tempo": list(TEMPI), "kind": list(KINDS), "mode": MODES}
+
+
+def label_of(row: dict, name: str) -> str:
+    """A metadata row's label: the mode is the second word of its key."""
+    return row["key"].split()[1] if name == "mode" else row[name]
 
 
 def random_captions(rows: list[dict], rng: random.Random) -> tuple[list[str], torch.Tensor]:
@@ -47,23 +53,24 @@ def contrastive_loss(cosines: torch.Tensor, matches: torch.Tensor, scale: torch.
     return (cross_entropy(logits, by_caption) + cross_entropy(logits.T, by_clip)) / 2
 
 
-def train(judge: TextAudioJudge, heard: list[tuple], rows: list[dict], args: argparse.Namespace) -> list[float]:
+def train(judge: TextAudioJudge, heard: list[torch.Tensor], rows: list[dict], args: argparse.Namespace) -> list[float]:
     """Contrastive and classification training on all versions heard. Returns the losses."""
     optimizer = torch.optim.AdamW(judge.parameters(), args.learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * s / args.steps))
     )
-    labels = {name: torch.tensor([values.index(row[name]) for row in rows]) for name, values in LABELS.items()}
+    labels = {
+        name: torch.tensor([values.index(label_of(row, name)) for row in rows]) for name, values in LABELS.items()
+    }
     rng, losses = random.Random(args.seed), []
     progress = tqdm(range(args.steps), desc="judge")
     for step in progress:
         index = torch.randperm(len(rows))[: args.batch_size]
         version = torch.randint(len(heard), index.shape).tolist()
-        frames = torch.stack([heard[v][0][i] for v, i in zip(version, index.tolist(), strict=True)])
-        share = torch.stack([heard[v][1][i] for v, i in zip(version, index.tolist(), strict=True)])
+        frames = torch.stack([heard[v][i] for v, i in zip(version, index.tolist(), strict=True)])
         captions, matches = random_captions([rows[i] for i in index.tolist()], rng)
         with torch.autocast("cpu", torch.bfloat16):
-            features = judge.audio_features(frames.float(), (share * frames.shape[1]).ceil().long())
+            features = judge.audio_features(frames.float(), torch.full(index.shape, frames.shape[1]))
         audio, text = judge.audio_embeddings(features), judge.text_embeddings(judge.word_tensor(captions))
         loss = contrastive_loss(text @ audio.T, matches, judge.log_scale.exp().clamp(max=100))
         loss = loss + sum(cross_entropy(head(features), labels[name][index]) for name, head in judge.heads.items())
@@ -78,12 +85,15 @@ def train(judge: TextAudioJudge, heard: list[tuple], rows: list[dict], args: arg
 
 
 def measure(judge: TextAudioJudge, codec: SpectralCodec | None, split: str, seed: int = 0, choices: int = 16) -> dict:
-    """Held-out accuracy of the labels, and of choosing a clip's full caption among `choices` different ones."""
+    """
+    Held-out accuracy of the labels, and of choosing a clip's full caption among `choices` different ones, with
+    intervals over recordings.
+    """
     clips, rng = Clips(split), random.Random(seed)
     audio = [pair for batch in clips.waveforms(codec) for pair in as_audio(batch)]
     predicted = judge.classify(audio)
-    result = {
-        name: sum(label == row[name] for label, row in zip(predicted[name], clips.rows, strict=True)) / len(audio)
+    right = {
+        name: [label == label_of(row, name) for label, row in zip(predicted[name], clips.rows, strict=True)]
         for name in LABELS
     }
     captions = [full_caption(row) for row in clips.rows]
@@ -91,15 +101,17 @@ def measure(judge: TextAudioJudge, codec: SpectralCodec | None, split: str, seed
     others = [rng.sample([text for text in distinct if text != own], choices - 1) for own in captions]
     offered = [text for own, line in zip(captions, others, strict=True) for text in [own, *line]]
     cosines = judge.embed_text(offered).view(len(audio), choices, -1) @ judge.embed_audio(audio)[..., None]
-    return result | {f"caption_of_{choices}": float((cosines[..., 0].argmax(1) == 0).float().mean())}
+    right[f"caption_of_{choices}"] = (cosines[..., 0].argmax(1) == 0).tolist()
+    # The two chunks of a recording are no independent draws
+    return {name: bootstrap_interval(per_prompt(values, 2)) for name, values in right.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE / "models" / "judge")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--recordings", type=int, default=1500, help="of the half, at most")
+    parser.add_argument("--recordings", type=int, default=5000, help="of the half, at most")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -109,7 +121,7 @@ def main() -> None:
     statistics = log_mel_statistics(clips, TextAudioJudge(vocabulary(), LABELS).log_mel)
     judge = TextAudioJudge(vocabulary(), LABELS, **statistics)
     with torch.no_grad():
-        heard = banks(clips, judge.log_mel, None, [None]) + banks(clips, judge.log_mel, codec, [None])
+        heard = [bank(clips, judge.log_mel, None), bank(clips, judge.log_mel, codec)]
     losses = train(judge.train(), heard, clips.rows, args)
     judge.eval().save_pretrained(args.output)
     report = {

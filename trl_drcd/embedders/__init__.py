@@ -1,14 +1,16 @@
 """Embedding models E: what the diversity reward calls "similar" is what they place close to each other."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 if TYPE_CHECKING:
+    from trl_drcd.embedders.descriptors import MusicDescriptors
     from trl_drcd.embedders.music import MusicEmbedder
     from trl_drcd.embedders.sentence import SentenceEmbedder
 
-__all__ = ["Embedder", "MusicEmbedder", "SentenceEmbedder"]
+__all__ = ["Embedder", "MusicDescriptors", "MusicEmbedder", "SentenceEmbedder"]
 
 
 class Embedder(Protocol):
@@ -22,14 +24,11 @@ class Embedder(Protocol):
     def __call__(self, inputs: list[Any], /) -> torch.Tensor: ...
 
 
+# Loaded when asked for, so that a text-only installation does not load the audio models, nor the reverse.
+_MODULES = {"MusicDescriptors": "descriptors", "MusicEmbedder": "music", "SentenceEmbedder": "sentence"}
+
+
 def __getattr__(name: str) -> Any:
-    # Lazily, so that a text-only installation does not load the audio models.
-    if name == "MusicEmbedder":
-        from trl_drcd.embedders.music import MusicEmbedder
-
-        return MusicEmbedder
-    if name == "SentenceEmbedder":
-        from trl_drcd.embedders.sentence import SentenceEmbedder
-
-        return SentenceEmbedder
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

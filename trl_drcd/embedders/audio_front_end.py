@@ -1,12 +1,16 @@
 """From a list of waveforms to log-mel windows, and models that are a folder of safetensors and JSON."""
 
+import inspect
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -45,6 +49,28 @@ def check_waveform(waveform: Any, sampling_rate: Any, index: int) -> torch.Tenso
     return waveform
 
 
+def clean_waveform(waveform: Any, rate: Any, index: int, sampling_rate: int) -> torch.Tensor:
+    """
+    One clip at another rate and at one loudness: an RMS of 1, but for what is quieter than -60 dB (silence stays it).
+
+    Args:
+        waveform, rate, index: As in [`check_waveform`].
+        sampling_rate (`int`): Wanted, in Hz.
+
+    Returns:
+        `torch.Tensor`: Shape `(T',)`, float32, on the CPU; empty if the clip is.
+
+    Raises:
+        TypeError, ValueError: See [`check_waveform`].
+    """
+    waveform = check_waveform(waveform, rate, index)
+    if not waveform.numel():
+        return waveform
+    if rate != sampling_rate:
+        waveform = require("torchaudio.functional", "audio").resample(waveform, int(rate), sampling_rate)
+    return waveform / waveform.square().mean().sqrt().clamp(min=MINIMUM_RMS)
+
+
 def audio_windows(
     audio: Sequence[tuple[Any, int]], sampling_rate: int, window: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -69,11 +95,7 @@ def audio_windows(
     """
     windows, lengths, owners = [], [], []
     for index, (waveform, rate) in enumerate(audio):
-        waveform = check_waveform(waveform, rate, index)
-        if rate != sampling_rate and waveform.numel():
-            waveform = require("torchaudio.functional", "audio").resample(waveform, int(rate), sampling_rate)
-        if waveform.numel():
-            waveform = waveform / waveform.square().mean().sqrt().clamp(min=MINIMUM_RMS)
+        waveform = clean_waveform(waveform, rate, index, sampling_rate)
         count = max(1, -(-waveform.numel() // window))
         windows.append(nn.functional.pad(waveform, (0, count * window - waveform.numel())).view(count, window))
         lengths += [window] * (count - 1) + [max(1, waveform.numel() - (count - 1) * window)]
@@ -117,40 +139,88 @@ class LogMel(nn.Module):
         return (torch.log(power.transpose(1, 2) @ self.filters + MEL_FLOOR) - self.mean) / self.std
 
 
-class SavedModule(nn.Module):
-    """A module that is a folder: the arguments of its constructor in `config.json`, weights in `model.safetensors`."""
+class SavedModule(nn.Module, ModelHubMixin, library_name="trl-drcd", repo_url=None, tags=["trl-drcd", "audio"]):
+    """
+    A module that is a folder or a repository of the hub: the arguments of its constructor in `config.json`, weights in
+    `model.safetensors`. `push_to_hub` is huggingface_hub's.
+    """
 
-    def __init__(self, **config: Any) -> None:
-        super().__init__()
-        self.config = config
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments of the constructor."""
+        return dict(self._hub_mixin_config)  # type: ignore[arg-type]
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write the folder, each file in one piece; an existing one is replaced."""
-        directory = Path(directory)
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> Any:
+        """
+        Write the folder, each file in one piece; existing files are replaced, but for the model card.
+
+        Args:
+            save_directory (`str` or `Path`): Made if it does not exist.
+            **kwargs: Of `huggingface_hub.ModelHubMixin.save_pretrained`, e.g. `push_to_hub` and `repo_id`.
+        """
+        directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
+            if (directory / "README.md").exists():
+                shutil.copy(directory / "README.md", temporary)
+            kwargs = {"repo_id": directory.name} | kwargs if kwargs.get("push_to_hub") else kwargs
+            result = super().save_pretrained(temporary, **kwargs)
+            for file in Path(temporary).iterdir():
+                os.replace(file, directory / file.name)
+        return result
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, save_directory / "model.safetensors")
         config = {"model_class": type(self).__name__, **self.config}
-        temporary = directory / f".{os.getpid()}.tmp"
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, temporary)
-        os.replace(temporary, directory / "model.safetensors")
-        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, directory / "config.json")
+        (save_directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """A card with what the class says of itself, and how to load the model."""
+        name, module = type(self).__name__, type(self).__module__.rpartition(".")[0]
+        about = (inspect.getdoc(type(self)) or "").partition("\n\nArgs:")[0]
+        usage = f"from {module} import {name}\n\nmodel = {name}.from_pretrained(...)  # this folder or repository"
+        header = self._hub_mixin_info.model_card_data.to_yaml()
+        return ModelCard(f"---\n{header}\n---\n\n# {name}\n\n{about}\n\n```python\n{usage}\n```\n")
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """
-        Read a folder that `save_pretrained` wrote; the model comes in evaluation mode, on the CPU.
+        Read a folder that `save_pretrained` wrote, or a repository of the hub; the model comes in evaluation mode, on
+        the CPU.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): Folder, or name on the hub.
+            **kwargs: Of `huggingface_hub.ModelHubMixin.from_pretrained`, e.g. `revision`.
 
         Raises:
-            FileNotFoundError: If a file is missing.
-            ValueError: If the folder holds another class.
+            FileNotFoundError: If a folder lacks a file.
+            ValueError: If it holds another class.
         """
-        directory = Path(directory)
-        for name in ("config.json", "model.safetensors"):
-            if not (directory / name).is_file():
-                raise FileNotFoundError(f"{directory} has no {name}; expected a folder that save_pretrained wrote")
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        directory = Path(pretrained_model_name_or_path)
+        # A relative path of more than two parts, or one that exists, is no name of the hub
+        if directory.exists() or directory.is_absolute() or len(directory.parts) != 2:
+            for name in ("config.json", "model.safetensors"):
+                if not (directory / name).is_file():
+                    raise FileNotFoundError(f"{directory} has no {name}; expected a folder that save_pretrained wrote")
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id: str, revision: str | None, cache_dir: Any, force_download: bool, local_files_only: bool,
+        token: Any, **model_kwargs: Any,
+    ) -> Self:  # fmt: skip
+        def path(name: str) -> str:
+            if os.path.isdir(model_id):
+                return os.path.join(model_id, name)
+            return hf_hub_download(
+                model_id, name, revision=revision, cache_dir=cache_dir, force_download=force_download,
+                local_files_only=local_files_only, token=token,
+            )  # fmt: skip
+
+        config = json.loads(Path(path("config.json")).read_text(encoding="utf-8"))
         if (found := config.pop("model_class", None)) != cls.__name__:
-            raise ValueError(f"{directory} holds a {found}; expected a {cls.__name__}")
-        model = cls(**config)
-        model.load_state_dict(load_file(directory / "model.safetensors"))
+            raise ValueError(f"{model_id} holds a {found}; expected a {cls.__name__}")
+        model = cls(**(config | model_kwargs))
+        model.load_state_dict(load_file(path("model.safetensors")))
         return model.eval()

@@ -1,16 +1,18 @@
 """What is measured after training; none of it is ever a reward."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trl_drcd.evaluation.judges import TextAudioJudge
+    from trl_drcd.evaluation.clap import ClapJudge
+    from trl_drcd.evaluation.judges import PreferenceModel, TextAudioJudge
 
-__all__ = ["TextAudioJudge"]
+__all__ = ["ClapJudge", "PreferenceModel", "TextAudioJudge"]
+
+_MODULES = {"ClapJudge": "clap", "PreferenceModel": "judges", "TextAudioJudge": "judges"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "TextAudioJudge":
-        from trl_drcd.evaluation.judges import TextAudioJudge
-
-        return TextAudioJudge
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,64 @@
+"""The CLAP judge on a tiny CLAP with random weights, made by transformers' own classes."""
+
+import pytest
+import torch
+from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, ClapProcessor
+
+from trl_drcd.evaluation import ClapJudge
+
+RATE = 48000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    torch.manual_seed(0)
+    text = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 16, "projection_dim": 8, "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
+    audio = {"spec_size": 64, "num_mel_bins": 16, "hidden_size": 32, "depths": [1, 1], "num_hidden_layers": 2,
+             "num_attention_heads": [2, 2], "patch_embeds_hidden_size": 16, "projection_dim": 8,
+             "window_size": 4}  # fmt: skip
+    model = ClapModel(ClapConfig(text_config=text, audio_config=audio, projection_dim=8))
+    extractor = ClapFeatureExtractor(feature_size=16, sampling_rate=RATE, max_length_s=1, truncation="rand_trunc")
+    path = tmp_path_factory.mktemp("clap")
+    model.save_pretrained(path)
+    ClapProcessor(extractor, tokenizer).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def judge(folder):
+    return ClapJudge.from_pretrained(folder)
+
+
+def clip(seed: int, seconds: float = 1.0, rate: int = RATE) -> tuple[torch.Tensor, int]:
+    return torch.randn(int(seconds * rate), generator=torch.Generator().manual_seed(seed)) * 0.1, rate
+
+
+def test_adherence_is_the_models_own_cosine(judge):
+    captions, audio = ["a slow tune for flute", "harp"], [clip(0), clip(1)]
+    inputs = judge.processor.tokenizer(captions, padding=True, return_tensors="pt")
+    features = judge.processor.feature_extractor(
+        [a.numpy() for a, _ in audio], sampling_rate=RATE, return_tensors="pt"
+    )
+    with torch.no_grad():
+        output = judge.model(**inputs, **features)
+    expected = torch.nn.functional.cosine_similarity(output.text_embeds, output.audio_embeds)
+    torch.testing.assert_close(judge.adherence(captions, audio), expected, atol=1e-5, rtol=0)
+
+
+def test_it_is_an_embedder(judge):
+    audio = [clip(0), clip(1, 0.3), clip(2, 2.5), (torch.zeros(0), RATE), clip(3, 1.0, 16000)]
+    embeddings = judge(audio)
+    assert embeddings.shape == (5, 8)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(5))
+    assert torch.equal(embeddings, judge(audio))  # long clips are cut at random, but always alike
+    one_by_one = ClapJudge(judge.model, judge.processor, batch_size=1)
+    torch.testing.assert_close(one_by_one(audio[:2]), embeddings[:2], atol=1e-5, rtol=0)
+    assert judge([]).shape == (0, 8)
+
+
+def test_bad_input_is_refused(judge):
+    with pytest.raises(ValueError, match="1 captions and 2 clips"):
+        judge.adherence(["harp"], [clip(0), clip(1)])
+    with pytest.raises(ValueError, match="average the channels"):
+        judge([(torch.zeros(2, 100), RATE)])
