@@ -99,3 +99,14 @@ def check_vocabulary(policy: Policy, model: Any, tokenizer: Any) -> None:
             f"`processing_class` has {len(tokenizer)} tokens and the model {size}: they do not share a "
             "vocabulary. Give the model's own tokenizer, or resize the model's embeddings before"
         )
+
+
+def check_lengths(sequences: list[list[int]], what: str, max_completion_length: int | None, model: Any) -> None:
+    """Nothing is cut: what is longer than the model can read, its completion included, is an error."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, sequences), default=0)
+    if limit is not None and longest + (max_completion_length or 0) > limit:
+        raise ValueError(
+            f"{what} of {longest} tokens and `max_completion_length={max_completion_length}` do not fit the model, "
+            f"which reads {limit} positions; prompts are never cut: shorten it, or the completions"
+        )

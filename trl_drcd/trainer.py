@@ -30,6 +30,7 @@ from .checks import (
     check_adapter,
     check_datasets,
     check_family,
+    check_lengths,
     check_null_prompt,
     check_rewards,
     check_rollout_size,
@@ -231,6 +232,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         self._seconds[name] += time.perf_counter() - start
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
+        self._check_lengths(prompt_ids, "a prompt")
         # Autocast around the whole rollout casts the weights once, not once per token
         with self._timed("rollout"), self.accelerator.autocast():
             if not self.policy.rolls_out_with_trl:
@@ -238,6 +240,11 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
         # RLOO looks at the last token of each completion; one that is empty stands as a single eos
         return [ids or [self._tokenizer.eos_token_id] for ids in completion_ids]
+
+    def _check_lengths(self, prompt_ids: list[list[int]], what: str):
+        if self.policy.rolls_out_with_trl:  # else an encoder reads the prompt
+            student = self.accelerator.unwrap_model(self.model)
+            check_lengths(prompt_ids, what, self.max_completion_length, student)
 
     def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """Completions by the policy's own sampling, without guidance."""
@@ -327,9 +334,9 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             for name in [n for n in self._metrics[mode] if n.startswith(("reward", "frac_reward"))]:
                 del self._metrics[mode][name]
         if self.args.guidance_scale != 1:
-            ids, mask = left_pad(
-                self.policy.negative_prompt_ids(inputs, self.args.negative_prompt), self._tokenizer.pad_token_id
-            )
+            negative_ids = self.policy.negative_prompt_ids(inputs, self.args.negative_prompt)
+            self._check_lengths(negative_ids, "a negative prompt")
+            ids, mask = left_pad(negative_ids, self._tokenizer.pad_token_id)
             output["negative_prompt_ids"] = ids.to(self.accelerator.device)
             output["negative_prompt_mask"] = mask.to(self.accelerator.device)
         return output
