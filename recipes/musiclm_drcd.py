@@ -14,6 +14,11 @@ Any causal LM over words and audio tokens, and any prompts (hub name, or a JSONL
     accelerate launch recipes/musiclm_drcd.py --model_name_or_path my/musiclm --codec my/codec \\
         --embedder my/embedder --dataset prompts.jsonl --diversity_coef 5 --output_dir outputs/mine
 
+A MusicGen has its own codec, and its completions count decoder steps (50 a second, and 3 for the delays):
+
+    accelerate launch recipes/musiclm_drcd.py --model_name_or_path facebook/musicgen-small \\
+        --dataset prompts.jsonl --max_completion_length 503 --output_dir outputs/musicgen
+
 With LoRA (the teacher is then the same weights with the adapter off); after an interruption:
 
     accelerate launch recipes/musiclm_drcd.py --use_peft --lora_target_modules all-linear --lora_dropout 0
@@ -53,6 +58,7 @@ from trl_drcd.checks import check_datasets
 from trl_drcd.codecs import SpectralCodec
 from trl_drcd.embedders import MusicEmbedder
 from trl_drcd.evaluation.sampling import Samples, sample_prompts
+from trl_drcd.policies import policy_class
 
 # What runs where the command line names neither a YAML file nor a model
 DEFAULT_CONFIG = Path(__file__).with_name("musiclm_quality.yaml")
@@ -98,7 +104,8 @@ def main(argv: list[str] | None = None) -> None:
         if script.codec is None and (inside := Path(model.model_name_or_path or "", "codec")).is_dir():
             script.codec = str(inside)
         check_arguments(script, args, model, {"codec": script.codec, "embedder": script.embedder})
-        if script.embedder and not script.codec:
+        family = policy_class(str(model.model_name_or_path), model.model_revision)
+        if script.embedder and not script.codec and not family.has_own_codec:
             raise ValueError(f"`embedder={script.embedder}` hears audio, and there is no `codec` to make it")
         train, held_out = load_datasets(script)
         check_datasets(train, held_out)
@@ -106,21 +113,20 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"musiclm_drcd.py: error: {error}") from error
 
     args.model_init_kwargs = model_init_kwargs(args, model)
-    codec = SpectralCodec.from_pretrained(script.codec) if script.codec else None
     trainer = CFGDistillDiversityTrainer(
         model=str(model.model_name_or_path),
         args=args,
         train_dataset=train,
         eval_dataset=held_out,
         embedder=MusicEmbedder.from_pretrained(script.embedder) if script.embedder else None,
-        codec=codec,
+        codec=SpectralCodec.from_pretrained(script.codec) if script.codec else None,
         callbacks=[LogFile(), *([Deadline(script.max_minutes)] if script.max_minutes else [])],
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
 
     def write(samples: Samples, folder: Path) -> None:
-        write_samples(samples, folder, codec, trainer.processing_class)
+        write_samples(samples, folder, trainer.codec, trainer.processing_class)
 
     train_and_save(trainer, script, model, sample_prompts, write, script.codec)
 

@@ -52,10 +52,10 @@ def t5_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
-def config_of(channels=1, width=32):
+def config_of(channels=1, width=32, rate=80):
     encodec = EncodecConfig(
-        sampling_rate=80, hidden_size=8, num_filters=2, upsampling_ratios=[2, 4], codebook_size=SIZE,
-        num_lstm_layers=1, target_bandwidths=[0.12 if channels == 1 else 0.24],
+        sampling_rate=rate, hidden_size=8, num_filters=2, upsampling_ratios=[2, 4], codebook_size=SIZE,
+        num_lstm_layers=1, target_bandwidths=[0.0015 * rate],
     )  # fmt: skip
     text = T5Config(vocab_size=11, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.1)
     decoder = MusicgenDecoderConfig(

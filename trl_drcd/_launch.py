@@ -169,7 +169,7 @@ def train_and_save(
         model (`ModelConfig`): The model's.
         sample_prompts (`Callable`): [`~trl_drcd.evaluation.sampling.sample_prompts`].
         write_samples (`Callable`): Writes what that returns to a folder.
-        codec (`str`, *optional*): Folder of the codec, for models of audio.
+        codec (`str`, *optional*): Folder of the codec, for models of audio that do not have their own.
     """
     args = trainer.args
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -199,7 +199,7 @@ def train_and_save(
         "LoRA rank": model.lora_r if model.use_peft else None,
     } | {name: getattr(args, name) for name in names}
     base = str(model.model_name_or_path)
-    card = model_card(output.name, base, settings, metrics, codec is not None, bool(model.use_peft))
+    card = model_card(output.name, base, settings, metrics, trainer.codec is not None, bool(model.use_peft))
     write_text(output / "README.md", str(card))
     for which, row in metrics.items():
         print(f"  {which:18s}" + "  ".join(f"{name} {value:.4g}" for name, value in row.items()))

@@ -156,7 +156,7 @@ def model_card(
         base_model (`str`): Hub name or local path.
         settings (`dict`): Of the run; `guidance_scale` and `temperature` among them.
         metrics (`dict`): See [`final_metrics`].
-        audio (`bool`): Whether the completions are music, with a codec in the folder.
+        audio (`bool`): Whether the completions are music.
         adapter (`bool`): Whether the folder holds a PEFT adapter.
 
     Returns:
@@ -175,7 +175,7 @@ def model_card(
         f"temperature {settings['temperature']:g} and without truncation, as `generation_config.json` says."
     )
     if audio:
-        about += " The codec that makes audio of the tokens is in `codec/`, samples are in `samples/`."
+        about += " Samples are in `samples/`; the codec is a part of the model, or in `codec/`."
     units = (
         "KL to the guided teacher in nats per sequence and per token, entropy in nats per token; diversity is the mean"
         " cosine distance of the samples of a prompt under the embedding model."

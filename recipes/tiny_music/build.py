@@ -9,6 +9,10 @@ What a clone ships (the score list, the prompts, the models) exists: `--fresh` m
 The embedding model and all judges alone, anew:
 
     python recipes/tiny_music/build.py --steps embedder descriptors train_judge train_preference measure_embedder
+
+The tiny MusicGen, which is not shipped, in an hour:
+
+    python recipes/tiny_music/build.py --steps render train_encodec train_musicgen
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ STEPS = {
     "embedder": "embedder", "descriptors": "descriptors", "train_judge": "judge", "train_preference": "preference",
     "measure_embedder": None, "gate": None,
 }  # fmt: skip
+# Steps of the second family, run where they are asked for
+MUSICGEN = ["train_encodec", "train_musicgen"]
 
 
 def run(step: str, arguments: list[str]) -> None:
@@ -44,7 +50,7 @@ def run(step: str, arguments: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--steps", nargs="+", choices=STEPS, help="only these, in this order, whether or not what they make exists"
+        "--steps", nargs="+", choices=[*STEPS, *MUSICGEN], help="only these, in this order, whether or not what they make exists"
     )
     parser.add_argument("--minutes", type=float, default=57.0, help="for the training of the base model")
     parser.add_argument("--soundfont", default="/usr/share/sounds/sf2/FluidR3_GM.sf2")
