@@ -44,7 +44,7 @@ from trl_drcd.policies import MusicgenPolicy
 
 
 def build_musicgen(
-    tokenizer: PreTrainedTokenizerFast, audio_encoder: EncodecConfig
+    tokenizer: PreTrainedTokenizerFast, audio_encoder: EncodecConfig, num_codebooks: int = NUM_CODEBOOKS
 ) -> MusicgenForConditionalGeneration:
     """Random weights; 100 frames and the delays make 103 steps, sampled without guidance or truncation."""
     size = audio_encoder.codebook_size
@@ -55,14 +55,14 @@ def build_musicgen(
     )  # fmt: skip
     decoder = MusicgenDecoderConfig(
         vocab_size=size, hidden_size=256, ffn_dim=1024, num_hidden_layers=4, num_attention_heads=4,
-        num_codebooks=NUM_CODEBOOKS, max_position_embeddings=512, dropout=0.0, **special,
+        num_codebooks=num_codebooks, max_position_embeddings=512, dropout=0.0, **special,
     )  # fmt: skip
     model = MusicgenForConditionalGeneration(
         MusicgenConfig(text_encoder=text, audio_encoder=audio_encoder, decoder=decoder)
     )
     model.generation_config = GenerationConfig(
         **special, decoder_start_token_id=size, do_sample=True, top_k=0, temperature=0.99, guidance_scale=1.0,
-        max_length=100 + NUM_CODEBOOKS,
+        max_length=100 + num_codebooks,
     )  # fmt: skip
     return model
 
