@@ -50,7 +50,10 @@ def run(step: str, arguments: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--steps", nargs="+", choices=[*STEPS, *MUSICGEN], help="only these, in this order, whether or not what they make exists"
+        "--steps",
+        nargs="+",
+        choices=[*STEPS, *MUSICGEN],
+        help="only these, in this order, whether or not what they make exists",
     )
     parser.add_argument("--minutes", type=float, default=57.0, help="for the training of the base model")
     parser.add_argument("--soundfont", default="/usr/share/sounds/sf2/FluidR3_GM.sf2")
@@ -66,7 +69,7 @@ def main() -> None:
     soundfont = ["--soundfont", args.soundfont]
     extra = {"render": soundfont, "measure_embedder": soundfont, "train_base": ["--minutes", str(args.minutes)]}
     for step in args.steps or STEPS:
-        model = STEPS[step]
+        model = STEPS.get(step)
         if not args.steps and model and (HERE / "models" / model / "report.json").exists():
             print(f"== {step}: models/{model} exists, skipped")
             continue
