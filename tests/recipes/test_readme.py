@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
@@ -10,14 +11,19 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
-def test_the_python_example_runs(tmp_path, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_python_example_runs(tmp_path, monkeypatch, smollm2):
     code = EXAMPLES[0]
     shorter = code.replace(
-        "max_completion_length=200",
-        "max_completion_length=4, max_steps=1, per_device_train_batch_size=8, gradient_accumulation_steps=1, "
+        "max_completion_length=40",
+        "max_completion_length=4, max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=1, "
         "report_to='none', save_strategy='no'",
     ).replace("outputs/mine", str(tmp_path))
-    assert shorter.count("max_steps=1") == 1 and str(tmp_path) in shorter
+    for folder in ("smollm2", "minilm"):
+        shorter = shorter.replace(f"outputs/{folder}", str(smollm2 / folder))
+    assert shorter.count("max_steps=1") == 1 and str(tmp_path) in shorter and "outputs/" not in shorter
+    assert len([line for line in code.splitlines() if line]) <= 13
     monkeypatch.chdir(ROOT)
     names: dict = {}
     exec(shorter, names)

@@ -89,6 +89,31 @@ def test_a_reloaded_adapter_gives_the_same_logits(world, monkeypatch):
     assert AutoTokenizer.from_pretrained(world / "out").chat_template
 
 
+@pytest.mark.slow
+@pytest.mark.real
+def test_three_steps_on_smollm2(smollm2, tmp_path, monkeypatch):
+    """The recipe's own settings, but for the size of the batch and the length of completions."""
+    monkeypatch.chdir(ROOT)
+    changed = {
+        "model_name_or_path": smollm2 / "smollm2", "embedder": smollm2 / "minilm", "output_dir": tmp_path / "out",
+        "max_steps": 3, "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 12,
+        "diversity_coef": 20, "diversity_warmup_steps": 2, "logging_steps": 1, "num_samples": 1,
+        "save_strategy": "no", "report_to": "none",
+    }  # fmt: skip
+    words = [word for name, value in changed.items() for word in (f"--{name}", str(value))]
+    text_drcd.main(["--config", "recipes/text_smollm2.yaml", *words])
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    steps = [entry for entry in log if "kl" in entry]
+    assert [entry["diversity_coef"] for entry in steps] == [0, 10, 20]
+    # Base and guided base are about two nats a token apart; the entropy of random logits is near ln(49152) = 10.8
+    assert all(0.5 < entry["kl_per_token"] < 8 and 0.5 < entry["entropy"] < 6 for entry in steps)
+    assert all(0.2 < entry["diversity"] < 1.2 for entry in steps)
+    assert steps[0]["grad_norm/diversity"] == 0 < steps[1]["grad_norm/diversity"]
+    adapter = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    moved = [p.abs().max().item() for name, p in adapter.named_parameters() if "lora_B" in name]
+    assert len(moved) == 7 * 30 and min(moved) > 0
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
