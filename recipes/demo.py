@@ -35,7 +35,7 @@ from trl_drcd.embedders import MusicEmbedder
 from trl_drcd.evaluation import TextAudioJudge
 from trl_drcd.evaluation.metrics import diversity_within_prompts, per_prompt, teacher_terms
 from trl_drcd.evaluation.report import comparison_page
-from trl_drcd.evaluation.sampling import sample_prompts
+from trl_drcd.evaluation.sampling import Samples, sample_prompts
 from trl_drcd.evaluation.tables import compare
 from trl_drcd.merging import interpolate_checkpoints
 
@@ -151,13 +151,23 @@ def merge(args: argparse.Namespace) -> None:
         interpolate_checkpoints([args.output / "quality", args.output / "diversity"], weights, args.output / "merged")
 
 
-def measure(name: str, args: argparse.Namespace) -> None:
-    """Samples of one model on the held-out prompts: values per prompt to `measured.json`, some WAV files."""
-    torch.set_grad_enabled(False)
-    logging.disable_progress_bar()  # of loading; sampling has its own
-    models, guidance = args.world / "models", MODELS[name][1]
-    base = AutoModelForCausalLM.from_pretrained(models / "musiclm", dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(folder_of(name, args), dtype=torch.float32)
+def measured_values(
+    model: Any, base: Any, guidance: float, args: argparse.Namespace, name: str
+) -> tuple[Samples, list[tuple[torch.Tensor, int]], dict[str, list[float]]]:
+    """
+    Samples of a model on the held-out prompts, their audio, and what is measured of them.
+
+    Args:
+        model (`PreTrainedModel`): Samples, at guidance `guidance`.
+        base (`PreTrainedModel`): Of the guided teacher.
+        guidance (`float`): 1 is off.
+        args (`Namespace`): With `world`, `prompts`, `samples`.
+        name (`str`): Of the model, on the progress bars.
+
+    Returns:
+        `tuple`: Samples; a waveform with its rate for each; each metric's name to its mean on each prompt, `(P,)`.
+    """
+    models = args.world / "models"
     tokenizer = AutoTokenizer.from_pretrained(models / "musiclm")
     dataset = load_prompts("prompts", str(args.world / "data" / "test_prompts.jsonl"), "train")
     samples = sample_prompts(
@@ -177,6 +187,16 @@ def measure(name: str, args: argparse.Namespace) -> None:
         "diversity": diversity_within_prompts(embeddings, args.samples),
         "entropy_per_token": per_prompt(terms.entropy / terms.tokens, args.samples),
     }
+    return samples, audio, {key: value.tolist() for key, value in values.items()}
+
+
+def measure(name: str, args: argparse.Namespace) -> None:
+    """What is measured of one model, to `measured.json`, and some WAV files."""
+    torch.set_grad_enabled(False)
+    logging.disable_progress_bar()  # of loading; sampling has its own
+    base = AutoModelForCausalLM.from_pretrained(args.world / "models" / "musiclm", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder_of(name, args), dtype=torch.float32)
+    samples, audio, values = measured_values(model, base, MODELS[name][1], args, name)
     folder = args.output / "measured" / name
     step = max(1, len(samples.prompts) // args.listen)
     shown = [
@@ -188,7 +208,7 @@ def measure(name: str, args: argparse.Namespace) -> None:
         "settings": settings_of(args),
         "shown": [f"{samples.repeated_prompts[index]} ({index % args.samples + 1})" for index in shown],
         "tokens_per_second": samples.tokens_per_second,
-        "values": {key: value.tolist() for key, value in values.items()},
+        "values": values,
     }
     write_text(folder / "measured.json", json.dumps(measured))
 
