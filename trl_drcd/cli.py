@@ -1,15 +1,21 @@
 """
 The command line.
 
+    trl-drcd train music --config recipes/musiclm_diversity.yaml
     trl-drcd merge --quality QUALITY --diversity DIVERSITY --interpolation_weight 0.5 --out MERGED
     trl-drcd merge --help
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+TRAINERS = {"music": "musiclm_drcd.py", "text": "text_drcd.py"}
 
 
 @dataclass
@@ -90,7 +96,21 @@ def merge(argv: list[str]) -> None:
     print(f"Merged: {arguments.out}")
 
 
-COMMANDS = {"merge": merge}
+def train(argv: list[str]) -> None:
+    """`accelerate launch` of the recipe for music or for text, with what follows as its arguments."""
+    if not argv or argv[0] not in TRAINERS:
+        listed = "\n".join(f"  trl-drcd train {name} ...   runs recipes/{file}" for name, file in TRAINERS.items())
+        print(f"usage:\n{listed}\n\n`trl-drcd train music --help` and `trl-drcd train text --help` say more")
+        raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
+    script = RECIPES / TRAINERS[argv[0]]
+    if not script.is_file():
+        raise FileNotFoundError(f"{script} is not there: the recipes come with the repository, not with the package")
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", str(script)]
+    if code := subprocess.run([*launch, *argv[1:]]).returncode:
+        raise SystemExit(code)
+
+
+COMMANDS = {"train": train, "merge": merge}
 
 
 def main(argv: list[str] | None = None) -> None:

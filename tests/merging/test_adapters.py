@@ -9,10 +9,11 @@ import torch
 from conftest import make_model
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-from worlds import assert_equal_bits, effective_weights, random_adapter, tensors_of
+from transformers import AutoModelForCausalLM, MusicgenForConditionalGeneration
+from worlds import assert_equal_bits, effective_weights, random_adapter, small_musicgen, tensors_of
 
-from trl_drcd.merging import interpolate_adapters, interpolate_checkpoints
+from trl_drcd.merging import interpolate_adapters, interpolate_checkpoints, set_interpolation_weight
+from trl_drcd.merging.verify import check_that_it_generates
 
 ATTENTION, ALL = ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -287,6 +288,27 @@ def test_one_adapter_per_lambda_as_servers_read_it(base, tmp_path):
             *("adapter_config.json", "adapter_model.safetensors", "README.md"),
         }
         assert_is_lerp(base, folder, pair, [1 - weight, weight])
+
+
+def test_musicgen_adapters(tmp_path):
+    """As one adapter, in the base, and in memory: the same weights."""
+    base = small_musicgen(tmp_path / "musicgen", 0)
+    kind = {"model_class": MusicgenForConditionalGeneration, "task_type": None}
+    targets = {"target_modules": r".*decoder.*\.(q_proj|v_proj)"}
+    pair = [random_adapter(tmp_path / str(seed), base, seed, r=3 + seed, **kind, **targets) for seed in range(2)]
+    interpolate_adapters(pair, [0.7, 0.3], tmp_path / "m", base_model=base)
+    check_that_it_generates(tmp_path / "m")
+    model = PeftModel.from_pretrained(MusicgenForConditionalGeneration.from_pretrained(base), pair[0], "quality")
+    model.load_adapter(pair[1], "diversity")
+    set_interpolation_weight(model, 0.3)
+    in_memory = model.merge_and_unload(adapter_names=["quality", "diversity"]).state_dict()
+    plain, merged = tensors_of(base), tensors_of(tmp_path / "m")
+    q, d = products(pair[0], 8 / 3), products(pair[1], 8 / 4)
+    assert len(q) == 4
+    for name, tensor in merged.items():
+        expected = plain[name].double() + (0.7 * q[name] + 0.3 * d[name] if name in q else 0)
+        assert torch.allclose(tensor.double(), expected, atol=1e-6), name
+        assert torch.allclose(in_memory[name], tensor, atol=1e-6), name
 
 
 def products(adapter: Path, scaling: float) -> dict[str, torch.Tensor]:

@@ -154,11 +154,38 @@ def test_help_and_unknown_commands(capsys):
     for words, code in (([], 2), (["nonsense"], 2), (["--help"], 0)):
         with pytest.raises(SystemExit) as end:
             cli.main(words)
-        assert end.value.code == code and "commands: merge" in capsys.readouterr().out
+        assert end.value.code == code and "commands: train, merge" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["merge", "--help"])
     text = capsys.readouterr().out
     assert "--interpolation_weight" in text and "--svd_rank" in text and "LoRA" in text
+
+
+def test_train_launches_the_recipe(monkeypatch, capsys):
+    seen = []
+    ran = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(subprocess, "run", lambda command: (seen.append(command), ran)[1])
+    cli.main(["train", "music", "--config", "x.yaml", "--max_steps", "1"])
+    cli.main(["train", "text"])
+    assert seen[0][-6:] == ["launch", str(RECIPES / "musiclm_drcd.py"), "--config", "x.yaml", "--max_steps", "1"]
+    assert seen[1][-2:] == ["launch", str(RECIPES / "text_drcd.py")]
+    assert all((RECIPES / script).is_file() for script in cli.TRAINERS.values())
+    ran.returncode = 3
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train", "text"])
+    assert end.value.code == 3
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    assert "trl-drcd train music ...   runs recipes/musiclm_drcd.py" in capsys.readouterr().out
+    monkeypatch.setattr(cli, "RECIPES", ROOT / "none")
+    with pytest.raises(SystemExit, match="the recipes come with the repository, not with the package"):
+        cli.main(["train", "text"])
+
+
+@pytest.mark.slow
+def test_train_help_through_accelerate(capfd):
+    cli.main(["train", "music", "--help"])
+    assert "--diversity_coef" in capfd.readouterr().out
 
 
 def test_the_console_script_is_this_command_line():

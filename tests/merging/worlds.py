@@ -88,9 +88,9 @@ def small_musicgen(folder: Path, seed: int, tokenizer=None) -> Path:
     return folder
 
 
-def random_adapter(folder: Path, base: Path, seed: int, **settings) -> Path:
+def random_adapter(folder: Path, base: Path, seed: int, model_class=AutoModelForCausalLM, **settings) -> Path:
     """A LoRA adapter of the base, every tensor of its file random."""
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = model_class.from_pretrained(base)
     config = LoraConfig(**({"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"], "r": 4} | settings))
     get_peft_model(model, config).save_pretrained(folder)
     generator = torch.Generator().manual_seed(seed)
