@@ -5,11 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trl_drcd.evaluation.clap import ClapJudge
+    from trl_drcd.evaluation.fronts import hypervolume, pareto_front
     from trl_drcd.evaluation.judges import PreferenceModel, TextAudioJudge
 
-__all__ = ["ClapJudge", "PreferenceModel", "TextAudioJudge"]
+__all__ = ["ClapJudge", "PreferenceModel", "TextAudioJudge", "hypervolume", "pareto_front"]
 
-_MODULES = {"ClapJudge": "clap", "PreferenceModel": "judges", "TextAudioJudge": "judges"}
+_MODULES = {
+    "ClapJudge": "clap",
+    "PreferenceModel": "judges",
+    "TextAudioJudge": "judges",
+    "hypervolume": "fronts",
+    "pareto_front": "fronts",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -53,10 +53,15 @@ def bootstrap_interval(
     if len(values) == 0:
         raise ValueError("`values` is empty; expected one row per prompt")
     statistic = statistic or np.nanmean
-    draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
+    draws = bootstrap_draws(len(values), resamples, seed)
     tail = (1 - level) / 2
     low, high = np.nanquantile([statistic(values[draw]) for draw in draws], [tail, 1 - tail])
     return {"mean": float(statistic(values)), "low": float(low), "high": float(high)}
+
+
+def bootstrap_draws(prompts: int, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    """Prompts drawn with replacement, int, shape `(resamples, prompts)`; the same for the same arguments."""
+    return np.random.default_rng(seed).integers(0, prompts, (resamples, prompts))
 
 
 def per_prompt(values: Any, samples_per_prompt: int) -> np.ndarray:
