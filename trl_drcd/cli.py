@@ -3,7 +3,8 @@ The command line.
 
     trl-drcd train music --config recipes/musiclm_diversity.yaml
     trl-drcd merge --quality QUALITY --diversity DIVERSITY --interpolation_weight 0.5 --out MERGED
-    trl-drcd merge --help
+    trl-drcd evaluate --config recipes/evaluate_music.yaml
+    trl-drcd COMMAND --help
 """
 
 from __future__ import annotations
@@ -110,7 +111,25 @@ def train(argv: list[str]) -> None:
         raise SystemExit(code)
 
 
-COMMANDS = {"train": train, "merge": merge}
+def evaluate(argv: list[str]) -> None:
+    """
+    Sample and judge strategies (models, guidance, temperatures, interpolations) on held-out prompts: results.jsonl, a
+    summary, plots and a page under `--output_dir`. `strategies` are listed in the YAML file of `--config`; see
+    recipes/evaluate_music.yaml. What is in results.jsonl already is not done again.
+    """
+    from trl import TrlParser
+
+    from trl_drcd.evaluation.grid import EvaluateArguments
+    from trl_drcd.evaluation.grid import evaluate as run
+
+    kind: Any = EvaluateArguments
+    parser = TrlParser(kind, prog="trl-drcd evaluate", description=evaluate.__doc__)
+    (arguments,) = parser.parse_args_and_config(argv)
+    run(arguments)
+    print(f"Report: {arguments.output_dir}/report.html   (numbers: results.jsonl, summary.csv)")
+
+
+COMMANDS = {"train": train, "merge": merge, "evaluate": evaluate}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -77,9 +77,9 @@ def front_difference(
     """
     Difference of the hypervolumes of two fronts that were measured on the same prompts, with its bootstrap interval.
 
-    Prompts are drawn with replacement, the same for both fronts; a point of a front is the mean over the prompts drawn.
-    Ours lies above theirs at 95 % where `low` is above 0. Choosing the best of many points favours the longer front a
-    little: compare fronts of like numbers of points.
+    Prompts are drawn with replacement, the same for both fronts; a point of a front is the mean over the prompts
+    drawn. Ours lies above theirs at 95 % where `low` is above 0. Choosing the best of many points favours the longer
+    front a little: compare fronts of like numbers of points.
 
     Args:
         ours, theirs (array): Quality and diversity of each strategy on each prompt, shapes `(n, P, 2)`, `(m, P, 2)`.

@@ -20,6 +20,7 @@ tr { border-bottom: 1px solid #ddd } td { text-align: right; font-variant-numeri
 .grid { display: grid; gap: .4rem 1rem; margin: 1.5rem 0 } .grid > h3 { grid-column: 1 / -1; margin: .8rem 0 0 }
 figure { margin: 0 } figcaption { font-size: 13px; color: #555 } audio { width: 100%; height: 2.2rem }
 img { width: 100%; height: 150px; image-rendering: auto; display: block } .text { white-space: pre-wrap }
+.plot { width: auto; height: auto; max-width: 100% }
 """
 
 
@@ -78,6 +79,7 @@ def comparison_page(
     table: tuple[Sequence[str], Sequence[Sequence[str]]],
     prompts: Sequence[str],
     completions: dict[str, Sequence[Any]],
+    figures: Sequence[bytes] = (),
 ) -> str:
     """
     A self-contained page: an introduction, a table of results, and for each prompt every model's completion.
@@ -89,6 +91,7 @@ def comparison_page(
         prompts (`list[str]`): The `n` prompts.
         completions (`dict`): Name of each model to its `n` completions: texts, or `(waveform, sampling_rate)` pairs,
             which get a player and a spectrogram.
+        figures (`Sequence[bytes]`, *optional*): PNG images above the table.
 
     Returns:
         `str`: HTML; every text in it is escaped, sound and images are inside.
@@ -103,15 +106,17 @@ def comparison_page(
             )
     cells = []
     for index, prompt in enumerate(prompts):
-        figures = (
+        players = (
             f"<figure><figcaption>{html.escape(name)}</figcaption>{_completion(items[index])}</figure>"
             for name, items in completions.items()
         )
-        cells.append(f"<h3>{html.escape(prompt)}</h3>{''.join(figures)}")
+        cells.append(f"<h3>{html.escape(prompt)}</h3>{''.join(players)}")
+    images = (base64.b64encode(figure).decode() for figure in figures)
+    plots = "".join(f'<img class="plot" src="data:image/png;base64,{image}" alt="plot">' for image in images)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1><p>{html.escape(introduction)}</p>"
-        f"{html_table(*table)}"
+        f"{plots}{html_table(*table)}"
         f'<div class="grid" style="grid-template-columns: repeat({len(completions)}, 1fr)">{"".join(cells)}</div>'
         "</body></html>\n"
     )

@@ -1,0 +1,192 @@
+"""What samples are judged by: embeddings, adherence, preference and any reward callable, for audio and for text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trl_drcd.diversity import group_diversity
+
+from .metrics import bootstrap_interval, per_prompt
+from .sampling import Samples
+
+Embed = Callable[[list[Any]], torch.Tensor]
+
+
+@dataclass
+class Judges:
+    """
+    What is measured of completions, audio or text; what is `None` is not measured.
+
+    Args:
+        embedder (`Callable`, *optional*): E: completions to `(N, D)`.
+        second_embedder (`Callable`, *optional*): An embedding that was not rewarded.
+        adherence (`dict[str, Callable]`): Name of a metric to `(prompts, completions) -> (N,)`; `"adherence"` is the
+            one that quality is made of.
+        preference (`Callable`, *optional*): Completions to `(N,)`.
+        rewards (`dict[str, Callable]`): Name of a metric to a callable with TRL's reward signature.
+    """
+
+    embedder: Embed | None = None
+    second_embedder: Embed | None = None
+    adherence: dict[str, Callable[[list[Any], list[Any]], torch.Tensor]] = field(default_factory=dict)
+    preference: Callable[[list[Any]], torch.Tensor] | None = None
+    rewards: dict[str, Callable[..., list[float]]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, args: Any, rewards: dict[str, Any]) -> Judges:
+        """
+        The judges that the arguments of an evaluation name: sentence encoders, or the audio models of this package.
+
+        Raises:
+            FileNotFoundError: If a folder is none of theirs.
+        """
+        judges = cls(rewards=rewards)
+        if args.embedder:
+            judges.embedder = load_embedder(args.embedder)
+        if args.second_embedder:
+            judges.second_embedder = load_embedder(args.second_embedder)
+        if args.judge:
+            judge = load_embedder(args.judge)
+            judges.adherence["adherence"] = getattr(judge, "adherence", None) or cosine_adherence(judge)
+        if args.clap:
+            from .clap import ClapJudge
+
+            judges.adherence["adherence_clap"] = ClapJudge.from_pretrained(args.clap).adherence
+        if args.preference:
+            from .judges import PreferenceModel
+
+            judges.preference = PreferenceModel.from_pretrained(args.preference).preference
+        return judges
+
+
+def load_embedder(folder: str) -> Any:
+    """A `MusicEmbedder`, `MusicDescriptors` or `TextAudioJudge` by what its folder says, else a `SentenceEmbedder`."""
+    import json
+
+    from trl_drcd import embedders
+
+    from .judges import TextAudioJudge
+
+    config = Path(folder) / "config.json"
+    kind = json.loads(config.read_text()).get("model_class") if config.is_file() else None
+    if kind == "TextAudioJudge":
+        return TextAudioJudge.from_pretrained(folder)
+    if kind in ("MusicEmbedder", "MusicDescriptors"):
+        return getattr(embedders, kind).from_pretrained(folder)
+    return embedders.SentenceEmbedder(folder)
+
+
+def cosine_adherence(embed: Embed) -> Callable[[list[Any], list[Any]], torch.Tensor]:
+    """Adherence of texts to their prompts: cosine of the embeddings of both."""
+
+    def adherence(prompts: list[Any], completions: list[Any]) -> torch.Tensor:
+        texts = [p if isinstance(p, str) else [t["content"] for t in p if t["role"] == "user"][-1] for p in prompts]
+        return torch.nn.functional.cosine_similarity(embed(texts), embed(completions), dim=-1)
+
+    return adherence
+
+
+def judge_samples(
+    samples: Samples, items: list[Any], judges: Judges, omega: float, seed: int = 0
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
+    """
+    Everything that is measured of completions.
+
+    Args:
+        samples ([`Samples`]): Prompts and how many samples of each.
+        items (`list`): The completions, audio or texts, in the same order.
+        judges ([`Judges`]): By whom.
+        omega (`float`): `quality = omega * adherence + preference`; adherence alone where there is no preference.
+        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
+
+    Returns:
+        `tuple`: Metric to its value on each prompt, `(P,)`; and metrics of all prompts together, with intervals.
+    """
+    count, values, overall = samples.samples_per_prompt, {}, {}
+    for name, embed in {"diversity": judges.embedder, "diversity_second": judges.second_embedder}.items():
+        if embed is not None:
+            embeddings = embed(items)
+            values[name] = per_prompt(group_diversity(embeddings, count), count)
+            overall[f"{name}_between_prompts"] = between_prompts(embeddings, count, seed)
+    for name, adherence in judges.adherence.items():
+        values[name] = per_prompt(adherence(samples.repeated_prompts, items), count)
+    if judges.preference is not None:
+        values["preference"] = per_prompt(judges.preference(items), count)
+    if "adherence" in values:
+        quality = values["adherence"]
+        values["quality"] = omega * quality + values["preference"] if "preference" in values else quality
+    for name, reward in judges.rewards.items():
+        values[name] = per_prompt(reward(prompts=samples.repeated_prompts, completions=items), count)
+    if isinstance(items[0], str):
+        values |= text_variety(items, count)
+    return values, overall
+
+
+def between_prompts(embeddings: torch.Tensor, samples_per_prompt: int, seed: int = 0) -> dict[str, float]:
+    """
+    Mean cosine distance of samples of different prompts, the ceiling of the diversity within prompts, with its
+    bootstrap interval over prompts.
+
+    Args:
+        embeddings (`torch.Tensor`): Shape `(B, D)`, the samples of a prompt contiguous.
+        samples_per_prompt (`int`): Samples of each.
+        seed (`int`, *optional*, defaults to 0): Of the draws.
+    """
+    unit = torch.nn.functional.normalize(embeddings.double(), dim=-1)
+    means = unit.unflatten(0, (-1, samples_per_prompt)).mean(1)
+    distances = (1 - means @ means.T).numpy()
+
+    def mean(rows: np.ndarray) -> float:
+        chosen = rows.astype(int)
+        different = chosen[:, None] != chosen
+        return float(distances[np.ix_(chosen, chosen)][different].mean())
+
+    return bootstrap_interval(np.arange(len(distances)), mean, resamples=500, seed=seed)
+
+
+def text_variety(texts: list[str], samples_per_prompt: int) -> dict[str, np.ndarray]:
+    """
+    Distinct-2 (share of a prompt's word pairs that are different) and self-BLEU (mean BLEU of each completion against
+    the prompt's others, 0 to 100; needs sacrebleu), of each prompt, `(P,)`.
+    """
+    groups = [texts[i : i + samples_per_prompt] for i in range(0, len(texts), samples_per_prompt)]
+    values = {"distinct_2": np.array([distinct_n(group, 2) for group in groups])}
+    try:
+        from sacrebleu import sentence_bleu
+    except ImportError:
+        return values
+    scores = [
+        np.mean([sentence_bleu(text, group[:i] + group[i + 1 :]).score for i, text in enumerate(group)])
+        for group in groups
+    ]
+    return values | {"self_bleu": np.array(scores)}
+
+
+def distinct_n(texts: list[str], n: int) -> float:
+    """Different word n-grams over all word n-grams of some texts; 0 where there is none."""
+    grams = [gram for text in texts for gram in zip(*(text.split()[i:] for i in range(n)), strict=False)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def frechet_distance(
+    mean: np.ndarray, covariance: np.ndarray, other_mean: np.ndarray, other_covariance: np.ndarray
+) -> float:
+    """
+    Frechet distance of two normal distributions: `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`.
+
+    Args:
+        mean, other_mean (`np.ndarray`): Shape `(D,)`.
+        covariance, other_covariance (`np.ndarray`): Shape `(D, D)`.
+
+    Returns:
+        `float`: Unit of the embeddings, squared.
+    """
+    product = np.linalg.eigvals(covariance @ other_covariance).real.clip(min=0)
+    traces = np.trace(covariance) + np.trace(other_covariance) - 2 * np.sqrt(product).sum()
+    return float(((mean - other_mean) ** 2).sum() + traces)
