@@ -10,6 +10,10 @@ The embedding model and all judges alone, anew:
 
     python recipes/tiny_music/build.py --steps embedder descriptors train_judge train_preference measure_embedder
 
+All steps in little time, to see that they work (what comes out is no good; use a copy of the repository):
+
+    python recipes/tiny_music/build.py --fresh --quick
+
 The tiny MusicGen, which is not shipped, in an hour:
 
     python recipes/tiny_music/build.py --steps render train_encodec train_musicgen
@@ -36,6 +40,15 @@ STEPS = {
 # Steps of the second family, run where they are asked for
 MUSICGEN = ["train_encodec", "train_musicgen"]
 
+QUICK = {
+    "render": "--recordings 2000 100 300", "prompts": "--counts 300 60", "train_base": "--minutes 3",
+    "export": "--count 50", "embedder": "--recordings 100 --steps 20 --batch-recordings 32",
+    "descriptors": "--recordings 50", "train_judge": "--recordings 100 --steps 20",
+    "train_preference": "--recordings 20 --steps 20",
+    "measure_embedder": "--recordings 10 --output outputs/tiny_music/quick",
+    "gate": "--num-prompts 8 --output outputs/tiny_music/quick",
+}  # fmt: skip
+
 
 def run(step: str, arguments: list[str]) -> None:
     """Run a step's script and print how long it took; it sees the repository's `trl_drcd` and one thread."""
@@ -58,6 +71,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=57.0, help="for the training of the base model")
     parser.add_argument("--soundfont", default="/usr/share/sounds/sf2/FluidR3_GM.sf2")
     parser.add_argument("--fresh", action="store_true", help="build again what is shipped")
+    parser.add_argument(
+        "--quick", action="store_true", help="every step in little time, to see that all of them work; no good models"
+    )
     args = parser.parse_args()
     if args.fresh:
         kept = ROOT / "outputs" / f"tiny_music_{time.strftime('%Y%m%d-%H%M%S')}"
@@ -68,6 +84,9 @@ def main() -> None:
         print(f"what was built before is now in {kept}")
     soundfont = ["--soundfont", args.soundfont]
     extra = {"render": soundfont, "measure_embedder": soundfont, "train_base": ["--minutes", str(args.minutes)]}
+    if args.quick:
+        for step, settings in QUICK.items():
+            extra[step] = [*extra.get(step, []), *settings.split()]
     for step in args.steps or STEPS:
         model = STEPS.get(step)
         if not args.steps and model and (HERE / "models" / model / "report.json").exists():
