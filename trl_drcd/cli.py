@@ -74,7 +74,7 @@ def merge(argv: list[str]) -> None:
     parser = TrlParser(kind, prog="trl-drcd merge", description=merge.__doc__)
     (arguments,) = parser.parse_args_and_config(argv)
     from trl_drcd.merging import interpolate_adapters, merge_with_mergekit
-    from trl_drcd.merging.folders import find_folder
+    from trl_drcd.merging.folders import find_folder, recorded_base
     from trl_drcd.merging.verify import check_that_it_generates
 
     models, weights = ends(arguments)
@@ -86,8 +86,13 @@ def merge(argv: list[str]) -> None:
             models, weights, arguments.out, arguments.svd_rank, arguments.base_model, arguments.overwrite
         )
         print(f"Relative error of the compression: {errors['total']:.3g}")
+        base = recorded_base(Path(arguments.out))
         if arguments.base_model:
-            check_that_it_generates(arguments.out)
+            check_that_it_generates(Path(arguments.out))
+        elif base and Path(base).is_dir():
+            check_that_it_generates(Path(base), Path(arguments.out))
+        else:
+            print(f"Not loaded: the base model {base} is not here")
     elif any(adapters):
         raise ValueError("`models` mixes checkpoints and adapters; merge each adapter into its base first")
     else:

@@ -26,11 +26,6 @@ def base(tmp_path, tokenizer):
     return tmp_path / "llama"
 
 
-def make_tied(tmp_path, tokenizer) -> Path:
-    make_model(tokenizer, tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
-    return tmp_path / "tied"
-
-
 def weights_of(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     """Effective weights in float64 of a base with an adapter."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
@@ -40,7 +35,7 @@ def weights_of(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
 def assert_is_lerp(base: Path, merged: Path, adapters: list[Path], weights: list[float], tolerance: float = 1e-6):
     """Every effective weight of the merged adapter, reloaded, is the weighted sum of the parents'."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
-    untouched = {name.removesuffix(".weight"): tensor.detach() for name, tensor in model.named_parameters()}
+    untouched = {name.removesuffix(".weight"): tensor for name, tensor in model.state_dict().items()}
     parents = [weights_of(base, adapter) if adapter else None for adapter in adapters]
     result = weights_of(base, merged)
     changed = 0
@@ -49,7 +44,7 @@ def assert_is_lerp(base: Path, merged: Path, adapters: list[Path], weights: list
         values = [untouched[short] if p is None else p[matching(p, name)] for p in parents]
         expected = sum(w * value for w, value in zip(weights, values, strict=True))
         assert (tensor - expected).abs().max() <= tolerance * expected.abs().max(), name
-        changed += not torch.allclose(tensor, untouched.get(short, torch.zeros(())), atol=1e-4)
+        changed += not torch.allclose(tensor, untouched.get(short, torch.zeros_like(tensor)), atol=1e-4)
     assert changed > 0
 
 
@@ -190,19 +185,43 @@ def test_dora_by_way_of_full_checkpoints(base, tmp_path):
         assert torch.allclose(tensor.double(), 0.7 * parts[0] + 0.3 * parts[1], atol=1e-6), name
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*embedding layers", "ignore:.*tie", "ignore:Model with `tie_word_embeddings=True`"
-)
-def test_tied_embeddings(tmp_path, tokenizer):
-    tied = make_tied(tmp_path, tokenizer)
-    pair = [random_adapter(tmp_path / str(s), tied, s, target_modules=["embed_tokens", "q_proj"]) for s in range(2)]
+TIED = {
+    "an embedding": ({"target_modules": ["embed_tokens", "q_proj"]}, False),
+    "an embedding, its head with it": (
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+        False,
+    ),
+    "a saved head": ({"modules_to_save": ["lm_head"]}, False),
+    "a saved embedding, its head with it": ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True),
+    "token rows": ({"trainable_token_indices": [3, 5]}, True),
+    "attention alone": ({}, True),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", TIED)
+def test_tied_embeddings(tmp_path, tokenizer, kind):
+    """Exact as an adapter; merged into the base only where one tensor can hold it (PEFT by itself merges all)."""
+    settings, can_be_merged = TIED[kind]
+    make_model(tokenizer, tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    pair = [random_adapter(tmp_path / str(seed), tmp_path / "tied", seed, **settings) for seed in range(2)]
+    if "modules_to_save" in settings and can_be_merged:  # the file has the tensor twice
+        for folder in pair:
+            tensors = load_file(folder / "adapter_model.safetensors")
+            tensors["base_model.model.lm_head.weight"] = tensors["base_model.model.model.embed_tokens.weight"].clone()
+            save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     interpolate_adapters(pair, [0.7, 0.3], tmp_path / "m")
-    assert_is_lerp(tied, tmp_path / "m", pair, [0.7, 0.3])
-    with pytest.raises(
-        ValueError, match=r"ties its embedding and its head, .*embed_tokens.*the merged tensor would be"
-    ):
-        interpolate_adapters(pair, [0.7, 0.3], tmp_path / "n", base_model=tied)
-    assert not (tmp_path / "n").exists()
+    assert_is_lerp(tmp_path / "tied", tmp_path / "m", pair, [0.7, 0.3])
+    if not can_be_merged:
+        with pytest.raises(ValueError, match=r"ties its embedding and its head, .*the merged tensor would be both"):
+            interpolate_adapters(pair, [0.7, 0.3], tmp_path / "n", base_model=tmp_path / "tied")
+        assert not (tmp_path / "n").exists()
+        return
+    interpolate_adapters(pair, [0.7, 0.3], tmp_path / "n", base_model=tmp_path / "tied")
+    ids = torch.tensor([[1, 5, 3, 8]])
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "tied"), tmp_path / "m").eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "n").eval()
+    assert torch.allclose(model(ids).logits, merged(ids).logits, atol=1e-4)
 
 
 REFUSED = {

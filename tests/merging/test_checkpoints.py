@@ -36,6 +36,9 @@ def pair(tmp_path, tokenizer):
     return [tmp_path / "a", tmp_path / "b"]
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*do they come from one initialisation")  # random ones do not
+
+
 def edit_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
@@ -181,6 +184,7 @@ def test_another_vocabulary_or_codec_is_refused(pair, tmp_path, music):
 
 
 def test_another_recorded_base_warns_and_the_base_itself_does_not(pair, tmp_path):
+    shutil.copy(pair[0] / "model.safetensors", pair[1])
     (pair[0] / "README.md").write_text("---\nbase_model: b\n---\n")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -188,6 +192,14 @@ def test_another_recorded_base_warns_and_the_base_itself_does_not(pair, tmp_path
     (pair[1] / "README.md").write_text("---\nbase_model: another/base\n---\n")
     with pytest.warns(UserWarning, match=r"different base models \(.*a: b, .*b: another/base\)"):
         interpolate_checkpoints(pair, [0.5, 0.5], tmp_path / "n")
+
+
+def test_different_initialisations_warn(pair, tmp_path, music):
+    with pytest.warns(UserWarning, match=r"have a cosine of -?0.[0-4]\d: do they come from one initialisation"):
+        interpolate_checkpoints(pair, [0.5, 0.5], tmp_path / "m")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        interpolate_checkpoints(music, [0.5, 0.5], tmp_path / "n")
 
 
 @pytest.mark.parametrize(

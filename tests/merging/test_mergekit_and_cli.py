@@ -115,10 +115,14 @@ def test_adapters_on_the_command_line(tmp_path, tokenizer, model, capsys):
     assert card.data.base_model == "base" and card.data.library_name == "peft"
     assert card.data.to_dict()["base_model_relation"] == "adapter"
     assert load_file(tmp_path / "m" / "adapter_model.safetensors")
+    assert "Not loaded" not in capsys.readouterr().out
     cli.main(["merge", *ends, "--out", str(tmp_path / "n"), "--base_model", str(tmp_path / "base")])
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "n")
+    (tmp_path / "base").rename(tmp_path / "moved")
     towards = ["--quality", str(tmp_path / "a"), "--diversity", "base", "--interpolation_weight", "0.2"]
     cli.main(["merge", *towards, "--out", str(tmp_path / "o")])
+    assert f"Not loaded: the base model {tmp_path / 'base'} is not here" in capsys.readouterr().out
+    (tmp_path / "moved").rename(tmp_path / "base")
     for words, message in (
         (["--quality", str(tmp_path / "a"), "--diversity", str(tmp_path / "base")], "mixes checkpoints and adapters"),
         ([*ends, "--dtype", "float32"], "`dtype=float32` is for full checkpoints"),
@@ -191,6 +195,14 @@ def test_train_help_through_accelerate(capfd):
 def test_the_console_script_is_this_command_line():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"trl-drcd": f"{cli.__name__}:{cli.main.__name__}"}
+
+
+def test_mergekit_is_not_asked_to_merge_what_does_not_fit(tmp_path, tokenizer, model, monkeypatch):
+    model.save_pretrained(tmp_path / "a")
+    model.bfloat16().save_pretrained(tmp_path / "b")
+    monkeypatch.setattr(subprocess, "run", None)
+    with pytest.raises(ValueError, match=r"different data types of .*torch.float32 and torch.bfloat16; set `dtype`"):
+        merge_with_mergekit([tmp_path / "a", tmp_path / "b"], [0.5, 0.5], tmp_path / "m")
 
 
 def test_a_failure_of_mergekit_is_shown_and_leaves_nothing(tmp_path, tokenizer, model, monkeypatch):

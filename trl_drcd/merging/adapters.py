@@ -254,22 +254,22 @@ def _merge_into_base(adapter: Path, parents: Sequence[tuple[Adapter, float]], ba
     Write the base with the adapter in its weights, computed in float32 and rounded once to the base's data type.
 
     Raises:
-        ValueError: If the base ties its embedding and its head and the adapter changes one of them: PEFT applies it to
-            one, and the merged tensor would be both.
+        ValueError: If the base ties its embedding and its head, and the adapter changes them: PEFT adds the change of
+            either one to the tensor that is both.
     """
     config: Any = transformers.AutoConfig.from_pretrained(base)
     model_class = getattr(transformers, config.architectures[0])
     model = model_class.from_pretrained(base, dtype=torch.float32)
-    if getattr(config, "tie_word_embeddings", False) and not parents[0][0].config.ensure_weight_tying:
-        tied = [model.get_input_embeddings(), model.get_output_embeddings()]
-        names = [PREFIX + name for name, module in model.named_modules() if any(module is t for t in tied)]
-        changed = {
-            key for parent, _ in parents for key in [*parent.factors, *parent.full] if "token_adapter" not in key
-        }
-        if hit := sorted(key for key in changed if any(f"{key}.".startswith(f"{name}.") for name in names)):
+    if getattr(config, "tie_word_embeddings", False):
+        both = [model.get_input_embeddings(), model.get_output_embeddings()]
+        names = [f"{PREFIX}{name}." for name, module in model.named_modules() if any(module is one for one in both)]
+        changed = {key for parent, _ in parents for key in parent.factors}
+        if not parents[0][0].config.ensure_weight_tying:  # else a saved module, and its copy, are one tensor again
+            changed |= {key for parent, _ in parents for key in parent.full if "token_adapter" not in key}
+        if hit := sorted(key for key in changed if f"{key}.".startswith(tuple(names))):
             raise ValueError(
                 f"{base} ties its embedding and its head, and the adapter changes one of them ({hit[0]}): the merged "
-                "tensor would be both. Keep the adapter apart (no `base_model`), or train with `ensure_weight_tying`"
+                "tensor would be both. Keep the adapter apart: no `base_model`"
             )
     merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
     merged.to(config.dtype or torch.float32).save_pretrained(folder)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,29 +58,26 @@ def interpolate_checkpoints(
         ValueError: If the weights do not sum to 1, or the models do not fit together; the message says where.
     """
 
-    def write(folders: list[Path], values: list[float], folder: Path) -> None:
-        checkpoints = [Checkpoint(path) for path in folders]
-        names = common_tensors(checkpoints)
-        sources = {name: checkpoints[0].spec(name) for name in names}
-        wanted = wanted_dtype(dtype)
-        specs = {
-            name: (wanted if wanted and t.is_floating_point else t, shape) for name, (t, shape) in sources.items()
-        }
-        files = {file: [n for n in listed if n in specs] for file, listed in checkpoints[0].files.items()}
-        check_specs(checkpoints, sources, any_float=wanted is not None)
+    wanted = wanted_dtype(dtype)
+
+    def write(checkpoints: list[Checkpoint], names: list[str], values: list[float], folder: Path) -> None:
+        first = checkpoints[0]
+        own = {name: first.spec(name) for name in names}
+        specs = {name: (wanted if wanted and t.is_floating_point else t, shape) for name, (t, shape) in own.items()}
         used = [(checkpoint, value) for checkpoint, value in zip(checkpoints, values, strict=True) if value != 0]
 
         with tqdm(total=len(names), desc="interpolate", unit="tensor") as bar:
 
             def tensor_of(name: str) -> torch.Tensor:
                 bar.update()
-                if not sources[name][0].is_floating_point:
-                    return checkpoints[0][name]
+                if not own[name][0].is_floating_point:
+                    return first[name]
                 tensors = [checkpoint[name] for checkpoint, _ in used]
                 return blend(tensors, [value for _, value in used], specs[name][0])
 
+            files = {file: [name for name in listed if name in specs] for file, listed in first.files.items()}
             write_checkpoint(folder, files, specs, tensor_of)
-        config = json.loads((folders[0] / "config.json").read_text())
+        config = json.loads((first.folder / "config.json").read_text())
         write_text(folder / "config.json", json.dumps(with_dtype(config, dtype), indent=2) + "\n")
 
     return merge_folders(models, weights, output_dir, write, dtype, overwrite, verify)
@@ -88,18 +87,25 @@ def merge_folders(
     models: Sequence[str | Path],
     weights: Sequence[float],
     output_dir: str | Path,
-    write_weights: Callable[[list[Path], list[float], Path], None],
+    write_weights: Callable[[list[Checkpoint], list[str], list[float], Path], None],
     dtype: str | None,
     overwrite: bool,
     verify: bool,
 ) -> Path:
-    """What every merge of checkpoints does around the weights; arguments as for [`interpolate_checkpoints`]."""
-    values = check_weights(weights, len(models))
-    wanted_dtype(dtype)
+    """
+    What every merge of checkpoints does around the weights; arguments as for [`interpolate_checkpoints`].
+
+    `write_weights` is given the models, the names of the tensors that all have, the weights, and the folder to write.
+    """
+    values, wanted = check_weights(weights, len(models)), wanted_dtype(dtype)
     folders = [find_folder(model) for model in models]
     check_same_family(folders)
+    checkpoints = [Checkpoint(path) for path in folders]
+    names = common_tensors(checkpoints)
+    check_specs(checkpoints, names, any_float=wanted is not None)
+    warn_of_distant_models(checkpoints, names)
     with new_folder(output_dir, folders, overwrite) as folder:
-        write_weights(folders, values, folder)
+        write_weights(checkpoints, names, values, folder)
         copy_side_files(folders, folder)
         named = [str(model) for model in models]
         recipe = f"For mergekit:\n\n```yaml\n{merge_recipe(named, values, dtype, names_only=True)}```"
@@ -169,9 +175,7 @@ def _is_copy_of_another(checkpoint: Checkpoint, name: str, names: Sequence[str])
     return bool(tied) and any(checkpoint.spec(n) == spec and torch.equal(checkpoint[n], tensor) for n in names)
 
 
-def check_specs(
-    checkpoints: Sequence[Checkpoint], specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], any_float: bool
-) -> None:
+def check_specs(checkpoints: Sequence[Checkpoint], names: Sequence[str], any_float: bool) -> None:
     """
     Compare shapes and data types of all tensors with the first checkpoint's, and the values of those that have no
     average: integers and booleans.
@@ -179,15 +183,40 @@ def check_specs(
     Raises:
         ValueError: At the first difference.
     """
+    first = checkpoints[0]
     for other in checkpoints[1:]:
-        for name, (dtype, shape) in specs.items():
-            their_dtype, their_shape = other.spec(name)
-            where = f"{name} in {checkpoints[0].folder} and {other.folder}"
+        for name in names:
+            (dtype, shape), (their_dtype, their_shape) = first.spec(name), other.spec(name)
+            where = f"{name} in {first.folder} and {other.folder}"
             if shape != their_shape:
                 raise ValueError(f"different shapes of {where}: {shape} and {their_shape}")
             floats = dtype.is_floating_point and their_dtype.is_floating_point
             if dtype != their_dtype and not (any_float and floats):
                 hint = '; set `dtype`, such as "float32"' if floats else ""
                 raise ValueError(f"different data types of {where}: {dtype} and {their_dtype}{hint}")
-            if not floats and not torch.equal(checkpoints[0][name], other[name]):
+            if not floats and not torch.equal(first[name], other[name]):
                 raise ValueError(f"different values of {where}, which are {dtype} and have no average")
+
+
+def warn_of_distant_models(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> None:
+    """
+    Warn where the largest matrix of two models has next to nothing in common.
+
+    Its cosine is near 1 between fine-tunings of one model, and near 0 between models of different initialisations,
+    whose average is meaningless.
+    """
+    first = checkpoints[0]
+    matrices = [name for name in names if len(first.spec(name)[1]) > 1 and first.spec(name)[0].is_floating_point]
+    if not matrices:
+        return
+    largest = max(matrices, key=lambda name: math.prod(first.spec(name)[1]))
+    part = slice(2**24)  # enough to tell, whatever the size of the vocabulary
+    ours = first[largest].flatten()[part].float()
+    for other in checkpoints[1:]:
+        cosine = float(torch.nn.functional.cosine_similarity(ours, other[largest].flatten()[part].float(), dim=0))
+        if cosine < 0.5:
+            warnings.warn(
+                f"{largest} of {first.folder} and {other.folder} have a cosine of {cosine:.2f}: do they come from one "
+                "initialisation? Otherwise their average is meaningless",
+                stacklevel=4,
+            )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .cards import merge_recipe
 from .checkpoints import merge_folders
+from .safetensors_files import Checkpoint
 
 
 def merge_with_mergekit(
@@ -35,8 +36,8 @@ def merge_with_mergekit(
     """
     program = find_mergekit()
 
-    def write(folders: list[Path], values: list[float], folder: Path) -> None:
-        recipe = merge_recipe([str(path.resolve()) for path in folders], values, dtype)
+    def write(checkpoints: list[Checkpoint], names: list[str], values: list[float], folder: Path) -> None:
+        recipe = merge_recipe([str(model.folder.resolve()) for model in checkpoints], values, dtype)
         with tempfile.TemporaryDirectory() as scratch:
             Path(scratch, "lerp.yaml").write_text(recipe)
             command = [program, str(Path(scratch, "lerp.yaml")), str(folder), "--no-write-model-card"]

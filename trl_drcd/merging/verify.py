@@ -7,17 +7,19 @@ from typing import Any
 
 import torch
 import transformers
+from peft import PeftModel
 
 MUSICGEN = {"musicgen", "musicgen_melody"}
 
 
 @torch.no_grad()
-def check_that_it_generates(folder: Path) -> None:
+def check_that_it_generates(folder: Path, adapter: Path | None = None) -> None:
     """
     Load a checkpoint and sample a few tokens.
 
     Args:
         folder (`Path`): A full checkpoint.
+        adapter (`Path`, *optional*): A LoRA adapter to load onto it; then the generation config may be any.
 
     Raises:
         RuntimeError: If a weight is missing or left over, or nothing comes out of it, or not finite audio.
@@ -27,7 +29,9 @@ def check_that_it_generates(folder: Path) -> None:
     model, info = model_class.from_pretrained(folder, output_loading_info=True)
     if wrong := {kind: sorted(names) for kind, names in info.items() if names}:
         raise RuntimeError(f"the model in {folder} does not load as it was saved: {wrong}")
-    if model.generation_config.guidance_scale not in (None, 1, 1.0):
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter))
+    elif model.generation_config.guidance_scale not in (None, 1, 1.0):
         raise RuntimeError(f"{folder} samples with guidance {model.generation_config.guidance_scale}, expected 1")
     prompt = torch.tensor([[3, 4, 1]])
     if config.model_type in MUSICGEN:
