@@ -64,8 +64,9 @@ def main(argv: list[str] | None = None) -> None:
             samples, _, values = measured_values(base if weight is None else model, base, 1.0, args, name)
             entry = {"settings": settings, "tokens_per_second": samples.tokens_per_second, "values": values}
             write_text(file, json.dumps(entry))
-        about = {"interpolation_weight": weight, "guidance_scale": 1.0}
-        measured[name] = entry | {"about": about | {"model": [local_name(args.quality), local_name(args.diversity)]}}
+        models = ["musiclm"] if weight is None else [local_name(args.quality), local_name(args.diversity)]
+        about = {"model": " + ".join(models), "guidance_scale": 1.0, "interpolation_weight": weight}
+        measured[name] = entry | {"about": about}
     shared = {"temperature": TEMPERATURE, "seed": SEED, "prompts": args.prompts, "samples_per_prompt": args.samples}
     about = f"{args.prompts} held-out prompts x {args.samples} samples, temperature {TEMPERATURE}, seed {SEED}; "
     _, lines, tables = compare(measured, COLUMNS, about + "mean and 95 % bootstrap interval over prompts.", shared)
