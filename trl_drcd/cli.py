@@ -67,7 +67,10 @@ def ends(arguments: MergeArguments) -> tuple[list[str], list[float]]:
 
 
 def merge(argv: list[str]) -> None:
-    """Interpolate checkpoints (by mergekit) or LoRA adapters; load what was written, and generate from it."""
+    """
+    Interpolate checkpoints (by mergekit) or LoRA adapters; load what was written, and generate from it. The same
+    arguments can stand in a YAML file: --config FILE.yaml.
+    """
     from trl import TrlParser
 
     kind: Any = MergeArguments

@@ -162,7 +162,7 @@ def test_help_and_unknown_commands(capsys):
     with pytest.raises(SystemExit):
         cli.main(["merge", "--help"])
     text = capsys.readouterr().out
-    assert "--interpolation_weight" in text and "--svd_rank" in text and "LoRA" in text
+    assert all(word in text for word in ("--interpolation_weight", "--svd_rank", "LoRA", "--config FILE.yaml"))
 
 
 def test_train_launches_the_recipe(monkeypatch, capsys):
