@@ -161,7 +161,7 @@ def test_help_and_unknown_commands(capsys):
         assert end.value.code == code and "commands: train, merge" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["merge", "--help"])
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert all(word in text for word in ("--interpolation_weight", "--svd_rank", "LoRA", "--config FILE.yaml"))
 
 
