@@ -5,7 +5,7 @@ The loss is the mean over codebooks and steps where codes stand. A caption is dr
 replaced by the null condition (no encoder states) with probability `--caption-dropout`. Text encoder and decoder train
 together here; the EnCodec is finished. The schedule follows the clock, as in train_base.py.
 
-    OMP_NUM_THREADS=1 python recipes/tiny_music/train_musicgen.py --minutes 35
+    OMP_NUM_THREADS=1 python recipes/tiny_music/train_musicgen.py --minutes 32
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--codes", type=Path, default=OUTPUT.parent / "encodec", help="has SPLIT/codes.npy")
     parser.add_argument("--encodec", type=Path, default=OUTPUT.parent / "encodec" / "model")
     parser.add_argument("--output", type=Path, default=OUTPUT.parent / "musicgen")
-    parser.add_argument("--minutes", type=float, default=35.0)
+    parser.add_argument("--minutes", type=float, default=32.0)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
