@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..losses import Head
 from .causal_lm import CausalLMPolicy
@@ -26,10 +26,6 @@ class Policy(Protocol):
     """Whether TRL samples the rollouts (`generate`, vLLM); else [`Policy.sample`] does."""
     has_own_codec: bool
     """Whether completions are made audio by a part of the model."""
-
-    @staticmethod
-    def check_config(config: Any) -> None:
-        """Refuses, with a `ValueError`, checkpoints of the family that are not supported."""
 
     @staticmethod
     def processing_class(model: Any, given: Any, revision: str | None = None) -> Any:
@@ -101,15 +97,23 @@ def policy_class(model: Any, revision: str | None = None) -> type[CausalLMPolicy
     Raises:
         ValueError: If the checkpoint is of a family or kind that is known and not supported.
     """
-    config = AutoConfig.from_pretrained(model, revision=revision) if isinstance(model, str) else model.config
-    if config.model_type == "musicgen_melody":
+    if isinstance(model, str):
+        # The bare dictionary: it says the family also of a model whose configuration is code of its own
+        fields, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
+        model_type = fields.get("model_type")
+    else:
+        model_type = model.config.model_type
+    if model_type == "musicgen_melody":
         raise ValueError(
             "`model` is a MusicGen melody checkpoint, whose melody prompt is not supported; use a text-only one, "
             "e.g. facebook/musicgen-small, -medium or -large"
         )
-    family = MusicgenPolicy if config.model_type == "musicgen" else CausalLMPolicy
-    family.check_config(config)
-    return family
+    if model_type != "musicgen":
+        return CausalLMPolicy
+    MusicgenPolicy.check_config(
+        AutoConfig.from_pretrained(model, revision=revision) if isinstance(model, str) else model.config
+    )
+    return MusicgenPolicy
 
 
 def policy_for(model: Any, tokenizer: Any) -> Policy:

@@ -37,10 +37,6 @@ class CausalLMPolicy:
         self.chat_template_kwargs = chat_template_kwargs or {}
 
     @staticmethod
-    def check_config(config: Any) -> None:
-        """Every causal LM is taken."""
-
-    @staticmethod
     def processing_class(model: Any, given: Any, revision: str | None = None) -> Any:
         """What was given; TRL loads it where there is none."""
         return given
