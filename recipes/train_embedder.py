@@ -141,6 +141,25 @@ class Plan:
             yield list(zip(chosen[mine].tolist(), versions[mine].tolist(), strict=True))
 
 
+def prepare(recordings: Recordings, args: Arguments, accelerator: Accelerator) -> tuple[MusicEmbedder, Any, list[int]]:
+    """A new model that is scaled to the recordings, what it hears of them, and which are long enough."""
+    show = accelerator.is_main_process
+    codec = SpectralCodec.from_pretrained(args.codec) if args.codec else None
+    sizes = PAPER if args.preset == "paper" else {}
+    unscaled = Heard(recordings, MusicEmbedder(**sizes), codec, args.seed)
+    indices = long_enough(unscaled, show)
+    check_count(args, len(indices), "recordings that are long enough")
+    first = torch.cat([unscaled[index, 0][0].float() for index in indices[:256]])
+    set_seed(args.seed)
+    embedder = MusicEmbedder(**sizes, mel_mean=float(first.mean()), mel_std=float(first.std())).train()
+    heard: Any = Heard(recordings, embedder, codec, args.seed)
+    if args.versions:
+        file = Path(args.output_dir) / "heard" / f"{fingerprint(args)}.npy"
+        with accelerator.main_process_first():
+            heard = Kept(heard, indices, args.versions, file, show)
+    return embedder, heard, indices
+
+
 def train(recordings: Recordings, args: Arguments) -> MusicEmbedder:
     """
     Train, log, checkpoint and save.
@@ -158,19 +177,7 @@ def train(recordings: Recordings, args: Arguments) -> MusicEmbedder:
     output = Path(args.output_dir)
     accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no", cpu=not torch.accelerator.is_available())
     show = accelerator.is_main_process
-    codec = SpectralCodec.from_pretrained(args.codec) if args.codec else None
-    sizes = PAPER if args.preset == "paper" else {}
-    unscaled = Heard(recordings, MusicEmbedder(**sizes), codec, args.seed)
-    indices = long_enough(unscaled, show)
-    check_count(args, len(indices), "recordings that are long enough")
-    first = torch.cat([unscaled[index, 0][0].float() for index in indices[:256]])
-    set_seed(args.seed)
-    embedder = MusicEmbedder(**sizes, mel_mean=float(first.mean()), mel_std=float(first.std())).train()
-    heard: Any = Heard(recordings, embedder, codec, args.seed)
-    if args.versions:
-        with accelerator.main_process_first():
-            heard = Kept(heard, indices, args.versions, output / "heard" / f"{fingerprint(args)}.npy", show)
-
+    embedder, heard, indices = prepare(recordings, args, accelerator)
     optimizer = torch.optim.AdamW(embedder.parameters(), args.learning_rate, weight_decay=0.05)
     warm_up = min(50, args.steps // 4 + 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -145,7 +145,8 @@ def between_prompts(embeddings: torch.Tensor, samples_per_prompt: int, seed: int
     def mean(rows: np.ndarray) -> float:
         chosen = rows.astype(int)
         different = chosen[:, None] != chosen
-        return float(distances[np.ix_(chosen, chosen)][different].mean())
+        # A draw of one prompt alone says nothing
+        return float(distances[np.ix_(chosen, chosen)][different].mean()) if different.any() else np.nan
 
     return bootstrap_interval(np.arange(len(distances)), mean, resamples=500, seed=seed)
 
