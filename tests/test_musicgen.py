@@ -170,6 +170,17 @@ def test_samples_equal_those_of_generate(t5_tokenizer, guidance_scale, width):
     assert torch.equal(torch.tensor(mine), delay(codes[0][0].transpose(1, 2), SIZE).flatten(1))
 
 
+def test_sampling_is_the_same_in_training_mode_with_checkpointing(t5_tokenizer, musicgen):
+    """There transformers turns the cache off, without which each step would see itself alone."""
+    policy, samples = policy_for(musicgen, t5_tokenizer), []
+    musicgen.gradient_checkpointing_enable({"use_reentrant": False})
+    for training in (False, True):
+        torch.manual_seed(0)
+        samples.append(policy.sample(musicgen.train(training), [[4, 7, 1]] * 2, max_new_tokens=STEPS))
+        assert musicgen.training is training
+    assert samples[0] == samples[1]
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_log_probs_equal_those_of_generates_steps(t5_tokenizer, musicgen, guidance_scale):
     """Teacher-forced, every code of every codebook: `uncond + g * (cond - uncond)` of the same logits."""

@@ -294,7 +294,8 @@ class MusicgenPolicy:
                 )
             rows += list(negative_prompt_ids or [])
         musicgen: Any = unwrapped(model)
-        heads = self.heads(model)
+        heads, was_training = self.heads(model), musicgen.training
+        musicgen.eval()  # in training mode gradient checkpointing would leave out the cache, and with it the past
         ids, mask = left_pad(rows, self.tokenizer.pad_token_id or 0)
         condition = self._condition(musicgen, ids.to(model.device), mask.to(model.device))
         coded = is_coded(max_new_tokens, self.num_codebooks).to(model.device)
@@ -311,5 +312,6 @@ class MusicgenPolicy:
             drawn = torch.multinomial((logits / temperature).softmax(-1).flatten(0, 1), 1).view_as(step)
             step = drawn.where(allowed, self.mask_id)
             steps.append(step)
+        musicgen.train(was_training)
         completions: list[list[int]] = torch.stack(steps, dim=1).flatten(1).tolist()
         return completions
