@@ -178,3 +178,19 @@ def test_off_turn_penalty_knows_whose_turn_it_is():
     # log of forbidden over allowed mass, above the margin: (11 to 4 four times, 14 to 1 once)
     expected = (4 * np.log(11 / 4) + np.log(14)) / 5 + 12
     assert abs(off_turn_penalty(wrong, allowed).item() - expected) < 1e-3
+
+
+def test_shipped_models_are_safe_small_and_load():
+    from trl_drcd.embedders import MusicDescriptors, MusicEmbedder
+    from trl_drcd.evaluation import PreferenceModel, TextAudioJudge
+
+    models = FOLDER / "models"
+    weights = [file for file in models.rglob("*") if file.suffix in {".safetensors", ".bin", ".pt", ".pkl", ".npy"}]
+    assert {file.suffix for file in weights} == {".safetensors"}
+    assert sum(file.stat().st_size for file in models.rglob("*") if file.is_file()) < 40e6
+    assert all((file.parent / "README.md").is_file() for file in weights)
+    audio = [(0.1 * torch.randn(64000, generator=torch.Generator().manual_seed(0)), 16000)]
+    for kind, name in ((MusicEmbedder, "embedder"), (MusicDescriptors, "descriptors")):
+        assert torch.isfinite(kind.from_pretrained(models / name)(audio)).all()
+    assert PreferenceModel.from_pretrained(models / "preference").preference(audio).shape == (1,)
+    assert TextAudioJudge.from_pretrained(models / "judge").adherence(["a slow air"], audio).shape == (1,)
