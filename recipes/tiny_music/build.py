@@ -17,6 +17,7 @@ All steps in little time, to see that they work (what comes out is no good; use 
 The tiny MusicGen, which is not shipped, in an hour:
 
     python recipes/tiny_music/build.py --steps render train_encodec train_musicgen
+    python recipes/tiny_music/build.py --steps render train_encodec train_musicgen --quick   # in minutes, and no good
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ QUICK = {
     "export": "--count 50", "embedder": "--recordings 100 --steps 20 --batch-recordings 32",
     "descriptors": "--recordings 50", "train_judge": "--recordings 100 --steps 20",
     "train_preference": "--recordings 20 --steps 20",
-    "measure_embedder": "--recordings 10 --output outputs/tiny_music/quick",
+    "train_encodec": "--minutes 1", "train_musicgen": "--minutes 1", "measure_embedder": "--recordings 10 --output outputs/tiny_music/quick",
     "gate": "--num-prompts 8 --output outputs/tiny_music/quick",
 }  # fmt: skip
 
