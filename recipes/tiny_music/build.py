@@ -46,7 +46,8 @@ QUICK = {
     "export": "--count 50", "embedder": "--recordings 100 --steps 20 --batch-recordings 32",
     "descriptors": "--recordings 50", "train_judge": "--recordings 100 --steps 20",
     "train_preference": "--recordings 20 --steps 20",
-    "train_encodec": "--minutes 1", "train_musicgen": "--minutes 1", "measure_embedder": "--recordings 10 --output outputs/tiny_music/quick",
+    "train_encodec": "--minutes 1", "train_musicgen": "--minutes 1",
+    "measure_embedder": "--recordings 10 --output outputs/tiny_music/quick",
     "gate": "--num-prompts 8 --output outputs/tiny_music/quick",
 }  # fmt: skip
 
