@@ -102,6 +102,19 @@ def test_musicgen_keeps_its_processor_and_gets_guidance_off(tmp_path, tokenizer)
     assert audio["sampling_rate"] == 16000 and audio["audio"].size > 0
 
 
+def test_mergekit_refuses_a_codec_class_of_ones_own(tmp_path, tokenizer):
+    """Why the tiny MusicGen has an EnCodec inside and not the spectral codec."""
+    parents = [small_musicgen(tmp_path / name, seed, tokenizer) for seed, name in enumerate("ab")]
+    for parent in parents:
+        config = json.loads((parent / "config.json").read_text())
+        config["audio_encoder"]["model_type"] = "spectral_codec"
+        (parent / "config.json").write_text(json.dumps(config))
+    (tmp_path / "lerp.yaml").write_text(merge_recipe([str(parent) for parent in parents], [0.5, 0.5], None))
+    command = [mergekit.find_mergekit(), str(tmp_path / "lerp.yaml"), str(tmp_path / "m")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode and "model type" in run.stderr
+
+
 def test_adapters_on_the_command_line(tmp_path, tokenizer, model, capsys):
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
