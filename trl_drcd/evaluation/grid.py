@@ -232,6 +232,8 @@ def write_report(results: list[dict[str, Any]], args: EvaluateArguments) -> None
     figures = []
     if "quality" in columns and "diversity" in columns:
         figures.append(plots.save(plots.front_plot(results), output / "front"))
+        if "preference" in columns:
+            figures.append(plots.save(plots.front_plot(results, y="adherence"), output / "front_adherence"))
         if (curves := plots.lambda_plot(results)) is not None:
             figures.append(plots.save(curves, output / "lambda"))
     prompts = distinct(load_prompts("dataset", args.dataset, args.dataset_split)["prompt"], args.num_prompts)

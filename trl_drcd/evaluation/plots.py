@@ -84,7 +84,7 @@ def front_plot(rows: list[dict[str, Any]], x: str = "diversity", y: str = "quali
         style = "-" if parameter else ""
         axes.plot(at_x, at_y, style, marker=marker, color=colour, markersize=6, label=strategy, zorder=2)
         if parameter:
-            for row, *at in zip(group, at_x, at_y, strict=True):
+            for row, *at in list(zip(group, at_x, at_y, strict=True))[:: 1 + len(group) // 8]:
                 axes.annotate(
                     f"{SWEPT[parameter]} {row[parameter]:g}", at, textcoords="offset points", xytext=(5, 4),
                     fontsize=7, color=colour,
