@@ -4,7 +4,7 @@ Build the tiny music world from nothing: scores, audio, codec, prompts, base mod
 Each step is a script of this folder that leaves out what exists already, so an interrupted build goes on where it was.
 What a clone ships (the score list, the prompts, the models) exists: `--fresh` moves it to `outputs/` first.
 
-    python recipes/tiny_music/build.py            # about three hours on two cores, most of it training
+    python recipes/tiny_music/build.py            # hours, most of it training; the README gives the steps' times
 
 The embedding model and all judges alone, anew:
 
