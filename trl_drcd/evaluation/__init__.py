@@ -7,12 +7,14 @@ if TYPE_CHECKING:
     from trl_drcd.evaluation.clap import ClapJudge
     from trl_drcd.evaluation.fronts import hypervolume, pareto_front
     from trl_drcd.evaluation.judges import PreferenceModel, TextAudioJudge
+    from trl_drcd.evaluation.reward_models import RewardModel
 
-__all__ = ["ClapJudge", "PreferenceModel", "TextAudioJudge", "hypervolume", "pareto_front"]
+__all__ = ["ClapJudge", "PreferenceModel", "RewardModel", "TextAudioJudge", "hypervolume", "pareto_front"]
 
 _MODULES = {
     "ClapJudge": "clap",
     "PreferenceModel": "judges",
+    "RewardModel": "reward_models",
     "TextAudioJudge": "judges",
     "hypervolume": "fronts",
     "pareto_front": "fronts",

@@ -71,6 +71,10 @@ class EvaluateArguments:
     second_embedder: str | None = field(default=None, metadata={"help": "An embedding that was not rewarded."})
     judge: str | None = field(default=None, metadata={"help": "Text-audio judge, or sentence encoder for text."})
     clap: str | None = field(default=None, metadata={"help": "A CLAP checkpoint as one more judge of adherence."})
+    cross_encoder: str | None = field(
+        default=None, metadata={"help": "Text: a cross-encoder as one more judge of adherence."}
+    )
+    reward_model: str | None = field(default=None, metadata={"help": "Text: a reward model, its reward a metric."})
     preference: str | None = field(default=None, metadata={"help": "Preference model."})
     listen: int = field(default=4, metadata={"help": "Prompts on the page, one sample of each strategy."})
 

@@ -13,6 +13,7 @@ import torch
 from trl_drcd.diversity import group_diversity
 
 from .metrics import bootstrap_interval, per_prompt
+from .reward_models import RewardModel, cross_encoder, question_of
 from .sampling import Samples
 
 Embed = Callable[[list[Any]], torch.Tensor]
@@ -46,7 +47,7 @@ class Judges:
         Raises:
             FileNotFoundError: If a folder is none of theirs.
         """
-        judges = cls(rewards=rewards)
+        judges = cls(rewards=dict(rewards))
         if args.embedder:
             judges.embedder = load_embedder(args.embedder)
         if args.second_embedder:
@@ -58,6 +59,10 @@ class Judges:
             from .clap import ClapJudge
 
             judges.adherence["adherence_clap"] = ClapJudge.from_pretrained(args.clap).adherence
+        if args.cross_encoder:
+            judges.adherence["adherence_cross_encoder"] = cross_encoder(args.cross_encoder)
+        if args.reward_model:
+            judges.rewards["reward_model"] = RewardModel.from_pretrained(args.reward_model)
         if args.preference:
             from .judges import PreferenceModel
 
@@ -86,8 +91,9 @@ def cosine_adherence(embed: Embed) -> Callable[[list[Any], list[Any]], torch.Ten
     """Adherence of texts to their prompts: cosine of the embeddings of both."""
 
     def adherence(prompts: list[Any], completions: list[Any]) -> torch.Tensor:
-        texts = [p if isinstance(p, str) else [t["content"] for t in p if t["role"] == "user"][-1] for p in prompts]
-        return torch.nn.functional.cosine_similarity(embed(texts), embed(completions), dim=-1)
+        return torch.nn.functional.cosine_similarity(
+            embed([question_of(p) for p in prompts]), embed(completions), dim=-1
+        )
 
     return adherence
 
