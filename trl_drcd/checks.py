@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from heapq import nlargest
 from typing import Any
 
-from datasets import Dataset, IterableDataset
-from peft import PeftModel, PromptLearningConfig
+from datasets import Dataset, IterableDataset, Value
+from peft import PeftConfig, PeftModel, PromptLearningConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from ._models import check_model
+from .codecs import SpectralCodec
 from .config import CFGDistillDiversityConfig
 from .diversity import DiversityReward
 from .policies import Policy
@@ -24,6 +29,28 @@ def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
             raise ValueError(f"`{name}` is empty; it must have at least one row with a `prompt`")
         if dataset.column_names is not None and "prompt" not in dataset.column_names:
             raise ValueError(f"`{name}` must have a column `prompt`, got columns {dataset.column_names}")
+        for column in ("prompt", "negative_prompt"):
+            if dataset.features is not None and column in dataset.features:
+                _check_feature(dataset.features[column], f"column `{column}` of `{name}`")
+        if isinstance(dataset, Dataset) and (row := empty_row(dataset["prompt"])) is not None:
+            raise ValueError(f"`{name}` has an empty prompt in row {row}; give every row a prompt, or leave it out")
+
+
+def _check_feature(feature: Any, where: str) -> None:
+    """Prompts are texts, or lists of turns with `role` and `content`."""
+    if isinstance(feature, Value):
+        if feature.dtype not in ("string", "large_string", "string_view", "null"):
+            raise ValueError(f"{where} is of type {feature.dtype}; it must hold texts or lists of turns")
+        return
+    turn = getattr(feature, "feature", None)
+    keys = sorted(turn) if isinstance(turn, dict) else feature
+    if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
+        raise ValueError(f"{where} has {keys}; it must hold texts, or lists of turns with `role` and `content`")
+
+
+def empty_row(prompts: Iterable[Any]) -> int | None:
+    """The first prompt that is an empty text, a conversation without turns, or nothing; `None` if all are well."""
+    return next((row for row, prompt in enumerate(prompts) if not prompt), None)
 
 
 def check_rollout_size(train_dataset: Any, args: CFGDistillDiversityConfig) -> None:
@@ -86,19 +113,67 @@ def check_family(family: Any, args: CFGDistillDiversityConfig) -> None:
         raise ValueError(f"`beta={args.beta}`, TRL's KL penalty, does not serve this family of models; set it to 0")
 
 
+def check_names(model: Any, args: CFGDistillDiversityConfig, processing_class: Any, peft_config: Any) -> None:
+    """What the model is loaded from, and what comes with it, must be of the kinds that the trainer takes."""
+    if isinstance(model, str):
+        check_model("model", model, args.trust_remote_code)
+    elif not isinstance(model, PreTrainedModel | PeftModel):
+        raise TypeError(f"`model` must be a name, a folder or a loaded model, got {type(model).__name__}")
+    elif not hasattr(model, "generate") or model.get_output_embeddings() is None:
+        raise ValueError(
+            f"`model` is a {type(model).__name__}, which generates nothing; give a causal LM or a MusicGen"
+        )
+    if not isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin | None):
+        raise TypeError(
+            f"`processing_class` must be a tokenizer, or `None` for the model's, got {type(processing_class).__name__}"
+        )
+    if not isinstance(peft_config, PeftConfig | None):
+        raise TypeError(f"`peft_config` must be a `LoraConfig`, got {type(peft_config).__name__}")
+
+
+def check_codec(codec: Any, policy: Policy, model: Any) -> None:
+    """A codec makes audio, of tokens that the model has."""
+    if codec is None:
+        return
+    if not callable(getattr(codec, "decode", None)):
+        raise TypeError(f"`codec` must have a method `decode(token_ids)`, got {type(codec).__name__}")
+    if isinstance(codec, SpectralCodec) and not policy.has_own_codec:
+        last = codec.first_token_id + codec.num_codebooks * codec.codebook_size - 1
+        if last >= (size := policy.prompt_vocabulary(model)):
+            raise ValueError(
+                f"`codec` reads tokens {codec.first_token_id} to {last}, beyond the model's vocabulary of {size}; "
+                "give the codec that the model was trained with"
+            )
+
+
 def check_null_prompt(policy: Policy, dataset: Any, negative_prompt: Any) -> None:
     """Fails on the first row if the tokenizer has no rendering of its negative prompt."""
     policy.negative_prompt_ids([next(iter(dataset))], negative_prompt)
 
 
 def check_vocabulary(policy: Policy, model: Any, tokenizer: Any) -> None:
-    """Prompts must not hold tokens that student and teacher do not have."""
+    """Prompts must not hold tokens that student and teacher do not have, and completions must be able to end."""
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+        raise ValueError(
+            "`processing_class` has no `eos_token`, which ends and pads completions; set `tokenizer.eos_token` to the "
+            "token that the model was trained to end with"
+        )
     size = policy.prompt_vocabulary(model)
     if len(tokenizer) > size:
         raise ValueError(
             f"`processing_class` has {len(tokenizer)} tokens and the model {size}: they do not share a "
             "vocabulary. Give the model's own tokenizer, or resize the model's embeddings before"
         )
+
+
+def check_longest(policy: Policy, dataset: Any, args: CFGDistillDiversityConfig, model: Any, tokenize: Any) -> None:
+    """[`check_lengths`] of the prompts that are longest as texts, before any is sampled; not of a stream."""
+    if not policy.rolls_out_with_trl:
+        return  # an encoder reads the prompt
+    check_lengths([[]], "an empty prompt", args.max_completion_length, model)
+    if isinstance(dataset, Dataset):
+        longest = nlargest(8, dataset["prompt"], key=lambda prompt: len(str(prompt)))
+        check_lengths(tokenize(longest)[0], "a prompt of `train_dataset`", args.max_completion_length, model)
 
 
 def check_lengths(sequences: list[list[int]], what: str, max_completion_length: int | None, model: Any) -> None:

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import RLOOConfig
 
+from ._arguments import check_types, shown
+
 # Fields of `generation_kwargs` that leave the sampled distribution as it is
 _HARMLESS_GENERATION_KWARGS = frozenset({"cache_implementation", "cache_config", "compile_config", "disable_compile"})
+
+_LEAST = {
+    "diversity_warmup_steps": 0,
+    "sample_steps": 0,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_completion_length": 1,
+}
 
 
 @dataclass
@@ -38,6 +50,7 @@ class CFGDistillDiversityConfig(RLOOConfig):
             set.
 
     Raises:
+        TypeError: If a value is of another type than its field.
         ValueError: If sampling is not from the distribution that is scored (`top_k`, `top_p`, `min_p`,
             `repetition_penalty`, `generation_kwargs`, dropout), or a value is out of its range.
     """
@@ -73,8 +86,10 @@ class CFGDistillDiversityConfig(RLOOConfig):
     sample_prompts: list[str] | None = field(default=None, metadata={"help": "Prompts of these samples."})
 
     def __post_init__(self) -> None:
+        check_types(self)
         self._check_sampling()
         self._check_ranges()
+        self._check_texts()
         if self.bf16 is None and not self.fp16 and not self.use_cpu and not is_torch_bf16_gpu_available():
             self.bf16 = False  # TRL's default would be an error on a machine without a GPU
         super().__post_init__()
@@ -93,10 +108,8 @@ class CFGDistillDiversityConfig(RLOOConfig):
                     f"`{name}={getattr(self, name)}` samples from another distribution than the one that the KL and "
                     f"the policy gradient score; set `{name}={allowed[0]}`"
                 )
-        kwargs = (
-            json.loads(self.generation_kwargs) if isinstance(self.generation_kwargs, str) else self.generation_kwargs
-        )
-        if changed := sorted(set(kwargs or {}) - _HARMLESS_GENERATION_KWARGS):
+        kwargs = self._generation_kwargs()
+        if changed := sorted(set(kwargs) - _HARMLESS_GENERATION_KWARGS):
             raise ValueError(
                 f"`generation_kwargs` has {changed}, which may change the sampled distribution or the length behind "
                 f"the trainer's back; allowed are {sorted(_HARMLESS_GENERATION_KWARGS)}"
@@ -105,6 +118,16 @@ class CFGDistillDiversityConfig(RLOOConfig):
             raise ValueError(
                 "`disable_dropout=False` would score other networks than the one that sampled; set it to True"
             )
+
+    def _generation_kwargs(self) -> dict[str, Any]:
+        """The field, which may be a mapping in JSON."""
+        try:
+            kwargs = json.loads(given) if isinstance(given := self.generation_kwargs or {}, str) else given
+        except ValueError:
+            kwargs = None
+        if not isinstance(kwargs, dict):
+            raise ValueError(f"`generation_kwargs={shown(given)}` must be a mapping, or one in JSON")
+        return kwargs
 
     def _check_ranges(self) -> None:
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 1):
@@ -115,10 +138,13 @@ class CFGDistillDiversityConfig(RLOOConfig):
             raise ValueError(f"`temperature` must be finite and above 0 (the paper's is 0.99), got {self.temperature}")
         if not (math.isfinite(self.diversity_coef) and self.diversity_coef >= 0):
             raise ValueError(f"`diversity_coef` must be finite and at least 0, got {self.diversity_coef}")
-        if self.diversity_warmup_steps < 0:
-            raise ValueError(f"`diversity_warmup_steps` must be at least 0, got {self.diversity_warmup_steps}")
-        if self.sample_steps < 0:
-            raise ValueError(f"`sample_steps` must be at least 0, got {self.sample_steps}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
+            raise ValueError(f"`learning_rate` must be finite and at least 0, got {self.learning_rate}")
+        if not all(map(math.isfinite, self.reward_weights or [])):
+            raise ValueError(f"`reward_weights` must be finite, got {self.reward_weights}")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
         if self.num_generations < 2:
             raise ValueError(
                 f"`num_generations` must be at least 2 (diversity compares generations of one prompt, and TRL's "
@@ -129,3 +155,24 @@ class CFGDistillDiversityConfig(RLOOConfig):
                 f"`beta={self.beta}` is TRL's KL penalty to the base without guidance, which pulls against the guided "
                 "teacher; set `beta=0` (the paper's beta is `diversity_coef`)"
             )
+        if self.generation_batch_size is None and self.steps_per_generation is None:
+            processes = int(os.environ.get("WORLD_SIZE", 1))  # transformers has not started its own yet
+            rollout = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
+            if rollout % self.num_generations:
+                raise ValueError(
+                    f"`per_device_train_batch_size={self.per_device_train_batch_size}` x `gradient_accumulation_steps="
+                    f"{self.gradient_accumulation_steps}` x {processes} processes are {rollout} sequences, which "
+                    f"must be a multiple of `num_generations={self.num_generations}`; change one of them"
+                )
+
+    def _check_texts(self) -> None:
+        if self.sample_prompts is not None and not (self.sample_prompts and all(map(str.strip, self.sample_prompts))):
+            raise ValueError(
+                f"`sample_prompts` must hold at least one prompt, and texts that are not empty, got "
+                f"{self.sample_prompts}; leave it out for the first prompts of the data"
+            )
+        texts = [("negative_prompt", self.negative_prompt or "")]
+        texts += [("sample_prompts", text) for text in self.sample_prompts or []]
+        for name, text in texts:
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"`{name}` must be valid Unicode, got {shown(text)}, which has half a character")

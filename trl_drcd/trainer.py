@@ -28,9 +28,12 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 from .callbacks import SampleCallback
 from .checks import (
     check_adapter,
+    check_codec,
     check_datasets,
     check_family,
     check_lengths,
+    check_longest,
+    check_names,
     check_null_prompt,
     check_rewards,
     check_rollout_size,
@@ -134,12 +137,14 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         codec: Any = None,
         **kwargs,
     ):
+        peft_config = kwargs.get("peft_config")
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = CFGDistillDiversityConfig(f"{name.rstrip('/').split('/')[-1]}-DRCD")
         check_datasets(train_dataset, eval_dataset)
         check_rollout_size(train_dataset, args)
-        check_adapter(model, kwargs.get("peft_config"))
+        check_names(model, args, processing_class, peft_config)
+        check_adapter(model, peft_config)
         extra_rewards = (
             [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         )
@@ -171,6 +176,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         # What is sampled is what is scored, whatever the model came with; saved models sample as they were trained to
         student.generation_config = ancestral_generation_config(student.generation_config, args.temperature)
         check_vocabulary(self.policy, student, self._tokenizer)
+        check_codec(codec, self.policy, student)
+        check_longest(self.policy, self.train_dataset, args, student, self._tokenize_prompts)
         if args.guidance_scale != 1:
             check_null_prompt(self.policy, self.train_dataset, args.negative_prompt)
         if any(head.softcap is not None for head in self.policy.heads(student)):

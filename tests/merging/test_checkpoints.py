@@ -235,7 +235,7 @@ def test_folders_that_are_refused(pair, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"b has no model.safetensors; give a folder of `save_pretrained`"):
         interpolate_checkpoints(pair, [0.5, 0.5], tmp_path / "n")
     (pair[1] / "config.json").rename(pair[1] / "adapter_config.json")
-    with pytest.raises(FileNotFoundError, match="b is a LoRA adapter; give folders of full checkpoints"):
+    with pytest.raises(ValueError, match=r"`models\[1\]=.*b` is a LoRA adapter; merge it into its base first"):
         interpolate_checkpoints(pair, [0.5, 0.5], tmp_path / "n")
 
 

@@ -23,10 +23,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from trl_drcd._files import write_text
+from trl_drcd._models import check_model, load_model
 
 from .blend import blend, check_weights
 from .cards import merge_card
-from .folders import copy_side_files, find_folder, new_folder, recorded_base, warn_of_different_bases
+from .folders import check_list, copy_side_files, find_folder, new_folder, recorded_base, warn_of_different_bases
 from .lora import PREFIX, Adapter, check_linear, load_adapter
 
 BASE = "base"
@@ -76,11 +77,21 @@ def interpolate_adapters(
         ValueError: If the weights do not sum to 1, or the adapters cannot be interpolated exactly; the message gives
             the reason.
     """
+    check_list("adapters", adapters)
     values = check_weights(weights, len(adapters))
+    if not isinstance(svd_rank, int | None):
+        raise TypeError(f"`svd_rank` must be a whole number, got {svd_rank!r}")
     if svd_rank is not None and svd_rank < 1:
         raise ValueError(f"`svd_rank` must be at least 1, got {svd_rank}")
     named = [(str(adapter), weight) for adapter, weight in zip(adapters, values, strict=True)]
-    found = {name: load_adapter(find_folder(name)) for name, _ in named if name != BASE}
+    found = {
+        name: load_adapter(find_folder(name, argument), argument)
+        for argument, (name, _) in zip((f"adapters[{i}]" for i in range(len(named))), named, strict=True)
+        if name != BASE
+    }
+    base_folder = find_folder(base_model, "base_model") if base_model else None
+    if base_folder:
+        check_model("base_model", base_folder)
     used = [(found[name], weight) for name, weight in named if name != BASE and weight != 0]
     if not used:
         raise ValueError(f"`weights={values}` leave nothing but the base")
@@ -88,9 +99,9 @@ def interpolate_adapters(
     warn_of_different_bases(folders)
     with new_folder(output_dir, folders, overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
         errors = _write_adapter(Path(scratch) if base_model else folder, used, svd_rank)
-        if base_model:
-            _merge_into_base(Path(scratch), used, find_folder(base_model), folder)
-        copy_side_files([*folders, *([find_folder(base_model)] if base_model else [])], folder)
+        if base_folder:
+            _merge_into_base(Path(scratch), used, base_folder, folder)
+        copy_side_files([*folders, *([base_folder] if base_folder else [])], folder)
         sections = ["## Compression", f"Relative error of the weight changes: {errors['total']:.3g}."] * bool(svd_rank)
         base = None if base_model else recorded_base(used[0][0].folder)
         card = merge_card(Path(output_dir).name, named, folders, sections, base)
@@ -199,7 +210,9 @@ def stacked_factors(parents: Sequence[tuple[Adapter, float]], module: str) -> tu
     having = [(adapter, weight) for adapter, weight in parents if module in adapter.factors]
     sizes = {(a.factors[module][0].shape[1], a.factors[module][1].shape[0]) for a, _ in having}
     if len(sizes) > 1:
-        raise ValueError(f"{module} has different sizes (in, out) in the adapters: {sorted(sizes)}")
+        raise ValueError(
+            f"{module} has different sizes (in, out) in the adapters: {sorted(sizes)}; give adapters of one base"
+        )
     a = torch.cat([adapter.factors[module][0].double() for adapter, _ in having])
     b = torch.cat(
         [adapter.factors[module][1].double() * (w * adapter.scaling(module)) for adapter, w in having], dim=1
@@ -257,9 +270,8 @@ def _merge_into_base(adapter: Path, parents: Sequence[tuple[Adapter, float]], ba
         ValueError: If the base ties its embedding and its head, and the adapter changes them: PEFT adds the change of
             either one to the tensor that is both.
     """
-    config: Any = transformers.AutoConfig.from_pretrained(base)
-    model_class = getattr(transformers, config.architectures[0])
-    model = model_class.from_pretrained(base, dtype=torch.float32)
+    config: Any = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
+    model = load_model(base, dtype=torch.float32)
     if getattr(config, "tie_word_embeddings", False):
         both = [model.get_input_embeddings(), model.get_output_embeddings()]
         names = [f"{PREFIX}{name}." for name, module in model.named_modules() if any(module is one for one in both)]
@@ -271,5 +283,12 @@ def _merge_into_base(adapter: Path, parents: Sequence[tuple[Adapter, float]], ba
                 f"{base} ties its embedding and its head, and the adapter changes one of them ({hit[0]}): the merged "
                 "tensor would be both. Keep the adapter apart: no `base_model`"
             )
-    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+    except RuntimeError as error:
+        raise ValueError(
+            f"`base_model={base}` has other shapes than the adapter; give the base that the adapter was trained on "
+            f"({str(error).splitlines()[-1].strip()})"
+        ) from error
+    merged = adapted.merge_and_unload(safe_merge=True)
     merged.to(config.dtype or torch.float32).save_pretrained(folder)

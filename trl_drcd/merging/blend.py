@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import torch
 
@@ -20,9 +21,15 @@ def check_weights(weights: Sequence[float], count: int) -> list[float]:
         `list[float]`: The weights.
 
     Raises:
+        TypeError: If they are no numbers.
         ValueError: If there is not one finite weight for each model, or they do not sum to 1.
     """
-    values = [float(weight) for weight in weights]
+    if isinstance(weights, str) or not isinstance(weights, Iterable):
+        raise TypeError(f"`weights` must be a list of numbers, got {weights!r}")
+    given = list(weights)
+    if any(isinstance(weight, bool) or not isinstance(weight, Real) for weight in given):
+        raise TypeError(f"`weights` must be numbers, got {given}")
+    values = [float(weight) for weight in given]
     if len(values) != count or count == 0:
         raise ValueError(f"`weights` must have one value for each of {count} models (at least one), got {values}")
     if not all(map(math.isfinite, values)) or abs(math.fsum(values) - 1) > 1e-6:
@@ -35,8 +42,11 @@ def two_weights(interpolation_weight: float) -> list[float]:
     `[1 - lambda, lambda]` of Eq. (6).
 
     Raises:
+        TypeError: If it is no number.
         ValueError: If lambda is not in `[0, 1]`.
     """
+    if isinstance(interpolation_weight, bool) or not isinstance(interpolation_weight, Real):
+        raise TypeError(f"`interpolation_weight` must be a number, got {interpolation_weight!r}")
     if not 0 <= interpolation_weight <= 1:
         raise ValueError(f"`interpolation_weight` must lie between 0 and 1, got {interpolation_weight}")
     return [1 - interpolation_weight, float(interpolation_weight)]

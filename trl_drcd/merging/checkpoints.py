@@ -16,7 +16,7 @@ from trl_drcd._files import write_text
 
 from .blend import blend, check_weights
 from .cards import merge_card, merge_recipe
-from .folders import check_same_family, copy_side_files, find_folder, new_folder
+from .folders import check_list, check_same_family, copy_side_files, find_folder, new_folder
 from .safetensors_files import NAMES, Checkpoint, write_checkpoint
 from .verify import check_that_it_generates
 
@@ -97,8 +97,9 @@ def merge_folders(
 
     `write_weights` is given the models, the names of the tensors that all have, the weights, and the folder to write.
     """
+    check_list("models", models)
     values, wanted = check_weights(weights, len(models)), wanted_dtype(dtype)
-    folders = [find_folder(model) for model in models]
+    folders = [find_folder(model, f"models[{number}]") for number, model in enumerate(models)]
     check_same_family(folders)
     checkpoints = [Checkpoint(path) for path in folders]
     names = common_tensors(checkpoints)

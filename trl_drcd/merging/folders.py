@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from trl_drcd._models import check_model, is_hub_name
 from trl_drcd._run import local_name
 
 # What belongs to a model besides its weights. Each group is taken from one parent, so that it stays consistent.
@@ -32,9 +33,31 @@ NOT_ARCHITECTURE = {
 }
 
 
-def find_folder(model: str | Path) -> Path:
-    """The folder of a model: a local path, or a hub name, of which a snapshot is fetched."""
-    return Path(model) if Path(model).exists() else Path(snapshot_download(str(model)))
+def find_folder(model: str | Path, argument: str = "models") -> Path:
+    """
+    The folder of a model: a local path, or a hub name, of which a snapshot is fetched.
+
+    Raises:
+        FileNotFoundError: If it is a path, and there is nothing.
+    """
+    if Path(model).exists():
+        return Path(model)
+    if not is_hub_name(model):
+        raise FileNotFoundError(
+            f"`{argument}`: {model} does not exist; give the folder of a saved model, or a hub name"
+        )
+    return Path(snapshot_download(str(model)))
+
+
+def check_list(argument: str, models: Any) -> None:
+    """
+    Refuse one name where a list of them is due.
+
+    Raises:
+        TypeError: If it is no list.
+    """
+    if isinstance(models, str | Path) or not isinstance(models, Sequence):
+        raise TypeError(f"`{argument}` must be a list of folders or hub names, got {models!r}")
 
 
 @contextmanager
@@ -81,31 +104,37 @@ def check_same_family(folders: Sequence[Path]) -> None:
 
     Raises:
         FileNotFoundError: If a folder has no `config.json`.
-        ValueError: If configurations, vocabularies or codecs differ; the message says where.
+        ValueError: If a folder is broken or needs code of its own, or configurations, vocabularies or codecs differ;
+            the message says where.
     """
-    for folder in folders:
-        if not (folder / "config.json").is_file():
-            what = "is a LoRA adapter" if (folder / "adapter_config.json").is_file() else "has no config.json"
-            raise FileNotFoundError(f"{folder} {what}; give folders of full checkpoints")
+    for number, folder in enumerate(folders):
+        check_model(f"models[{number}]", folder)
     first = folders[0]
-    config, vocabulary = _flat(AutoConfig.from_pretrained(first).to_dict()), _vocabulary(first)
+    config, vocabulary = _flat(_config(first).to_dict()), _vocabulary(first)
     for other in folders[1:]:
-        theirs = _flat(AutoConfig.from_pretrained(other).to_dict())
+        theirs = _flat(_config(other).to_dict())
         for key in sorted(config.keys() | theirs.keys()):
             if config.get(key) != theirs.get(key):
                 raise ValueError(
                     f"the models have different architectures: `{key}` is {config.get(key)!r} in {first} and "
-                    f"{theirs.get(key)!r} in {other}"
+                    f"{theirs.get(key)!r} in {other}; give models of one architecture"
                 )
         words = _vocabulary(other)
         if vocabulary is not None and words is not None and words != vocabulary:
             example = sorted(words.items() ^ vocabulary.items())[0][0]
-            raise ValueError(f"the tokenizers of {first} and {other} have different vocabularies, as at {example!r}")
+            raise ValueError(
+                f"the tokenizers of {first} and {other} have different vocabularies, as at {example!r}; "
+                "give models of one tokenizer"
+            )
         for name in ("codec/config.json", "codec/codec.safetensors"):
             pair = first / name, other / name
             if all(path.is_file() for path in pair) and not filecmp.cmp(*pair, shallow=False):
-                raise ValueError(f"the codecs of {first} and {other} differ: {name}")
+                raise ValueError(f"the codecs of {first} and {other} differ: {name}; give models of one codec")
     warn_of_different_bases(folders)
+
+
+def _config(folder: Path) -> Any:
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -121,7 +150,7 @@ def _vocabulary(folder: Path) -> dict[str, int] | None:
     """Tokens and their ids; `None` where there is no tokenizer."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(folder).get_vocab()
+    vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
     return vocabulary
 
 
@@ -172,6 +201,6 @@ def copy_side_files(parents: Sequence[Path], folder: Path) -> None:
     elif not (folder / "config.json").is_file():
         return  # an adapter's
     else:
-        generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+        generation = GenerationConfig.from_model_config(_config(folder))
     generation.guidance_scale = 1.0  # guidance is in the weights; MusicGen's own default would apply it again
     generation.save_pretrained(folder)

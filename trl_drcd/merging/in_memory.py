@@ -119,6 +119,8 @@ def _set_adapters(model: Any, weight: float | Sequence[float]) -> None:
 
 def _weights_of(weight: float | Sequence[float], count: int) -> list[float]:
     """One weight for each end, of lambda or of a list."""
+    if isinstance(weight, str):
+        raise TypeError(f"`weight` must be a number, or one for each end, got {weight!r}")
     if not isinstance(weight, int | float):
         return check_weights(weight, count)
     if count != 2:

@@ -12,6 +12,8 @@ from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
+from trl_drcd._models import check_adapter_folder
+
 PREFIX = "base_model.model."
 # Options under which the change of the weights is not `scaling * B @ A`, and why their products have no LERP
 NOT_LINEAR = {
@@ -91,21 +93,21 @@ class Adapter:
         rank = ranks.get(get_pattern_key(list(ranks), name), self.config.r)
         alpha = alphas.get(get_pattern_key(list(alphas), name), self.config.lora_alpha)
         if (found := self.factors[module][0].shape[0]) != rank:
-            raise ValueError(f"{name} of {self.folder} has rank {found}; its adapter_config.json says {rank}")
+            raise ValueError(
+                f"{name} of {self.folder} has rank {found}; its adapter_config.json says {rank}; copy or save it again"
+            )
         return alpha / math.sqrt(rank) if self.config.use_rslora else alpha / rank
 
 
-def load_adapter(folder: Path) -> Adapter:
+def load_adapter(folder: Path, argument: str = "adapters") -> Adapter:
     """
     Read an adapter.
 
     Raises:
         FileNotFoundError: If the folder lacks `adapter_config.json` or `adapter_model.safetensors`.
-        ValueError: If it is of a kind that has no exact interpolation.
+        ValueError: If it is of a kind that has no exact interpolation, or a file is broken.
     """
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}; give the folder of a saved LoRA adapter")
+    check_adapter_folder(argument, folder)
     config: Any = PeftConfig.from_pretrained(str(folder))
     adapter = Adapter(folder, config)
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -114,6 +116,8 @@ def load_adapter(folder: Path) -> Adapter:
             continue  # with their A
         if key.endswith((".lora_A.weight", ".lora_embedding_A")):
             partner = key.replace(".lora_A.", ".lora_B.").replace(".lora_embedding_A", ".lora_embedding_B")
+            if partner not in tensors:
+                raise ValueError(f"`{argument}`: {folder} has no {partner} beside {key}; copy or save it again")
             module = key.removesuffix(".lora_A.weight").removesuffix(".lora_embedding_A")
             adapter.factors[module] = tensor, tensors[partner]
             if key.endswith("_A"):

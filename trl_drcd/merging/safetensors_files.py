@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-INDEX = "model.safetensors.index.json"
+from trl_drcd._models import INDEX, open_safetensors, weight_files
+
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -28,20 +28,12 @@ class Checkpoint:
 
     Raises:
         FileNotFoundError: If it holds no safetensors checkpoint.
+        ValueError: If a file is torn, or the index names one outside the folder.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        index = folder / INDEX
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            names = ["model.safetensors"]
-        if missing := [name for name in names if not (folder / name).is_file()]:
-            raise FileNotFoundError(
-                f"{folder} has no {missing[0]}; give a folder of `save_pretrained`, with safetensors files"
-            )
-        handles = {name: safe_open(folder / name, framework="pt") for name in names}
+        handles = {name: open_safetensors(folder / name) for name in weight_files(folder)}
         self.files: dict[str, list[str]] = {name: list(handle.keys()) for name, handle in handles.items()}
         self._handles = {tensor: handles[name] for name, tensors in self.files.items() for tensor in tensors}
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel
+
+from trl_drcd._models import load_model
 
 MUSICGEN = {"musicgen", "musicgen_melody"}
 
@@ -24,9 +24,7 @@ def check_that_it_generates(folder: Path, adapter: Path | None = None) -> None:
     Raises:
         RuntimeError: If a weight is missing or left over, or nothing comes out of it, or not finite audio.
     """
-    config: Any = transformers.AutoConfig.from_pretrained(folder)
-    model_class = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
-    model, info = model_class.from_pretrained(folder, output_loading_info=True)
+    model, info = load_model(folder, output_loading_info=True)
     if wrong := {kind: sorted(names) for kind, names in info.items() if names}:
         raise RuntimeError(f"the model in {folder} does not load as it was saved: {wrong}")
     if adapter is not None:
@@ -34,9 +32,11 @@ def check_that_it_generates(folder: Path, adapter: Path | None = None) -> None:
     elif model.generation_config.guidance_scale not in (None, 1, 1.0):
         raise RuntimeError(f"{folder} samples with guidance {model.generation_config.guidance_scale}, expected 1")
     prompt = torch.tensor([[3, 4, 1]])
-    if config.model_type in MUSICGEN:
+    if model.config.model_type in MUSICGEN:
         # Not shorter than the delay of the codebooks, so that a whole frame comes out
-        output = model.generate(input_ids=prompt, max_new_tokens=config.decoder.num_codebooks + 4, do_sample=True)
+        output = model.generate(
+            input_ids=prompt, max_new_tokens=model.config.decoder.num_codebooks + 4, do_sample=True
+        )
         good = output.shape[-1] > 0 and bool(torch.isfinite(output).all())
     else:
         output = model.generate(prompt, max_new_tokens=4, do_sample=True, attention_mask=torch.ones_like(prompt))
