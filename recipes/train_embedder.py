@@ -36,9 +36,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from trl import TrlParser
 
+from trl_drcd._checkpoints import commit, find_checkpoint
 from trl_drcd._extras import require
 from trl_drcd._files import write_text
-from trl_drcd._run import find_checkpoint
 from trl_drcd.codecs import SpectralCodec
 from trl_drcd.embedders import MusicEmbedder
 from trl_drcd.embedders.music import PAPER
@@ -256,8 +256,7 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, log: list
     accelerator.save_state(str(temporary))
     if accelerator.is_main_process:
         write_text(temporary / "trainer_state.json", json.dumps({"global_step": step, "log": log}))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
+        commit(temporary, final)
         for older in output.glob("checkpoint-*"):
             if older != final:
                 shutil.rmtree(older)

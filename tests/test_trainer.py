@@ -426,6 +426,13 @@ def test_private_methods_of_trl_have_the_signatures_we_override():
         "_set_signature_columns_if_needed": "self",
         "training_step": "self, model, inputs, num_items_in_batch",
         "prediction_step": "self, model, inputs, prediction_loss_only, ignore_keys",
+        "_get_output_dir": "self, trial",
+        "_push_from_checkpoint": "self, checkpoint_folder",
+        "_save_checkpoint": "self, model, trial",
+        "_load_rng_state": "self, checkpoint",
+        "_get_train_sampler": "self, dataset",
+        "_get_grad_norm": "self, model, grad_norm",
+        "_maybe_log_save_evaluate": "self, tr_loss, grad_norm, model, trial",
     }
     for name, arguments in expected.items():
         parameters = ", ".join(inspect.signature(getattr(RLOOTrainer, name)).parameters)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from trl import ModelConfig, TrlParser
 
+from ._checkpoints import find_checkpoint
 from ._files import write_text
-from ._run import distinct, final_metrics, find_checkpoint, load_prompts, local_name, model_card
+from ._run import distinct, final_metrics, load_prompts, local_name, model_card
 
 # What --help shows of the arguments of TRL and transformers; --help_all shows them all
 COMMON = {
@@ -104,11 +105,11 @@ def parse_arguments(
 
 def check_arguments(script: Any, args: Any, model: ModelConfig, folders: dict[str, str | None]) -> None:
     """
-    Finds out before anything is loaded whether the parts are there and fit together; looks up the checkpoint.
+    Finds out before anything is loaded whether the parts are there and fit together, the checkpoint among them.
 
     Args:
         script ([`PromptArguments`]): With a field `embedder`.
-        args (`CFGDistillDiversityConfig`): The trainer's; `resume_from_checkpoint` becomes a folder.
+        args (`CFGDistillDiversityConfig`): The trainer's.
         model (`ModelConfig`): The model's; a path with more than one `/` is no hub name and must exist.
         folders (`dict`): Further folders that must hold a `config.json`, by the name of their argument.
 
@@ -131,7 +132,7 @@ def check_arguments(script: Any, args: Any, model: ModelConfig, folders: dict[st
     if args.eval_strategy != "no" and not script.eval_dataset:
         raise ValueError(f"`eval_strategy={args.eval_strategy.value}` needs `eval_dataset`, got None")
     if args.resume_from_checkpoint:
-        args.resume_from_checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+        find_checkpoint(args.resume_from_checkpoint, args.output_dir, read=False)
 
 
 def load_datasets(script: PromptArguments, streaming: bool = False) -> tuple[Any, Any]:

@@ -11,7 +11,6 @@ from typing import Any
 from datasets import load_dataset
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from ._files import write_text
 
@@ -62,23 +61,6 @@ def load_prompts(argument: str, name: str, split: str, streaming: bool = False) 
 def distinct(prompts: Iterable[Any], count: int) -> list[Any]:
     """The first `count` different prompts, texts or conversations."""
     return [json.loads(prompt) for prompt in list(dict.fromkeys(map(json.dumps, prompts)))[:count]]
-
-
-def find_checkpoint(wanted: str, output_dir: str) -> str:
-    """
-    The folder that `resume_from_checkpoint` means: `true` is the last checkpoint of the output folder.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
-    if str(wanted).lower() in ("true", "last"):
-        last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        if last is None:
-            raise FileNotFoundError(f"`resume_from_checkpoint={wanted}`: {output_dir} holds no checkpoint")
-        return str(last)
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise FileNotFoundError(f"`resume_from_checkpoint={wanted}` is no checkpoint: it has no trainer_state.json")
-    return wanted
 
 
 class LogFile(TrainerCallback):

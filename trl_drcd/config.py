@@ -22,6 +22,7 @@ _LEAST = {
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "max_completion_length": 1,
+    "ddp_timeout": 1,
 }
 
 
@@ -43,6 +44,13 @@ class CFGDistillDiversityConfig(RLOOConfig):
             beta of Eq. (5); the paper uses 0, 5, 10 and 15.
         diversity_warmup_steps (`int`, *optional*, defaults to 1000):
             Steps over which `diversity_coef` rises linearly from 0.
+        on_bad_batch (`str`, *optional*, defaults to `"stop"`):
+            What happens where a reward, an embedder, the teacher, the student or a gradient gives NaN or infinity, or
+            an embedder or a reward raises: `"stop"` saves a checkpoint of the state before that update and raises,
+            `"skip"` leaves the update out and goes on (not under DeepSpeed, not with `fp16`).
+        ddp_timeout (`int`, *optional*, defaults to 600):
+            Seconds that a process waits for the others before the run ends with an error; more than any process needs
+            between two exchanges, such as its share of a rollout or the writing of a checkpoint.
         sample_steps (`int`, *optional*, defaults to 0):
             Every so many steps, completions of `sample_prompts` go to the log (audio or text). 0 turns it off.
         sample_prompts (`list[str]`, *optional*):
@@ -79,6 +87,13 @@ class CFGDistillDiversityConfig(RLOOConfig):
     diversity_coef: float = field(default=0.0, metadata={"help": "beta of the paper: weight of the diversity reward."})
     diversity_warmup_steps: int = field(
         default=1000, metadata={"help": "Steps over which diversity_coef rises linearly from 0."}
+    )
+    on_bad_batch: str = field(
+        default="stop",
+        metadata={"help": "On NaN, infinity or a raising embedder or reward: stop (after a checkpoint) or skip."},
+    )
+    ddp_timeout: int = field(
+        default=600, metadata={"help": "Seconds that a process waits for the others before the run ends."}
     )
     sample_steps: int = field(
         default=0, metadata={"help": "Log samples of fixed prompts every so many steps; 0 is off."}
@@ -145,6 +160,10 @@ class CFGDistillDiversityConfig(RLOOConfig):
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
+        if self.on_bad_batch not in ("stop", "skip"):
+            raise ValueError(f"`on_bad_batch` must be 'stop' or 'skip', got {self.on_bad_batch!r}")
+        if self.on_bad_batch == "skip" and self.fp16:
+            raise ValueError("`on_bad_batch='skip'` does not go with the gradient scaler of `fp16=True`; use `bf16`")
         if self.num_generations < 2:
             raise ValueError(
                 f"`num_generations` must be at least 2 (diversity compares generations of one prompt, and TRL's "

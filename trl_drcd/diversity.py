@@ -13,6 +13,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 
+from ._poison import about_rows, raise_together
+
+
+def _without_direction(embeddings: torch.Tensor) -> torch.Tensor:
+    """Which vectors are zero, infinite or NaN: boolean `(B,)`."""
+    lengths = embeddings.norm(dim=-1)
+    return ~(lengths.isfinite() & (lengths > 0))
+
 
 def _unit_groups(embeddings: torch.Tensor, num_generations: int) -> torch.Tensor:
     """Embeddings of length one, `(P, G, D)`, after the checks that all functions below share."""
@@ -25,7 +33,7 @@ def _unit_groups(embeddings: torch.Tensor, num_generations: int) -> torch.Tensor
         )
     embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
     lengths = embeddings.norm(dim=-1, keepdim=True)
-    bad = ~(lengths.isfinite() & (lengths > 0)).squeeze(-1)
+    bad = _without_direction(embeddings)
     if bad.any():
         rows = bad.nonzero().flatten().tolist()
         raise ValueError(
@@ -175,8 +183,20 @@ class DiversityReward:
     def __call__(
         self, prompts: list, completions: list, completion_ids: list[list[int]], **kwargs: Any
     ) -> list[float]:
-        """Rewards `r_j` of this process's completions; see [`group_diversity`]."""
-        local = self.embed(completions, completion_ids)
+        """
+        Rewards `r_j` of this process's completions; see [`group_diversity`].
+
+        Raises:
+            BadBatchError: In every process, if in any one the embedder raises, or a vector has no direction.
+        """
+        local, cause = torch.zeros(0, 0), None
+        try:
+            local = self.embed(completions, completion_ids)
+            what = "the embedder's vector has no direction (it is zero, infinite or NaN)"
+            problems = about_rows(what, _without_direction(local), prompts)
+        except Exception as error:  # the other processes wait for this one's embeddings
+            problems, cause = [f"the embedder raised {type(error).__name__}: {error}"], error
+        raise_together(problems, cause)
         self.embeddings = gather(local)
         rewards = group_diversity(self.embeddings, self.num_generations)
         start = PartialState().process_index * len(completions)

@@ -20,11 +20,11 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel
-from trl import RLOOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import get_config_model_id, use_adapter
 
+from ._guard import GuardedRLOOTrainer
 from .callbacks import SampleCallback
 from .checks import (
     check_adapter,
@@ -76,7 +76,7 @@ def diversity_coef_at(step: int, diversity_coef: float, warmup_steps: int) -> fl
     return diversity_coef * min(1.0, step / warmup_steps) if warmup_steps else diversity_coef
 
 
-class CFGDistillDiversityTrainer(RLOOTrainer):
+class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
     """
     Trainer of *Diversity-Rewarded CFG Distillation* (https://huggingface.co/papers/2410.06084).
 
@@ -241,7 +241,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
         self._check_lengths(prompt_ids, "a prompt")
         # Autocast around the whole rollout casts the weights once, not once per token
-        with self._timed("rollout"), self.accelerator.autocast():
+        with self._timed("rollout"), self.accelerator.autocast(), self._watched_sampling(prompt_ids):
             if not self.policy.rolls_out_with_trl:
                 return self._sample(prompt_ids)
             completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
@@ -444,14 +444,17 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         )
         if separately:
             self._accumulate_diversity_gradient(diversity)
-        self._log_terms(mode, terms, lengths, distillation, diversity, coef)
+        self._log_terms(mode, inputs, terms, lengths, distillation, diversity, coef)
         return distillation + diversity if weights is None else terms.loss
 
-    def _log_terms(self, mode, terms: TokenTerms | WeightedTerms, lengths, distillation, diversity, coef: float):
-        """Global means of this forward's terms, in nats."""
+    def _log_terms(
+        self, mode, inputs, terms: TokenTerms | WeightedTerms, lengths, distillation, diversity, coef: float
+    ):
+        """Global means of this forward's terms, in nats; raises if one is not finite."""
         per_sequence = torch.stack([terms.kl.detach(), terms.entropy, lengths.to(terms.kl)])
         kl, entropy, tokens = self.accelerator.gather(per_sequence.T).T
         losses = self.accelerator.gather(torch.stack([distillation, diversity]).detach()[None]).mean(0)
+        self._check_losses(losses, inputs, terms)
         values = {
             "loss/distillation": losses[0],
             "loss/diversity": losses[1],
