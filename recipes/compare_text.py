@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,10 @@ def side_by_side(measured: dict[str, dict[str, Any]], samples: int, prompts: int
 def main(argv: list[str] | None = None) -> None:
     """Measures what is not measured yet, then writes the tables."""
     args = parse(argv)
+    if wrong := [word for word in args.models if not re.fullmatch(r"[\w.+ -]+=.+", word)]:
+        raise SystemExit(
+            f"compare_text.py: error: --models has {wrong[0]!r}; give NAME=FOLDER, a name of letters and digits"
+        )
     logging.disable_progress_bar()
     models = {"base": (args.base, 1.0), "base with CFG": (args.base, args.guidance_scale)}
     models |= {name: (folder, 1.0) for name, _, folder in (word.partition("=") for word in args.models)}

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from trl_drcd._extras import require
+from trl_drcd._models import is_hub_name
 from trl_drcd.embedders import MusicEmbedder
 from trl_drcd.embedders.audio_front_end import LogMel, clean_waveform
 
@@ -39,7 +40,13 @@ class AudioFiles:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return require("soundfile", "audio").read(self.files[index], dtype="float32")
+        soundfile = require("soundfile", "audio")
+        try:
+            return soundfile.read(self.files[index], dtype="float32")
+        except soundfile.LibsndfileError as error:
+            raise ValueError(
+                f"`dataset`: {self.files[index]} cannot be read ({error}); remove or convert it"
+            ) from error
 
 
 class HubAudio:
@@ -76,20 +83,40 @@ class ArrayRecordings:
         return row / np.float32(32768) if row.dtype.kind == "i" else row.astype(np.float32), self.sampling_rate
 
 
+def load_array(path: Path) -> np.ndarray:
+    """
+    Recordings `(N, samples)`, on the disk.
+
+    Raises:
+        ValueError: If the file is torn, holds something else, or a pickle.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(
+            f"`dataset={path}` is torn, or a pickle, which could run code ({error}); copy or save it again as numbers"
+        ) from error
+    if array.ndim != 2 or array.dtype.kind not in "if":
+        raise ValueError(
+            f"`dataset={path}` has shape {array.shape} of {array.dtype}; it must hold numbers (N, samples)"
+        )
+    return array
+
+
 def open_recordings(dataset: str, split: str, column: str, sampling_rate: int) -> Recordings:
     """
     The recordings of a folder of audio files, of a `.npy` file at `sampling_rate`, or of a hub data set.
 
     Raises:
         FileNotFoundError: If a path is given and there is nothing.
-        ValueError: If a hub data set has no such column.
+        ValueError: If a hub data set has no such column, or an array is none of recordings.
     """
     path = Path(dataset)
-    if path.suffix == ".npy":
-        return ArrayRecordings(np.load(path, mmap_mode="r", allow_pickle=False), sampling_rate)
+    if path.suffix == ".npy" and path.is_file():
+        return ArrayRecordings(load_array(path), sampling_rate)
     if path.is_dir():
         return AudioFiles(sorted(f for f in path.rglob("*") if f.suffix.lower() in AUDIO_FILES))
-    if path.is_absolute() or len(path.parts) > 2:
+    if path.suffix == ".npy" or not is_hub_name(dataset):
         raise FileNotFoundError(f"`dataset={dataset}` does not exist; give a folder, a .npy file, or a hub name")
     return HubAudio(dataset, split, column)
 

@@ -44,11 +44,13 @@ from typing import Any
 from trl import get_peft_config, get_quantization_config
 
 from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer
+from trl_drcd._arguments import one_line_errors
 from trl_drcd._files import wav_bytes, write_bytes, write_text
 from trl_drcd._launch import (
     PromptArguments,
     check_arguments,
     load_datasets,
+    load_part,
     model_init_kwargs,
     parse_arguments,
     train_and_save,
@@ -92,7 +94,7 @@ def write_samples(samples: Samples, folder: Path, codec: Any, tokenizer: Any) ->
 
 def main(argv: list[str] | None = None) -> None:
     """Checks, trains, saves."""
-    try:
+    with one_line_errors("musiclm_drcd.py"):
         script, args, model = parse_arguments(
             sys.argv[1:] if argv is None else argv,
             ScriptArguments,
@@ -106,24 +108,21 @@ def main(argv: list[str] | None = None) -> None:
         check_arguments(script, args, model, {"codec": script.codec, "embedder": script.embedder})
         family = policy_class(str(model.model_name_or_path), model.model_revision)
         if script.embedder and not script.codec and not family.has_own_codec:
-            raise ValueError(f"`embedder={script.embedder}` hears audio, and there is no `codec` to make it")
+            raise ValueError(f"`embedder={script.embedder}` hears audio, and there is no `codec` to make it; give one")
         train, held_out = load_datasets(script)
         check_datasets(train, held_out)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"musiclm_drcd.py: error: {error}") from error
-
-    args.model_init_kwargs = model_init_kwargs(args, model)
-    trainer = CFGDistillDiversityTrainer(
-        model=str(model.model_name_or_path),
-        args=args,
-        train_dataset=train,
-        eval_dataset=held_out,
-        embedder=MusicEmbedder.from_pretrained(script.embedder) if script.embedder else None,
-        codec=SpectralCodec.from_pretrained(script.codec) if script.codec else None,
-        callbacks=[LogFile(), *([Deadline(script.max_minutes)] if script.max_minutes else [])],
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
-    )
+        args.model_init_kwargs = model_init_kwargs(args, model)
+        trainer = CFGDistillDiversityTrainer(
+            model=str(model.model_name_or_path),
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            embedder=load_part("embedder", MusicEmbedder.from_pretrained, script.embedder),
+            codec=load_part("codec", SpectralCodec.from_pretrained, script.codec),
+            callbacks=[LogFile(), *([Deadline(script.max_minutes)] if script.max_minutes else [])],
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+        )
 
     def write(samples: Samples, folder: Path) -> None:
         write_samples(samples, folder, trainer.codec, trainer.processing_class)

@@ -39,11 +39,13 @@ from typing import Any
 from trl import get_peft_config, get_quantization_config
 
 from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer
+from trl_drcd._arguments import one_line_errors
 from trl_drcd._files import write_text
 from trl_drcd._launch import (
     PromptArguments,
     check_arguments,
     load_datasets,
+    load_part,
     model_init_kwargs,
     parse_arguments,
     train_and_save,
@@ -92,7 +94,7 @@ def write_samples(samples: Samples, folder: Path, tokenizer: Any) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Checks, trains, saves."""
-    try:
+    with one_line_errors("text_drcd.py"):
         script, args, model = parse_arguments(
             sys.argv[1:] if argv is None else argv,
             ScriptArguments,
@@ -104,25 +106,24 @@ def main(argv: list[str] | None = None) -> None:
         if model.model_name_or_path == "outputs/smollm2" and not Path(model.model_name_or_path).is_dir():
             raise FileNotFoundError("the default model is not there yet. Run: python recipes/get_smollm2.py")
         check_arguments(script, args, model, {})
+        if script.streaming and args.max_steps <= 0:
+            raise ValueError(f"`streaming=True` has no end by itself: set `max_steps`, got {args.max_steps}")
         datasets = load_datasets(script, script.streaming)
         if script.system_prompt:
             settings = {"fn_kwargs": {"system_prompt": script.system_prompt}}
             datasets = tuple(data if data is None else data.map(with_system_prompt, **settings) for data in datasets)
         check_datasets(*datasets)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"text_drcd.py: error: {error}") from error
-
-    args.model_init_kwargs = model_init_kwargs(args, model)
-    trainer = CFGDistillDiversityTrainer(
-        model=str(model.model_name_or_path),
-        args=args,
-        train_dataset=datasets[0],
-        eval_dataset=datasets[1],
-        embedder=SentenceEmbedder(script.embedder) if script.embedder else None,
-        callbacks=[LogFile(), *([Deadline(script.max_minutes)] if script.max_minutes else [])],
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
-    )
+        args.model_init_kwargs = model_init_kwargs(args, model)
+        trainer = CFGDistillDiversityTrainer(
+            model=str(model.model_name_or_path),
+            args=args,
+            train_dataset=datasets[0],
+            eval_dataset=datasets[1],
+            embedder=load_part("embedder", SentenceEmbedder, script.embedder),
+            callbacks=[LogFile(), *([Deadline(script.max_minutes)] if script.max_minutes else [])],
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+        )
 
     def write(samples: Samples, folder: Path) -> None:
         write_samples(samples, folder, trainer.processing_class)

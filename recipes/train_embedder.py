@@ -21,6 +21,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from trl import TrlParser
 
+from trl_drcd._arguments import check_types, one_line_errors, parse
 from trl_drcd._checkpoints import commit, find_checkpoint
 from trl_drcd._extras import require
 from trl_drcd._files import write_text
@@ -77,6 +79,7 @@ class Arguments:
     seed: int = field(default=0, metadata={"help": "Of weights, augmentation and batches."})
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name, least in {
             "versions": 0,
             "recordings_per_batch": 2,
@@ -184,13 +187,13 @@ def train(recordings: Recordings, args: Arguments) -> MusicEmbedder:
         optimizer, lambda s: min((s + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * s / args.steps))
     )
     model, optimizer = accelerator.prepare(Triplets(embedder), optimizer)
-    accelerator.register_for_checkpointing(schedule)
     step, log = 0, []
     if args.resume_from_checkpoint:
         checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
         accelerator.load_state(checkpoint)
         state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
         step, log = state["global_step"], state["log"]
+        schedule.last_epoch = step  # its rate is the optimiser's; saved by itself it would be a pickle
     plan = Plan(indices, args, step, accelerator.process_index, accelerator.num_processes)
     batches = DataLoader(heard, batch_sampler=plan, num_workers=args.num_workers)
 
@@ -263,15 +266,13 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, log: list
     accelerator.wait_for_everyone()
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Reads the arguments, trains."""
     parser = TrlParser((Arguments,), description=__doc__)
-    try:
-        (args,) = parser.parse_args_and_config()
+    with one_line_errors("train_embedder.py"):
+        (args,) = parse(parser, sys.argv[1:] if argv is None else argv)
         recordings = load_recordings(args)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"train_embedder.py: error: {error}") from error
-    train(recordings, args)
+        train(recordings, args)
     print(f"The model is in {args.output_dir}")
 
 

@@ -44,7 +44,7 @@ def test_a_list_is_a_sweep():
         ([{"name": "a", "model": "x", "models": ["y"]}], "give one of them"),
         ([{"name": "a", "models": ["x"], "interpolation_weight": 0.5}], "is for two `models`"),
         ([{"name": "a", "models": ["x", "y"], "interpolation_weight": 1.5}], r"must be in \[0, 1\], got 1.5"),
-        ([{"name": "a", "models": ["x", "y"], "weights": [0.5, 0.6]}], "numbers that sum to 1"),
+        ([{"name": "a", "models": ["x", "y"], "weights": [0.5, 0.6]}], "`weights` must be finite and sum to 1"),
         ([{"name": "a", "temperature": 0}], "`temperature` must be finite and above 0, got 0"),
         ([{"name": "a", "guidance_scale": -1}], "`guidance_scale` must be finite and at least 0, got -1"),
     ],

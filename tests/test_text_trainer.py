@@ -146,14 +146,20 @@ def test_long_prompts_reach_student_and_teacher_whole(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        ("prompt", r"a prompt of 42 tokens and `max_completion_length=5` do not fit .* reads 44 positions"),
+        (
+            "prompt",
+            r"a prompt of 42 tokens and `max_completion_length=5` do not fit .* reads 44 positions",
+        ),
         ("negative_prompt", r"a negative prompt of 42 tokens and `max_completion_length=5` do not fit"),
     ],
 )
 def test_what_the_model_cannot_read_is_refused_not_cut(tmp_path, tokenizer, column, message):
     columns = {"prompt": ["drum"] * 8, "negative_prompt": ["slow"] * 8} | {column: [" ".join(["slow"] * 40)] * 8}
     model = make_model(tokenizer, max_position_embeddings=44)
-    trainer = make_trainer(tmp_path, tokenizer, model=model, dataset=Dataset.from_dict(columns))
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, tokenizer, model=model, dataset=Dataset.from_dict(columns))
+    stream = Dataset.from_dict(columns).to_iterable_dataset()  # whose rows are seen as they come
+    trainer = make_trainer(tmp_path, tokenizer, model=model, dataset=stream, max_steps=1)
     with pytest.raises(ValueError, match=message):
         trainer.train()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
@@ -17,6 +17,7 @@ import yaml
 MAX_YAML_BYTES = 2**20
 MAX_YAML_NODES = 100_000
 IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "none"}
+LISTS = {int: "a list of whole numbers", float: "a list of numbers", str: "a list of texts"}
 
 
 def shown(value: Any, length: int = 80) -> str:
@@ -49,14 +50,14 @@ def _kinds(hint: Any) -> list[Any]:
     """The alternatives of an annotation; none if one of them is not simple."""
     kinds = list(get_args(hint)) if get_origin(hint) in (Union, UnionType) else [hint]
     simple = all(
-        kind in IN_WORDS or (get_origin(kind) is list and all(part in IN_WORDS for part in get_args(kind)))
+        kind in IN_WORDS or (get_origin(kind) is list and all(part in LISTS for part in get_args(kind)))
         for kind in kinds
     )
     return kinds if simple else []
 
 
 def _in_words(kind: Any) -> str:
-    return f"a list, each {IN_WORDS[get_args(kind)[0]]}" if get_origin(kind) is list else IN_WORDS[kind]
+    return LISTS[get_args(kind)[0]] if get_origin(kind) is list else IN_WORDS[kind]
 
 
 def _is(value: Any, kind: Any) -> bool:
@@ -151,11 +152,10 @@ def parse(parser: Any, argv: Sequence[str]) -> Any:
         argv (`Sequence[str]`): The command line.
 
     Returns:
-        `tuple`: The dataclasses, their simple fields checked.
+        `tuple`: The dataclasses.
 
     Raises:
         FileNotFoundError, ValueError: As [`read_yaml`] does, or if a key is unknown.
-        TypeError: If a value has another type than its field.
     """
     words, file = [], None
     given = iter(argv)
@@ -170,14 +170,30 @@ def parse(parser: Any, argv: Sequence[str]) -> Any:
             raise ValueError(f"`config={file}` has `env`; set environment variables in the shell that starts this")
         known = {action.dest for action in parser._actions}
         for name in values.keys() - known:
-            close = get_close_matches(name, known, 1)
-            hint = f"do you mean `{close[0]}`?" if close else "`--help` lists what there is"
-            raise ValueError(f"`config={file}` has an unknown key `{shown(name)[1:-1]}`; {hint}")
+            raise ValueError(f"`config={file}` has an unknown key `{shown(name)[1:-1]}`; {_instead(name, known)}")
         parser.set_defaults_with_config(**values)
-    parsed = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)
-    for arguments in parsed:
-        check_types(arguments)
-    return parsed
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        words, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        raise ValueError(f"unknown argument {shown(unknown[0])}; {_instead(unknown[0], flags)}")
+    return tuple(parsed)
+
+
+def _instead(name: str, known: Iterable[str]) -> str:
+    """The known name that is closest, as a hint."""
+    close = get_close_matches(name, known, 1)
+    return f"do you mean `{close[0]}`?" if close else "`--help` lists what there is"
+
+
+@contextmanager
+def blaming(argument: str) -> Iterator[None]:
+    """Puts the name of an argument before what is wrong with the folder that it names."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"`{argument}`: {error}") from error
 
 
 @contextmanager
@@ -185,5 +201,7 @@ def one_line_errors(program: str) -> Iterator[None]:
     """Ends the program with one line, without a traceback, where what it was given is wrong."""
     try:
         yield
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        raise SystemExit(f"{program}: error: {' '.join(str(error).split())}") from error
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        # What a program that was run has printed stays as it is
+        text = str(error) if isinstance(error, RuntimeError) else " ".join(str(error).split())
+        raise SystemExit(f"{program}: error: {text}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from trl import ModelConfig, TrlParser
 
+from ._arguments import blaming, check_types, parse
 from ._checkpoints import find_checkpoint
 from ._files import write_text
+from ._models import check_model
 from ._run import distinct, final_metrics, load_prompts, local_name, model_card
 
 # What --help shows of the arguments of TRL and transformers; --help_all shows them all
@@ -45,6 +48,14 @@ class PromptArguments:
     max_minutes: float | None = field(
         default=None, metadata={"help": "End training after so many minutes, whatever max_steps says."}
     )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name, least in {"max_eval_prompts": 1, "num_samples": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
+        if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
+            raise ValueError(f"`max_minutes` must be finite and above 0, got {self.max_minutes}")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -100,7 +111,7 @@ def parse_arguments(
         parser.print_help()
         print("\nAlso every argument of TRL's RLOOConfig and ModelConfig: --help_all lists them.")
         raise SystemExit
-    return parser.parse_args_and_config(argv)
+    return parse(parser, argv)
 
 
 def check_arguments(script: Any, args: Any, model: ModelConfig, folders: dict[str, str | None]) -> None:
@@ -110,7 +121,7 @@ def check_arguments(script: Any, args: Any, model: ModelConfig, folders: dict[st
     Args:
         script ([`PromptArguments`]): With a field `embedder`.
         args (`CFGDistillDiversityConfig`): The trainer's.
-        model (`ModelConfig`): The model's; a path with more than one `/` is no hub name and must exist.
+        model (`ModelConfig`): The model's.
         folders (`dict`): Further folders that must hold a `config.json`, by the name of their argument.
 
     Raises:
@@ -121,9 +132,7 @@ def check_arguments(script: Any, args: Any, model: ModelConfig, folders: dict[st
         raise ValueError(
             "`dataset` is missing; give a hub name, or a JSONL, CSV or Parquet file with a `prompt` column"
         )
-    path = Path(model.model_name_or_path or "")
-    if len(path.parts) > 2 or path.is_absolute() or str(model.model_name_or_path).startswith("."):
-        folders = folders | {"model_name_or_path": model.model_name_or_path}
+    check_model("model_name_or_path", str(model.model_name_or_path), args.trust_remote_code)
     for name, folder in folders.items():
         if folder and not (Path(folder) / "config.json").is_file():
             raise FileNotFoundError(f"`{name}={folder}` has no config.json; give the folder of a saved one")
@@ -133,6 +142,14 @@ def check_arguments(script: Any, args: Any, model: ModelConfig, folders: dict[st
         raise ValueError(f"`eval_strategy={args.eval_strategy.value}` needs `eval_dataset`, got None")
     if args.resume_from_checkpoint:
         find_checkpoint(args.resume_from_checkpoint, args.output_dir, read=False)
+
+
+def load_part(argument: str, load: Callable[[str], Any], folder: str | None) -> Any:
+    """A codec or an embedder, whose errors name the argument; `None` where none is given."""
+    if not folder:
+        return None
+    with blaming(argument):
+        return load(folder)
 
 
 def load_datasets(script: PromptArguments, streaming: bool = False) -> tuple[Any, Any]:
@@ -146,7 +163,8 @@ def load_datasets(script: PromptArguments, streaming: bool = False) -> tuple[Any
 
 def model_init_kwargs(args: Any, model: ModelConfig) -> dict[str, Any]:
     """How the trainer loads the model."""
-    given = {"revision": model.model_revision, "attn_implementation": model.attn_implementation}
+    given: dict[str, Any] = {"use_safetensors": True}  # what cannot run code when it is read
+    given |= {"revision": model.model_revision, "attn_implementation": model.attn_implementation}
     return given | {"dtype": model.dtype} | (args.model_init_kwargs or {})
 
 

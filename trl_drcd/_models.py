@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path, PurePath
 from typing import Any
@@ -32,6 +33,41 @@ def read_json(file: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; copy or save it again")
     return content
+
+
+def arguments_of(kind: Any, config: dict[str, Any], where: str | Path) -> dict[str, Any]:
+    """
+    The entries of a configuration that are the arguments of a class, checked against its signature.
+
+    Raises:
+        ValueError: If an entry is unknown or missing, or has not the type that is annotated.
+    """
+    parameters = inspect.signature(kind, eval_str=True).parameters
+    if unknown := sorted(set(config) - set(parameters)):
+        raise ValueError(f"{where} has unknown entries {unknown}; known are {sorted(parameters)}")
+    if lacking := [n for n, p in parameters.items() if p.default is p.empty and n not in config]:
+        raise ValueError(f"{where} lacks {lacking}; copy or save it again")
+    for name, value in config.items():
+        kinds = parameters[name].annotation
+        if kinds in (int, float) and (isinstance(value, bool) or not isinstance(value, int | kinds)):
+            raise ValueError(f"{where} has `{name}={value!r}`; it must be a number")
+    return config
+
+
+def load_state(model: Any, file: Path) -> None:
+    """
+    Fill a module from a safetensors file.
+
+    Raises:
+        FileNotFoundError, ValueError: As [`open_safetensors`] does, or if the tensors are not those of the module.
+    """
+    with open_safetensors(file) as weights:
+        tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        cause = str(error).splitlines()[1].strip()
+        raise ValueError(f"{file} does not fit its config.json ({cause}); copy or save both again") from error
 
 
 def open_safetensors(file: Path) -> Any:
@@ -74,14 +110,14 @@ def weight_files(folder: Path) -> list[str]:
     return sorted(set(shards.values()))
 
 
-def check_model(argument: str, name: str | Path, trust_remote_code: bool = False) -> None:
+def check_model(argument: str, name: str | Path, trust_remote_code: bool | None = None) -> None:
     """
     Look at a local folder before a model is loaded from it; names of the hub are left to transformers.
 
     Args:
         argument (`str`): What the user calls it, for the messages.
         name (`str` or `Path`): A folder, or a name on the hub.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether its own code may be run.
+        trust_remote_code (`bool`, *optional*): Whether its own code may be run; `None` where nobody can say so.
 
     Raises:
         FileNotFoundError: If a path is none, or there is no model or no safetensors in it.
@@ -94,7 +130,8 @@ def check_model(argument: str, name: str | Path, trust_remote_code: bool = False
         return
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(
-            f"`{argument}={name}` is a LoRA adapter; merge it into its base first (`trl-drcd merge --base_model`)"
+            f"`{argument}={name}` is a LoRA adapter; merge it into its base first: "
+            "`interpolate_adapters([adapter], [1.0], folder, base_model=base)`"
         )
     try:
         config = read_json(folder / "config.json")
@@ -102,7 +139,9 @@ def check_model(argument: str, name: str | Path, trust_remote_code: bool = False
         if not trust_remote_code and needs_code(config):
             raise ValueError(
                 f"{folder} needs code of its own (`auto_map` in config.json), which is not run; use a model whose "
-                "class is in transformers, or read that code and set `trust_remote_code` where there is such an option"
+                "class is in transformers"
+                + ", or read that code and set `trust_remote_code`"
+                * (trust_remote_code is False)
             )
         for file in weight_files(folder):
             open_safetensors(folder / file)

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import TrainerCallback
 
 from ._files import write_text
+from ._prompts import check_feature, empty_rows, read_file, read_from_hub
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -44,17 +44,21 @@ def load_prompts(argument: str, name: str, split: str, streaming: bool = False) 
             raise ValueError(f"`{argument}={name}` has an unknown format; expected one of {sorted(FORMATS)}")
         if Path(name).stat().st_size == 0:
             raise ValueError(f"`{argument}={name}` is empty; it must have at least one row with a `prompt`")
-        dataset = load_dataset(FORMATS[suffix], data_files=name, split="train", streaming=streaming)
+        dataset = read_file(f"`{argument}={name}`", name, FORMATS[suffix], streaming)
     else:
-        dataset = load_dataset(name, split=split, streaming=streaming)
+        dataset = read_from_hub(f"`{argument}={name}`", name, split, streaming)
     columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know them before its first row
     if "prompt" not in columns:
         raise ValueError(f"`{argument}={name}` must have a column `prompt`, got columns {columns}")
     dataset = dataset.select_columns([c for c in ("prompt", "negative_prompt") if c in columns])
+    for column, feature in (dataset.features or {}).items():
+        check_feature(feature, f"column `{column}` of `{argument}={name}`")
     if streaming:
         return dataset
-    if empty := [row for row, prompt in enumerate(dataset["prompt"]) if not prompt]:
-        raise ValueError(f"`{argument}={name}` has no prompt in rows {empty[:8]} ({len(empty)} in all)")
+    if empty := empty_rows(dataset["prompt"]):
+        raise ValueError(
+            f"`{argument}={name}` has no prompt in rows {empty[:8]} ({len(empty)} in all); give each a prompt"
+        )
     return dataset
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from heapq import nlargest
 from typing import Any
 
-from datasets import Dataset, IterableDataset, Value
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, PromptLearningConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ._models import check_model
+from ._prompts import check_feature, empty_rows
 from .codecs import SpectralCodec
 from .config import CFGDistillDiversityConfig
 from .diversity import DiversityReward
@@ -31,26 +31,9 @@ def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
             raise ValueError(f"`{name}` must have a column `prompt`, got columns {dataset.column_names}")
         for column in ("prompt", "negative_prompt"):
             if dataset.features is not None and column in dataset.features:
-                _check_feature(dataset.features[column], f"column `{column}` of `{name}`")
-        if isinstance(dataset, Dataset) and (row := empty_row(dataset["prompt"])) is not None:
-            raise ValueError(f"`{name}` has an empty prompt in row {row}; give every row a prompt, or leave it out")
-
-
-def _check_feature(feature: Any, where: str) -> None:
-    """Prompts are texts, or lists of turns with `role` and `content`."""
-    if isinstance(feature, Value):
-        if feature.dtype not in ("string", "large_string", "string_view", "null"):
-            raise ValueError(f"{where} is of type {feature.dtype}; it must hold texts or lists of turns")
-        return
-    turn = getattr(feature, "feature", None)
-    keys = sorted(turn) if isinstance(turn, dict) else feature
-    if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
-        raise ValueError(f"{where} has {keys}; it must hold texts, or lists of turns with `role` and `content`")
-
-
-def empty_row(prompts: Iterable[Any]) -> int | None:
-    """The first prompt that is an empty text, a conversation without turns, or nothing; `None` if all are well."""
-    return next((row for row, prompt in enumerate(prompts) if not prompt), None)
+                check_feature(dataset.features[column], f"column `{column}` of `{name}`")
+        if isinstance(dataset, Dataset) and (empty := empty_rows(dataset["prompt"])):
+            raise ValueError(f"`{name}` has no prompt in row {empty[0]}; give every row a prompt, or leave it out")
 
 
 def check_rollout_size(train_dataset: Any, args: CFGDistillDiversityConfig) -> None:
@@ -170,10 +153,22 @@ def check_longest(policy: Policy, dataset: Any, args: CFGDistillDiversityConfig,
     """[`check_lengths`] of the prompts that are longest as texts, before any is sampled; not of a stream."""
     if not policy.rolls_out_with_trl:
         return  # an encoder reads the prompt
-    check_lengths([[]], "an empty prompt", args.max_completion_length, model)
-    if isinstance(dataset, Dataset):
-        longest = nlargest(8, dataset["prompt"], key=lambda prompt: len(str(prompt)))
-        check_lengths(tokenize(longest)[0], "a prompt of `train_dataset`", args.max_completion_length, model)
+    if not isinstance(dataset, Dataset):
+        return
+    parts = {"a prompt": tokenize(nlargest(8, dataset["prompt"], key=_size))[0]}
+    if args.guidance_scale != 1:
+        rows = dataset.select(range(1))
+        if "negative_prompt" in dataset.column_names:
+            negative = list(dataset["negative_prompt"])
+            rows = dataset.select(nlargest(8, range(len(dataset)), key=lambda row: _size(negative[row])))
+        parts["a negative prompt"] = policy.negative_prompt_ids(list(rows), args.negative_prompt)
+    for what, ids in parts.items():
+        check_lengths(ids, f"`train_dataset`: {what}", args.max_completion_length, model)
+
+
+def _size(prompt: Any) -> int:
+    """Characters of a prompt, a text or a conversation."""
+    return len(str(prompt))
 
 
 def check_lengths(sequences: list[list[int]], what: str, max_completion_length: int | None, model: Any) -> None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ._arguments import check_types, one_line_errors, parse
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 TRAINERS = {"music": "musiclm_drcd.py", "text": "text_drcd.py"}
 
@@ -46,6 +48,9 @@ class MergeArguments:
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace a folder that is not empty."})
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
 
 def ends(arguments: MergeArguments) -> tuple[list[str], list[float]]:
     """
@@ -75,7 +80,7 @@ def merge(argv: list[str]) -> None:
 
     kind: Any = MergeArguments
     parser = TrlParser(kind, prog="trl-drcd merge", description=merge.__doc__)
-    (arguments,) = parser.parse_args_and_config(argv)
+    (arguments,) = parse(parser, argv)
     from trl_drcd.merging import interpolate_adapters, merge_with_mergekit
     from trl_drcd.merging.folders import find_folder, recorded_base
     from trl_drcd.merging.verify import check_that_it_generates
@@ -132,7 +137,7 @@ def evaluate(argv: list[str]) -> None:
 
     kind: Any = EvaluateArguments
     parser = TrlParser(kind, prog="trl-drcd evaluate", description=evaluate.__doc__)
-    (arguments,) = parser.parse_args_and_config(argv)
+    (arguments,) = parse(parser, argv)
     run(arguments)
     print(f"Report: {arguments.output_dir}/report.html   (numbers: results.jsonl, summary.csv)")
 
@@ -146,10 +151,8 @@ def main(argv: list[str] | None = None) -> None:
     if not words or words[0] not in COMMANDS:
         print(f"usage: trl-drcd COMMAND ...; `trl-drcd COMMAND --help` says more\n\ncommands: {', '.join(COMMANDS)}")
         raise SystemExit(0 if words and words[0] in ("-h", "--help") else 2)
-    try:
+    with one_line_errors(f"trl-drcd {words[0]}"):
         COMMANDS[words[0]](words[1:])
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        raise SystemExit(f"trl-drcd {words[0]}: error: {error}") from error
 
 
 if __name__ == "__main__":

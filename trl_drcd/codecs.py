@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
+
+from ._models import arguments_of, open_safetensors, read_json
 
 
 class SpectralCodec(nn.Module):
@@ -57,6 +59,9 @@ class SpectralCodec(nn.Module):
         super().__init__()
         if codebooks.dim() != 3:
             raise ValueError(f"codebooks has shape {tuple(codebooks.shape)}; it must be (K, C, M)")
+        for name, value in {"sampling_rate": sampling_rate, "n_fft": n_fft, "hop_length": hop_length}.items():
+            if value < 1:
+                raise ValueError(f"the codec has `{name}={value}`; it must be a positive number")
         self.num_codebooks, self.codebook_size, self.num_mels = codebooks.shape
         self.first_token_id, self.sampling_rate, self.n_fft = first_token_id, sampling_rate, n_fft
         self.hop_length, self.floor, self.iterations = hop_length, floor, iterations
@@ -194,11 +199,27 @@ class SpectralCodec(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> SpectralCodec:
-        """Read what `save_pretrained` wrote."""
-        config = json.loads((Path(directory) / "config.json").read_text())
+        """
+        Read what `save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If one is broken, or it is another codec.
+        """
+        folder = Path(directory)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} has no config.json; give the folder of a codec")
+        config = read_json(folder / "config.json")
         if config.pop("codec_type", None) != "spectral":
-            raise ValueError(f"{directory} holds no spectral codec: its config.json lacks `codec_type: spectral`")
-        return cls(load_file(Path(directory) / "codec.safetensors")["codebooks"].float(), **config)
+            raise ValueError(
+                f"{directory} holds no spectral codec: its config.json lacks `codec_type: spectral`; give the folder "
+                "of a codec"
+            )
+        with open_safetensors(folder / "codec.safetensors") as tensors:
+            if "codebooks" not in tensors.keys():  # noqa: SIM118
+                raise ValueError(f"{folder / 'codec.safetensors'} has no `codebooks`; copy or save it again")
+            codebooks = tensors.get_tensor("codebooks").float()
+        return cls(**arguments_of(cls, {"codebooks": codebooks} | config, folder / "config.json"))
 
 
 def is_coded(steps: int, num_codebooks: int) -> torch.Tensor:

@@ -109,6 +109,10 @@ class CFGDistillDiversityConfig(RLOOConfig):
             self.bf16 = False  # TRL's default would be an error on a machine without a GPU
         super().__post_init__()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What `training_args.bin` holds: everything but the user's token."""
+        return self.__dict__ | {"hub_token": None}
+
     def _check_sampling(self) -> None:
         """Refuse what would make the sampled distribution another one than the scored one."""
         neutral = {

@@ -166,13 +166,19 @@ class DiversityReward:
             `torch.Tensor`: Shape `(b, D)`, float32 at least, on the process's device.
 
         Raises:
+            TypeError: If the embedder returns no numbers.
             ValueError: If the embedder does not return one vector per completion.
         """
         if self.codec is not None:
             inputs: list = self.codec.decode(completion_ids)
         else:
             inputs = [c if isinstance(c, str) else "\n".join(turn["content"] for turn in c) for c in completions]
-        embeddings = torch.as_tensor(self.embedder(inputs))
+        output = self.embedder(inputs)
+        try:
+            embeddings = torch.as_tensor(output)
+        except (TypeError, ValueError) as error:
+            kind = type(output).__name__
+            raise TypeError(f"`embedder` must return a tensor of shape ({len(inputs)}, D), got {kind}") from error
         if embeddings.ndim != 2 or embeddings.shape[0] != len(inputs):
             raise ValueError(
                 f"`embedder` must return shape ({len(inputs)}, D) for {len(inputs)} completions, got "

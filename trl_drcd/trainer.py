@@ -149,6 +149,8 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
             [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         )
         check_rewards(args, extra_rewards, embedder)
+        if isinstance(model, str):
+            args.model_init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})
         revision = (args.model_init_kwargs or {}).get("revision")
         family = policy_class(model, revision)
         check_family(family, args)

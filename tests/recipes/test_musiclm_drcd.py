@@ -120,7 +120,7 @@ def test_lora_with_a_yaml_file(world, tmp_path, capsys):
     ("changed", "message"),
     [
         ({"dataset": "none.jsonl"}, "`dataset=none.jsonl` is no file"),
-        ({"model_name_or_path": "./none"}, "`model_name_or_path=./none` has no config.json"),
+        ({"model_name_or_path": "./none"}, "`model_name_or_path=./none` is no folder"),
         ({"codec": "./none"}, "`codec=./none` has no config.json"),
         ({"top_k": 50}, "`top_k=50` samples from another distribution"),
         ({"num_generations": 1}, "`num_generations` must be at least 2"),

@@ -119,7 +119,7 @@ def test_three_steps_on_smollm2(smollm2, tmp_path, monkeypatch):
     [
         ({"dataset": "none.jsonl"}, "`dataset=none.jsonl` is no file"),
         ({"diversity_coef": 1}, "`diversity_coef=1.0` needs `embedder`"),
-        ({"model_name_or_path": "./none"}, "`model_name_or_path=./none` has no config.json"),
+        ({"model_name_or_path": "./none"}, "`model_name_or_path=./none` is no folder"),
         ({"model_name_or_path": "outputs/smollm2"}, "Run: python recipes/get_smollm2.py"),
         ({"eval_strategy": "steps"}, "`eval_strategy=steps` needs `eval_dataset`"),
     ],

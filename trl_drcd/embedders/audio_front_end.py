@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from trl_drcd._extras import require
+from trl_drcd._models import arguments_of, load_state, open_safetensors, read_json
 
 MINIMUM_RMS = 1e-3  # quieter audio is not amplified any further, so that silence stays silence
 MEL_FLOOR = 1e-3  # added to the mel power of audio of unit RMS before the logarithm
@@ -30,18 +32,24 @@ def check_waveform(waveform: Any, sampling_rate: Any, index: int) -> torch.Tenso
         index (`int`): Position in the caller's list, for the messages.
 
     Raises:
-        TypeError: If the samples are not floating-point numbers.
+        TypeError: If the samples are not floating-point numbers, or the rate is no number.
         ValueError: If the waveform is not 1-D (average the channels of stereo first), holds NaN or infinity, or the
             sampling rate is not a positive whole number.
     """
-    waveform = torch.as_tensor(waveform)
+    try:
+        waveform = torch.as_tensor(waveform)
+    except (TypeError, ValueError) as error:
+        kind = type(waveform).__name__
+        raise TypeError(f"audio[{index}] has samples of type {kind}; expected floats in [-1, 1]") from error
     if not waveform.is_floating_point():
         raise TypeError(f"audio[{index}] has samples of type {waveform.dtype}; expected floats in [-1, 1]")
     if waveform.ndim != 1:
         raise ValueError(
             f"audio[{index}] has shape {tuple(waveform.shape)}; expected one channel, shape (T,): average the channels"
         )
-    if sampling_rate != int(sampling_rate) or sampling_rate <= 0:
+    if not isinstance(sampling_rate, int | float | np.number):
+        raise TypeError(f"audio[{index}] has sampling rate {sampling_rate!r}; expected a positive whole number of Hz")
+    if not sampling_rate > 0 or sampling_rate % 1:
         raise ValueError(f"audio[{index}] has sampling rate {sampling_rate}; expected a positive whole number of Hz")
     waveform = waveform.detach().to("cpu", torch.float32)
     if not torch.isfinite(waveform).all():
@@ -195,14 +203,17 @@ class SavedModule(nn.Module, ModelHubMixin, library_name="trl-drcd", repo_url=No
 
         Raises:
             FileNotFoundError: If a folder lacks a file.
-            ValueError: If it holds another class.
+            ValueError: If it holds another class, or a file is broken.
         """
         directory = Path(pretrained_model_name_or_path)
         # A relative path of more than two parts, or one that exists, is no name of the hub
         if directory.exists() or directory.is_absolute() or len(directory.parts) != 2:
-            for name in ("config.json", "model.safetensors"):
-                if not (directory / name).is_file():
-                    raise FileNotFoundError(f"{directory} has no {name}; expected a folder that save_pretrained wrote")
+            if not (directory / "config.json").is_file():
+                raise FileNotFoundError(
+                    f"{directory} has no config.json; expected a folder that save_pretrained wrote"
+                )
+            read_json(directory / "config.json")
+            open_safetensors(directory / "model.safetensors")
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
@@ -218,9 +229,9 @@ class SavedModule(nn.Module, ModelHubMixin, library_name="trl-drcd", repo_url=No
                 local_files_only=local_files_only, token=token,
             )  # fmt: skip
 
-        config = json.loads(Path(path("config.json")).read_text(encoding="utf-8"))
+        config = read_json(path("config.json"))
         if (found := config.pop("model_class", None)) != cls.__name__:
             raise ValueError(f"{model_id} holds a {found}; expected a {cls.__name__}")
-        model = cls(**(config | model_kwargs))
-        model.load_state_dict(load_file(path("model.safetensors")))
+        model = cls(**arguments_of(cls, config | model_kwargs, path("config.json")))
+        load_state(model, Path(path("model.safetensors")))
         return model.eval()

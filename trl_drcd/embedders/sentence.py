@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from trl_drcd._extras import require
+from trl_drcd._models import PICKLES, is_hub_name
 
 
 class SentenceEmbedder:
@@ -24,12 +26,15 @@ class SentenceEmbedder:
         device (`str`, *optional*): Where the encoder runs; sentence-transformers chooses if `None`.
 
     Raises:
+        FileNotFoundError: If a path is given, and it is no encoder in safetensors.
         ImportError: If sentence-transformers is missing; it comes with the extra `text`.
     """
 
     def __init__(self, model: Any, batch_size: int = 64, device: str | None = None) -> None:
         if isinstance(model, str):
-            model = require("sentence_transformers", "text").SentenceTransformer(model, device=device)
+            _check_folder(model)
+            sentence_transformers = require("sentence_transformers", "text")
+            model = sentence_transformers.SentenceTransformer(model, device=device, trust_remote_code=False)
         self.model = model.eval()
         self.batch_size = batch_size
 
@@ -77,3 +82,20 @@ class SentenceEmbedder:
         ).float().cpu()  # fmt: skip
         sums = torch.zeros(len(row_of), vectors.shape[1]).index_add_(0, owners, vectors * weights[:, None])
         return torch.nn.functional.normalize(sums, dim=-1)[[row_of[text] for text in texts]]
+
+
+def _check_folder(name: str) -> None:
+    """Refuses a path that does not exist, and weights that are pickled."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.exists() or not is_hub_name(name):
+            raise FileNotFoundError(
+                f"`model={name}` is no folder; give the folder of a sentence encoder, or a hub name"
+            )
+        return
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in PICKLES and not list(file.parent.glob("*.safetensors")):
+            raise FileNotFoundError(
+                f"`model={name}` has no safetensors beside {file.relative_to(folder)}, a pickle, which could run code "
+                "when it is read: save the encoder as safetensors"
+            )

@@ -27,6 +27,7 @@ from trl_drcd.codecs import SpectralCodec
 from trl_drcd.policies import policy_for
 
 from . import plots
+from .checks import check_ends, check_parts, check_settings
 from .judging import Judges, judge_samples
 from .metrics import bootstrap_interval, per_prompt, teacher_terms
 from .report import comparison_page
@@ -79,10 +80,7 @@ class EvaluateArguments:
     listen: int = field(default=4, metadata={"help": "Prompts on the page, one sample of each strategy."})
 
     def __post_init__(self) -> None:
-        least = {"num_prompts": 2, "samples_per_prompt": 2, "max_new_tokens": 1, "batch_size": 1, "listen": 0}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"`{name}` must be at least {value}, got {getattr(self, name)}")
+        check_settings(self)
 
     @property
     def fingerprint(self) -> str:
@@ -111,6 +109,7 @@ def evaluate(args: EvaluateArguments, extra_metrics: dict[str, Any] | None = Non
         ValueError: If a strategy is not well-formed, or there are fewer prompts than asked for; before any sampling.
     """
     rows = expand(args.strategies)
+    check_parts(args)
     prompts = distinct(load_prompts("dataset", args.dataset, args.dataset_split)["prompt"], args.num_prompts)
     if len(prompts) < args.num_prompts:
         raise ValueError(
@@ -120,7 +119,8 @@ def evaluate(args: EvaluateArguments, extra_metrics: dict[str, Any] | None = Non
     done = read_results(file, args.fingerprint)
     if waiting := [row for row in rows if row.slug not in done]:
         models, judges = Models(args.model), Judges.load(args, extra_metrics or {})
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        check_ends(models.base, waiting)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
         for number, row in enumerate(waiting, 1):
             print(f"[{number}/{len(waiting)}] {row.name}", flush=True)
             result = measure(row, models, tokenizer, prompts, judges, args)

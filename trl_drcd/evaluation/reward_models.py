@@ -47,6 +47,7 @@ class RewardModel:
         """
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+        kwargs = {"trust_remote_code": False} | kwargs
         outputs = AutoConfig.from_pretrained(name_or_path, **kwargs).num_labels
         if outputs != 1:
             raise ValueError(f"`reward_model={name_or_path}` has {outputs} outputs; a reward model has one")

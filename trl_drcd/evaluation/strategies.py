@@ -8,16 +8,21 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from trl_drcd._arguments import shown
+from trl_drcd._models import check_adapter_folder, check_model, load_model
 from trl_drcd.merging import hold_checkpoints, set_interpolation_weight
+from trl_drcd.merging.blend import check_weights
 
 SWEPT = ("guidance_scale", "temperature", "interpolation_weight")
+MAX_NAME, MAX_SWEEP = 100, 1000
 
 
 @dataclass(frozen=True)
@@ -73,52 +78,93 @@ def expand(strategies: Sequence[dict[str, Any]]) -> list[Row]:
         `list[Row]`: In order.
 
     Raises:
-        ValueError: If a key is unknown, a value out of its range, or a name is used twice.
+        FileNotFoundError: If a model's folder is not there, or has no safetensors.
+        TypeError: If it is no list.
+        ValueError: If a key is unknown, a value out of its range, a name is used twice, or a model's folder is broken.
     """
+    if not isinstance(strategies, list | tuple):
+        raise TypeError(f"`strategies` must be a list of mappings, got {shown(strategies)}")
     rows: list[Row] = []
     for number, strategy in enumerate(strategies):
         where = f"`strategies[{number}]`"
         known = {field.name for field in fields(Row)} - {"strategy"} | {"name", "model"}
-        if not isinstance(strategy, dict) or not strategy.get("name"):
-            raise ValueError(f"{where} must be a mapping with a `name`, got {strategy!r}")
-        where = f"{where} ({strategy['name']})"
-        if unknown := sorted(set(strategy) - known):
+        if not isinstance(strategy, dict) or not isinstance(strategy.get("name"), str) or not strategy["name"].strip():
+            raise ValueError(f"{where} must be a mapping with a `name`, a text, got {shown(strategy)}")
+        name = strategy["name"]
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise ValueError(
+                f"{where} must have a `name` of at most {MAX_NAME} printable characters, got {shown(name)}"
+            )
+        where = f"{where} ({name})"
+        if unknown := sorted(map(str, set(strategy) - known)):
             raise ValueError(f"{where} has {unknown}; known are {sorted(known)}")
-        if strategy["name"] in {row.strategy for row in rows}:
+        if name in {row.strategy for row in rows}:
             raise ValueError(f"{where} has the name of an earlier one; a sweep is one strategy with a list")
-        swept = [name for name in SWEPT if isinstance(strategy.get(name), list)]
+        swept = [part for part in SWEPT if isinstance(strategy.get(part), list)]
         if len(swept) > 1:
             raise ValueError(f"{where} sweeps {swept}; one list at most")
         values: list[Any] = strategy[swept[0]] if swept else [None]
+        if not 0 < len(values) <= MAX_SWEEP:
+            raise ValueError(
+                f"{where}: `{swept[0]}` must hold at least one value and at most {MAX_SWEEP}, got {len(values)}: "
+                f"{shown(values, 40)}"
+            )
         for value in values:
             one = {k: v for k, v in strategy.items() if k != "name"} | ({swept[0]: value} if swept else {})
-            rows.append(_row(strategy["name"], one, where))
+            rows.append(_row(name, one, where))
     if not rows:
         raise ValueError("`strategies` is empty; give at least one, e.g. `- {name: base}`")
     return rows
 
 
 def _row(name: str, given: dict[str, Any], where: str) -> Row:
-    model, models = given.pop("model", None), given.pop("models", None)
-    if model and models:
-        raise ValueError(f"{where} has `model` and `models`; give one of them")
-    models = [model] if model else list(models or [])
-    weights, at = given.pop("weights", None), given.get("interpolation_weight")
+    for part in (*SWEPT, "diversity_coef"):
+        value = given.get(part)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise ValueError(f"{where}: `{part}` must be a number, got {shown(value)}")
+    if not isinstance(given.get("negative_prompt"), str | None):
+        raise ValueError(f"{where}: `negative_prompt` must be a text, got {shown(given['negative_prompt'])}")
+    models, weights = _ends(given, where), given.pop("weights", None)
+    at = given.get("interpolation_weight")
     if at is not None:
         if len(models) != 2 or weights:
-            raise ValueError(f"{where}: `interpolation_weight` is for two `models` without `weights`")
+            raise ValueError(f"{where}: `interpolation_weight` is for two `models` without `weights`, got {models}")
         if not 0 <= at <= 1:
             raise ValueError(f"{where}: `interpolation_weight` must be in [0, 1], got {at}")
         weights = [1 - at, at]
     weights = weights or [1 / len(models) for _ in models]
-    if len(weights) != len(models) or (models and not math.isclose(sum(weights), 1, abs_tol=1e-6)):
-        raise ValueError(f"{where}: `weights` must be {len(models)} numbers that sum to 1, got {weights}")
-    row = Row(name, tuple(map(str, models)), tuple(weights), **given)
+    try:
+        weights = check_weights(weights, len(models)) if models or weights else []
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    row = Row(name, tuple(models), tuple(weights), **given)
     if not row.guidance_scale >= 0 or not math.isfinite(row.guidance_scale):
         raise ValueError(f"{where}: `guidance_scale` must be finite and at least 0, got {row.guidance_scale}")
     if not row.temperature > 0 or not math.isfinite(row.temperature):
         raise ValueError(f"{where}: `temperature` must be finite and above 0, got {row.temperature}")
     return row
+
+
+def _ends(given: dict[str, Any], where: str) -> list[str]:
+    """The models of a strategy, whose folders, where they are local, are looked at."""
+    model, models = given.pop("model", None), given.pop("models", None)
+    if model and models:
+        raise ValueError(f"{where} has `model` and `models`; give one of them")
+    if not isinstance(models, list | None):
+        raise ValueError(f"{where}: `models` must be a list of folders or hub names, got {shown(models)}")
+    ends = [model] if model else list(models or [])
+    for end in ends:
+        if not isinstance(end, str):
+            raise ValueError(f"{where}: `model` must be a folder or a hub name, got {shown(end)}")
+    adapters = [(Path(end) / "adapter_config.json").is_file() for end in ends]
+    if any(adapters) and not all(adapters):
+        raise ValueError(f"{where}: `models` mixes checkpoints and adapters: {ends}; merge the adapters first")
+    for end, adapter in zip(ends, adapters, strict=True):
+        try:
+            check_adapter_folder("model", Path(end)) if adapter else check_model("model", end)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"{where}: {error}") from error
+    return ends
 
 
 class Models:
@@ -149,8 +195,6 @@ class Models:
 
     def _assemble(self, names: tuple[str, ...]) -> Any:
         adapters = [(Path(name) / "adapter_config.json").is_file() for name in names]
-        if any(adapters) and not all(adapters):
-            raise ValueError(f"`models` mixes checkpoints and adapters: {list(names)}; merge the adapters first")
         if all(adapters):
             model: Any = PeftModel.from_pretrained(self._load(self.base_name), names[0], adapter_name="end0")
             for index, name in enumerate(names[1:], 1):
@@ -162,8 +206,5 @@ class Models:
         return model
 
     def _load(self, name: str) -> PreTrainedModel:
-        import transformers
-
-        config: Any = AutoConfig.from_pretrained(name)
-        kind = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
-        return kind.from_pretrained(name, dtype=self.dtype).eval()
+        model: PreTrainedModel = load_model(name, dtype=self.dtype).eval()
+        return model

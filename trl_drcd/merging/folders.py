@@ -78,7 +78,9 @@ def new_folder(output_dir: str | Path, parents: Sequence[Path], overwrite: bool)
     for parent in parents:
         if output.resolve() in (parent.resolve(), *parent.resolve().parents):
             raise ValueError(f"`output_dir={output}` holds the model {parent} that is merged; give another folder")
-    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not overwrite):
+    if output.is_file():
+        raise FileExistsError(f"`output_dir={output}` is a file; give a folder")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise FileExistsError(f"`output_dir={output}` is not an empty folder; give another, or set `overwrite`")
     temporary, replaced = (output.with_name(f".{output.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     temporary.mkdir(parents=True)

@@ -111,7 +111,9 @@ def policy_class(model: Any, revision: str | None = None) -> type[CausalLMPolicy
     if model_type != "musicgen":
         return CausalLMPolicy
     MusicgenPolicy.check_config(
-        AutoConfig.from_pretrained(model, revision=revision) if isinstance(model, str) else model.config
+        AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+        if isinstance(model, str)
+        else model.config
     )
     return MusicgenPolicy
 

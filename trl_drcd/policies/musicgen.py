@@ -81,7 +81,7 @@ class MusicgenPolicy:
         """The T5 tokenizer: TRL would take MusicGen's processor for that of a vision model."""
         if given is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
-            given = AutoTokenizer.from_pretrained(name, revision=revision)
+            given = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         return given.tokenizer if isinstance(given, ProcessorMixin) else given
 
     @staticmethod

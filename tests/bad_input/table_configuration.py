@@ -1,0 +1,55 @@
+"""Bad values of `CFGDistillDiversityConfig`."""
+
+from typing import Any
+
+from bad_world import Bad
+
+NAN, INF = float("nan"), float("inf")
+
+
+def row(name: str, value: str, remedy: str, error: type[BaseException] = ValueError, **overrides: Any) -> Bad:
+    """A configuration with these overrides; the first of them is to blame."""
+    argument = f"`{next(iter(overrides))}"
+    return Bad(name, lambda world, tmp: world.config(tmp, **overrides), error, argument, value, remedy)
+
+
+ROWS = [
+    row("guidance NaN", "nan", "finite and at least 1 (the paper's is 3)", guidance_scale=NAN),
+    row("guidance infinite", "inf", "finite and at least 1", guidance_scale=INF),
+    row("guidance below 1", "0.5", "at least 1", guidance_scale=0.5),
+    row("guidance as a word", "'three'", "must be a number", TypeError, guidance_scale="three"),
+    row("guidance none", "None", "must be a number", TypeError, guidance_scale=None),
+    row("temperature zero", "0.0", "above 0 (the paper's is 0.99)", temperature=0.0),
+    row("temperature NaN", "nan", "finite and above 0", temperature=NAN),
+    row("temperature true", "True", "must be a number", TypeError, temperature=True),
+    row("coefficient negative", "-1.0", "finite and at least 0", diversity_coef=-1.0),
+    row("coefficient NaN", "nan", "finite and at least 0", diversity_coef=NAN),
+    row("warm-up negative", "-1", "at least 0", diversity_warmup_steps=-1),
+    row("warm-up of half a step", "2.5", "a whole number", TypeError, diversity_warmup_steps=2.5),
+    row("one generation", "1", "at least 2", num_generations=1),
+    row("generations in words", "'four'", "a whole number", TypeError, num_generations="four"),
+    row("a batch of parts of groups", "6", "multiple of `num_generations=4`", per_device_train_batch_size=6),
+    row("batch of nothing", "0", "at least 1", per_device_train_batch_size=0),
+    row("no accumulation", "0", "at least 1", gradient_accumulation_steps=0),
+    row("completions without a token", "0", "at least 1", max_completion_length=0),
+    row("learning rate NaN", "nan", "finite and at least 0", learning_rate=NAN),
+    row("learning rate negative", "-0.1", "finite and at least 0", learning_rate=-0.1),
+    row("weights of rewards NaN", "nan", "finite", reward_weights=[NAN]),
+    row("truncation to the likeliest", "50", "set `top_k=0`", top_k=50),
+    row("truncation to a share", "0.9", "set `top_p=1.0`", top_p=0.9),
+    row("penalty for repetition", "1.2", "set `repetition_penalty=1.0`", repetition_penalty=1.2),
+    row("sampling behind the back", "['typical_p']", "allowed are", generation_kwargs={"typical_p": 0.5}),
+    row("sampling options torn", '{"cache', "a mapping, or one in JSON", generation_kwargs='{"cache'),
+    row("sampling options in a list", "[1]", "a mapping, or one in JSON", generation_kwargs=[1]),
+    row("dropout", "False", "set it to True", disable_dropout=False),
+    row("TRL's penalty", "0.05", "set `beta=0`", beta=0.05),
+    row("sample steps negative", "-1", "at least 0", sample_steps=-1),
+    row("sample prompts as one text", "'slow harp'", "a list of texts or none", TypeError, sample_prompts="slow harp"),
+    row("sample prompts without a prompt", "[]", "at least one", sample_steps=1, sample_prompts=[]),
+    row("an empty sample prompt", "['']", "not empty", sample_prompts=[""]),
+    row("half a character in a sample prompt", "\\ud800", "valid Unicode", sample_prompts=["slow \ud800"]),
+    row("half a character in the negative prompt", "\\ud800", "valid Unicode", negative_prompt="bad \ud800"),
+    row("negative prompt as a number", "3", "a text or none", TypeError, negative_prompt=3),
+]
+# What is to blame is the second override where the first only turns the feature on
+ROWS[31].argument = "`sample_prompts"

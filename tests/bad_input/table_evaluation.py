@@ -1,0 +1,127 @@
+"""Bad evaluations: strategies, settings, judges, and results that are there already."""
+
+from pathlib import Path
+from typing import Any
+
+from bad_world import Bad
+
+BASE = {"name": "base"}
+
+
+def strategy(title: str, value: str, remedy: str, argument: str = "`strategies[1]`", **changed: Any) -> Bad:
+    """The base and one more strategy, to which `{model}` and the like are names of folders of the world."""
+
+    def act(world: Any, tmp: Path) -> None:
+        def place(item: Any) -> Any:
+            return str(world / item[1:-1]) if isinstance(item, str) and item.startswith("{") else item
+
+        given = {
+            key: [place(part) for part in item] if isinstance(item, list) else place(item)
+            for key, item in ({"name": "x"} | changed).items()
+        }
+        world.evaluate(tmp, strategies=[BASE, given])
+
+    return Bad(title, act, ValueError, argument, value, remedy)
+
+
+def setting(name: str, value: str, remedy: str, error: type[BaseException] = ValueError, **changed: Any) -> Bad:
+    """A setting of the evaluation; `{codec}` and the like are folders of the world."""
+
+    def act(world: Any, tmp: Path) -> None:
+        places = {
+            key: str(world / item[1:-1]) if isinstance(item, str) and item.startswith("{") else item
+            for key, item in changed.items()
+        }
+        world.evaluate(tmp, **places)
+
+    return Bad(name, act, error, f"`{next(iter(changed))}", value, remedy)
+
+
+def changed_model(
+    name: str, change: Any, error: type[BaseException], value: str, remedy: str, argument: str = "`strategies[1]`"
+) -> Bad:
+    """A strategy whose model is `change(world, tmp)`, after one that could be sampled."""
+
+    def act(world: Any, tmp: Path) -> None:
+        world.evaluate(tmp, strategies=[BASE, {"name": "x", "model": str(change(world, tmp))}])
+
+    return Bad(name, act, error, argument, value, remedy)
+
+
+def other_vocabulary(world: Any, tmp: Path) -> Path:
+    world.model(vocab_size=99).save_pretrained(tmp / "wide")
+    return tmp / "wide"
+
+
+def wrong_preference(world: Any, tmp: Path) -> None:
+    world.evaluate(tmp, preference=str(world / "embedder"), codec=str(world / "codec"))
+
+
+def into_a_file(world: Any, tmp: Path) -> None:
+    (tmp / "out").touch()
+    world.evaluate(tmp)
+
+
+ROWS = [
+    setting("no strategies", "empty", "give at least one", strategies=[]),
+    setting("strategies as a word", "'base'", "a list of mappings", TypeError, strategies="base"),
+    setting("strategies as a mapping", "{'name': 'base'}", "a list of mappings", TypeError, strategies=BASE),
+    setting("a strategy that is a word", "'base'", "a mapping with a `name`", strategies=["base"]),
+    strategy("an unknown key", "['gamma']", "known are", gamma=3),
+    strategy("a name that is a number", "3", "a `name`", name=3),
+    strategy("a name with control characters", "\\x1b", "printable", name="x\x1b[2J"),
+    strategy("a name with a line break", "\\n", "printable", name="x\ny"),
+    strategy("a name that turns the writing round", "\\u202e", "printable", name="x\u202ey"),
+    strategy("an enormous name", "(100002 characters)", "at most 100", name="x" * 100_000),
+    strategy("a name twice", "base", "a sweep is one strategy with a list", name="base"),
+    strategy("two sweeps at once", "['guidance_scale', 'temperature']", "one list at most",
+             guidance_scale=[1], temperature=[1]),
+    strategy("a sweep of nothing", "[]", "at least one value", temperature=[]),
+    strategy("an enormous sweep", "10001", "at most", temperature=[1.0] * 10_001),
+    strategy("guidance in words", "'high'", "a number", guidance_scale="high"),
+    strategy("guidance NaN in a sweep", "nan", "finite and at least 0", guidance_scale=[1, float("nan")]),
+    strategy("temperature below 0", "-1", "above 0", temperature=-1),
+    strategy("temperature true", "True", "a number", temperature=True),
+    strategy("coefficient in words", "'much'", "a number", diversity_coef="much"),
+    strategy("negative prompt as a number", "3", "a text", negative_prompt=3, guidance_scale=2),
+    strategy("a model and models", "give one of them", "`models`", model="{model}", models=["{other}"]),
+    strategy("models as one word", "'ab'", "a list of folders", models="ab"),
+    strategy("a model that is a number", "3", "a folder or a hub name", model=3),
+    strategy("lambda beyond 1", "1.5", "in [0, 1]", models=["{model}", "{other}"], interpolation_weight=1.5),
+    strategy("lambda in words", "'half'", "a number", models=["{model}", "{other}"], interpolation_weight="half"),
+    strategy("lambda for one model", "['", "for two `models`", models=["{model}"], interpolation_weight=0.5),
+    strategy("weights that sum to more", "[0.5, 0.6]", "sum to 1", models=["{model}", "{other}"], weights=[0.5, 0.6]),
+    strategy("weights in words", "['a', 'b']", "numbers", models=["{model}", "{other}"], weights=["a", "b"]),
+    strategy("an adapter among models", "adapter", "merge the adapters first", models=["{model}", "{adapter}"]),
+    changed_model("a model that is not there", lambda w, tmp: tmp / "none", FileNotFoundError, "none",
+                  "give the folder of a saved model"),
+    changed_model("a model torn", lambda w, tmp: w.torn("model", tmp), ValueError, "safetensors", "copy or save it"),
+    changed_model("a model pickled", lambda w, tmp: w.pickled("model", tmp), FileNotFoundError, "pytorch_model.bin",
+                  "save the model as safetensors"),
+    changed_model("a model with code of its own", lambda w, tmp: w.with_code("model", tmp), ValueError, "auto_map",
+                  "is not run"),
+    changed_model("an adapter pickled",
+                  lambda w, tmp: w.pickled("adapter", tmp, "adapter_model.safetensors", "adapter_model.bin"),
+                  FileNotFoundError, "adapter_model.bin", "as safetensors"),
+    changed_model("a model of another vocabulary", other_vocabulary, ValueError, "(99, 16)", "one vocabulary",
+                  "`strategies` (x)"),
+    setting("a base that is not there", "/none", "give the folder", FileNotFoundError, model="/none"),
+    setting("one prompt", "1", "at least 2", num_prompts=1),
+    setting("one sample", "1", "at least 2", samples_per_prompt=1),
+    setting("prompts in words", "'all'", "a whole number", TypeError, num_prompts="all"),
+    setting("batches of nothing", "0", "at least 1", batch_size=0),
+    setting("more prompts than there are", "99", "has 8 different prompts", num_prompts=99),
+    setting("teacher's guidance below 0", "-1", "finite and at least 0", guidance_scale=-1),
+    setting("a seed below 0", "-1", "at least 0", seed=-1),
+    setting("a codec that is not there", "/none", "give the folder of a codec", FileNotFoundError, codec="/none"),
+    setting("an embedder for a codec", "embedder", "give the folder of a codec", codec="{embedder}"),
+    setting("a codec for an embedder", "codec", "an embedder", embedder="{codec}"),
+    setting("an embedder that hears, of texts", "embedder", "completions are texts", embedder="{embedder}"),
+    setting("an embedder for a judge", "embedder", "no judge", judge="{embedder}", codec="{codec}"),
+    Bad("an embedder for a preference model", wrong_preference, ValueError, "embedder holds", "MusicEmbedder",
+        "expected a PreferenceModel"),
+    setting("a judge that is not there", "/none", "give", FileNotFoundError, judge="/none"),
+    Bad("output that is a file", into_a_file, FileExistsError, "`output_dir=", "out", "give a folder"),
+]  # fmt: skip
+for row in ROWS:  # names are unique over all tables
+    row.name = f"evaluation: {row.name}"

@@ -1,0 +1,126 @@
+"""What an evaluation refuses before anything is sampled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trl_drcd._arguments import blaming, check_types
+from trl_drcd._models import check_model, is_hub_name, open_safetensors, read_json, weight_files
+from trl_drcd.codecs import SpectralCodec
+
+from .strategies import Row
+
+EMBED_SOUND = {"MusicEmbedder", "MusicDescriptors"}
+HEAR = EMBED_SOUND | {"TextAudioJudge"}
+
+
+def check_settings(args: Any) -> None:
+    """
+    Types and ranges of an `EvaluateArguments`.
+
+    Raises:
+        TypeError: If a value is of another type than its field.
+        ValueError: If it is out of its range.
+    """
+    check_types(args)
+    least = {
+        "num_prompts": 2, "samples_per_prompt": 2, "max_new_tokens": 1, "batch_size": 1, "listen": 0, "seed": 0
+    }  # fmt: skip
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            raise ValueError(f"`{name}` must be at least {value}, got {getattr(args, name)}")
+    if not 0 <= args.guidance_scale < math.inf:
+        raise ValueError(f"`guidance_scale` must be finite and at least 0, got {args.guidance_scale}")
+
+
+def check_parts(args: Any) -> None:
+    """
+    Looks at the folders that an `EvaluateArguments` names, and whether they are what they are given as.
+
+    Raises:
+        FileExistsError: If `output_dir` is a file.
+        FileNotFoundError: If a folder is not there.
+        ValueError: If a file is broken, or the model in it is one for something else.
+    """
+    if Path(args.output_dir).is_file():
+        raise FileExistsError(f"`output_dir={args.output_dir}` is a file; give a folder")
+    check_model("model", args.model)
+    audio = args.codec is not None
+    if audio:
+        with blaming("codec"):
+            SpectralCodec.from_pretrained(args.codec)
+    config = Path(args.model) / "config.json"
+    audio |= config.is_file() and str(read_json(config).get("model_type")).startswith("musicgen")
+    for name in ("embedder", "second_embedder", "judge"):
+        if folder := getattr(args, name):
+            _check_judge(name, folder, audio)
+
+
+def _check_judge(argument: str, folder: str, audio: bool) -> None:
+    """An embedder or a judge must be one, and of what is sampled: sounds or texts."""
+    where = f"`{argument}={folder}`"
+    if not Path(folder).is_dir():
+        if is_hub_name(folder):
+            return
+        raise FileNotFoundError(f"{where} is no folder; give an embedder's, or a hub name")
+    config = Path(folder) / "config.json"
+    with blaming(argument):
+        fields = read_json(config) if config.is_file() else {}
+    kind = fields.get("model_class")
+    if "codec_type" in fields:
+        raise ValueError(f"{where} is a codec; give an embedder")
+    if kind is not None and not audio:
+        raise ValueError(
+            f"{where} is a {kind}, which hears sounds, and completions are texts; give a sentence encoder"
+        )
+    if kind is None and audio:
+        raise ValueError(f"{where} reads texts, and completions are sounds; give one of {sorted(HEAR)}")
+    if argument == "judge" and kind in EMBED_SOUND:
+        raise ValueError(f"{where} is a {kind}, no judge; give a TextAudioJudge")
+
+
+def check_ends(base: Any, rows: Sequence[Row]) -> None:
+    """
+    Compare the shapes of what the rows mix with the base's, without reading any of it; names of the hub are left out.
+
+    Raises:
+        ValueError: At the first tensor of another shape.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in base.state_dict().items()}
+    for strategy, model in dict.fromkeys((row.strategy, model) for row in rows for model in row.models):
+        folder = Path(model)
+        if (folder / "adapter_config.json").is_file():
+            found = _adapter_shapes(folder)
+        elif folder.is_dir():
+            found = _shapes([folder / file for file in weight_files(folder)])
+        else:
+            continue
+        for name, shape in found.items():
+            if shapes.get(name, shape) != shape:
+                raise ValueError(
+                    f"`strategies` ({strategy}): {name} of {model} has the shape {shape}, the base's {shapes[name]}; "
+                    "give models of one base and one vocabulary"
+                )
+
+
+def _shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors of some safetensors files."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with open_safetensors(file) as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the base's weights that a LoRA adapter changes or replaces."""
+    own = _shapes([folder / "adapter_model.safetensors"])
+    own = {name.removeprefix("base_model.model."): shape for name, shape in own.items()}
+    shapes = {name: shape for name, shape in own.items() if ".lora_" not in name}
+    for name, shape in own.items():
+        if name.endswith(".lora_A.weight") and (other := own.get(name.replace("lora_A", "lora_B"))):
+            shapes[name.replace(".lora_A.weight", ".weight")] = other[0], shape[1]
+    return shapes
