@@ -105,7 +105,7 @@ ROWS = [
     recipe("no minutes", "`max_minutes`", "0.0", "finite and above 0", max_minutes=0),
     recipe("minutes NaN", "`max_minutes`", "nan", "finite and above 0", max_minutes="nan"),
     recipe("nothing to resume", "`resume_from_checkpoint=", "true", "no checkpoint", resume_from_checkpoint="true"),
-    recipe("resuming from elsewhere", "`resume_from_checkpoint=", "/none", "no checkpoint",
+    recipe("resuming from elsewhere", "`resume_from_checkpoint=", "/none", "no complete checkpoint",
            resume_from_checkpoint="/none"),
     recipe("LoRA on nothing", "Target modules", "none_proj", "check the target modules", "text", use_peft=True,
            lora_target_modules="none_proj"),

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from bad_world import Bad
 
 from trl_drcd.codecs import SpectralCodec
-from trl_drcd.diversity import DiversityReward
+from trl_drcd.diversity import DiversityReward, group_diversity
 from trl_drcd.embedders import MusicEmbedder, SentenceEmbedder
 
 
@@ -40,7 +40,7 @@ def returns(name: str, output: Any, value: str, remedy: str, error: type[BaseExc
     """An embedder that returns this for four completions."""
 
     def act(world: Any, tmp: Path) -> None:
-        DiversityReward(lambda texts: output, 2)(prompts=["p"] * 4, completions=list("abcd"), completion_ids=[[1]] * 4)
+        DiversityReward(lambda texts: output, 2).embed(list("abcd"), [[1]] * 4)
 
     return Bad(name, act, error, "embed", value, remedy)
 
@@ -81,7 +81,7 @@ def torn_array(world: Any, tmp: Path) -> Path:
     return file
 
 
-ONES = torch.ones(4, 3)
+ONES, ZEROS = torch.ones(4, 3), torch.zeros(4, 3)
 ROWS = [
     hears("whole numbers for sound", torch.ones(9, dtype=torch.int16), 16000, TypeError, "int16", "floats in [-1, 1]"),
     hears("stereo", torch.zeros(2, 9), 16000, ValueError, "(2, 9)", "average the channels"),
@@ -91,8 +91,12 @@ ROWS = [
     hears("sampling rate NaN", torch.zeros(9), float("nan"), ValueError, "nan", "a positive whole number of Hz"),
     hears("words for sound", "la la la", 16000, TypeError, "str", "floats in [-1, 1]"),
     returns("embeddings that are too few", ONES[:3], "(3, 3)", "must return shape (4, D)"),
-    returns("embeddings without a direction", torch.zeros(4, 3), "rows [0, 1, 2, 3]", "non-zero length"),
-    returns("embeddings NaN", ONES * float("nan"), "NaN", "a finite vector"),
+    Bad("embeddings without a direction", lambda w, tmp: group_diversity(ZEROS, 2), ValueError, "`embeddings`",
+        "rows [0, 1, 2, 3]", "non-zero length"),
+    Bad("embeddings NaN", lambda w, tmp: group_diversity(ONES * float("nan"), 2), ValueError, "`embeddings`", "NaN",
+        "a finite vector"),
+    Bad("parts of groups", lambda w, tmp: group_diversity(ONES, 3), ValueError, "`embeddings`", "(4, 3)",
+        "a multiple of `num_generations` (3)"),
     returns("embeddings in words", list("abcd"), "list", "must return", TypeError),
     Bad("an embedder that is none", lambda w, tmp: w.trainer(tmp, embedder="minilm", diversity_coef=1.0), TypeError,
         "`embedder`", "str", "callable"),

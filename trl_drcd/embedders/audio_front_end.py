@@ -49,7 +49,7 @@ def check_waveform(waveform: Any, sampling_rate: Any, index: int) -> torch.Tenso
         )
     if not isinstance(sampling_rate, int | float | np.number):
         raise TypeError(f"audio[{index}] has sampling rate {sampling_rate!r}; expected a positive whole number of Hz")
-    if not sampling_rate > 0 or sampling_rate % 1:
+    if not sampling_rate > 0 or not float(sampling_rate).is_integer():
         raise ValueError(f"audio[{index}] has sampling rate {sampling_rate}; expected a positive whole number of Hz")
     waveform = waveform.detach().to("cpu", torch.float32)
     if not torch.isfinite(waveform).all():
