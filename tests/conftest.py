@@ -14,8 +14,7 @@ WORDS = ["a", "slow", "fast", "tune", "for", "flute", "harp", "drum"]
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<audio>"]
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """`<s> words <audio>`, then completion tokens that are words too; left-padded."""
     vocabulary = {token: i for i, token in enumerate(SPECIALS + WORDS)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -32,6 +31,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=["<audio>"],
         padding_side="left",
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One for all tests."""
+    return make_tokenizer()
 
 
 def make_model(tokenizer, seed: int = 0, **overrides) -> LlamaForCausalLM:

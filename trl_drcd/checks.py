@@ -78,7 +78,7 @@ def check_adapter(model: Any, peft_config: Any) -> None:
             "`model` is a `PeftModel` without LoRA weights, so whether its adapter is still neutral cannot be told; "
             "pass the base model and a `peft_config`"
         )
-    if any(p.detach().abs().max() > 0 for _, p in parts):
+    if any(p.detach().any() for _, p in parts):
         raise ValueError(
             "`model` has an adapter that was already trained, and the teacher would be the base without it. Merge "
             "it (`model.merge_and_unload()`) and pass the merged model with a new `peft_config`"

@@ -7,11 +7,8 @@ baseline of the diversity reward, the guided teacher, and no pass for `old_logps
 
 from __future__ import annotations
 
-import copy
 import textwrap
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,11 +17,13 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel
-from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
+from trl.models import unwrap_model_for_generation
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from ._guard import GuardedRLOOTrainer
+from ._monitor import GradientNorms, RunningMeans, Stopwatch
+from ._sharding import check_sharding, frozen_copy, usable_alone, whole_heads, whole_weights
 from .callbacks import SampleCallback
 from .checks import (
     check_adapter,
@@ -171,6 +170,9 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
                 processing_class=family.processing_class(model, processing_class, revision),
                 **kwargs,
             )
+        updates_per_rollout = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
+        self._needs_old_logps = updates_per_rollout > 1
+        check_sharding(self.accelerator, updates_per_rollout)
         student = self.accelerator.unwrap_model(self.model)
         self.policy: Policy = family(self._tokenizer, student.config, self.chat_template_kwargs)
         self.policy.check_length(args.max_completion_length)
@@ -186,31 +188,19 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
             logger.warning(
                 "This model caps its logits: guidance is applied to the logits, one more projection per token."
             )
-        self.teacher = None if is_peft_model(student) else self._frozen_copy(student)
-        self.codec = self.policy.codec(student) if codec is None else codec
+        self.teacher = None if is_peft_model(student) else frozen_copy(student, self.accelerator)
+        self.codec = codec
+        if codec is None and self.policy.has_own_codec:
+            self.codec = self.policy.codec(student)
+            self.codec.audio_encoder = usable_alone(self.codec.audio_encoder, self.accelerator)
         if self.diversity_reward is not None:
             self.diversity_reward.codec = self.codec
         self._forward_redirection = _ForwardRedirection()
-        updates_per_rollout = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
-        self._needs_old_logps = updates_per_rollout > 1
-        self._diversity_gradient: list[torch.Tensor | None] | None = None
-        self._seconds = {"rollout": 0.0, "teacher": 0.0, "reward": 0.0}
+        self._means = {"train": RunningMeans(), "eval": RunningMeans()}
+        self._gradient_norms = GradientNorms(self.accelerator)
+        self._stopwatch = Stopwatch(self.accelerator)
         if args.sample_steps:
             self.add_callback(SampleCallback(self, self.codec))
-
-    def _frozen_copy(self, student: PreTrainedModel) -> PreTrainedModel:
-        """The teacher's own weights: a copy of the initial model that nothing trains; what is frozen is shared."""
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        frozen = [] if sharded else [p for p in student.parameters() if not p.requires_grad]
-        teacher = copy.deepcopy(student, memo={id(parameter): parameter for parameter in frozen})
-        # TRL patches `forward` on the instance, and the patch's closure still calls the student
-        teacher.__dict__.pop("forward", None)
-        teacher.requires_grad_(False).eval()
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(teacher, self.accelerator)
-        if self.is_fsdp_enabled:
-            return prepare_fsdp(teacher, self.accelerator)
-        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -227,26 +217,21 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
         student = self.accelerator.unwrap_model(self.model)
         self.policy.restore_special_tokens(student.generation_config)
         super()._save(output_dir, state_dict)
-        self.policy.save_extras(student, output_dir or self.args.output_dir)
+        if self.args.should_save:
+            self.policy.save_extras(student, output_dir or self.args.output_dir)
 
     # ---------------------------------------------------------------- rollouts and rewards
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        """Adds the seconds that the body takes to `time/<name>` of this update."""
-        start = time.perf_counter()
-        yield
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        self._seconds[name] += time.perf_counter() - start
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
         self._check_lengths(prompt_ids, "a prompt")
         # Autocast around the whole rollout casts the weights once, not once per token
-        with self._timed("rollout"), self.accelerator.autocast(), self._watched_sampling(prompt_ids):
+        watched = self._watched_sampling(prompt_ids)
+        with self._stopwatch.timed("rollout"), self.accelerator.autocast(), watched:
             if not self.policy.rolls_out_with_trl:
                 return self._sample(prompt_ids)
-            completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+            student = self.accelerator.unwrap_model(self.model)
+            with nullcontext() if self.use_vllm else whole_weights(student):
+                completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
         # RLOO looks at the last token of each completion; one that is empty stands as a single eos
         return [ids or [self._tokenizer.eos_token_id] for ids in completion_ids]
 
@@ -257,12 +242,13 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
 
     def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """Completions by the policy's own sampling, without guidance."""
-        with unwrap_model_for_generation(
+        generation = unwrap_model_for_generation(
             self.model_wrapped,
             self.accelerator,
             gather_deepspeed3_params=self.args.ds3_gather_for_generation,
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-        ) as model:
+        )
+        with generation as model, whole_weights(model):
             return self.policy.sample(
                 model, prompt_ids, temperature=self.temperature, max_new_tokens=self.max_completion_length
             )
@@ -314,7 +300,7 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         mode = "train" if self.model.training else "eval"
-        with self._timed("reward"):
+        with self._stopwatch.timed("reward"):
             if self.diversity_reward is not None:
                 self.diversity_reward.num_generations = (
                     self.num_generations if mode == "train" else self.num_generations_eval
@@ -336,7 +322,8 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
             advantages = diversity_advantages(embeddings, group).to(output["advantages"])
             start = self.accelerator.process_index * local
             output["diversity_advantages"] = advantages[start : start + local]
-            self._metrics[mode]["diversity"].append(group_diversity(embeddings, group).mean().item())
+            diversity = self._gather_rows(group_diversity(embeddings, group)[start : start + local])
+            self._metrics[mode]["diversity"].append(diversity.mean().item())
         if not (self._needs_old_logps and mode == "train"):
             del output["old_logps"]
         if not self.has_extra_rewards and self.diversity_reward is None:
@@ -352,6 +339,9 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
 
     # ---------------------------------------------------------------- the loss
 
+    def _unwrapped_teacher(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.model if self.teacher is None else self.teacher)
+
     @torch.no_grad()
     def _teacher_logits(self, inputs: dict[str, Any]) -> Any:
         """
@@ -359,8 +349,7 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
 
         Conditional and unconditional stream run as one batch.
         """
-        student = self.accelerator.unwrap_model(self.model)
-        teacher = student if self.teacher is None else self.accelerator.unwrap_model(self.teacher)
+        student, teacher = self.accelerator.unwrap_model(self.model), self._unwrapped_teacher()
         completion = inputs["completion_ids"], inputs["completion_mask"]
         prompt = inputs["prompt_ids"], inputs["prompt_mask"]
         guided = "negative_prompt_ids" in inputs
@@ -411,27 +400,29 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
             heads = self.policy.heads(student)
         ids, mask = self.policy.ids_and_mask(inputs["completion_ids"], inputs["completion_mask"])
         losses, sums = [], []
-        for k, head in enumerate(heads):
-            valid = mask[..., k]
-            tokens = hidden[valid], head, ids[..., k][valid], teacher_logits(k)
-            if weights is None:
-                terms = token_terms(*tokens, self.temperature)
-            else:
-                kl_weights, log_prob_weights = (weight[:, None].expand(valid.shape)[valid] for weight in weights)
-                loss, *terms = weighted_terms(*tokens, kl_weights, log_prob_weights, self.temperature)
-                losses.append(loss)
-            sums.append([sum_per_sequence(term, valid[..., None]) for term in terms])
+        with whole_heads(*heads, *self.policy.heads(self._unwrapped_teacher())):
+            for k, head in enumerate(heads):
+                valid = mask[..., k]
+                tokens = hidden[valid], head, ids[..., k][valid], teacher_logits(k)
+                if weights is None:
+                    terms = token_terms(*tokens, self.temperature)
+                else:
+                    kl_weights, log_prob_weights = (weight[:, None].expand(valid.shape)[valid] for weight in weights)
+                    loss, *terms = weighted_terms(*tokens, kl_weights, log_prob_weights, self.temperature)
+                    losses.append(loss)
+                sums.append([sum_per_sequence(term, valid[..., None]) for term in terms])
         terms = TokenTerms(*(torch.stack(term).sum(0) for term in zip(*sums, strict=True)))
         return WeightedTerms(sum(losses), *terms) if losses else terms, mask.sum(dim=(1, 2))
 
     def _compute_loss(self, model, inputs):
         mode = "train" if self.model.training else "eval"
-        with self._timed("teacher"):
+        with self._stopwatch.timed("teacher"):
             teacher_logits = self._teacher_logits(inputs)
         coef = diversity_coef_at(self.state.global_step, self.args.diversity_coef, self.args.diversity_warmup_steps)
         advantages = coef * inputs["diversity_advantages"] + inputs["advantages"]
         # One by one where the gradient of one term alone is asked for, or where a weight depends on `log_probs`
         separately = mode == "train" and self._is_logging_step() and (coef > 0 or self.has_extra_rewards)
+        separately = separately and self._gradient_norms.measured
         weights = None
         if mode == "train" and not separately and "old_logps" not in inputs:
             weights = torch.ones_like(advantages) / len(advantages), -advantages / len(advantages)
@@ -445,87 +436,65 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
             terms.log_probs, advantages, inputs.get("old_logps"), self.epsilon_low, self.epsilon_high
         )
         if separately:
-            self._accumulate_diversity_gradient(diversity)
-        self._log_terms(mode, inputs, terms, lengths, distillation, diversity, coef)
+            self._gradient_norms.add(self.model, diversity, self.current_gradient_accumulation_steps)
+        means = self._log_terms(mode, inputs, terms, lengths, advantages, coef)
+        if mode == "eval":  # of the whole global batch, which Trainer would take for a mean over this process's rows
+            return means.to(distillation)
         return distillation + diversity if weights is None else terms.loss
 
-    def _log_terms(
-        self, mode, inputs, terms: TokenTerms | WeightedTerms, lengths, distillation, diversity, coef: float
-    ):
-        """Global means of this forward's terms, in nats; raises if one is not finite."""
-        per_sequence = torch.stack([terms.kl.detach(), terms.entropy, lengths.to(terms.kl)])
-        kl, entropy, tokens = self.accelerator.gather(per_sequence.T).T
-        losses = self.accelerator.gather(torch.stack([distillation, diversity]).detach()[None]).mean(0)
-        self._check_losses(losses, inputs, terms)
-        values = {
-            "loss/distillation": losses[0],
-            "loss/diversity": losses[1],
-            "kl": kl.mean(),
-            "kl_per_token": kl.sum() / tokens.sum().clamp(min=1),
-            "entropy": entropy.sum() / tokens.sum().clamp(min=1),
-            "diversity_coef": coef,
-        }
-        for name, value in values.items():
-            self._metrics[mode][name].append(float(value))
+    def _log_terms(self, mode, inputs, terms: TokenTerms | WeightedTerms, lengths, advantages, coef: float):
+        """
+        Takes this forward's terms, of all processes, into the metrics; returns the loss, a scalar, in nats.
 
-    # ---------------------------------------------------------------- gradient norms and times
+        Raises if the loss is not finite.
+        """
+        known = [inputs["old_logps"]] if "old_logps" in inputs else []
+        columns = [terms.kl, terms.entropy, lengths, terms.log_probs, advantages, *known]
+        rows = self._gather_rows(torch.stack([column.detach().to(terms.kl) for column in columns], dim=1))
+        kl, entropy, tokens, log_probs, advantages, *known = rows.T
+        diversity = policy_gradient_loss(
+            log_probs, advantages, known[0] if known else None, self.epsilon_low, self.epsilon_high
+        )
+        self._check_losses(torch.stack([kl.mean(), diversity]), inputs, terms)
+        if "kl" not in self._metrics[mode]:  # cleared since by `log`
+            self._means[mode].reset()
+        self._means[mode].add(kl, entropy, tokens, diversity)
+        self._metrics[mode] |= {name: [value] for name, value in self._means[mode].values().items()}
+        self._metrics[mode]["diversity_coef"].append(coef)
+        return kl.mean() + diversity
+
+    def _gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of all processes; in evaluation without the first ones again that fill up the last batch."""
+        return self.accelerator.gather(rows) if self.model.training else self.accelerator.gather_for_metrics(rows)
 
     def _is_logging_step(self) -> bool:
         return (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
 
-    def _measures_gradients(self) -> bool:
-        """Sharded gradients cannot be read term by term."""
-        return not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-
-    def _accumulate_diversity_gradient(self, diversity: torch.Tensor):
-        """Adds this forward's share of the diversity term's gradient to that of the update."""
-        if not self._measures_gradients():
-            return
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        gradient = torch.autograd.grad(
-            diversity / self.current_gradient_accumulation_steps, parameters, retain_graph=True, allow_unused=True
-        )
-        before = self._diversity_gradient or [None] * len(gradient)
-        self._diversity_gradient = [
-            new if old is None else old if new is None else old + new
-            for old, new in zip(before, gradient, strict=True)
-        ]
-
-    def _log_gradient_norms(self):
-        """Norms of the terms' gradients before clipping; what is not the diversity term's is distillation's."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        diversity = self._diversity_gradient or [None] * len(parameters)
-        self._diversity_gradient = None
-        squares = torch.zeros(2, device=self.accelerator.device)
-        for parameter, part in zip(parameters, diversity, strict=True):
-            rest = parameter.grad
-            if part is not None:
-                part = self.accelerator.reduce(part, reduction="mean")
-                squares[1] += part.float().square().sum()
-                rest = None if rest is None else rest - part
-            if rest is not None:
-                squares[0] += rest.float().square().sum()
-        self._metrics["train"]["grad_norm/distillation"].append(squares[0].sqrt().item())
-        self._metrics["train"]["grad_norm/diversity"].append(squares[1].sqrt().item())
+    def get_eval_dataloader(self, eval_dataset=None):
+        loader = super().get_eval_dataloader(eval_dataset)
+        if isinstance(loader.dataset, Dataset):
+            rows = len(loader.dataset) * self.num_generations_eval
+            loader.dataset.total_dataset_length = rows  # accelerate counts prompts, to know what fills the last batch
+            batch = self.args.eval_batch_size * self.accelerator.num_processes
+            if rows % batch and self.accelerator.num_processes > 1:
+                logger.warning_once(
+                    f"{len(loader.dataset)} prompts of evaluation do not fill batches of {batch} sequences: the first "
+                    f"prompts fill up the last one, and count twice in TRL's metrics (rewards, lengths), not in ours."
+                )
+        return loader
 
     def training_step(self, model, inputs, num_items_in_batch):
-        start = time.perf_counter()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._seconds["update"] = self._seconds.get("update", 0.0) + time.perf_counter() - start
+        with self._stopwatch.timed("update"):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self._step % self.current_gradient_accumulation_steps == 0:
-            if self._is_logging_step() and self._measures_gradients():
-                self._log_gradient_norms()
-            self._seconds["update"] -= sum(self._seconds[name] for name in ("rollout", "teacher", "reward"))
-            for name in self._seconds:
-                self._metrics["train"][f"time/{name}"].append(self._seconds[name])
-                self._seconds[name] = 0.0
+            norms = self._gradient_norms.measure(self.model) if self._is_logging_step() else {}
+            for name, value in (norms | self._stopwatch.lap()).items():
+                self._metrics["train"][name].append(value)
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
-        seconds = dict(self._seconds)  # evaluation is not part of the update's times
-        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        self._seconds = seconds
-        return result
+        with self._stopwatch.paused():  # evaluation is not part of the update's times
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
 
 def _stack_prompts(cond_ids, cond_mask, uncond_ids, uncond_mask) -> tuple[torch.Tensor, torch.Tensor]:

@@ -61,7 +61,8 @@ class CausalLMPolicy:
 
     def prompt_vocabulary(self, model: PreTrainedModel) -> int:
         """The head's vocabulary: prompt and completion are one stream."""
-        return int(self.heads(model)[0].weight.shape[0])
+        weight: Any = self.heads(model)[0].weight
+        return int(getattr(weight, "ds_shape", weight.shape)[0])  # DeepSpeed ZeRO-3 leaves the weight itself empty
 
     def check_length(self, max_completion_length: int) -> None:
         """Any length will do."""
@@ -191,5 +192,5 @@ def _without_peft(model: Any) -> PreTrainedModel:
 
 
 def _full(parameter: Any) -> Any:
-    """An FSDP-sharded parameter gathered, with its gradient; any other as it is."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    """A parameter that FSDP2 has in pieces, gathered without gradient; any other, as in a forward, as it is."""
+    return parameter.detach().full_tensor() if hasattr(parameter, "full_tensor") else parameter

@@ -1,0 +1,125 @@
+"""What the workers train: tiny models in float64, with groups that lie on two ranks and completions of all lengths."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import make_tokenizer
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
+
+from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer
+
+PROMPTS = ["a slow tune for flute", "fast drum", "harp", "a fast tune for harp", "slow drum"]
+GLOBAL_BATCH, GROUP = 12, 4  # on 2 and on 4 processes, a group lies on two of them
+
+
+@dataclass
+class Scenario:
+    """One training run; the same global batches on any number of processes."""
+
+    overrides: dict[str, Any] = field(default_factory=dict)
+    family: str = "llama"
+    lora: bool = False
+    pinned: bool = True
+    evaluates: bool = True
+    saves: bool = False
+    accumulate: int = 1
+
+
+SCENARIOS = {
+    "full": Scenario(saves=True),
+    "lora": Scenario(lora=True, saves=True),
+    "accumulate": Scenario(accumulate=2, evaluates=False),
+    # No token of the last rows is scored, and the head has a bias that only scored tokens reach
+    "masked": Scenario(
+        {"mask_truncated_completions": True, "gradient_checkpointing": True}, family="phi", evaluates=False
+    ),
+    "tied": Scenario({"gradient_checkpointing": True}, family="tied", evaluates=False),
+    "reused": Scenario({"num_iterations": 2}, evaluates=False),
+    # From a folder, as a recipe loads it: FSDP2 then fills the first process's weights alone, ZeRO-3 none's
+    "loaded": Scenario(family="folder", evaluates=False),
+    "sampled": Scenario(pinned=False, evaluates=True),
+}
+
+
+def make_llama(tokenizer, **overrides):
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    settings = shape | tokens | {"initializer_range": 0.4, "tie_word_embeddings": False} | overrides
+    kind, config = (PhiForCausalLM, PhiConfig) if overrides.pop("phi", False) else (LlamaForCausalLM, LlamaConfig)
+    settings.pop("phi", None)
+    torch.manual_seed(0)
+    return kind(config(**settings)).double()
+
+
+def bag_of_words(texts: list[str]) -> torch.Tensor:
+    """A fixed random vector per word, summed: an embedder that looks at what was sampled."""
+    vectors = torch.randn(64, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.stack([vectors[[0] + [1 + sum(map(ord, w)) % 63 for w in t.split()]].sum(0) for t in texts])
+
+
+def length(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """An extra reward."""
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def pinned_completion(mode: str, rollout: int, row: int, vocabulary: int) -> list[int]:
+    """
+    Ids for a row of the global batch: 0 to 8 of them, of all lengths, some with an eos at their end.
+
+    In the second rollout the last quarter of the rows, all that the last of four processes has, is empty; where
+    truncated completions are masked, none of these rows has a token to score in the first either.
+    """
+    generator = torch.Generator().manual_seed(1000 * rollout + row + (500 if mode == "eval" else 0))
+    size = int(torch.randint(0, 9, (1,), generator=generator))
+    ids = torch.randint(4, vocabulary, (size,), generator=generator).tolist()
+    if row >= GLOBAL_BATCH * 3 // 4:
+        return [] if rollout == 2 else (ids or [5])
+    return [*ids[:7], 2]
+
+
+def make_trainer(scenario: Scenario, folder: Path) -> CFGDistillDiversityTrainer:
+    """The trainer of a scenario, with this process's share of the global batch."""
+    processes, tokenizer = int(os.environ.get("WORLD_SIZE", 1)), make_tokenizer()
+    on_cpu = "ACCELERATE_TORCH_DEVICE" not in os.environ
+    settings = {
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": GLOBAL_BATCH // scenario.accumulate // processes,
+        "gradient_accumulation_steps": scenario.accumulate,
+        "per_device_eval_batch_size": GLOBAL_BATCH // processes,
+        "num_generations": GROUP,
+        "max_completion_length": 8,
+        "diversity_coef": 5.0,
+        "diversity_warmup_steps": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "bf16": False,
+        "use_cpu": on_cpu,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "model_init_kwargs": {"dtype": "float64"} if scenario.family == "folder" else None,
+    }
+    args = CFGDistillDiversityConfig(str(folder), **(settings | scenario.overrides))
+    families = {"llama": {}, "tied": {"tie_word_embeddings": True}, "phi": {"phi": True}}
+    model: Any = str(folder / "base")
+    if scenario.family != "folder":
+        model = make_llama(tokenizer, **families[scenario.family])
+    elif int(os.environ.get("RANK", 0)) == 0:
+        make_llama(tokenizer).save_pretrained(model)
+    args.distributed_state.wait_for_everyone()
+    return CFGDistillDiversityTrainer(
+        model=model,
+        reward_funcs=[length],
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS * 4}),
+        eval_dataset=Dataset.from_dict({"prompt": PROMPTS}),  # 5 groups of 4: the last batch of 12 is not full
+        processing_class=tokenizer,
+        embedder=bag_of_words,
+        peft_config=LoraConfig(r=2, lora_alpha=8) if scenario.lora else None,
+    )

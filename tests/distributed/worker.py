@@ -1,0 +1,113 @@
+"""
+One process of a launch: trains tiny models whose samples depend on their global row alone, and records everything.
+
+    accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 tests/distributed/worker.py OUT NAMES
+
+For each scenario NAME of `scenarios.py` the first process writes OUT/NAME.safetensors (embeddings, rewards, advantages
+and losses of each step, final weights) and OUT/NAME.json (the log).
+"""
+
+import json
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from unittest import mock
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, gather_object
+from safetensors.torch import save_file
+from trl import RLOOTrainer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from scenarios import SCENARIOS, make_trainer, pinned_completion
+
+
+def take_cpus_for_gpus() -> None:
+    """accelerate offers FSDP and DeepSpeed on accelerators alone: let it take each process's CPU for one."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+
+
+def pinned_rollout(self, prompt_ids, images, multimodal_fields):
+    """Stands in for the sampling: completions that depend on mode, rollout and row of the global batch."""
+    mode, count = ("train" if self.model.training else "eval"), len(prompt_ids)
+    self.rollouts = getattr(self, "rollouts", {"train": 0, "eval": 0})
+    self.rollouts[mode] += 1
+    rows = range(self.accelerator.process_index * count, (self.accelerator.process_index + 1) * count)
+    return [pinned_completion(mode, self.rollouts[mode], row, len(self._tokenizer)) for row in rows]
+
+
+def recording(trainer, scenario) -> dict[str, torch.Tensor]:
+    """Has the trainer put global embeddings, rewards, advantages and losses, step by step, into the dictionary."""
+    tensors: dict[str, torch.Tensor] = {}
+    score, loss = trainer._generate_and_score_completions, trainer._compute_loss
+    counts = {"train": 0, "eval": 0}
+
+    def put(name, values):
+        tensors[name] = trainer.accelerator.gather(values.detach().contiguous()).double().cpu()
+
+    def scored(inputs):
+        output, mode = score(inputs), "train" if trainer.model.training else "eval"
+        counts[mode] += 1
+        name = f"{mode}{counts[mode]}"
+        for key in ("advantages", "diversity_advantages"):
+            put(f"{name}/{key}", output[key])
+        tensors[f"{name}/embeddings"] = trainer.diversity_reward.embeddings.double().cpu()
+        tensors[f"{name}/rewards"] = torch.tensor(
+            [list(rewards) for rewards in trainer._logs["rewards"].values()]
+        ).double()
+        return output
+
+    def lost(model, inputs):
+        value = loss(model, inputs)
+        mode = "train" if trainer.model.training else "eval"
+        key = f"{mode}{counts[mode]}/loss"
+        share = 1 if mode == "eval" else scenario.accumulate
+        mean = trainer.accelerator.gather(value.detach()[None]).double().mean()[None].cpu() / share
+        tensors[key] = tensors.get(key, 0.0) + mean
+        return value
+
+    trainer._generate_and_score_completions, trainer._compute_loss = scored, lost
+    return tensors
+
+
+def full(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter in whole, whoever holds the parts."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().clone()
+
+
+def run(name: str, output: Path) -> None:
+    """Trains, evaluates and saves as the scenario says, and writes what was recorded."""
+    scenario = SCENARIOS[name]
+    trainer = make_trainer(scenario, output / "runs" / name)
+    sampling = mock.patch.object(RLOOTrainer, "_generate_single_turn", pinned_rollout)
+    with sampling if scenario.pinned else nullcontext():
+        tensors = recording(trainer, scenario) if scenario.pinned else {}
+        trainer.train()
+        if scenario.evaluates:
+            trainer.evaluate()
+    for key, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
+        tensors[f"weights/{key}"] = full(parameter).double().cpu()
+    if scenario.saves:
+        trainer.save_model(str(output / f"{name}_saved"))
+    logs = gather_object([trainer.state.log_history])
+    if trainer.accelerator.is_main_process:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, output / f"{name}.safetensors")
+        (output / f"{name}.json").write_text(json.dumps(logs, default=float))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & set(os.environ):
+        take_cpus_for_gpus()
+    for scenario_name in sys.argv[2:]:
+        run(scenario_name, Path(sys.argv[1]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
