@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast, fsdp2_prepare_model
 from torch.distributed.fsdp import FSDPModule
+from trl.distributed import DistributedBackend
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
@@ -51,7 +52,9 @@ def frozen_copy(model: Any, accelerator: Accelerator) -> Any:
     What is frozen in the model is shared with it, unless either is sharded.
     """
     frozen = [] if is_sharded(accelerator) else [p for p in model.parameters() if not p.requires_grad]
-    teacher = copy.deepcopy(model, memo={id(parameter): parameter for parameter in frozen})
+    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]  # by ZeRO-3, while it was loaded
+    with DistributedBackend(accelerator).gather_params(partitioned):
+        teacher = copy.deepcopy(model, memo={id(parameter): parameter for parameter in frozen})
     # TRL patches `forward` on the instance, and the patch's closure still calls the student
     teacher.__dict__.pop("forward", None)
     teacher.requires_grad_(False).eval()

@@ -425,7 +425,7 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
         separately = separately and self._gradient_norms.measured
         weights = None
         if mode == "train" and not separately and "old_logps" not in inputs:
-            weights = torch.ones_like(advantages) / len(advantages), -advantages / len(advantages)
+            weights = torch.ones_like(advantages), -advantages
 
         student = self.accelerator.unwrap_model(model)
         terms, lengths = self._forward_redirection(
@@ -440,7 +440,7 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
         means = self._log_terms(mode, inputs, terms, lengths, advantages, coef)
         if mode == "eval":  # of the whole global batch, which Trainer would take for a mean over this process's rows
             return means.to(distillation)
-        return distillation + diversity if weights is None else terms.loss
+        return distillation + diversity if weights is None else terms.loss / len(advantages)
 
     def _log_terms(self, mode, inputs, terms: TokenTerms | WeightedTerms, lengths, advantages, coef: float):
         """

@@ -103,7 +103,7 @@ def make_trainer(scenario: Scenario, folder: Path) -> CFGDistillDiversityTrainer
         "use_cpu": on_cpu,
         "gradient_checkpointing": False,
         "disable_tqdm": True,
-        "model_init_kwargs": {"dtype": "float64"} if scenario.family == "folder" else None,
+        "model_init_kwargs": {"dtype": "auto"} if scenario.family == "folder" else None,
     }
     args = CFGDistillDiversityConfig(str(folder), **(settings | scenario.overrides))
     families = {"llama": {}, "tied": {"tie_word_embeddings": True}, "phi": {"phi": True}}

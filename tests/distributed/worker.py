@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 from trl import RLOOTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from scenarios import SCENARIOS, make_trainer, pinned_completion
+from scenarios import GROUP, SCENARIOS, make_trainer, pinned_completion
+
+from trl_drcd.diversity import group_diversity
 
 
 def take_cpus_for_gpus() -> None:
@@ -42,7 +44,8 @@ def pinned_rollout(self, prompt_ids, images, multimodal_fields):
 def recording(trainer, scenario) -> dict[str, torch.Tensor]:
     """Has the trainer put global embeddings, rewards, advantages and losses, step by step, into the dictionary."""
     tensors: dict[str, torch.Tensor] = {}
-    score, loss = trainer._generate_and_score_completions, trainer._compute_loss
+    score, reward = trainer._generate_and_score_completions, trainer._calculate_rewards
+    loss = trainer._compute_loss
     counts = {"train": 0, "eval": 0}
 
     def put(name, values):
@@ -54,11 +57,15 @@ def recording(trainer, scenario) -> dict[str, torch.Tensor]:
         name = f"{mode}{counts[mode]}"
         for key in ("advantages", "diversity_advantages"):
             put(f"{name}/{key}", output[key])
-        tensors[f"{name}/embeddings"] = trainer.diversity_reward.embeddings.double().cpu()
-        tensors[f"{name}/rewards"] = torch.tensor(
-            [list(rewards) for rewards in trainer._logs["rewards"].values()]
-        ).double()
+        embeddings = trainer.diversity_reward.embeddings
+        tensors[f"{name}/embeddings"] = embeddings.double().cpu()
+        tensors[f"{name}/diversity_rewards"] = group_diversity(embeddings, GROUP).double().cpu()
         return output
+
+    def rewarded(*args):
+        rewards, mode = reward(*args), "train" if trainer.model.training else "eval"
+        tensors[f"{mode}{counts[mode] + 1}/rewards"] = rewards.double().cpu()
+        return rewards
 
     def lost(model, inputs):
         value = loss(model, inputs)
@@ -69,7 +76,8 @@ def recording(trainer, scenario) -> dict[str, torch.Tensor]:
         tensors[key] = tensors.get(key, 0.0) + mean
         return value
 
-    trainer._generate_and_score_completions, trainer._compute_loss = scored, lost
+    trainer._generate_and_score_completions, trainer._calculate_rewards = scored, rewarded
+    trainer._compute_loss = lost
     return tensors
 
 

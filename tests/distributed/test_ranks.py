@@ -1,0 +1,175 @@
+"""
+One training on 1, 2 and 4 processes, under every config of recipes/accelerate, gives one result.
+
+The processes are CPUs that talk through gloo. Sampling is pinned: a completion depends on its row of the global batch
+alone. See `scenarios.py` for what is trained, `worker.py` for what is recorded.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import worker
+import yaml
+from safetensors.torch import load_file
+from scenarios import GLOBAL_BATCH, GROUP, SCENARIOS, pinned_completion
+from transformers import AutoModelForCausalLM
+
+from trl_drcd._sharding import check_sharding
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "recipes" / "accelerate"
+# Beside float64: what DeepSpeed keeps in float32 whatever the model is, the weights that the optimiser works on
+TOLERANCE = {"ddp": 1e-6, "fsdp2": 1e-6, "deepspeed_zero2": 1e-4, "deepspeed_zero3": 1e-4}
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    """The folder of what one process, this one, makes of a scenario; each is run once."""
+    folder, done = tmp_path_factory.mktemp("alone"), set()
+
+    def results(name):
+        if name not in done:
+            worker.run(name, folder)
+            done.add(name)
+        return folder
+
+    return results
+
+
+def launch(config: str, processes: int, names: list[str], folder: Path) -> Path:
+    """Runs the scenarios as a user launches a recipe; returns the folder with their results."""
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes", str(processes)]
+    command += ["--main_process_port", "0", str(Path(worker.__file__)), str(folder), *names]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    environment |= {"DS_ACCELERATOR": "cpu"} if config.startswith("deepspeed") else {}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return folder
+
+
+# Of an evaluation whose last batch is filled up with the first rows again; TRL's own metrics count these twice
+EVALUATED = ("loss", "loss/distillation", "loss/diversity", "kl", "kl_per_token", "entropy", "diversity")
+SECONDS = ("time/", "step_time", "_runtime", "_per_second")
+
+
+def metrics(entry: dict[str, float]) -> dict[str, float]:
+    """What of an entry of the log must not depend on the number of processes."""
+    if any(key.startswith("eval_") for key in entry):
+        return {f"eval_{key}": entry[f"eval_{key}"] for key in EVALUATED}
+    return {key: value for key, value in entry.items() if not any(part in key for part in SECONDS)}
+
+
+def check_equal(name: str, config: str, ours: Path, reference: Path) -> None:
+    """Tensors and log of a scenario are those of the run on one process."""
+    got, expected = load_file(ours / f"{name}.safetensors"), load_file(reference / f"{name}.safetensors")
+    assert set(got) == set(expected)
+    # TRL computes the log-probabilities before an update, which several updates per rollout need, in float32
+    tolerance = 1e-5 if "num_iterations" in SCENARIOS[name].overrides else TOLERANCE[config]
+    for key, tensor in expected.items():
+        torch.testing.assert_close(
+            got[key][: len(tensor)],
+            tensor,
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda text, key=key: f"{key} of {name}: {text}",
+        )
+    logs, reference_logs = (json.loads((folder / f"{name}.json").read_text()) for folder in (ours, reference))
+    for entries in zip(*logs, strict=True):
+        assert all(metrics(entry) == metrics(entries[0]) for entry in entries), "a metric is of one process alone"
+    for entry, reference_entry in zip(logs[0], reference_logs[0], strict=True):
+        entry, reference_entry = metrics(entry), metrics(reference_entry)
+        if config != "ddp":  # gradients in pieces are not measured term by term
+            reference_entry = {key: value for key, value in reference_entry.items() if "grad_norm/" not in key}
+        assert entry == pytest.approx(reference_entry, rel=tolerance, abs=tolerance), name
+
+
+def check_saved(folder: Path) -> None:
+    """What the processes saved together is what they trained."""
+    trained = load_file(folder / "full.safetensors")
+    saved = AutoModelForCausalLM.from_pretrained(folder / "full_saved", dtype="auto").state_dict()
+    for key, tensor in saved.items():
+        torch.testing.assert_close(trained[f"weights/{key}"], tensor.double())
+    trained = load_file(folder / "lora.safetensors")
+    saved = load_file(folder / "lora_saved" / "adapter_model.safetensors")
+    assert saved
+    for key, tensor in saved.items():
+        name = "weights/" + key.replace(".weight", ".default.weight")
+        torch.testing.assert_close(trained[name], tensor.double())
+
+
+def test_groups_lie_on_two_processes_and_one_has_nothing_but_empty_completions():
+    assert GLOBAL_BATCH // 2 % GROUP and GLOBAL_BATCH // 4 % GROUP
+    last = range(GLOBAL_BATCH * 3 // 4, GLOBAL_BATCH)
+    assert all(pinned_completion("train", 2, row, 13) == [] for row in last)
+    assert len({len(pinned_completion("train", 1, row, 13)) for row in range(GLOBAL_BATCH)}) > 4
+
+
+def test_two_processes_train_as_one_does(alone, tmp_path):
+    names = ["full", "lora", "accumulate", "masked"]
+    launch("ddp", 2, names, tmp_path)
+    for name in names:
+        check_equal(name, "ddp", tmp_path, alone(name))
+    check_saved(tmp_path)
+
+
+def test_two_processes_that_share_the_weights_train_as_one_does(alone, tmp_path):
+    names = ["full", "lora", "loaded"]
+    launch("fsdp2", 2, [*names, "sampled"], tmp_path)
+    for name in names:
+        check_equal(name, "fsdp2", tmp_path, alone(name))
+    check_saved(tmp_path)
+    log = json.loads((tmp_path / "sampled.json").read_text())[0]
+    assert any(entry.get("completions/min_length", 8) < entry.get("completions/max_length", 0) for entry in log)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_scenario(config, processes, alone, tmp_path):
+    names = [name for name, scenario in SCENARIOS.items() if scenario.pinned]
+    launch(config, processes, [*names, "sampled"], tmp_path)
+    for name in names:
+        check_equal(name, config, tmp_path, alone(name))
+    check_saved(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed (pip install deepspeed)")
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("config", ["deepspeed_zero2", "deepspeed_zero3"])
+def test_every_scenario_of_deepspeed(config, processes, alone, tmp_path):
+    names = [name for name, scenario in SCENARIOS.items() if scenario.pinned]
+    if config == "deepspeed_zero3":
+        names.remove("reused")  # refused: see `check_sharding`
+    launch(config, processes, [*names, "sampled"], tmp_path)
+    for name in names:
+        check_equal(name, config, tmp_path, alone(name))
+    check_saved(tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_are_for_eight_gpus(path):
+    assert path.stem in TOLERANCE, "a config that no test launches"
+    config = yaml.safe_load(path.read_text())
+    assert config["num_processes"] == 8 and config["num_machines"] == 1
+
+
+def test_sharding_that_gives_up_the_head_is_refused():
+    def launched(**plugins):
+        return SimpleNamespace(state=SimpleNamespace(**({"deepspeed_plugin": None} | plugins)))
+
+    check_sharding(launched(fsdp_plugin=SimpleNamespace(fsdp_version=2)), 4)
+    with pytest.raises(ValueError, match="`fsdp_version=1` is not supported; set `fsdp_version: 2`"):
+        check_sharding(launched(fsdp_plugin=SimpleNamespace(fsdp_version=1)), 1)
+    zero3 = launched(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    check_sharding(zero3, 1)
+    with pytest.raises(ValueError, match="2 updates per rollout do not go with DeepSpeed ZeRO-3; set"):
+        check_sharding(zero3, 2)
