@@ -106,7 +106,29 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     if not Path(output_dir).is_dir():
         return []
     found = [path for path in Path(output_dir).iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in found if path.is_dir()), key=lambda path: -int(path.name.split("-")[1]))
+    return sorted((path for path in found if path.is_dir()), key=lambda path: -_step(path))
+
+
+def rotate(output_dir: Path, limit: int | None, keep: set[Path]) -> None:
+    """
+    Deletes checkpoints until `limit` are left: first torn ones, then what an earlier run left, then the oldest.
+
+    Args:
+        output_dir (`Path`): Where they are.
+        limit (`int`, *optional*): `save_total_limit`; nothing is deleted if `None` or 0.
+        keep (`set[Path]`): The newest and the best one, which stay.
+    """
+    found = checkpoints(output_dir)  # the last step first
+    newest = max(_step(checkpoint) for checkpoint in keep)
+    found.sort(key=lambda c: (why_incomplete(c, read=False) is None, _step(c) <= newest), reverse=True)
+    others = [checkpoint for checkpoint in found if checkpoint not in keep]
+    if limit:
+        for checkpoint in others[max(0, limit - len(keep)) :]:
+            shutil.rmtree(checkpoint)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 def _crc32(path: Path, sync: bool = False) -> int:

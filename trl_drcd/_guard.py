@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ._poison import BadBatchError, about_rows, guarded, raise_together, sampled_from_finite_logits
+from ._processes import doing, limit_waiting, lost_the_others, what_others_did
 from ._resume import ResumableRLOOTrainer
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class GuardedRLOOTrainer(ResumableRLOOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        limit_waiting(self.args.ddp_timeout)
         if self.is_deepspeed_enabled and self.args.on_bad_batch == "skip":
             raise ValueError("`on_bad_batch='skip'` does not go with DeepSpeed, which updates by itself; set 'stop'")
         self._problems: list[str] = []  # of this process in this rollout
@@ -50,8 +52,10 @@ class GuardedRLOOTrainer(ResumableRLOOTrainer):
     def _watched_sampling(self, prompt_ids: list[list[int]]) -> Iterator[None]:
         """Remembers for which prompts the student's logits were not finite."""
         student = self.accelerator.unwrap_model(self.model)
+        doing("it samples")
         with sampled_from_finite_logits(student.get_output_embeddings()) as found:
             yield
+        doing("it has sampled")
         for rows in found:
             what = "the student's logits are not finite while it samples"
             if rows.any():
@@ -62,6 +66,7 @@ class GuardedRLOOTrainer(ResumableRLOOTrainer):
         return self._tokenizer.batch_decode(prompt_ids, skip_special_tokens=True)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        doing("it computes rewards")
         try:
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             start = self.accelerator.process_index * len(prompts)
@@ -84,6 +89,7 @@ class GuardedRLOOTrainer(ResumableRLOOTrainer):
             inputs (`dict`): The batch of this process.
             terms ([`~trl_drcd.losses.TokenTerms`]): Of this process: KL, log-probability and entropy of each sequence.
         """
+        doing("it updates")
         if losses.isfinite().all():
             return
         student = ~(terms.entropy.isfinite() & terms.log_probs.isfinite())
@@ -135,12 +141,20 @@ class GuardedRLOOTrainer(ResumableRLOOTrainer):
             logger.warning(f"Update {step + 1} is left out (`on_bad_batch='skip'`): {problem}")
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains; a batch that stops it leaves a checkpoint of the state before."""
+        """Trains; a batch that stops it leaves a checkpoint of the state before; a process that is lost is named."""
         try:
             return super().train(*args, **kwargs)
         except BadBatchError as error:
             done = self.state.global_step
             raise BadBatchError(f"After {done} updates: {error}. {self._keep_good_state()}") from error
+        except RuntimeError as error:
+            if not lost_the_others(error):
+                raise
+            raise RuntimeError(
+                f"After {self.state.global_step} updates, process {self.accelerator.process_index} has lost another "
+                f"process, which ended or did not answer for {self.args.ddp_timeout} s (`ddp_timeout`). What each did "
+                f"last: {what_others_did()}. `resume_from_checkpoint=True` goes on from the newest checkpoint"
+            ) from error
 
     def _keep_good_state(self) -> str:
         """Makes a checkpoint of the state after the last update, unless there is one; where it is."""

@@ -12,6 +12,8 @@ from accelerate.utils import gather_object, reduce
 from torch import nn
 from trl.trainer.utils import is_async_callable
 
+from ._processes import doing
+
 SHOWN = 4  # problems that a message names
 
 
@@ -32,6 +34,7 @@ def raise_together(problems: list[str], cause: BaseException | None = None) -> N
     """
     state = PartialState()
     if state.num_processes > 1:
+        doing("it waits for the others' rewards")
         count = reduce(torch.tensor(len(problems), device=state.device), reduction="sum")
         problems = gather_object(problems) if count else []
     if problems:

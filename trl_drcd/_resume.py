@@ -13,11 +13,11 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Sampler
-from transformers.trainer_utils import rotate_checkpoints
 from trl import RLOOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from ._checkpoints import STAGING, checkpoints, commit, find_checkpoint
+from ._checkpoints import STAGING, checkpoints, commit, find_checkpoint, rotate
+from ._processes import doing
 
 
 class EpochSampler(Sampler):
@@ -88,6 +88,7 @@ class ResumableRLOOTrainer(RLOOTrainer):
             shutil.rmtree(run / STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._staging = True
+        doing("it writes a checkpoint")
         try:
             super()._save_checkpoint(model, trial)
             self._save_rollout(run / STAGING / name)
@@ -103,14 +104,14 @@ class ResumableRLOOTrainer(RLOOTrainer):
             self._push_from_checkpoint(str(run / name))
         if self.args.should_save:
             shutil.rmtree(run / STAGING, ignore_errors=True)
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(run), self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
+            rotate(run, self.args.save_total_limit, {run / name, Path(self.state.best_model_checkpoint or run / name)})
 
     def _finish_checkpoint(self, staged: Path, final: Path) -> None:
         """From the folder that is written to the checkpoint, once all processes have written."""
         moved = self.state.best_model_checkpoint == str(staged)
         if moved:
             self.state.best_model_checkpoint = str(final)
+        doing("it has written its part of a checkpoint")
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             if moved:

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import gather
 
 from ._poison import about_rows, raise_together
+from ._processes import doing
 
 
 def _without_direction(embeddings: torch.Tensor) -> torch.Tensor:
@@ -195,6 +196,7 @@ class DiversityReward:
         Raises:
             BadBatchError: In every process, if in any one the embedder raises, or a vector has no direction.
         """
+        doing("it embeds")
         local, cause = torch.zeros(0, 0), None
         try:
             local = self.embed(completions, completion_ids)

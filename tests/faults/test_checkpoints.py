@@ -9,7 +9,7 @@ import shutil
 import pytest
 from worlds import make_trainer
 
-from trl_drcd._checkpoints import MANIFEST, STAGING, checkpoints, commit, find_checkpoint, why_incomplete
+from trl_drcd._checkpoints import MANIFEST, STAGING, checkpoints, commit, find_checkpoint, rotate, why_incomplete
 
 
 def write_checkpoint(folder, step, content=b"0123456789" * 100):
@@ -80,6 +80,20 @@ def test_older_checkpoints_go_when_the_new_one_is_complete(tmp_path, monkeypatch
     make_trainer("text_lora", tmp_path, max_steps=3, save_steps=1, eval_strategy="no", save_total_limit=1).train()
     assert seen == [[], ["checkpoint-1"], ["checkpoint-2"]]
     assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"),
+    [(None, {2, 4, 6, 8, 9, 20}), (0, {2, 4, 6, 8, 9, 20}), (1, {2, 6}), (3, {2, 4, 6}), (4, {2, 4, 6, 20})],
+)
+def test_what_rotation_deletes(tmp_path, limit, left):
+    """6 was just written and 2 is the best; 20 was there before, 8 and 9 are torn."""
+    for step in (2, 4, 6, 8, 9, 20):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-8" / "model.safetensors").unlink()
+    (tmp_path / "checkpoint-9" / MANIFEST).unlink()
+    rotate(tmp_path, limit, {tmp_path / "checkpoint-6", tmp_path / "checkpoint-2"})
+    assert {int(c.name.split("-")[1]) for c in checkpoints(tmp_path)} == left
 
 
 def test_the_best_checkpoint_is_known_by_its_final_name(tmp_path):

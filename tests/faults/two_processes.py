@@ -1,0 +1,59 @@
+"""
+Two processes on the CPU (gloo), one of which fails in the third update; what the processes print goes to their logs.
+
+    torchrun --nproc_per_node 2 tests/faults/two_processes.py FAULT OUTPUT
+
+It goes on from the newest checkpoint of OUTPUT, if there is one. FAULT is `none`, `embedder` (raises on one process),
+`dies` (SIGKILL), `hangs`, or `disk` (one cannot write).
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from worlds import bag_of_words, make_trainer
+
+from trl_drcd._checkpoints import checkpoints
+
+
+def main(fault: str, output: Path) -> None:
+    """Trains; rank 1 is the one that fails."""
+    rank = int(os.environ["RANK"])
+
+    def embed(texts):
+        if rank == 1 and trainer.state.global_step == 2:
+            if fault == "embedder":
+                raise TimeoutError("the embedding service does not answer")
+            if fault == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "hangs":
+                time.sleep(600)
+        return bag_of_words(texts)
+
+    settings = {"max_steps": 4, "num_iterations": 1, "eval_strategy": "no", "save_steps": 1, "ddp_timeout": 15}
+    if fault == "embedder":
+        settings["save_steps"] = 100
+    trainer = make_trainer("text", output, embedder=embed, **settings)
+    if fault == "disk":
+        save = trainer._save_rng_state
+
+        def limited(folder):
+            if rank == 1 and trainer.state.global_step == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, resource.RLIM_INFINITY))
+            save(folder)
+
+        trainer._save_rng_state = limited
+    trainer.train(resume_from_checkpoint=bool(checkpoints(output)))
+    trainer.save_model(str(output))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
