@@ -16,7 +16,7 @@ from tqdm import tqdm
 from trl_drcd._extras import require
 from trl_drcd._models import is_hub_name
 from trl_drcd.embedders import MusicEmbedder
-from trl_drcd.embedders.audio_front_end import LogMel, clean_waveform
+from trl_drcd.embedders.audio_front_end import LogMel, clean_waveform, resampled_waveform
 
 AUDIO_FILES = {".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".opus"}
 
@@ -143,7 +143,8 @@ def augmented(
     waveforms: torch.Tensor, log_mel: LogMel, sampling_rate: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Log-mel windows of waveforms (b, T) with noise (15-40 dB), pitch (1 semitone) and tempo (10 %) changed at random.
+    Log-mel windows of waveforms (b, T); noise (15-40 dB), pitch (1 semitone) and tempo (10 %) are changed at random in
+    half of them.
 
     Pitch by resampling the waveform, which changes the tempo too; tempo by resampling the frames.
 
@@ -154,8 +155,9 @@ def augmented(
     def uniform(low: float, high: float) -> torch.Tensor:
         return low + (high - low) * torch.rand(len(waveforms), generator=generator)
 
-    pitch, tempo = 2 ** uniform(-1 / 12, 1 / 12), uniform(0.9, 1.1)
-    level = waveforms.square().mean(1).sqrt() * 10 ** (-uniform(15, 40) / 20)
+    change = (uniform(0, 1) < 0.5).float()
+    pitch, tempo = 2 ** (change * uniform(-1 / 12, 1 / 12)), 1 + change * uniform(-0.1, 0.1)
+    level = change * waveforms.square().mean(1).sqrt() * 10 ** (-uniform(15, 40) / 20)
     noise = level[:, None] * torch.randn(waveforms.shape, generator=generator)
     changed = resampled(waveforms + noise, pitch)
     windows = torch.stack([clean_waveform(wave, sampling_rate, i, sampling_rate) for i, wave in enumerate(changed)])
@@ -177,7 +179,8 @@ class Heard(Dataset):
     Args:
         recordings ([`Recordings`]): At least two windows long each; see [`long_enough`].
         embedder ([`MusicEmbedder`]): Whose window and spectrogram are used.
-        codec ([`SpectralCodec`], *optional*): Odd versions go through it.
+        codec ([`SpectralCodec`], *optional*): Each chunk goes through it with probability 1/2: an original and what a
+            codec makes of another chunk of it are positives too.
         seed (`int`): Of chunks and augmentation.
     """
 
@@ -186,19 +189,20 @@ class Heard(Dataset):
         self.log_mel, self.window, self.rate = embedder.log_mel, embedder.window, embedder.sampling_rate
 
     def waveform(self, index: int) -> torch.Tensor:
-        """A recording, mono, at the model's rate."""
+        """A recording, mono, at the model's rate and at its own loudness, on which a codec may depend."""
         samples, rate = self.recordings[index]
         mono = samples.mean(1) if samples.ndim == 2 else samples
-        return clean_waveform(torch.from_numpy(np.ascontiguousarray(mono)), rate, index, self.rate)
+        return resampled_waveform(torch.from_numpy(np.ascontiguousarray(mono)), rate, index, self.rate)
 
     @torch.no_grad()
     def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         index, version = item
         generator = torch.Generator().manual_seed(hash((self.seed, index, version)) % 2**63)
         chunks = two_chunks(self.waveform(index), self.window, generator)
-        if self.codec is not None and version % 2:
-            chunks = self.codec.decode_codes(self.codec.encode(chunks))[:, : self.window]
-            chunks = torch.nn.functional.pad(chunks, (0, self.window - chunks.shape[1]))
+        through = torch.rand(2, generator=generator) < 0.5
+        if self.codec is not None and through.any():
+            coded = self.codec.decode_codes(self.codec.encode(chunks[through]))[:, : self.window]
+            chunks[through] = torch.nn.functional.pad(coded, (0, self.window - coded.shape[1]))
         frames, shares = augmented(chunks, self.log_mel, self.rate, generator)
         return frames.bfloat16(), shares
 

@@ -121,7 +121,9 @@ class Triplets(torch.nn.Module):
 
     def forward(self, frames: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         """Frames `(b, F, M)` and the patches of each that count `(b,)` to embeddings `(b, D)` of length 1."""
-        return self.embedder.project(self.embedder.encode(frames, count).float() / count[:, None])
+        means = self.embedder.encode(frames, count).float() / count[:, None]
+        with torch.autocast(frames.device.type, enabled=False):  # cosines in bfloat16 are too coarse to mine
+            return self.embedder.project(means)
 
 
 class Plan:

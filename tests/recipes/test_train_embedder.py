@@ -92,6 +92,41 @@ def test_versions_are_kept_as_they_are_heard(folder, tmp_path):
     assert not torch.equal(kept[1, 0][0], kept[1, 1][0])
 
 
+class SpyCodec:
+    """Passes audio on, and keeps what it was given."""
+
+    def __init__(self):
+        self.given = []
+
+    def encode(self, waveforms):
+        self.given.append(waveforms.clone())
+        return waveforms
+
+    def decode_codes(self, codes):
+        return codes
+
+
+def test_about_half_of_the_chunks_go_through_the_codec_at_their_own_loudness(folder):
+    recordings, codec = train_embedder.load_recordings(arguments(folder, "unused")), SpyCodec()
+    heard = embedder_data.Heard(recordings, MusicEmbedder(), codec, 0)
+    for version in range(20):
+        heard[2, version]
+    given = torch.cat(codec.given)
+    assert {len(part) for part in codec.given} == {1, 2}  # one chunk of a pair, or both
+    assert 12 <= len(given) <= 28  # of 40
+    samples, _ = recordings[2]
+    torch.testing.assert_close(given.square().mean(), torch.tensor((samples**2).mean()), rtol=0.02, atol=0)
+
+
+def test_half_of_the_chunks_are_changed():
+    log_mel, waveforms = MusicEmbedder().log_mel, 0.1 * torch.randn(64, RATE)
+    clean = torch.stack([embedder_data.clean_waveform(wave, RATE, 0, RATE) for wave in waveforms])
+    frames, shares = embedder_data.augmented(waveforms, log_mel, RATE, torch.Generator().manual_seed(0))
+    same = (frames - log_mel(clean)).abs().amax((1, 2)) < 1e-3
+    assert 20 <= int(same.sum()) <= 44
+    assert (shares[same] == 1).all() and not (shares[~same] == 1).all()
+
+
 def test_resampling_changes_pitch_and_stretching_does_not():
     waveforms = torch.stack([tone(440), tone(440)])
     faster = embedder_data.resampled(waveforms, torch.tensor([1.0, 1.25]))

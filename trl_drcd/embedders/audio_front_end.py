@@ -57,9 +57,9 @@ def check_waveform(waveform: Any, sampling_rate: Any, index: int) -> torch.Tenso
     return waveform
 
 
-def clean_waveform(waveform: Any, rate: Any, index: int, sampling_rate: int) -> torch.Tensor:
+def resampled_waveform(waveform: Any, rate: Any, index: int, sampling_rate: int) -> torch.Tensor:
     """
-    One clip at another rate and at one loudness: an RMS of 1, but for what is quieter than -60 dB (silence stays it).
+    One clip at another rate.
 
     Args:
         waveform, rate, index: As in [`check_waveform`].
@@ -72,10 +72,18 @@ def clean_waveform(waveform: Any, rate: Any, index: int, sampling_rate: int) -> 
         TypeError, ValueError: See [`check_waveform`].
     """
     waveform = check_waveform(waveform, rate, index)
+    if rate != sampling_rate and waveform.numel():
+        waveform = require("torchaudio.functional", "audio").resample(waveform, int(rate), sampling_rate)
+    return waveform
+
+
+def clean_waveform(waveform: Any, rate: Any, index: int, sampling_rate: int) -> torch.Tensor:
+    """
+    [`resampled_waveform`] at one loudness: an RMS of 1, but for what is quieter than -60 dB (silence stays silence).
+    """
+    waveform = resampled_waveform(waveform, rate, index, sampling_rate)
     if not waveform.numel():
         return waveform
-    if rate != sampling_rate:
-        waveform = require("torchaudio.functional", "audio").resample(waveform, int(rate), sampling_rate)
     return waveform / waveform.square().mean().sqrt().clamp(min=MINIMUM_RMS)
 
 
