@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,25 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """[`write_bytes`] of a text in UTF-8."""
     write_bytes(path, text.encode())
+
+
+def plain_name(text: str, length: int = 80) -> str:
+    """
+    A text as a name for files and log entries: letters, digits, spaces and a few marks, at most `length` of them.
+
+    What stands for something in a path, a page or a shell becomes `_`, and so does what cannot be seen.
+    """
+    kept = "".join(c if c.isalnum() or c in " ,;-_+()!" else "_" for c in text)
+    return kept[:length].strip() or "_"
+
+
+def distinct_names(texts: Sequence[str]) -> list[str]:
+    """[`plain_name`] of each text, with its number before it where an earlier one has the same name."""
+    names: list[str] = []
+    for number, text in enumerate(texts):
+        name = plain_name(text)
+        names.append(plain_name(f"{number} {name}") if name in names else name)
+    return names
 
 
 def wav_bytes(waveform: Any, sampling_rate: int) -> bytes:

@@ -136,13 +136,16 @@ def check_model(argument: str, name: str | Path, trust_remote_code: bool | None 
     try:
         config = read_json(folder / "config.json")
         check_class(config, folder)
-        if not trust_remote_code and needs_code(config):
-            raise ValueError(
-                f"{folder} needs code of its own (`auto_map` in config.json), which is not run; use a model whose "
-                "class is in transformers"
-                + ", or read that code and set `trust_remote_code`"
-                * (trust_remote_code is False)
-            )
+        for what, needed in {
+            "config.json": needs_code(config),
+            "tokenizer_config.json": tokenizer_needs_code(folder / "tokenizer_config.json"),
+        }.items():
+            if needed and not trust_remote_code:
+                otherwise = ", or read that code and set `trust_remote_code`" if trust_remote_code is False else ""
+                raise ValueError(
+                    f"{folder} needs code of its own (`auto_map` in {what}), which is not run; use a model whose "
+                    f"class is in transformers{otherwise}"
+                )
         for file in weight_files(folder):
             open_safetensors(folder / file)
     except (FileNotFoundError, ValueError) as error:
@@ -181,6 +184,14 @@ def needs_code(config: dict[str, Any]) -> bool:
     architectures = config.get("architectures") or [""]
     known = config.get("model_type") in CONFIG_MAPPING and hasattr(transformers, str(architectures[0]))
     return bool(config.get("auto_map")) and not known
+
+
+def tokenizer_needs_code(file: Path) -> bool:
+    """Whether a tokenizer's configuration names code that lies beside it, and transformers has no such class."""
+    import transformers
+
+    config = read_json(file) if file.is_file() else {}
+    return bool(config.get("auto_map")) and not hasattr(transformers, str(config.get("tokenizer_class")))
 
 
 def load_model(folder: str | Path, **kwargs: Any) -> Any:

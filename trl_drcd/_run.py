@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import time
 from collections.abc import Iterable
@@ -112,13 +113,19 @@ def final_metrics(log_history: list[dict[str, Any]], held_out: bool) -> dict[str
 
 
 def markdown_table(rows: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table of named rows, numbers with 4 digits; the columns are those of the first row."""
+    """A Markdown table of named rows, numbers with 4 digits, texts as they are; the columns are the first row's."""
     columns = list(next(iter(rows.values()), {}))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():
         cells = (row.get(column, "") for column in columns)
-        lines.append(f"| {name} | " + " | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |")
+        texts = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells)
+        lines.append("| " + " | ".join(_cell(text) for text in (name, *texts)) + " |")
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """A text in one cell of a Markdown table, which would take a part of it for markup."""
+    return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())
 
 
 def local_name(path: str) -> str:

@@ -10,6 +10,8 @@ from transformers.integrations import TensorBoardCallback
 from trl import RLOOTrainer
 from trl.models import unwrap_model_for_generation
 
+from ._files import distinct_names
+
 
 class SampleCallback(TrainerCallback):
     """
@@ -27,6 +29,8 @@ class SampleCallback(TrainerCallback):
         self.trainer = trainer
         self.codec = codec
         self.prompts = trainer.args.sample_prompts or _first_prompts(trainer)
+        texts = [prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) for prompt in self.prompts]
+        self.names = distinct_names(texts)  # backends make file names of them
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.sample_steps == 0:
@@ -61,22 +65,22 @@ class SampleCallback(TrainerCallback):
                 (c.tb_writer for c in self.trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback)),
                 None,
             )
-            for prompt, sample in zip(self.prompts, samples, strict=True):
+            for name, sample in zip(self.names, samples, strict=True):
                 if writer is not None and self.codec:
-                    writer.add_audio(f"samples/{prompt}", sample[0][None], step, sample_rate=sample[1])
+                    writer.add_audio(f"samples/{name}", sample[0][None], step, sample_rate=sample[1])
                 elif writer is not None:
-                    writer.add_text(f"samples/{prompt}", sample, step)
+                    writer.add_text(f"samples/{name}", sample, step)
         for name in ("wandb", "trackio"):
             if name in report_to:
                 self._log_to(__import__(name), samples, step)
 
     def _log_to(self, backend: Any, samples: list, step: int):
         entries: dict[str, Any] = {"train/global_step": step}  # the axis of transformers' own entries
-        for prompt, sample in zip(self.prompts, samples, strict=True):
+        for name, sample in zip(self.names, samples, strict=True):
             if self.codec:
-                entries[f"samples/{prompt}"] = backend.Audio(sample[0].numpy(), sample_rate=sample[1])
+                entries[f"samples/{name}"] = backend.Audio(sample[0].numpy(), sample_rate=sample[1])
             else:
-                entries[f"samples/{prompt}"] = sample
+                entries[f"samples/{name}"] = sample
         backend.log(entries)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from trl_drcd._run import local_name
+
+from .folders import load_card
 
 PAPER = "https://huggingface.co/papers/2410.06084"
 
@@ -59,7 +62,7 @@ def merge_card(
         `ModelCard`: YAML header and text.
     """
     names = [(local_name(parent), weight) for parent, weight in parents]
-    cards = [ModelCard.load(path / "README.md").data for path in folders if (path / "README.md").is_file()]
+    cards: list[Any] = [load_card(path / "README.md").data for path in folders if (path / "README.md").is_file()]
     tags = ["merge", "trl-drcd", *(tag for card in cards for tag in card.get("tags") or [])]
     data = ModelCardData(
         base_model=local_name(adapter_base) if adapter_base else list(dict.fromkeys(parent for parent, _ in names)),

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -156,13 +157,27 @@ def _vocabulary(folder: Path) -> dict[str, int] | None:
     return vocabulary
 
 
+def load_card(file: Path) -> ModelCard:
+    """
+    A model card.
+
+    Raises:
+        ValueError: If what stands at its head is no YAML of plain values.
+    """
+    try:
+        return ModelCard.load(file)
+    except (yaml.YAMLError, ValueError) as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(f"{file} has a head that is no plain YAML ({cause}); mend the card, or remove it") from error
+
+
 def recorded_base(folder: Path) -> str | None:
     """The base model that an adapter's configuration or a model card names; `None` if neither does, or several."""
     config, card = folder / "adapter_config.json", folder / "README.md"
     if config.is_file():
         base = json.loads(config.read_text()).get("base_model_name_or_path")
     else:
-        base = ModelCard.load(card).data.get("base_model") if card.is_file() else None
+        base = load_card(card).data.get("base_model") if card.is_file() else None
     return base if isinstance(base, str) else None
 
 
