@@ -1,4 +1,4 @@
-"""
+r"""
 Build the tiny music world from nothing: scores, audio, codec, prompts, base model, embedding model, judges, gate.
 
 Each step is a script of this folder that leaves out what exists already, so an interrupted build goes on where it was.
@@ -8,7 +8,8 @@ What a clone ships (the score list, the prompts, the models) exists: `--fresh` m
 
 The embedding model and all judges alone, anew:
 
-    python recipes/tiny_music/build.py --steps embedder descriptors train_judge train_preference measure_embedder
+    python recipes/tiny_music/build.py \
+        --steps embedder descriptors train_judge reference train_preference measure_embedder
 
 All steps in little time, to see that they work (what comes out is no good; use a copy of the repository):
 
@@ -35,8 +36,8 @@ ROOT = HERE.parents[1]
 # Step to the folder of models/ that it makes, where it makes one
 STEPS = {
     "scores": None, "render": None, "train_codec": None, "prompts": None, "train_base": "musiclm", "export": None,
-    "embedder": "embedder", "descriptors": "descriptors", "train_judge": "judge", "train_preference": "preference",
-    "measure_embedder": None, "gate": None,
+    "embedder": "embedder", "descriptors": "descriptors", "train_judge": "judge", "reference": None,
+    "train_preference": "preference", "measure_embedder": None, "gate": None,
 }  # fmt: skip
 # Steps of the second family, run where they are asked for
 MUSICGEN = ["train_encodec", "train_musicgen"]

@@ -1,0 +1,155 @@
+"""
+Fréchet distance of samples to held-out recordings in the space of a judge, with what is known of its bias.
+
+Letters: `N` clips, `P` prompts, `D` embedding size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from trl_drcd._files import write_bytes
+
+from .metrics import bootstrap_draws
+
+
+def frechet_distance(
+    mean: np.ndarray, covariance: np.ndarray, other_mean: np.ndarray, other_covariance: np.ndarray
+) -> float:
+    """
+    Fréchet distance of two normal distributions: `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`.
+
+    Args:
+        mean, other_mean (`np.ndarray`): Shape `(D,)`.
+        covariance, other_covariance (`np.ndarray`): Shape `(D, D)`, symmetric, positive semi-definite.
+
+    Returns:
+        `float`: Unit of the embeddings, squared.
+    """
+    return _distance(mean, covariance, other_mean, other_covariance, _root(other_covariance))
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    """Symmetric square root of a covariance."""
+    values, vectors = np.linalg.eigh(covariance)
+    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+
+
+def _distance(
+    mean: np.ndarray, covariance: np.ndarray, other_mean: np.ndarray, other: np.ndarray, root: np.ndarray
+) -> float:
+    # C1 C2 has the eigenvalues of the symmetric C2^(1/2) C1 C2^(1/2)
+    product = np.linalg.eigvalsh(root @ covariance @ root).clip(min=0)
+    traces = np.trace(covariance) + np.trace(other) - 2 * np.sqrt(product).sum()
+    return float(((mean - other_mean) ** 2).sum() + traces)
+
+
+@dataclass
+class Reference:
+    """
+    Mean and covariance of the embeddings of held-out recordings.
+
+    Args:
+        mean (`np.ndarray`): Shape `(D,)`.
+        covariance (`np.ndarray`): Shape `(D, D)`.
+        clips (`int`): How many they are of.
+        judge (`str`): [`~trl_drcd.evaluation.records.content_digest`] of the judge that heard them.
+    """
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    clips: int
+    judge: str
+
+    @classmethod
+    def of(cls, embeddings: np.ndarray, judge: str) -> Reference:
+        """Statistics of embeddings, shape `(N, D)`, at least 2."""
+        embeddings = np.asarray(embeddings, dtype=np.float64)
+        return cls(embeddings.mean(0), np.cov(embeddings, rowvar=False), len(embeddings), judge)
+
+    def save(self, file: str | Path) -> None:
+        """Writes a safetensors file, float32."""
+        tensors = {"mean": self.mean.astype(np.float32), "covariance": self.covariance.astype(np.float32)}
+        write_bytes(file, save(tensors, {"clips": str(self.clips), "judge": self.judge}))
+
+    @classmethod
+    def load(cls, file: str | Path, judge: str) -> Reference:
+        """
+        Reads what [`save`] wrote.
+
+        Raises:
+            FileNotFoundError: If there is no file.
+            ValueError: If it was made with another judge, or with other weights of it.
+        """
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"`reference={file}` is no file; recipes/tiny_music/reference.py writes one")
+        with safe_open(file, "numpy") as content:
+            about = content.metadata() or {}
+            if about.get("judge") != judge:
+                raise ValueError(
+                    f"`reference={file}` was made with the judge {about.get('judge')}, `judge` is {judge}; make it "
+                    "anew, e.g. with recipes/tiny_music/reference.py"
+                )
+            mean, covariance = (content.get_tensor(name).astype(np.float64) for name in ("mean", "covariance"))
+        return cls(mean, covariance, int(about["clips"]), about["judge"])
+
+
+def frechet_to_reference(
+    embeddings: np.ndarray, samples_per_prompt: int, reference: Reference, resamples: int = 200, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """
+    Fréchet distance of samples to the reference, with its bootstrap interval over prompts, and its bias.
+
+    The distance of few samples is too large, by more the more dimensions there are. So beside it stands what as many
+    independent draws of the reference's own normal distribution would score (`frechet_floor`), where 0 would be right.
+    Samples of the same prompt are no independent draws, so the floor is a lower bound of the bias. Compare distances
+    of equal numbers of prompts and samples alone.
+
+    A bootstrap sample repeats prompts, which makes its distance larger still; the interval is moved back by the mean
+    of that excess.
+
+    Args:
+        embeddings (array): Shape `(N, D)`, the samples of one prompt contiguous.
+        samples_per_prompt (`int`): Divides `N`.
+        reference ([`Reference`]): Of the recordings.
+        resamples (`int`, *optional*, defaults to 200): Bootstrap draws.
+        seed (`int`, *optional*, defaults to 0): Of the draws.
+
+    Returns:
+        `dict`: `frechet` and `frechet_floor`, each with `mean`, `low`, `high`.
+
+    Raises:
+        ValueError: If `D` is not the reference's.
+    """
+    embeddings = np.asarray(embeddings, dtype=np.float64)
+    size = len(reference.mean)
+    if embeddings.shape[1] != size:
+        raise ValueError(f"`embeddings` have {embeddings.shape[1]} dimensions, the reference has {size}")
+    root = _root(reference.covariance)
+
+    def to_reference(mean: np.ndarray, covariance: np.ndarray) -> float:
+        return _distance(mean, covariance, reference.mean, reference.covariance, root)
+
+    groups = embeddings.reshape(-1, samples_per_prompt, size)
+    sums, products = groups.sum(1), np.einsum("pgi,pgj->pij", groups, groups)
+    count = len(embeddings)
+    distances = []
+    for draw in [np.arange(len(groups)), *bootstrap_draws(len(groups), resamples, seed)]:
+        times = np.bincount(draw, minlength=len(groups)).astype(np.float64)
+        mean = times @ sums / count
+        second = np.tensordot(times, products, 1)
+        distances.append(to_reference(mean, (second - count * np.outer(mean, mean)) / (count - 1)))
+    value, drawn = distances[0], np.array(distances[1:])
+    low, high = np.quantile(drawn - (drawn.mean() - value), [0.025, 0.975])
+    own = np.random.default_rng(seed).standard_normal((20, count, size)) @ root + reference.mean
+    floors = [to_reference(one.mean(0), np.cov(one, rowvar=False)) for one in own]
+    ends = np.quantile(floors, [0.025, 0.975])
+    return {
+        "frechet": {"mean": value, "low": float(low), "high": float(high)},
+        "frechet_floor": {"mean": float(np.mean(floors)), "low": float(ends[0]), "high": float(ends[1])},
+    }
