@@ -264,7 +264,7 @@ def report(args: argparse.Namespace) -> str:
         + " Adherence: cosine of prompt and music under the judge. Diversity: mean cosine distance of the samples "
         "of a prompt under the embedding model. Merged: the mean of the weights of quality and diversity. "
         "Spectrograms: 4 s, 0 to 4 kHz, 60 dB.",
-        (["", *rows["base"]], [[name, *row.values()] for name, row in rows.items()]),
+        {"": (["", *rows["base"]], [[name, *row.values()] for name, row in rows.items()])},
         measured["base"]["shown"],
         {name: [read_wav(path) for path in sorted((folder / name).glob("*.wav"))] for name in ORDER},
     )

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from trl_drcd.evaluation import hypervolume, pareto_front
-from trl_drcd.evaluation.fronts import above_diagonal, front_difference
+from trl_drcd.evaluation.fronts import above_diagonal, curve_difference, front_difference, hypervolumes
+from trl_drcd.evaluation.metrics import resampled_means
 
 
 def dominated(points: np.ndarray) -> np.ndarray:
@@ -52,16 +53,51 @@ def test_hypervolume_agrees_with_moocore(seed):
     assert sorted(pareto_front(points).tolist()) == np.flatnonzero(nondominated).tolist()
 
 
+def test_areas_of_many_fronts_are_those_of_each():
+    points = np.random.default_rng(0).normal(size=(50, 7, 2))
+    moocore = pytest.importorskip("moocore")
+    expected = [moocore.hypervolume(front, ref=[-0.5, -0.5], maximise=True) for front in points]
+    np.testing.assert_allclose(hypervolumes(points, [-0.5, -0.5]), expected)
+
+
 def test_front_difference():
     generator = np.random.default_rng(0)
     noise = generator.normal(size=(3, 50, 2)) * 0.2
-    theirs = np.array([[1, 3], [2, 2], [3, 1]])[:, None] + noise
+    theirs = draws(np.array([[1, 3], [2, 2], [3, 1]])[:, None] + noise)
     better = front_difference(theirs + 0.3, theirs, [0, 0])
     assert better["low"] > 0 and better["low"] <= better["mean"] <= better["high"]
     same = front_difference(theirs, theirs, [0, 0])
     assert same == {"mean": 0.0, "low": 0.0, "high": 0.0}
-    with pytest.raises(ValueError, match=r"got \(3, 50, 2\), \(3, 49, 2\)"):
+    with pytest.raises(ValueError, match=r"got \(3, 2001, 2\), \(3, 2000, 2\)"):
         front_difference(theirs, theirs[:, 1:], [0, 0])
+
+
+def draws(points: np.ndarray) -> np.ndarray:
+    """Points on each prompt `(n, P, 2)` as means with their draws."""
+    return np.array([np.stack([resampled_means(point[None, :, i]) for i in (0, 1)], -1) for point in points])
+
+
+def test_the_interval_of_a_front_difference_covers():
+    # One point each, so that the areas are products of means; the truth is (1.1 - 1.0) * 1 = 0.1
+    generator, hits = np.random.default_rng(1), 0
+    for _ in range(200):
+        quality = np.stack([1.1, 1.0])[:, None] + generator.normal(size=(2, 40)) * 0.3
+        points = np.stack([np.ones_like(quality), quality], -1)[:, None]
+        interval = front_difference(*(draws(point) for point in points), [0, 0])
+        hits += interval["low"] <= 0.1 <= interval["high"]
+    assert 180 <= hits <= 199  # 190 expected
+
+
+def test_curve_difference_by_hand():
+    line = np.array([[[0.0, 2.0]], [[1.0, 1.0]], [[2.0, 0.0]]])
+    point = np.array([[[0.5, 1.0]]])
+    np.testing.assert_allclose(curve_difference(line, point), [0.5])
+    np.testing.assert_allclose(curve_difference(point, line), [-0.5])
+    np.testing.assert_allclose(curve_difference(line + np.array([0, 0.25]), line), [0.25])
+    assert np.isnan(curve_difference(line, point + 5)).all()  # no diversity in common
+    # A curve that turns back: at diversity 0 its point of diversity 1 and quality 1 counts
+    turning = np.array([[[0.0, 0.0]], [[1.0, 1.0]]])
+    np.testing.assert_allclose(curve_difference(turning, np.array([[[0.0, 0.4]]])), [0.6])
 
 
 def test_above_the_diagonal():

@@ -2,17 +2,19 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_model
+from peft import LoraConfig, get_peft_model
 
 from trl_drcd.evaluation import grid
 from trl_drcd.evaluation.grid import EvaluateArguments, evaluate
-from trl_drcd.evaluation.judging import Judges, between_prompts, distinct_n, frechet_distance, judge_samples
+from trl_drcd.evaluation.information import forward_information
+from trl_drcd.evaluation.judging import Judges, between_prompts, distinct_n, import_function, judge_samples
 from trl_drcd.evaluation.metrics import diversity_between_prompts
-from trl_drcd.evaluation.plots import front_plot, lambda_plot
 from trl_drcd.evaluation.sampling import Samples
 from trl_drcd.evaluation.strategies import Models, Row, expand
 
@@ -30,6 +32,15 @@ def test_a_list_is_a_sweep():
         "base", "CFG (gamma 2)", "CFG (gamma 3)", "LERP (T 0.9, lambda 0)", "LERP (T 0.9, lambda 0.25)", "uniform"
     ]  # fmt: skip
     assert rows[4].weights == (0.75, 0.25) and rows[5].weights == (0.25,) * 4
+    seeds = expand([
+        {"name": "quality", "model": ["q0", "q1"]},
+        {"name": "LERP", "models": [["q0", "d0"], ["q1", "d1"]], "interpolation_weight": [0, 1]},
+    ])  # fmt: skip
+    assert [row.name for row in seeds] == [
+        "quality #0", "quality #1", "LERP (lambda 0) #0", "LERP (lambda 1) #0", "LERP (lambda 0) #1",
+        "LERP (lambda 1) #1",
+    ]  # fmt: skip
+    assert seeds[1].point == "quality" and seeds[5].models == ("q1", "d1") and seeds[5].training_seed == 1
     assert len({row.slug for row in rows}) == 6 and all(re.fullmatch(r"[\w.]+", row.slug) for row in rows)
 
 
@@ -67,9 +78,34 @@ def test_models_are_mixed_in_memory(tokenizer, tmp_path):
         for name, tensor in mixed.items():
             torch.testing.assert_close(tensor, (1 - weight) * ends[1][name] + weight * ends[2][name])
     assert models(Row("base")) is models.base
+    uniform = models(Row("uniform", (a, b, c), (1 / 3,) * 3)).state_dict()
+    for name, tensor in uniform.items():
+        torch.testing.assert_close(tensor, sum(end[name] for end in ends) / 3)
     single = models(Row("one", (c,), (1.0,))).state_dict()
     assert all(torch.equal(single[name], ends[2][name]) for name in single)
-    assert all(torch.equal(tensor, ends[0][name]) for name, tensor in models.base.state_dict().items()), a
+    assert all(torch.equal(tensor, ends[0][name]) for name, tensor in models.base.state_dict().items())
+
+
+def test_adapters_are_mixed_in_memory(tokenizer, tmp_path):
+    base = make_model(tokenizer)
+    base.save_pretrained(tmp_path / "base")
+    folders = []
+    for seed in (1, 2):
+        adapted = get_peft_model(make_model(tokenizer), LoraConfig(r=2, target_modules=["q_proj"]))
+        torch.manual_seed(seed)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        adapted.save_pretrained(tmp_path / f"lora{seed}")
+        folders.append(str(tmp_path / f"lora{seed}"))
+    models, ids = Models(str(tmp_path / "base")), torch.tensor([[1, 5, 6]])
+    ends = [models(Row("x", tuple(folders), weights))(ids).logits.clone() for weights in ((1.0, 0.0), (0.0, 1.0))]
+    alone = [models(Row("x", (folder,), (1.0,)))(ids).logits for folder in folders]
+    for end, single in zip(ends, alone, strict=True):
+        torch.testing.assert_close(end, single)
+    assert not torch.allclose(ends[0], ends[1]) and not torch.allclose(ends[0], models.base(ids).logits)
+    with pytest.raises(ValueError, match="mixes checkpoints and adapters"):
+        models(Row("x", (folders[0], str(tmp_path / "base")), (0.5, 0.5)))
 
 
 # ---------------------------------------------------------------- judging
@@ -84,13 +120,12 @@ def test_judged_by_hand():
         preference=lambda items: torch.tensor([0.0, 1.0, 2.0, 4.0]),
         rewards={"length": lambda prompts, completions, **kwargs: [float(len(c)) for c in completions]},
     )
-    values, overall = judge_samples(samples, list(vectors), judges, omega=5.0)
+    values, overall = judge_samples(samples, list(vectors), judges)
     np.testing.assert_allclose(values["diversity"], [1.0, 0.0], atol=1e-6)
-    np.testing.assert_allclose(values["quality"], [5 * 1.5 + 0.5, 5 * 4 + 3])
+    np.testing.assert_allclose(values["adherence"], [1.5, 4])
+    np.testing.assert_allclose(values["preference"], [0.5, 3])
     np.testing.assert_allclose(values["length"], [3, 2])
     assert overall["diversity_between_prompts"]["mean"] == pytest.approx(1 - 0.5**0.5)
-    without = judge_samples(samples, list(vectors), Judges(adherence=judges.adherence), omega=5.0)[0]
-    np.testing.assert_allclose(without["quality"], without["adherence"])
 
 
 def test_distance_between_prompts_is_the_mean_over_pairs():
@@ -109,16 +144,37 @@ def test_self_bleu_of_equal_and_of_different_texts():
     pytest.importorskip("sacrebleu")
     samples = Samples(["p", "q"], [[1]] * 4, 2, seconds=1.0)
     texts = ["the slow old harp played a tune"] * 2 + ["one two three four five", "six seven eight nine ten"]
-    values, _ = judge_samples(samples, texts, Judges(), omega=5.0)
+    values, _ = judge_samples(samples, texts, Judges())
     assert values["self_bleu"][0] == pytest.approx(100) and values["self_bleu"][1] < 5
 
 
-def test_frechet_distance_of_known_normals():
-    eye = np.eye(3)
-    assert frechet_distance(np.zeros(3), eye, np.zeros(3), eye) == pytest.approx(0)
-    assert frechet_distance(np.zeros(3), eye, np.array([1.0, 2.0, 2.0]), eye) == pytest.approx(9)
-    # Diagonal covariances: sum of (sigma_1 - sigma_2)^2
-    assert frechet_distance(np.zeros(3), 4 * eye, np.zeros(3), 9 * eye) == pytest.approx(3)
+def length(prompts, completions, **kwargs):
+    """A metric for `metrics`."""
+    return [float(len(completion)) for completion in completions]
+
+
+def test_a_metric_is_imported_by_its_name(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    assert import_function("test_grid.length")(prompts=[], completions=["ab"]) == [2.0]
+    for name in ("length", "test_grid.nothing", "no_such_module.f"):
+        with pytest.raises(ValueError, match="is no importable"):
+            import_function(name)
+
+
+@torch.no_grad()
+def test_forward_information_is_the_log_likelihood_ratio(model, tokenizer):
+    samples = Samples(["slow harp", "a fast tune"], [[5, 6, 2], [7, 8, 9, 10]], 1, seconds=1.0)
+    found = forward_information(model, tokenizer, samples, batch_size=1)
+
+    def log_likelihood(prompt, completion):
+        ids = tokenizer(prompt)["input_ids"]
+        logits = model(input_ids=torch.tensor([ids + completion])).logits[0, len(ids) - 1 : -1]
+        return float(logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).sum())
+
+    pairs = zip(samples.prompts, samples.token_ids, strict=True)
+    expected = [log_likelihood(prompt, ids) - log_likelihood("", ids) for prompt, ids in pairs]
+    assert found.tolist() == pytest.approx(expected, abs=1e-4) and abs(expected[0]) > 0.01
+    assert forward_information(model, tokenizer, samples).tolist() == pytest.approx(expected, abs=1e-4)
 
 
 # ---------------------------------------------------------------- the whole
@@ -165,26 +221,60 @@ def test_evaluation_writes_everything_and_does_nothing_twice(args, judged, tmp_p
     assert needed <= set(results[0]["metrics"])
     by_name = {row["name"]: row for row in results}
     assert by_name["CFG (gamma 3)"]["metrics"]["kl"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert by_name["CFG (gamma 3)"]["passes_per_token"] == 2 and results[0]["passes_per_token"] == 1
     # lambda 0 is the base: the same draws, the same samples
     assert by_name["LERP (lambda 0)"]["per_prompt"] == by_name["base"]["per_prompt"]
-    for name in ("front.png", "front.svg", "lambda.png", "lambda.svg", "summary.csv", "report.html"):
+    for name in ("front.png", "front.svg", "lambda.png", "lambda.svg", "entropy.png", "summary.csv", "report.html"):
         assert (output / name).stat().st_size > 0
     page = (output / "report.html").read_text()
-    assert "fast &lt;drum&gt; &amp; flute" in page and "<drum>" not in page
+    assert "fast &lt;drum&gt; &amp; flute" in page and "<drum>" not in page and "CFG buys quality" in page
     assert len((output / "summary.csv").read_text().splitlines()) == 1 + len(results)
 
     with open(output / "results.jsonl", "a") as file:
         file.write('{"torn')  # as after a crash
-    monkeypatch.setattr(grid, "measure", lambda *a: pytest.fail("measured twice"))
+    monkeypatch.setattr(grid.Worker, "__call__", lambda *a: pytest.fail("measured twice"))
     assert evaluate(args) == results
     assert (output / "results.jsonl").read_text().count("\n") == len(results)
+    args.only = ["CFG"]
+    assert evaluate(args) == results[1:3]
+    args.only = ["cfg"]
+    with pytest.raises(ValueError, match=r"`only` has \['cfg'\]; the strategies are \['base', 'CFG', 'LERP'\]"):
+        evaluate(args)
 
 
-def test_other_settings_are_measured_anew(args, judged):
+def test_what_changed_is_measured_anew_and_what_did_not_is_not_sampled_again(
+    args, judged, tmp_path, monkeypatch, tokenizer
+):
+    monkeypatch.setattr(grid, "write_report", lambda *a: None)
     first = evaluate(args)
+    make_model(tokenizer, 5).save_pretrained(tmp_path / "1")  # another model under the same name
+    calls = []
+    sample = grid.sample_prompts
+    monkeypatch.setattr(grid, "sample_prompts", lambda *a, **k: calls.append(1) or sample(*a, **k))
+    second = evaluate(args)
+    names = [row["name"] for row, old in zip(second, first, strict=True) if row["settings"] != old["settings"]]
+    assert names == ["LERP (lambda 0)", "LERP (lambda 0.5)", "LERP (lambda 1)"] and len(calls) == 3
+    kept = (tmp_path / "out" / "other_results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in kept] == names
+    args.prompt_information = True  # another judge, the same samples
+    third = evaluate(args)
+    assert len(calls) == 3 and "prompt_information" in third[0]["metrics"]
+    assert third[0]["per_prompt"]["diversity"] == first[0]["per_prompt"]["diversity"]
     args.seed = 1
     again = evaluate(args)
-    assert len(again) == len(first) and again[0]["per_prompt"] != first[0]["per_prompt"]
+    assert len(calls) == 9 and again[0]["per_prompt"] != third[0]["per_prompt"]
+    args.seed, args.prompt_information = 0, False
+    assert evaluate(args) == second and len(calls) == 9  # still there
+
+
+def test_two_processes_measure_the_same(args, tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "write_report", lambda *a: None)
+    args.strategies, args.prompt_information = args.strategies[:2], True
+    one = evaluate(args)
+    args.output_dir, args.num_processes = str(tmp_path / "two"), 2
+    two = evaluate(args)
+    assert [row["name"] for row in two] == ["base", "CFG (gamma 2)", "CFG (gamma 3)"]
+    assert [row["per_prompt"] for row in two] == [row["per_prompt"] for row in one]
 
 
 def test_too_few_prompts(args):
@@ -193,11 +283,26 @@ def test_too_few_prompts(args):
         evaluate(args)
 
 
-def test_plots_join_sweeps(args, judged):
-    results = evaluate(args)
-    (axes,) = front_plot(results).axes
-    assert {"base", "CFG", "LERP"} <= {text.get_text() for text in axes.get_legend().get_texts()}
-    panels = lambda_plot(results).axes
-    assert len(panels) == 2
-    np.testing.assert_allclose(panels[0].lines[0].get_xdata(), [0, 0.5, 1])
-    assert lambda_plot(results[:1]) is None
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"omega": "large"}, "`omega` must be a number or `equal`, got 'large'"),
+        ({"dtype": "int8"}, "`dtype` must be float32, bfloat16 or float16, got 'int8'"),
+        ({"samples_per_prompt": 1}, "`samples_per_prompt` must be at least 2, got 1"),
+        ({"num_processes": 0}, "`num_processes` must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluateArguments("m", "d", **given)
+
+
+def test_the_command_line_reads_numbers_and_words(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("model: m\ndataset: d\nomega: 7\nstrategies: [{name: base}]\n")
+    from trl import TrlParser
+
+    (read,) = TrlParser(EvaluateArguments).parse_args_and_config(["--config", str(config), "--only", "a", "b"])
+    assert float(read.omega) == 7 and read.only == ["a", "b"] and read.strategies == [{"name": "base"}]
+    (read,) = TrlParser(EvaluateArguments).parse_args_and_config(["--config", str(config), "--omega", "equal"])
+    assert read.omega == "equal"

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trl_drcd._arguments import blaming, check_types
+from trl_drcd._arguments import blaming, check_types, shown
 from trl_drcd._models import check_model, is_hub_name, open_safetensors, read_json, weight_files
 from trl_drcd.codecs import SpectralCodec
 
+from .frechet import Reference
+from .records import content_digest
 from .strategies import Row
 
 EMBED_SOUND = {"MusicEmbedder", "MusicDescriptors"}
@@ -27,13 +29,22 @@ def check_settings(args: Any) -> None:
     """
     check_types(args)
     least = {
-        "num_prompts": 2, "samples_per_prompt": 2, "max_new_tokens": 1, "batch_size": 1, "listen": 0, "seed": 0
+        "num_prompts": 2, "samples_per_prompt": 2, "max_new_tokens": 1, "batch_size": 1, "num_processes": 1,
+        "listen": 0, "seed": 0,
     }  # fmt: skip
     for name, value in least.items():
         if getattr(args, name) < value:
             raise ValueError(f"`{name}` must be at least {value}, got {getattr(args, name)}")
     if not 0 <= args.guidance_scale < math.inf:
         raise ValueError(f"`guidance_scale` must be finite and at least 0, got {args.guidance_scale}")
+    if args.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {shown(args.dtype)}")
+    try:
+        good = args.omega == "equal" or math.isfinite(float(args.omega))
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError(f"`omega` must be a number or `equal`, got {shown(args.omega)}")
 
 
 def check_parts(args: Any) -> None:
@@ -57,6 +68,10 @@ def check_parts(args: Any) -> None:
     for name in ("embedder", "second_embedder", "judge"):
         if folder := getattr(args, name):
             _check_judge(name, folder, audio)
+    if args.reference:
+        if not (args.judge and audio):
+            raise ValueError(f"`reference={args.reference}` needs a `judge` of audio, got {args.judge}")
+        Reference.load(args.reference, content_digest(args.judge))
 
 
 def _check_judge(argument: str, folder: str, audio: bool) -> None:

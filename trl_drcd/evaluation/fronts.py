@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .metrics import bootstrap_draws
+from .metrics import interval_of
 
 
 def _checked(points: np.ndarray) -> np.ndarray:
@@ -64,47 +64,78 @@ def hypervolume(points: np.ndarray, reference: Sequence[float]) -> float:
     points, low = _checked(points), np.asarray(reference, dtype=np.float64)
     if low.shape != (2,) or not np.isfinite(low).all():
         raise ValueError(f"`reference` must be two finite numbers, got {reference}")
-    front = points[pareto_front(points)]
-    front = front[(front > low).all(1)]
-    # Rectangles between one point's second coordinate and the next one's, which is higher
-    below = np.concatenate([[low[1]], front[:-1, 1]])
-    return float(((front[:, 0] - low[0]) * (front[:, 1] - below)).sum())
+    return float(hypervolumes(points[None], low)[0])
+
+
+def hypervolumes(points: np.ndarray, reference: Sequence[float] | np.ndarray) -> np.ndarray:
+    """[`hypervolume`] of many fronts: `(draws, n, 2)` to `(draws,)`."""
+    low = np.asarray(reference, dtype=np.float64)
+    points = np.maximum(points, low)
+    order = np.argsort(-points[..., 0], axis=1, kind="stable")
+    x, y = (np.take_along_axis(points[..., i], order, 1) for i in (0, 1))
+    # From right to left: strips between one first coordinate and the next, as high as the highest point so far
+    widths = x - np.append(x[:, 1:], np.full((len(x), 1), low[0]), 1)
+    return (widths * (np.maximum.accumulate(y, 1) - low[1])).sum(1)
 
 
 def front_difference(
-    ours: np.ndarray, theirs: np.ndarray, reference: Sequence[float], resamples: int = 2000, seed: int = 0
+    ours: np.ndarray, theirs: np.ndarray, reference: Sequence[float] | np.ndarray
 ) -> dict[str, float]:
     """
-    Difference of the hypervolumes of two fronts that were measured on the same prompts, with its bootstrap interval.
+    Difference of the areas that two fronts dominate, with its bootstrap interval.
 
-    Prompts are drawn with replacement, the same for both fronts; a point of a front is the mean over the prompts
-    drawn. Ours lies above theirs at 95 % where `low` is above 0. Choosing the best of many points favours the longer
+    Ours lies above theirs at 95 % where `low` is above 0. Choosing the best of many noisy points favours the longer
     front a little: compare fronts of like numbers of points.
 
     Args:
-        ours, theirs (array): Quality and diversity of each strategy on each prompt, shapes `(n, P, 2)`, `(m, P, 2)`.
+        ours, theirs (array): Points of the fronts and their bootstrap draws, shapes `(n, 1 + resamples, 2)` and
+            `(m, 1 + resamples, 2)`, each coordinate of [`~trl_drcd.evaluation.metrics.resampled_means`] on the same
+            prompts.
         reference (`Sequence[float]`): Of [`hypervolume`].
-        resamples (`int`, *optional*, defaults to 2000): Bootstrap draws.
-        seed (`int`, *optional*, defaults to 0): Of the draws.
 
     Returns:
         `dict[str, float]`: `mean`, `low`, `high`.
 
     Raises:
-        ValueError: If the prompts differ in number.
+        ValueError: If the draws differ in number.
     """
     ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     if ours.ndim != 3 or theirs.ndim != 3 or ours.shape[1:] != theirs.shape[1:]:
         raise ValueError(
-            f"`ours` and `theirs` must have shapes (n, P, 2) and (m, P, 2), got {ours.shape}, {theirs.shape}"
+            f"`ours` and `theirs` must have shapes (n, draws, 2) and (m, draws, 2), got {ours.shape}, {theirs.shape}"
         )
+    return interval_of(hypervolumes(ours.swapaxes(0, 1), reference) - hypervolumes(theirs.swapaxes(0, 1), reference))
 
-    def difference(rows: np.ndarray | slice) -> float:
-        return hypervolume(ours[:, rows].mean(1), reference) - hypervolume(theirs[:, rows].mean(1), reference)
 
-    values = [difference(draw) for draw in bootstrap_draws(ours.shape[1], resamples, seed)]
-    low, high = np.quantile(values, [0.025, 0.975])
-    return {"mean": difference(slice(None)), "low": float(low), "high": float(high)}
+def curve_difference(ours: np.ndarray, theirs: np.ndarray, steps: int = 33) -> np.ndarray:
+    """
+    How far one curve lies above another over the diversities that both reach, on average.
+
+    Each curve is the broken line through its points by rising diversity; of points that others of the curve beat, the
+    best that the curve has at that diversity or above counts, so that a curve that turns back does not harm itself.
+
+    Args:
+        ours, theirs (array): Diversity and quality of the points, shapes `(n, draws, 2)` and `(m, draws, 2)`, see
+            [`front_difference`]; one point alone is compared at its own diversity.
+        steps (`int`, *optional*, defaults to 33): Places of the shared range at which the curves are compared.
+
+    Returns:
+        `np.ndarray`: Shape `(draws,)`, the unit of quality; NaN where the curves share no diversity.
+    """
+    result = np.full(ours.shape[1], np.nan)
+    for draw in range(ours.shape[1]):
+        a, b = (_envelope(curve[:, draw]) for curve in (ours, theirs))
+        low, high = max(a[0, 0], b[0, 0]), min(a[-1, 0], b[-1, 0])
+        if low <= high:
+            at = np.linspace(low, high, steps)
+            result[draw] = (np.interp(at, *a.T) - np.interp(at, *b.T)).mean()
+    return result
+
+
+def _envelope(points: np.ndarray) -> np.ndarray:
+    """Points `(n, 2)` by rising first coordinate, the second never below that of a point further right."""
+    points = points[np.argsort(points[:, 0], kind="stable")]
+    return np.stack([points[:, 0], np.maximum.accumulate(points[::-1, 1])[::-1]], 1)
 
 
 def above_diagonal(curve: np.ndarray, weights: Sequence[float]) -> np.ndarray:

@@ -7,45 +7,41 @@ Results go to `results.jsonl`, one line for each row as it is done, which a seco
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
-import json
-import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import functools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from trl_drcd._files import wav_bytes, write_bytes, write_text
 from trl_drcd._run import distinct, load_prompts, local_name
 from trl_drcd.codecs import SpectralCodec
 from trl_drcd.policies import policy_for
 
-from . import plots
 from .checks import check_ends, check_parts, check_settings
+from .information import forward_information, prompt_information
 from .judging import Judges, judge_samples
 from .metrics import bootstrap_interval, per_prompt, teacher_terms
-from .report import comparison_page
+from .overview import write_report
+from .points import with_quality
+from .records import (
+    append_line,
+    content_digest,
+    keep_samples,
+    keep_tokens,
+    kept_tokens,
+    read_lines,
+    settings_digest,
+    write_lines,
+)
+from .reward_models import question_of
 from .sampling import Samples, sample_prompts
 from .strategies import Models, Row, expand
-from .tables import formatted
-
-# Columns of the table and of the summary, where they were measured
-TABLE = {
-    "quality": "quality",
-    "adherence": "text adherence",
-    "preference": "preference (nats)",
-    "diversity": "diversity",
-    "diversity_second": "diversity (second)",
-    "entropy_per_token": "entropy (nats/token)",
-    "kl": "KL to guided teacher (nats)",
-    "frechet": "Fréchet distance",
-}
 
 
 @dataclass
@@ -57,40 +53,67 @@ class EvaluateArguments:
     strategies: Any = field(
         default_factory=lambda: [{"name": "base"}], metadata={"help": "List of what is compared; in the YAML file."}
     )
+    only: list[str] = field(default_factory=list, metadata={"help": "Names of the strategies to do; all if none."})
     dataset_split: str = field(default="test", metadata={"help": "Split of a hub data set."})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Folder of the results."})
     num_prompts: int = field(default=64, metadata={"help": "Held-out prompts."})
     samples_per_prompt: int = field(default=8, metadata={"help": "Samples of each, at least 2."})
     max_new_tokens: int = field(default=200, metadata={"help": "Largest length of a completion, in tokens or steps."})
     batch_size: int = field(default=64, metadata={"help": "Sequences at one time."})
+    num_processes: int = field(default=1, metadata={"help": "Rows at one time, each in a process of its own."})
+    dtype: str = field(default="float32", metadata={"help": "Of the models: float32, bfloat16 or float16."})
     guidance_scale: float = field(default=3.0, metadata={"help": "gamma of the teacher that the KL is taken to."})
     negative_prompt: str | None = field(default=None, metadata={"help": "x^- of the teacher."})
-    omega: float = field(default=5.0, metadata={"help": "quality = omega * adherence + preference; the paper's 5."})
+    omega: str = field(
+        default="5",
+        metadata={
+            "help": "quality = omega * adherence + preference: a number, the paper's 5, or `equal`, which gives both "
+            "parts the same range (largest minus smallest mean) over the rows."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Of the draws; the same for every strategy."})
     codec: str | None = field(default=None, metadata={"help": "Codec of a causal LM over audio tokens."})
     embedder: str | None = field(default=None, metadata={"help": "E, which was rewarded."})
     second_embedder: str | None = field(default=None, metadata={"help": "An embedding that was not rewarded."})
     judge: str | None = field(default=None, metadata={"help": "Text-audio judge, or sentence encoder for text."})
+    reference: str | None = field(
+        default=None, metadata={"help": "Held-out recordings under the judge, for the Fréchet distance (safetensors)."}
+    )
     clap: str | None = field(default=None, metadata={"help": "A CLAP checkpoint as one more judge of adherence."})
     cross_encoder: str | None = field(
         default=None, metadata={"help": "Text: a cross-encoder as one more judge of adherence."}
     )
     reward_model: str | None = field(default=None, metadata={"help": "Text: a reward model, its reward a metric."})
     preference: str | None = field(default=None, metadata={"help": "Preference model."})
+    prompt_information: bool = field(
+        default=False, metadata={"help": "Measure what samples tell about their prompts under the frozen base."}
+    )
+    metrics: list[str] = field(
+        default_factory=list,
+        metadata={"help": "More metrics, each `module.function` with TRL's reward signature: higher is better."},
+    )
     listen: int = field(default=4, metadata={"help": "Prompts on the page, one sample of each strategy."})
 
     def __post_init__(self) -> None:
+        self.omega = str(self.omega)  # a number in a YAML file
         check_settings(self)
 
-    @property
-    def fingerprint(self) -> str:
-        """Names what a row's numbers depend on besides the row."""
-        ignored = {"strategies", "output_dir", "listen"}
-        parts = {name: value for name, value in asdict(self).items() if name not in ignored}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+    def sampling_settings(self, row: Row, prompts: list[Any], digest: Callable[[str], str]) -> str:
+        """Names what the samples of a row depend on: the contents of the models, not their names."""
+        models = [digest(self.model), *map(digest, row.models)]
+        drawn = [row.weights, row.guidance_scale, row.temperature, row.negative_prompt]
+        how = [self.samples_per_prompt, self.max_new_tokens, self.batch_size, self.dtype, self.seed]
+        return settings_digest([models, drawn, how, prompts])
 
-
-Progress = Callable[[str], None]
+    def settings(self, row: Row, prompts: list[Any], digest: Callable[[str], str]) -> str:
+        """Names what the numbers of a row depend on."""
+        judges = (
+            "codec", "embedder", "second_embedder", "judge", "reference", "clap", "cross_encoder", "reward_model",
+            "preference",
+        )  # fmt: skip
+        heard = [digest(name) if (name := getattr(self, judge)) else None for judge in judges]
+        judged = [self.guidance_scale, self.negative_prompt, self.prompt_information, self.metrics]
+        return settings_digest([self.sampling_settings(row, prompts, digest), heard, judged])
 
 
 def evaluate(args: EvaluateArguments, extra_metrics: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -103,66 +126,179 @@ def evaluate(args: EvaluateArguments, extra_metrics: dict[str, Any] | None = Non
             **kwargs) -> list[float]`; for audio, `completions` are `(waveform, sampling_rate)` pairs.
 
     Returns:
-        `list[dict]`: The lines of `results.jsonl`, in the order of the strategies.
+        `list[dict]`: The lines of `results.jsonl`, in the order of the strategies; what an earlier call has left there
+        and is not of this one is in `other_results.jsonl`.
 
     Raises:
         ValueError: If a strategy is not well-formed, or there are fewer prompts than asked for; before any sampling.
     """
-    rows = expand(args.strategies)
+    rows = expand(chosen(args.strategies, args.only))
     check_parts(args)
     prompts = distinct(load_prompts("dataset", args.dataset, args.dataset_split)["prompt"], args.num_prompts)
     if len(prompts) < args.num_prompts:
         raise ValueError(
             f"`dataset={args.dataset}` has {len(prompts)} different prompts, `num_prompts` is {args.num_prompts}"
         )
-    file = Path(args.output_dir) / "results.jsonl"
-    done = read_results(file, args.fingerprint)
+    file, others = Path(args.output_dir) / "results.jsonl", Path(args.output_dir) / "other_results.jsonl"
+    digest = functools.cache(content_digest)
+    settings = {row.slug: args.settings(row, prompts, digest) for row in rows}
+    lines = [*read_lines(others), *read_lines(file)]
+    done = {line["row"]: line for line in lines if line["settings"] == settings.get(line["row"])}
     if waiting := [row for row in rows if row.slug not in done]:
-        models, judges = Models(args.model), Judges.load(args, extra_metrics or {})
-        check_ends(models.base, waiting)
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-        for number, row in enumerate(waiting, 1):
-            print(f"[{number}/{len(waiting)}] {row.name}", flush=True)
-            result = measure(row, models, tokenizer, prompts, judges, args)
+        for result in measure_rows(waiting, prompts, args, extra_metrics or {}):
+            result["settings"] = settings[result["row"]]
             append_line(file, result)
-            done[row.slug] = result
-    results = [done[row.slug] for row in rows]
-    write_report(results, args)
+            done[result["row"]] = result
+    results = with_quality([done[row.slug] for row in rows], args.omega)
+    if kept := [line for line in lines if line["settings"] != settings.get(line["row"])]:
+        write_lines(others, kept)
+    write_lines(file, results)
+    write_report(results, prompts, args)
     return results
 
 
-@torch.no_grad()
-def measure(
-    row: Row, models: Models, tokenizer: Any, prompts: list[Any], judges: Judges, args: EvaluateArguments
+def chosen(strategies: Any, only: list[str]) -> Any:
+    """
+    The strategies whose names are in `only`; all if that is empty.
+
+    Raises:
+        ValueError: If a name is none of theirs.
+    """
+    if not only or not isinstance(strategies, list):
+        return strategies
+    names = [strategy.get("name") for strategy in strategies if isinstance(strategy, dict)]
+    if unknown := sorted(set(only) - set(names)):
+        raise ValueError(f"`only` has {unknown}; the strategies are {names}")
+    return [strategy for strategy in strategies if isinstance(strategy, dict) and strategy.get("name") in only]
+
+
+def measure_rows(
+    rows: list[Row], prompts: list[Any], args: EvaluateArguments, extra_metrics: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """The lines of the rows, as each is done."""
+    if args.num_processes == 1:
+        worker = Worker(args, prompts, extra_metrics, rows)
+        for number, row in enumerate(rows, 1):
+            print(f"[{number}/{len(rows)}] {row.name}", flush=True)
+            yield worker(row)
+        return
+    # The slow ones first, so that no process is left alone with one of them; else in order, which loads least often
+    rows = sorted(rows, key=lambda row: row.guidance_scale == 1)
+    with ProcessPoolExecutor(args.num_processes, get_context("spawn")) as pool:
+        try:
+            futures = {pool.submit(_work, row, args, prompts, extra_metrics, rows): row for row in rows}
+            with tqdm(total=len(rows), desc="evaluate", unit="row") as bar:
+                for future in as_completed(futures):
+                    yield future.result()
+                    bar.set_postfix_str(futures[future].name)
+                    bar.update()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@functools.cache
+def _worker() -> list[Any]:
+    return []
+
+
+def _work(
+    row: Row, args: EvaluateArguments, prompts: list[Any], extra_metrics: dict[str, Any], rows: list[Row]
 ) -> dict[str, Any]:
-    """One row: samples it, judges the samples, keeps some; the line of `results.jsonl`."""
-    model = models(row)
-    samples = sample_prompts(
-        model, tokenizer, prompts, args.samples_per_prompt, row.guidance_scale, row.negative_prompt, row.temperature,
-        args.max_new_tokens, args.batch_size, args.seed, description="  sample",
-    )  # fmt: skip
-    terms = teacher_terms(
-        model, models.base, tokenizer, samples, args.guidance_scale, args.negative_prompt, row.temperature,
-        row.guidance_scale, args.batch_size, description="  KL    ",
-    )  # fmt: skip
-    items = completions(samples, models.base, tokenizer, args)
-    values, metrics = judge_samples(samples, items, judges, args.omega, args.seed)
-    values["kl"] = per_prompt(terms.kl, args.samples_per_prompt)
-    values["entropy_per_token"] = per_prompt(terms.entropy / terms.tokens, args.samples_per_prompt)
-    metrics |= {name: bootstrap_interval(value) for name, value in values.items()}
-    speed = samples.tokens_per_second
-    metrics["tokens_per_second"] = {"mean": speed, "low": speed, "high": speed}
-    step = max(1, len(prompts) // max(1, args.listen))
-    shown = [items[i * args.samples_per_prompt] for i in range(0, len(prompts), step)[: args.listen]]
-    keep_samples(Path(args.output_dir) / "samples" / row.slug, shown)
-    about = {
-        "strategy": row.strategy, "name": row.name, "model": " + ".join(map(local_name, row.models or (args.model,))),
-        "weights": list(row.weights), "guidance_scale": row.guidance_scale, "temperature": row.temperature,
-        "diversity_coef": row.diversity_coef, "interpolation_weight": row.interpolation_weight, "seed": args.seed,
-        "prompts": args.num_prompts, "samples_per_prompt": args.samples_per_prompt,
-    }  # fmt: skip
-    rounded = {name: [float(f"{v:.6g}") for v in value] for name, value in values.items()}
-    return about | {"metrics": metrics, "per_prompt": rounded, "row": row.slug, "settings": args.fingerprint}
+    """One row in a process that keeps models and judges for the next."""
+    if not _worker():
+        _worker().append(Worker(args, prompts, extra_metrics, rows, quiet=True))
+    result: dict[str, Any] = _worker()[0](row)
+    return result
+
+
+class Worker:
+    """
+    Measures rows, one at a time: samples them, judges the samples, keeps some.
+
+    Args:
+        args ([`EvaluateArguments`]): Everything.
+        prompts (`list`): The held-out prompts.
+        extra_metrics (`dict`): See [`evaluate`].
+        rows (`list[Row]`): What it will be asked for; models of another shape are refused now.
+        quiet (`bool`, *optional*, defaults to `False`): No progress bars.
+    """
+
+    def __init__(
+        self,
+        args: EvaluateArguments,
+        prompts: list[Any],
+        extra_metrics: dict[str, Any],
+        rows: list[Row],
+        quiet: bool = False,
+    ) -> None:
+        self.args, self.prompts, self.quiet = args, prompts, quiet
+        self.judges = Judges.load(args, extra_metrics)
+        self.models = Models(args.model, getattr(torch, args.dtype))
+        check_ends(self.models.base, rows)
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+        self.digest = functools.cache(content_digest)
+
+    def _bar(self, name: str) -> str | None:
+        return None if self.quiet else f"  {name:6s}"
+
+    def samples(self, row: Row, model: Any) -> Samples:
+        """Drawn now, or by an earlier call with the same settings."""
+        args, file = self.args, Path(self.args.output_dir) / "samples" / f"{row.slug}.safetensors"
+        settings = args.sampling_settings(row, self.prompts, self.digest)
+        samples = kept_tokens(file, self.prompts, args.samples_per_prompt, settings)
+        if samples is None:
+            samples = sample_prompts(
+                model, self.tokenizer, self.prompts, args.samples_per_prompt, row.guidance_scale, row.negative_prompt,
+                row.temperature, args.max_new_tokens, args.batch_size, args.seed, description=self._bar("sample"),
+            )  # fmt: skip
+            keep_tokens(file, samples, settings)
+        return samples
+
+    @torch.no_grad()
+    def __call__(self, row: Row) -> dict[str, Any]:
+        """The line of `results.jsonl`, without its settings."""
+        args, model = self.args, self.models(row)
+        samples = self.samples(row, model)
+        terms = teacher_terms(
+            model, self.models.base, self.tokenizer, samples, args.guidance_scale, args.negative_prompt,
+            row.temperature, row.guidance_scale, args.batch_size, description=self._bar("KL"),
+        )  # fmt: skip
+        items = completions(samples, self.models.base, self.tokenizer, args)
+        values, metrics = judge_samples(samples, items, self.judges, args.seed)
+        values["kl"] = per_prompt(terms.kl, args.samples_per_prompt)
+        values["entropy_per_token"] = per_prompt(terms.entropy / terms.tokens, args.samples_per_prompt)
+        if args.prompt_information:
+            values["prompt_information"] = per_prompt(self.information(samples, items), args.samples_per_prompt)
+        metrics |= {name: bootstrap_interval(value) for name, value in values.items()}
+        speed = samples.tokens_per_second
+        metrics["tokens_per_second"] = {"mean": speed, "low": speed, "high": speed}
+        step = max(1, len(self.prompts) // max(1, args.listen))
+        shown = [items[i * args.samples_per_prompt] for i in range(0, len(self.prompts), step)[: args.listen]]
+        keep_samples(Path(args.output_dir) / "samples" / row.slug, shown)
+        rounded = {name: [float(f"{v:.6g}") for v in value] for name, value in values.items()}
+        return self.about(row, items) | {"metrics": metrics, "per_prompt": rounded, "row": row.slug}
+
+    def information(self, samples: Samples, items: list[Any]) -> torch.Tensor:
+        """Of each completion on its prompt, nats, under the base."""
+        base, bar = self.models.base, self._bar("inform")
+        if isinstance(items[0], str):
+            requests = [question_of(prompt) for prompt in samples.repeated_prompts]
+            return prompt_information(base, self.tokenizer, requests, items, description=bar)
+        return forward_information(base, self.tokenizer, samples, self.args.batch_size, bar)
+
+    def about(self, row: Row, items: list[Any]) -> dict[str, Any]:
+        """What a line says besides its numbers."""
+        args = self.args
+        return {
+            "strategy": row.strategy, "point": row.point, "name": row.name,
+            "model": " + ".join(map(local_name, row.models or (args.model,))), "weights": list(row.weights),
+            "guidance_scale": row.guidance_scale, "temperature": row.temperature,
+            "diversity_coef": row.diversity_coef, "interpolation_weight": row.interpolation_weight,
+            "training_seed": row.training_seed, "seed": args.seed, "prompts": args.num_prompts,
+            "samples_per_prompt": args.samples_per_prompt, "teacher_guidance_scale": args.guidance_scale,
+            "passes_per_token": 1 if row.guidance_scale == 1 else 2,
+            "kind": "text" if isinstance(items[0], str) else "music",
+        }  # fmt: skip
 
 
 def completions(samples: Samples, model: Any, tokenizer: Any, args: EvaluateArguments) -> list[Any]:
@@ -172,115 +308,3 @@ def completions(samples: Samples, model: Any, tokenizer: Any, args: EvaluateArgu
         return list(codec.decode(samples.token_ids))
     texts: list[Any] = tokenizer.batch_decode(samples.token_ids, skip_special_tokens=True)
     return texts
-
-
-def keep_samples(folder: Path, items: list[Any]) -> None:
-    """Writes completions as `00.wav`, ... or `00.txt`, ..."""
-    for number, item in enumerate(items):
-        if isinstance(item, str):
-            write_text(folder / f"{number:02d}.txt", item)
-        else:
-            write_bytes(folder / f"{number:02d}.wav", wav_bytes(*item))
-
-
-def read_samples(folder: Path) -> list[Any]:
-    """What [`keep_samples`] wrote."""
-    from trl_drcd._extras import require
-
-    items: list[Any] = []
-    for path in sorted(folder.glob("[0-9]*")):
-        if path.suffix == ".txt":
-            items.append(path.read_text())
-        else:
-            waveform, rate = require("soundfile", "audio").read(path, dtype="float32")
-            items.append((torch.from_numpy(waveform), rate))
-    return items
-
-
-# ---------------------------------------------------------------- files
-
-
-def append_line(file: Path, result: dict[str, Any]) -> None:
-    """One line more, on the disk before this returns."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a") as stream:
-        stream.write(json.dumps(result) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def read_results(file: Path, fingerprint: str) -> dict[str, dict[str, Any]]:
-    """The lines that were measured with these settings, by row; a torn last line is left out."""
-    if not file.exists():
-        return {}
-    text = file.read_text()
-    if text and not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
-        write_text(file, text)
-    lines = [json.loads(line) for line in text.splitlines()]
-    return {line["row"]: line for line in lines if line["settings"] == fingerprint}
-
-
-def write_report(results: list[dict[str, Any]], args: EvaluateArguments) -> None:
-    """`summary.csv`, plots and `report.html` of the rows."""
-    output = Path(args.output_dir)
-    columns = {name: head for name, head in TABLE.items() if all(name in row["metrics"] for row in results)}
-    first = results[0]["metrics"]["tokens_per_second"]["mean"]
-    header = ["", *columns.values(), "tokens/s", "cost"]
-    table = []
-    for row in results:
-        speed = row["metrics"]["tokens_per_second"]["mean"]
-        cells = [formatted(row["metrics"][name]) for name in columns]
-        table.append([row["name"], *cells, f"{speed:.0f}", f"{first / speed:.2f}"])
-    write_text(output / "summary.csv", summary(results))
-    figures = []
-    if "quality" in columns and "diversity" in columns:
-        figures.append(plots.save(plots.front_plot(results), output / "front"))
-        if "preference" in columns:
-            figures.append(plots.save(plots.front_plot(results, y="adherence"), output / "front_adherence"))
-        if (curves := plots.lambda_plot(results)) is not None:
-            figures.append(plots.save(curves, output / "lambda"))
-    prompts = distinct(load_prompts("dataset", args.dataset, args.dataset_split)["prompt"], args.num_prompts)
-    step = max(1, len(prompts) // max(1, args.listen))
-    shown = [prompts[i] for i in range(0, len(prompts), step)[: args.listen]]
-    about = (
-        f"{args.num_prompts} held-out prompts x {args.samples_per_prompt} samples, seed {args.seed}; mean and 95 % "
-        f"bootstrap interval over prompts. {quality_is(results, args.omega)} Cost: time per token, the first row's "
-        "being 1."
-    )
-    page = comparison_page(
-        "Quality and diversity",
-        about,
-        (header, table),
-        [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in shown],
-        {row["name"]: read_samples(output / "samples" / row["row"]) for row in results},
-        figures,
-    )
-    write_text(output / "report.html", page)
-
-
-def quality_is(results: list[dict[str, Any]], omega: float) -> str:
-    """What `quality` stands for, in words."""
-    if "quality" not in results[0]["metrics"]:
-        return ""
-    if "preference" in results[0]["metrics"]:
-        return f"Quality: {omega:g} x text adherence + preference."
-    return "Quality: text adherence."
-
-
-def summary(results: list[dict[str, Any]]) -> str:
-    """All rows as CSV: what they are, and mean, low and high of every metric."""
-    metrics = list(dict.fromkeys(name for row in results for name in row["metrics"]))
-    about = ["name", "strategy", "model", "guidance_scale", "temperature", "interpolation_weight", "diversity_coef"]
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*about, *(f"{name}{part}" for name in metrics for part in ("", "_low", "_high"))])
-    for row in results:
-        cells = [row["metrics"].get(name, {}).get(part, "") for name in metrics for part in ("mean", "low", "high")]
-        writer.writerow([*(row[name] for name in about), *cells])
-    return file.getvalue()
-
-
-def per_prompt_of(results: list[dict[str, Any]], *metrics: str) -> np.ndarray:
-    """Metrics of rows on each prompt, shape `(rows, P, len(metrics))`: what the tests on fronts take."""
-    return np.array([np.stack([row["per_prompt"][metric] for metric in metrics], -1) for row in results])

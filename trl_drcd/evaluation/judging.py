@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,9 @@ import torch
 
 from trl_drcd.diversity import group_diversity
 
+from .frechet import Reference, frechet_to_reference
 from .metrics import bootstrap_interval, per_prompt
+from .records import content_digest
 from .reward_models import RewardModel, cross_encoder, question_of
 from .sampling import Samples
 
@@ -31,6 +36,8 @@ class Judges:
             one that quality is made of.
         preference (`Callable`, *optional*): Completions to `(N,)`.
         rewards (`dict[str, Callable]`): Name of a metric to a callable with TRL's reward signature.
+        hear (`Callable`, *optional*): The space of the Fréchet distance: audio to `(N, D)`.
+        reference ([`Reference`], *optional*): Held-out recordings in that space.
     """
 
     embedder: Embed | None = None
@@ -38,6 +45,8 @@ class Judges:
     adherence: dict[str, Callable[[list[Any], list[Any]], torch.Tensor]] = field(default_factory=dict)
     preference: Callable[[list[Any]], torch.Tensor] | None = None
     rewards: dict[str, Callable[..., list[float]]] = field(default_factory=dict)
+    hear: Embed | None = None
+    reference: Reference | None = None
 
     @classmethod
     def load(cls, args: Any, rewards: dict[str, Any]) -> Judges:
@@ -46,8 +55,9 @@ class Judges:
 
         Raises:
             FileNotFoundError: If a folder is none of theirs.
+            ValueError: If there is a reference without a judge of audio, or of another judge.
         """
-        judges = cls(rewards=dict(rewards))
+        judges = cls(rewards={path.rpartition(".")[2]: import_function(path) for path in args.metrics} | rewards)
         if args.embedder:
             judges.embedder = load_embedder(args.embedder)
         if args.second_embedder:
@@ -55,6 +65,11 @@ class Judges:
         if args.judge:
             judge = load_embedder(args.judge)
             judges.adherence["adherence"] = getattr(judge, "adherence", None) or cosine_adherence(judge)
+            judges.hear = getattr(judge, "embed_audio", None)
+        if args.reference:
+            if judges.hear is None:
+                raise ValueError(f"`reference={args.reference}` needs a `judge` of audio, got {args.judge}")
+            judges.reference = Reference.load(args.reference, content_digest(args.judge))
         if args.clap:
             from .clap import ClapJudge
 
@@ -68,6 +83,22 @@ class Judges:
 
             judges.preference = PreferenceModel.from_pretrained(args.preference).preference
         return judges
+
+
+def import_function(path: str) -> Callable[..., list[float]]:
+    """
+    The function that a dotted path names, `package.module.function`; modules of the working directory are found.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    module, _, name = path.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"`metrics` has {path!r}, which is no importable module.function: {error}") from error
 
 
 def load_embedder(folder: str) -> Any:
@@ -91,15 +122,14 @@ def cosine_adherence(embed: Embed) -> Callable[[list[Any], list[Any]], torch.Ten
     """Adherence of texts to their prompts: cosine of the embeddings of both."""
 
     def adherence(prompts: list[Any], completions: list[Any]) -> torch.Tensor:
-        return torch.nn.functional.cosine_similarity(
-            embed([question_of(p) for p in prompts]), embed(completions), dim=-1
-        )
+        requests = embed([question_of(prompt) for prompt in prompts])
+        return torch.nn.functional.cosine_similarity(requests, embed(completions), dim=-1)
 
     return adherence
 
 
 def judge_samples(
-    samples: Samples, items: list[Any], judges: Judges, omega: float, seed: int = 0
+    samples: Samples, items: list[Any], judges: Judges, seed: int = 0
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
     """
     Everything that is measured of completions.
@@ -108,7 +138,6 @@ def judge_samples(
         samples ([`Samples`]): Prompts and how many samples of each.
         items (`list`): The completions, audio or texts, in the same order.
         judges ([`Judges`]): By whom.
-        omega (`float`): `quality = omega * adherence + preference`; adherence alone where there is no preference.
         seed (`int`, *optional*, defaults to 0): Of the bootstrap.
 
     Returns:
@@ -124,9 +153,8 @@ def judge_samples(
         values[name] = per_prompt(adherence(samples.repeated_prompts, items), count)
     if judges.preference is not None:
         values["preference"] = per_prompt(judges.preference(items), count)
-    if "adherence" in values:
-        quality = values["adherence"]
-        values["quality"] = omega * quality + values["preference"] if "preference" in values else quality
+    if judges.hear is not None and judges.reference is not None:
+        overall |= frechet_to_reference(judges.hear(items).double().numpy(), count, judges.reference, seed=seed)
     for name, reward in judges.rewards.items():
         values[name] = per_prompt(reward(prompts=samples.repeated_prompts, completions=items), count)
     if isinstance(items[0], str):
@@ -179,21 +207,3 @@ def distinct_n(texts: list[str], n: int) -> float:
     """Different word n-grams over all word n-grams of some texts; 0 where there is none."""
     grams = [gram for text in texts for gram in zip(*(text.split()[i:] for i in range(n)), strict=False)]
     return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def frechet_distance(
-    mean: np.ndarray, covariance: np.ndarray, other_mean: np.ndarray, other_covariance: np.ndarray
-) -> float:
-    """
-    Frechet distance of two normal distributions: `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`.
-
-    Args:
-        mean, other_mean (`np.ndarray`): Shape `(D,)`.
-        covariance, other_covariance (`np.ndarray`): Shape `(D, D)`.
-
-    Returns:
-        `float`: Unit of the embeddings, squared.
-    """
-    product = np.linalg.eigvals(covariance @ other_covariance).real.clip(min=0)
-    traces = np.trace(covariance) + np.trace(other_covariance) - 2 * np.sqrt(product).sum()
-    return float(((mean - other_mean) ** 2).sum() + traces)

@@ -8,6 +8,7 @@ in nats.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,6 +65,51 @@ def bootstrap_draws(prompts: int, resamples: int = 2000, seed: int = 0) -> np.nd
     return np.random.default_rng(seed).integers(0, prompts, (resamples, prompts))
 
 
+def resampled_means(values: Any, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    """
+    The mean over training seeds and prompts, followed by its bootstrap draws.
+
+    Prompts and seeds are drawn with replacement, crossed; the draws depend on `seed`, `P` and `R` alone, so that what
+    is computed of the means of several models, draw by draw, is paired. With a single seed only prompts are drawn.
+    Few seeds make the interval too narrow: drawing from R of them has `(R - 1) / R` of their variance.
+
+    Args:
+        values (array): Shape `(R, P)`: training seeds by prompts; what is NaN is left out.
+        resamples (`int`, *optional*, defaults to 2000): Bootstrap draws.
+        seed (`int`, *optional*, defaults to 0): Of the draws.
+
+    Returns:
+        `np.ndarray`: Shape `(1 + resamples,)`, the mean first; see [`interval_of`].
+
+    Raises:
+        ValueError: If the shape is another, or there are no values.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 2 or values.size == 0:
+        raise ValueError(f"`values` must have shape (R, P), none of them 0, got {values.shape}")
+    runs, prompts = values.shape
+    times = _times_drawn(prompts, resamples, seed)
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        means = (times @ np.where(known, values, 0).T) / (times @ known.T)
+    chosen = np.concatenate([np.arange(runs)[None], bootstrap_draws(runs, resamples, seed + 1)])
+    return np.take_along_axis(means, chosen, 1).mean(1)
+
+
+@lru_cache(maxsize=4)
+def _times_drawn(prompts: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each prompt is drawn, `(1 + resamples, prompts)`; once in the first row."""
+    drawn = [np.bincount(draw, minlength=prompts) for draw in bootstrap_draws(prompts, resamples, seed)]
+    return np.concatenate([np.ones((1, prompts)), drawn])
+
+
+def interval_of(draws: np.ndarray, level: float = 0.95) -> dict[str, float]:
+    """A statistic of [`resampled_means`], shape `(1 + resamples,)`, as `mean` (the first), `low` and `high`."""
+    tail = (1 - level) / 2
+    low, high = np.nanquantile(draws[1:], [tail, 1 - tail])
+    return {"mean": float(draws[0]), "low": float(low), "high": float(high)}
+
+
 def per_prompt(values: Any, samples_per_prompt: int) -> np.ndarray:
     """Mean over the samples of each prompt: `(P * samples_per_prompt,)` to `(P,)`."""
     return np.asarray(values, dtype=np.float64).reshape(-1, samples_per_prompt).mean(1)
@@ -117,14 +163,14 @@ class SequenceTerms(NamedTuple):
     tokens: torch.Tensor
 
 
-def _right_pad(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def right_pad(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Completion ids and mask, int64 `(B, S)`."""
     rows = [torch.tensor(sequence) for sequence in sequences]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return ids, (torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])).long()
 
 
-def _logits(
+def completion_logits(
     policy: Policy, model: Any, streams: list[list[list[int]]], completion: Any, guidance_scale: float
 ) -> list[Callable[[slice], torch.Tensor]]:
     """For each codebook, a function from rows of its valid tokens to (guided) logits `(rows, V)`."""
@@ -187,10 +233,10 @@ def teacher_terms(
     starts = range(0, len(rows), batch_size)
     for first in tqdm(starts, desc=description, unit="batch", disable=description is None):
         part = slice(first, first + batch_size)
-        completion = tuple(tensor.to(model.device) for tensor in _right_pad(samples.token_ids[part]))
+        completion = tuple(tensor.to(model.device) for tensor in right_pad(samples.token_ids[part]))
         inputs = [stream[part] for stream in streams], completion
-        ours = _logits(policy, model, *inputs, model_guidance_scale)
-        theirs = _logits(policy, teacher, *inputs, guidance_scale)
+        ours = completion_logits(policy, model, *inputs, model_guidance_scale)
+        theirs = completion_logits(policy, teacher, *inputs, guidance_scale)
         _, mask = policy.ids_and_mask(*completion)
         sums = [_summed(ours[k], theirs[k], mask[..., k], temperature) for k in range(len(ours))]
         kl, entropy = (torch.stack(term).sum(0).cpu() for term in zip(*sums, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,18 @@ import numpy as np
 from trl_drcd._extras import require
 from trl_drcd._files import write_bytes
 
-from .fronts import pareto_front
+from .fronts import above_diagonal, pareto_front
+from .metrics import interval_of
+from .points import Line, correlation, draws_of, lambda_sweeps
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; yellow is too light for lines on white
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-MARKERS = "osD^vPX*<>"
+MARKERS = "osD^vph*<>"
+# Where labels stand, one sweep after the other: offset in points and alignment
+PLACES = (((6, 5), "left"), ((-6, -11), "right"), ((6, -11), "left"))
 LABELS = {
     "quality": "quality",
+    "prompt_information": "information on the prompt (nats)",
     "adherence": "text adherence (cosine)",
     "preference": "preference (nats)",
     "diversity": "diversity (1 - cosine)",
@@ -32,14 +38,14 @@ def _label(metric: str) -> str:
     return LABELS.get(metric, metric.replace("_", " "))
 
 
-def _by_strategy(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
+def _by_strategy(rows: Sequence[Line]) -> dict[str, list[Line]]:
+    groups: dict[str, list[Line]] = {}
     for row in rows:
         groups.setdefault(row["strategy"], []).append(row)
     return groups
 
 
-def swept(rows: list[dict[str, Any]]) -> str | None:
+def swept(rows: Sequence[Line]) -> str | None:
     """What differs among the rows of a strategy: `guidance_scale`, `temperature` or `interpolation_weight`."""
     return next((name for name in SWEPT if len({row[name] for row in rows}) > 1), None)
 
@@ -52,79 +58,133 @@ def _new_axes(width: float = 7.0, height: float = 5.0) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _interval(rows: list[dict[str, Any]], metric: str) -> tuple[np.ndarray, np.ndarray]:
+def _interval(rows: Sequence[Line], metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Means `(n,)`, and distances `(2, n)` to the low and the high end of their intervals."""
     mean, low, high = (np.array([row["metrics"][metric][part] for row in rows]) for part in ("mean", "low", "high"))
     return mean, np.stack([mean - low, high - mean])
 
 
-def front_plot(rows: list[dict[str, Any]], x: str = "diversity", y: str = "quality") -> Any:
+def front_plot(points: Sequence[Line], x: str = "diversity", y: str = "quality") -> Any:
     """
-    Every row as a point with its 95 % intervals, the rows of a sweep joined: Fig. 1 and 3 of the paper.
+    Every point with its 95 % intervals, those of a sweep joined: Fig. 1 and 3 of the paper.
 
     Args:
-        rows (`list[dict]`): Lines of `results.jsonl`.
+        points (`list[dict]`): Lines of `results.jsonl`, or of [`~trl_drcd.evaluation.points.pooled`].
         x, y (`str`, *optional*): Metrics; both are better the higher.
 
     Returns:
         `matplotlib.figure.Figure`: See [`save`].
     """
     figure, axes = _new_axes()
-    points = np.array([[row["metrics"][m]["mean"] for m in (x, y)] for row in rows])
-    front = points[pareto_front(points)]
-    axes.plot(*front.T, color="0.8", linewidth=6, solid_capstyle="round", zorder=0, label="front of all")
-    for number, (strategy, group) in enumerate(_by_strategy(rows).items()):
+    at = np.array([[point["metrics"][m]["mean"] for m in (x, y)] for point in points])
+    front = at[pareto_front(at)]
+    axes.plot(*front.T, color="0.85", linewidth=7, solid_capstyle="round", zorder=0, label="front of all")
+    sweeps = 0
+    for number, (strategy, group) in enumerate(_by_strategy(points).items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         parameter = swept(group)
-        group = sorted(group, key=lambda row: row[parameter]) if parameter else group
+        group = sorted(group, key=lambda point: point[parameter]) if parameter else group
         (at_x, bars_x), (at_y, bars_y) = _interval(group, x), _interval(group, y)
         axes.errorbar(
-            at_x, at_y, xerr=bars_x, yerr=bars_y, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.35, zorder=1
+            at_x, at_y, xerr=bars_x, yerr=bars_y, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.3, zorder=1
         )
-        style = "-" if parameter else ""
-        axes.plot(at_x, at_y, style, marker=marker, color=colour, markersize=6, label=strategy, zorder=2)
+        axes.plot(
+            at_x, at_y, linestyle="-" if parameter else "none", linewidth=1.6, marker=marker, color=colour,
+            markersize=7, markeredgecolor="white", markeredgewidth=0.7, label=strategy, zorder=2 + number,
+        )  # fmt: skip
         if parameter:
-            for row, *at in list(zip(group, at_x, at_y, strict=True))[:: 1 + len(group) // 8]:
-                axes.annotate(
-                    f"{SWEPT[parameter]} {row[parameter]:g}", at, textcoords="offset points", xytext=(5, 4),
-                    fontsize=7, color=colour,
+            shown = sorted({*range(0, len(group), 1 + len(group) // 5), len(group) - 1})
+            offset, side = PLACES[sweeps % len(PLACES)]
+            sweeps += 1
+            for i in shown:
+                text = axes.annotate(
+                    f"{SWEPT[parameter]} {group[i][parameter]:g}", (at_x[i], at_y[i]), textcoords="offset points",
+                    xytext=offset, ha=side, fontsize=7.5, color=colour, zorder=50,
                 )  # fmt: skip
+                text.set_path_effects([_effects().withStroke(linewidth=2.5, foreground="white")])
     axes.set_xlabel(_label(x) + "  →")
     axes.set_ylabel(_label(y) + "  →")
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_title("means and 95 % bootstrap intervals; lines join the points of a sweep", fontsize=8, color="0.4")
+    axes.legend(frameon=False, fontsize=8.5)
     return figure
 
 
-def lambda_plot(rows: list[dict[str, Any]], metrics: tuple[str, ...] = ("quality", "diversity")) -> Any:
+def lambda_plot(points: Sequence[Line], metrics: tuple[str, ...] = ("quality", "diversity")) -> Any:
     """
-    Metrics along lambda, with their 95 % bands and the straight line between the ends: Fig. 4 (left) of the paper.
+    Metrics along lambda beside the straight line between the ends (Fig. 4, left, of the paper), and below them how far
+    they lie above that line, paired over prompts; with 95 % bands.
 
     Args:
-        rows (`list[dict]`): Lines of `results.jsonl`; strategies without a sweep of lambda are left out.
-        metrics (`tuple[str, ...]`, *optional*): One panel each.
+        points (`list[dict]`): Of [`~trl_drcd.evaluation.points.pooled`]; what is no sweep of lambda is left out.
+        metrics (`tuple[str, ...]`, *optional*): One column each.
 
     Returns:
-        `matplotlib.figure.Figure` or `None`: `None` where nothing is swept.
+        `matplotlib.figure.Figure` or `None`: `None` where no lambda goes from 0 to 1.
     """
-    sweeps = {s: g for s, g in _by_strategy(rows).items() if swept(g) == "interpolation_weight"}
+    sweeps = {
+        name: group for name, group in lambda_sweeps(points).items()
+        if group[0]["interpolation_weight"] == 0 and group[-1]["interpolation_weight"] == 1
+    }  # fmt: skip
     if not sweeps:
         return None
-    figure = require("matplotlib.figure", "plot").Figure((4.5 * len(metrics), 3.8), layout="constrained")
-    for panel, metric in enumerate(metrics, 1):
-        axes = figure.add_subplot(1, len(metrics), panel)
+    figure = require("matplotlib.figure", "plot").Figure((4.2 * len(metrics), 5.6), layout="constrained")
+    panels = figure.subplots(2, len(metrics), sharex=True, squeeze=False, height_ratios=(3, 2))
+    for metric, (above, below) in zip(metrics, panels.T, strict=True):
         for number, (strategy, group) in enumerate(sweeps.items()):
-            colour = COLOURS[(number + 1) % len(COLOURS)]
-            group = sorted(group, key=lambda row: row["interpolation_weight"])
-            at = [row["interpolation_weight"] for row in group]
+            colour, marker = COLOURS[(number + 1) % len(COLOURS)], MARKERS[(number + 1) % len(MARKERS)]
+            at = [point["interpolation_weight"] for point in group]
             mean, bars = _interval(group, metric)
-            axes.plot(at, mean, "-o", color=colour, markersize=4, label=strategy)
-            axes.fill_between(at, mean - bars[0], mean + bars[1], color=colour, alpha=0.15, linewidth=0)
-            axes.plot(at[:: len(at) - 1], mean[:: len(at) - 1], "--", color=colour, linewidth=1)
-        axes.set(xlabel="λ", ylabel=_label(metric))
+            above.plot(at, mean, "-", marker=marker, color=colour, markersize=5, label=strategy)
+            above.fill_between(at, mean - bars[0], mean + bars[1], color=colour, alpha=0.15, linewidth=0)
+            above.plot([0, 1], mean[[0, -1]], "--", color=colour, linewidth=1)
+            gaps = [interval_of(gap) for gap in above_diagonal(draws_of(group, metric)[..., 0], at)]
+            gap, low, high = (np.array([one[part] for one in gaps]) for part in ("mean", "low", "high"))
+            below.plot(at, gap, "-", marker=marker, color=colour, markersize=4)
+            below.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+        below.axhline(0, color="0.4", linestyle="--", linewidth=1)
+        above.set_ylabel(_label(metric))
+        below.set(xlabel="λ, from quality to diversity", ylabel="above the straight line")
+        for axes in (above, below):
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25)
+    panels[0, -1].legend(frameon=False, fontsize=8.5, loc="upper left")
+    return figure
+
+
+def agreement_plot(points: Sequence[Line], diversities: Sequence[str]) -> Any:
+    """
+    Embedding diversity against entropy per token, one dot for each strategy, with their correlation: Fig. 7 of the
+    paper.
+
+    Args:
+        points (`list[dict]`): Of [`~trl_drcd.evaluation.points.pooled`], at least 3.
+        diversities (`list[str]`): One panel each.
+    """
+    figure = require("matplotlib.figure", "plot").Figure((5.2 * len(diversities), 4.4), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(diversities), squeeze=False)[0], diversities, strict=True):
+        for number, (strategy, group) in enumerate(_by_strategy(points).items()):
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+            (at_x, bars_x), (at_y, bars_y) = _interval(group, "entropy_per_token"), _interval(group, metric)
+            axes.errorbar(
+                at_x, at_y, xerr=bars_x, yerr=bars_y, fmt=marker, color=colour, ecolor=(*_rgb(colour), 0.3),
+                elinewidth=0.8, markersize=7, markeredgecolor="white", markeredgewidth=0.7, label=strategy,
+            )  # fmt: skip
+        r = correlation(points, "entropy_per_token", metric)
+        axes.set(xlabel=_label("entropy_per_token"), ylabel=_label(metric))
+        axes.set_title(f"correlation {r['mean']:.2f} [{r['low']:.2f}, {r['high']:.2f}]", fontsize=9, color="0.3")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
     return figure
+
+
+def _rgb(colour: str) -> tuple[float, ...]:
+    return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+
+
+def _effects() -> Any:
+    """Outlines of texts."""
+    return require("matplotlib.patheffects", "plot")
 
 
 def save(figure: Any, path: Path) -> bytes:

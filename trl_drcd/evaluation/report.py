@@ -20,6 +20,7 @@ tr { border-bottom: 1px solid #ddd } td { text-align: right; font-variant-numeri
 .grid { display: grid; gap: .4rem 1rem; margin: 1.5rem 0 } .grid > h3 { grid-column: 1 / -1; margin: .8rem 0 0 }
 figure { margin: 0 } figcaption { font-size: 13px; color: #555 } audio { width: 100%; height: 2.2rem }
 img { width: 100%; height: 150px; image-rendering: auto; display: block } .text { white-space: pre-wrap }
+.long { text-align: left; white-space: normal } .wide { overflow-x: auto }
 .plot { width: auto; height: auto; max-width: 100% }
 """
 
@@ -66,32 +67,33 @@ def _completion(item: Any) -> str:
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of texts, escaped; the first column names the row."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join(
-        f"<tr><th>{html.escape(row[0])}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row[1:])}</tr>"
-        for row in rows
-    )
+
+    def filled(cell: str) -> str:
+        return f"<td{' class=long' if len(cell) > 40 else ''}>{html.escape(cell)}</td>"
+
+    body = "".join(f"<tr><th>{html.escape(row[0])}</th>{''.join(map(filled, row[1:]))}</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def comparison_page(
     title: str,
     introduction: str,
-    table: tuple[Sequence[str], Sequence[Sequence[str]]],
+    tables: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]],
     prompts: Sequence[str],
     completions: dict[str, Sequence[Any]],
     figures: Sequence[bytes] = (),
 ) -> str:
     """
-    A self-contained page: an introduction, a table of results, and for each prompt every model's completion.
+    A self-contained page: an introduction, tables of results, and for each prompt every model's completion.
 
     Args:
         title (`str`): Heading.
         introduction (`str`): Text below it.
-        table (`tuple`): Header, and rows of texts.
+        tables (`dict`): Heading to header, and rows of texts; the first above the completions, the others below.
         prompts (`list[str]`): The `n` prompts.
         completions (`dict`): Name of each model to its `n` completions: texts, or `(waveform, sampling_rate)` pairs,
             which get a player and a spectrogram.
-        figures (`Sequence[bytes]`, *optional*): PNG images above the table.
+        figures (`Sequence[bytes]`, *optional*): PNG images above the tables.
 
     Returns:
         `str`: HTML; every text in it is escaped, sound and images are inside.
@@ -113,10 +115,14 @@ def comparison_page(
         cells.append(f"<h3>{html.escape(prompt)}</h3>{''.join(players)}")
     images = (base64.b64encode(figure).decode() for figure in figures)
     plots = "".join(f'<img class="plot" src="data:image/png;base64,{image}" alt="plot">' for image in images)
+    columns = f"grid-template-columns: repeat({len(completions)}, minmax(11rem, 1fr))"
+    first, *others = (
+        (f"<h2>{html.escape(head)}</h2>" if head else "") + html_table(*table) for head, table in tables.items()
+    )
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1><p>{html.escape(introduction)}</p>"
-        f"{plots}{html_table(*table)}"
-        f'<div class="grid" style="grid-template-columns: repeat({len(completions)}, 1fr)">{"".join(cells)}</div>'
-        "</body></html>\n"
+        f'{plots}<div class="wide">{first}</div>'
+        f'<div class="wide"><div class="grid" style="{columns}">{"".join(cells)}</div></div>'
+        f'<div class="wide">{"".join(others)}</div></body></html>\n'
     )

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
 
 from trl_drcd._arguments import shown
 from trl_drcd._models import check_adapter_folder, check_model, load_model
@@ -39,6 +38,7 @@ class Row:
         negative_prompt (`str`, *optional*): x^- where there is guidance.
         interpolation_weight (`float`, *optional*): lambda, where there are two models.
         diversity_coef (`float`, *optional*): What the model was trained with, for the record.
+        training_seed (`int`, *optional*): Which of several trainings alike it is of; such rows are one point.
     """
 
     strategy: str
@@ -49,14 +49,20 @@ class Row:
     negative_prompt: str | None = None
     interpolation_weight: float | None = None
     diversity_coef: float | None = None
+    training_seed: int | None = None
 
     @property
-    def name(self) -> str:
-        """The strategy, with what is swept in it."""
+    def point(self) -> str:
+        """The strategy, with what is swept in it: the same for all training seeds."""
         marks = {"guidance_scale": "gamma", "temperature": "T", "interpolation_weight": "lambda"}
         defaults = {"guidance_scale": 1.0, "temperature": 0.99, "interpolation_weight": None}
         parts = [f"{marks[n]} {getattr(self, n):g}" for n in SWEPT if getattr(self, n) != defaults[n]]
         return " ".join([self.strategy, *([f"({', '.join(parts)})"] if parts else [])])
+
+    @property
+    def name(self) -> str:
+        """The point, with the training seed where there are several."""
+        return self.point if self.training_seed is None else f"{self.point} #{self.training_seed}"
 
     @property
     def slug(self) -> str:
@@ -67,12 +73,13 @@ class Row:
 
 def expand(strategies: Sequence[dict[str, Any]]) -> list[Row]:
     """
-    One row for each value of what a strategy sweeps.
+    One row for each value of what a strategy sweeps, and for each training seed.
 
     Args:
         strategies (`list[dict]`): Each with `name`; `model`, or `models` with `interpolation_weight` (two of them) or
             `weights` (all alike if not given); `guidance_scale`, `temperature`, `negative_prompt`, `diversity_coef`.
-            At most one of `guidance_scale`, `temperature` and `interpolation_weight` may be a list.
+            At most one of `guidance_scale`, `temperature` and `interpolation_weight` may be a list. A list as `model`,
+            or a list of lists as `models`, is the same training with several seeds: one point, several rows.
 
     Returns:
         `list[Row]`: In order.
@@ -87,7 +94,7 @@ def expand(strategies: Sequence[dict[str, Any]]) -> list[Row]:
     rows: list[Row] = []
     for number, strategy in enumerate(strategies):
         where = f"`strategies[{number}]`"
-        known = {field.name for field in fields(Row)} - {"strategy"} | {"name", "model"}
+        known = {field.name for field in fields(Row)} - {"strategy", "training_seed"} | {"name", "model"}
         if not isinstance(strategy, dict) or not isinstance(strategy.get("name"), str) or not strategy["name"].strip():
             raise ValueError(f"{where} must be a mapping with a `name`, a text, got {shown(strategy)}")
         name = strategy["name"]
@@ -109,12 +116,22 @@ def expand(strategies: Sequence[dict[str, Any]]) -> list[Row]:
                 f"{where}: `{swept[0]}` must hold at least one value and at most {MAX_SWEEP}, got {len(values)}: "
                 f"{shown(values, 40)}"
             )
-        for value in values:
-            one = {k: v for k, v in strategy.items() if k != "name"} | ({swept[0]: value} if swept else {})
-            rows.append(_row(name, one, where))
+        for seed, run in _training_seeds(strategy):
+            for value in values:
+                one = {k: v for k, v in run.items() if k != "name"} | ({swept[0]: value} if swept else {})
+                rows.append(_row(name, one | {"training_seed": seed}, where))
     if not rows:
         raise ValueError("`strategies` is empty; give at least one, e.g. `- {name: base}`")
     return rows
+
+
+def _training_seeds(strategy: dict[str, Any]) -> list[tuple[int | None, dict[str, Any]]]:
+    """The strategy once for each training seed, with its number; `None` where there is one training."""
+    for key, kind in (("model", list), ("models", (list, tuple))):
+        runs = strategy.get(key)
+        if isinstance(runs, list) and runs and (key == "model" or all(isinstance(run, kind) for run in runs)):
+            return [(seed, strategy | {key: run}) for seed, run in enumerate(runs)]
+    return [(None, strategy)]
 
 
 def _row(name: str, given: dict[str, Any], where: str) -> Row:
@@ -174,10 +191,12 @@ class Models:
     Args:
         base (`str`): Folder or hub name of the base model.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of all.
+        device (`torch.device`, *optional*): The accelerator, where there is one, if `None`.
     """
 
-    def __init__(self, base: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, base: str, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
         self.base_name, self.dtype = base, dtype
+        self.device = device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         self.base = self._load(base)
         self._loaded: tuple[tuple[str, ...], Any] = ((), self.base)
 
@@ -205,6 +224,5 @@ class Models:
             hold_checkpoints(model, list(names))
         return model
 
-    def _load(self, name: str) -> PreTrainedModel:
-        model: PreTrainedModel = load_model(name, dtype=self.dtype).eval()
-        return model
+    def _load(self, name: str) -> Any:
+        return load_model(name, dtype=self.dtype).eval().to(self.device)

@@ -18,6 +18,13 @@ def formatted(interval: dict[str, float], digits: int = 3) -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def verdict(interval: dict[str, float], above: str, below: str) -> str:
+    """`above` where the whole interval lies above zero, `below` where it lies below, else `undecided`."""
+    if interval["low"] > 0:
+        return above
+    return below if interval["high"] < 0 else "undecided"
+
+
 def against_base(
     values: dict[str, np.ndarray], base: dict[str, np.ndarray], columns: dict[str, str]
 ) -> dict[str, str]:

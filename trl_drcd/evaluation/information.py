@@ -1,4 +1,4 @@
-"""What a completion tells about its prompt, for evaluation alone: never a reward."""
+"""What a completion tells about its prompt under a frozen model, for evaluation alone: never a reward."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import torch
 from tqdm import tqdm
 
 from trl_drcd.guidance import left_pad
-from trl_drcd.losses import LOGITS_PER_CHUNK
-from trl_drcd.policies import CausalLMPolicy
+from trl_drcd.losses import LOGITS_PER_CHUNK, sum_per_sequence
+from trl_drcd.policies import CausalLMPolicy, policy_for
+
+from .metrics import completion_logits, right_pad
+from .sampling import Samples, tokenize_prompts
 
 # A plain document, so that any causal LM reads it, with or without a chat template
 FRAME = "Text: {completion}\n\nThis text was written for the request: "
@@ -77,3 +80,54 @@ def _log_likelihood(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) ->
     ]
     total = torch.zeros(len(pairs), device=model.device).index_add(0, mask.nonzero()[:, 0], torch.cat(parts).float())
     return total.cpu()
+
+
+@torch.no_grad()
+def forward_information(
+    model: Any, tokenizer: Any, samples: Samples, batch_size: int = 64, description: str | None = None
+) -> torch.Tensor:
+    """
+    Pointwise mutual information as a model of music can give it: `log p(completion | prompt) - log p(completion)`.
+
+    Under the frozen base, its null prompt in the second term, at temperature 1, in nats. By Bayes' rule it would be
+    [`prompt_information`] if the model knew both directions. It is what guidance itself raises, so it says how far
+    guidance has got, and is no independent judge.
+
+    Args:
+        model (`PreTrainedModel`): The frozen base, a causal LM or a MusicGen.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        samples ([`Samples`]): Prompts and completions.
+        batch_size (`int`, *optional*, defaults to 64): Completions at one time.
+        description (`str`, *optional*): Name of the progress bar; `None` shows none.
+
+    Returns:
+        `torch.Tensor`: Shape `(B,)`, nats per sequence, float32 on the CPU.
+    """
+    policy = policy_for(model, tokenizer)
+    rows = [{"prompt": prompt} for prompt in samples.repeated_prompts]
+    streams = [tokenize_prompts(policy, samples.repeated_prompts), policy.negative_prompt_ids(rows, None)]
+    parts = []
+    starts = range(0, len(rows), batch_size)
+    for first in tqdm(starts, desc=description, unit="batch", disable=description is None):
+        part = slice(first, first + batch_size)
+        completion = tuple(tensor.to(model.device) for tensor in right_pad(samples.token_ids[part]))
+        ids, mask = policy.ids_and_mask(*completion)
+        given, alone = (
+            completion_logits(policy, model, [stream[part]], completion, guidance_scale=1.0) for stream in streams
+        )
+        total = torch.zeros(len(ids), device=model.device)
+        for k in range(len(given)):
+            valid = mask[..., k]
+            scores = _log_p(given[k], ids[..., k][valid]) - _log_p(alone[k], ids[..., k][valid])
+            total += sum_per_sequence(scores, valid[..., None])
+        parts.append(total.cpu())
+    return torch.cat(parts)
+
+
+def _log_p(logits: Any, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of the targets, nats, float32; logits exist in chunks."""
+    rows = max(1, LOGITS_PER_CHUNK // logits(slice(0, 1)).shape[-1])
+    return torch.cat([
+        logits(slice(i, i + rows)).float().log_softmax(-1).gather(-1, targets[i : i + rows, None]).squeeze(-1)
+        for i in range(0, len(targets), rows)
+    ])  # fmt: skip

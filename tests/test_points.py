@@ -1,0 +1,135 @@
+"""Lines of results.jsonl as points: quality, training seeds, fronts, the paper's claims, plots."""
+
+import numpy as np
+import pytest
+
+from trl_drcd.evaluation.claims import claims
+from trl_drcd.evaluation.overview import agreement_table, fronts_table, lambda_table, points_table
+from trl_drcd.evaluation.plots import agreement_plot, front_plot, lambda_plot
+from trl_drcd.evaluation.points import correlation, equal_omega, fronts_of, pooled, with_quality
+
+PROMPTS = 40
+NOISE = np.random.default_rng(0).normal(size=PROMPTS) * 0.05  # the same prompts are hard for all
+
+
+def line(strategy, adherence, diversity, entropy=1.0, preference=None, point=None, **about):
+    """A line whose metrics have the given means, with a little noise of the line's own."""
+    name = point or strategy
+    own = np.random.default_rng(abs(hash((strategy, str(about)))) % 2**32).normal(size=(4, PROMPTS)) * 0.004
+    own -= own.mean(1, keepdims=True)
+    values = {"adherence": adherence + NOISE + own[0], "diversity": diversity + NOISE + own[1]}
+    values["entropy_per_token"] = entropy + own[2]
+    if preference is not None:
+        values["preference"] = preference + own[3]
+    metrics = {key: {"mean": value.mean(), "low": value.mean(), "high": value.mean()} for key, value in values.items()}
+    metrics["tokens_per_second"] = dict.fromkeys(("mean", "low", "high"), 100.0)
+    defaults = {"weights": [], "guidance_scale": 1.0, "temperature": 0.99, "interpolation_weight": None}
+    defaults |= {"diversity_coef": None, "training_seed": None, "strategy": strategy, "name": name, "point": name}
+    return defaults | about | {"metrics": metrics, "per_prompt": {k: v.tolist() for k, v in values.items()}}
+
+
+def world(bulge=0.0, quality_model=0.5):
+    """Every role that a claim asks for; along lambda quality rises above the straight line by `bulge`."""
+    lines = [line("base", 0.3, 0.5, 2.0), line("trained", 0.3, 0.35, weights=[1.0], diversity_coef=5, point="beta 5")]
+    lines += [line("CFG", 0.5, 0.3, guidance_scale=3.0, point="CFG 3")]
+    lines += [line("temperature", 0.25, 0.52, temperature=1.2, point="T 1.2")]
+    lines += [line("quality", quality_model, 0.29, weights=[1.0], diversity_coef=0)]
+    lines += [line("diversity", 0.4, 0.6, 0.9, weights=[1.0], diversity_coef=15)]
+    for at in (0.0, 0.5, 1.0):
+        adherence = (1 - at) * quality_model + at * 0.4 + (bulge if at == 0.5 else 0)
+        weights = {"weights": [1 - at, at], "interpolation_weight": at}
+        lines.append(line("LERP", adherence, 0.29 + at * 0.31, point=f"LERP {at}", **weights))
+    return [*lines, line("uniform", 0.6, 0.4, weights=[1 / 3] * 3)]
+
+
+def test_quality_is_made_of_its_parts():
+    lines = [line("a", 0.2, 0.5, preference=-3.0), line("b", 0.4, 0.5, preference=-2.0)]
+    five = with_quality(lines)
+    assert five[0]["omega"] == 5 and five[0]["metrics"]["quality"]["mean"] == pytest.approx(5 * 0.2 - 3, abs=0.1)
+    expected = 5 * np.array(lines[0]["per_prompt"]["adherence"]) + lines[0]["per_prompt"]["preference"]
+    np.testing.assert_allclose(five[0]["per_prompt"]["quality"], expected, rtol=1e-5)
+    assert "quality" not in lines[0]["metrics"]
+    # The preference's means span 1, those of the adherence 0.2
+    assert equal_omega(lines) == pytest.approx(1 / 0.2, rel=1e-6)
+    assert with_quality(five, "equal")[1]["omega"] == pytest.approx(5)
+    without = with_quality([line("a", 0.2, 0.5)], "equal")
+    assert without[0]["omega"] is None and without[0]["per_prompt"]["quality"][0] == pytest.approx(
+        without[0]["per_prompt"]["adherence"][0], rel=1e-5
+    )
+    with pytest.raises(ValueError, match="give a number"):
+        with_quality([lines[0], lines[0]], "equal")
+
+
+def test_training_seeds_are_one_point():
+    lines = [line("q", at, 0.5, point="q", weights=[1.0], training_seed=i) for i, at in enumerate((0.3, 0.5, 0.4))]
+    (point,) = pooled(lines)
+    assert point["runs"] == 3 and point["values"]["adherence"].shape == (3, PROMPTS)
+    interval = point["metrics"]["adherence"]
+    assert interval["mean"] == pytest.approx(0.4 + NOISE.mean(), abs=1e-6)
+    assert interval["high"] - interval["low"] > 0.08  # the seeds' spread, far above that of the prompts
+    assert point["metrics"]["tokens_per_second"]["mean"] == 100
+    assert points_table([point])[1][0][0] == "q (3 trainings)"
+
+
+def test_fronts_have_the_base_in_its_own_sweeps():
+    fronts = fronts_of(pooled(world()))
+    members = {name: [p["name"] for p in group] for name, group in fronts.items()}
+    assert members == {
+        "CFG": ["base", "CFG 3"], "temperature": ["base", "T 1.2"], "LERP": ["LERP 0.0", "LERP 0.5", "LERP 1.0"],
+        "trained models": ["beta 5", "quality", "diversity"],
+    }  # fmt: skip
+
+
+def test_the_claims_hold_where_they_are_true():
+    answers = claims(pooled(world(bulge=0.06)), "adherence", "diversity")
+    assert [claim.verdict for claim in answers] == ["holds"] * 11
+    numbers = answers[0].numbers["CFG - base"]
+    assert numbers["mean"] == pytest.approx(0.2) and 0.19 < numbers["low"] < numbers["high"] < 0.21
+    # At diversity 0.35 the best merged model there or above is that of lambda 0.5: 0.5 - 0.05 + 0.06 against 0.3
+    assert answers[5].numbers["merged - coefficient 5"]["mean"] == pytest.approx(0.21)
+
+
+def test_the_claims_fail_where_they_are_false():
+    answers = {claim.text.split(" (")[0]: claim.verdict for claim in claims(
+        pooled(world(bulge=-0.08, quality_model=0.35)), "adherence", "diversity"
+    )}  # fmt: skip
+    assert answers["distillation reaches CFG's quality without CFG"] == "fails"
+    assert answers["along lambda quality lies above the straight line between the ends"] == "fails"
+    assert answers["CFG buys quality"] == "holds"
+
+
+def test_what_is_not_there_is_not_measured():
+    answers = claims(pooled([line("base", 0.3, 0.5), line("other", 0.3, 0.5)]), "adherence", "diversity")
+    assert {claim.verdict for claim in answers} == {"not measured"}
+
+
+def test_tables():
+    points = pooled(world(bulge=0.06))
+    header, rows = fronts_table(points, "adherence", "diversity")
+    assert {row[0]: row[-1] for row in rows}["CFG - LERP"] == "below" and len(rows) == 6
+    header, rows = lambda_table(points, ["adherence", "diversity"])
+    assert rows[0][0] == "LERP, λ 0.5" and rows[0][1].startswith("0.060 [0.05")
+    header, rows = agreement_table(points)
+    assert header[1:] == ["all (10)", "at temperature 0.99 (9)"] and len(rows) == 1
+
+
+def test_correlation_is_that_of_the_means():
+    points = pooled(world())
+    means = np.array([[p["values"][m].mean() for m in ("diversity", "entropy_per_token")] for p in points])
+    found = correlation(points, "diversity", "entropy_per_token")
+    assert found["mean"] == pytest.approx(np.corrcoef(means.T)[0, 1])
+    assert found["low"] <= found["mean"] <= found["high"]
+    with pytest.raises(ValueError, match="at least 3 points, got 2"):
+        correlation(points[:2], "diversity", "entropy_per_token")
+
+
+def test_plots_join_sweeps():
+    points = pooled(world(bulge=0.06))
+    (axes,) = front_plot(points, y="adherence").axes
+    assert {"base", "CFG", "LERP"} <= {text.get_text() for text in axes.get_legend().get_texts()}
+    panels = lambda_plot(points, ("adherence", "diversity")).axes
+    assert len(panels) == 4
+    np.testing.assert_allclose(panels[0].lines[0].get_xdata(), [0, 0.5, 1])
+    assert panels[2].lines[0].get_ydata()[1] == pytest.approx(0.06, abs=1e-3)
+    assert lambda_plot(points[:1]) is None
+    assert "correlation" in agreement_plot(points, ["diversity"]).axes[0].get_title()

@@ -1,0 +1,241 @@
+"""
+The paper's claims (https://huggingface.co/papers/2410.06084), each answered from `results.jsonl` with paired bootstrap
+intervals over prompts and training seeds.
+
+What is compared is found by what the lines say of themselves: the base, the base with guidance (the teacher's gamma),
+the trained models by their `diversity_coef`, sweeps of lambda, averages of more than two models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .fronts import above_diagonal, curve_difference, front_difference
+from .metrics import interval_of
+from .points import USUAL_TEMPERATURE, Line, correlation, draws_of, is_base, is_trained, lambda_sweeps
+from .tables import formatted, verdict
+
+Interval = dict[str, float]
+# "As much as" allows for so much of what guidance itself changes
+MARGIN = 0.2
+
+
+@dataclass
+class Claim:
+    """
+    One claim, what was measured of it, and whether it holds: `holds`, `fails`, `undecided` (its interval has zero in
+    it) or `not measured`.
+    """
+
+    text: str
+    verdict: str = "not measured"
+    numbers: dict[str, Interval] = field(default_factory=dict)
+
+
+class Evidence:
+    """
+    The points that the claims are about, and draws of their metrics.
+
+    Args:
+        points (`list[dict]`): Of [`~trl_drcd.evaluation.points.pooled`].
+        quality, diversity (`str`): Metrics that the claims are about.
+    """
+
+    def __init__(self, points: Sequence[Line], quality: str, diversity: str) -> None:
+        self.points, self.metrics = list(points), (diversity, quality)
+        guided = [p for p in points if not p["weights"] and p["guidance_scale"] != 1]
+        teacher = points[0].get("teacher_guidance_scale", 3.0)
+        self.base = next(filter(is_base, points), None)
+        self.cfg = next((p for p in guided if p["guidance_scale"] == teacher), None)
+        self.cfg_front = [p for p in guided if p["temperature"] == USUAL_TEMPERATURE]
+        self.temperature_front = [p for p in points if not p["weights"] and p["guidance_scale"] == 1]
+        trained = [p for p in points if is_trained(p) and p["diversity_coef"] is not None]
+        trained.sort(key=lambda p: p["diversity_coef"])
+        self.quality = next((p for p in trained if p["diversity_coef"] == 0), None)
+        self.rewarded = [p for p in trained if p["diversity_coef"] > 0]
+        self.diversity = self.rewarded[-1] if self.rewarded else None
+        self.sweeps = lambda_sweeps(points)
+        self.lerp = next(iter(self.sweeps.values()), [])
+        self.uniform = next((p for p in points if len(p["weights"]) > 2 and len(set(p["weights"])) == 1), None)
+
+    def difference(self, ours: Line, theirs: Line, metric: str) -> np.ndarray:
+        """Ours minus theirs, `(1 + resamples,)`."""
+        draws = draws_of([ours, theirs], metric)[..., 0]
+        return draws[0] - draws[1]
+
+    def curve(self, points: Sequence[Line]) -> np.ndarray:
+        """Diversity and quality of points, `(n, 1 + resamples, 2)`."""
+        return draws_of(points, *self.metrics)
+
+
+def claims(points: Sequence[Line], quality: str = "quality", diversity: str = "diversity") -> list[Claim]:
+    """
+    Every claim.
+
+    Args:
+        points (`list[dict]`): Of [`~trl_drcd.evaluation.points.pooled`], all on the same prompts.
+        quality, diversity (`str`, *optional*): Metrics, of those in `values`.
+
+    Returns:
+        `list[Claim]`: In the order of the paper.
+    """
+    evidence = Evidence(points, quality, diversity)
+    return [answer(evidence) for answer in ANSWERS]
+
+
+def claims_table(
+    points: Sequence[Line], quality: str = "quality", diversity: str = "diversity"
+) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """Header and rows of texts."""
+    rows = []
+    for claim in claims(points, quality, diversity):
+        measured = "; ".join(f"{name} {formatted(interval)}" for name, interval in claim.numbers.items())
+        rows.append([claim.text, claim.verdict, measured])
+    return ["claim", "verdict", "measured"], rows
+
+
+# ---------------------------------------------------------------- one function for each
+
+
+def _guidance_buys_quality(e: Evidence) -> Claim:
+    claim = Claim("CFG buys quality")
+    if e.base and e.cfg:
+        claim.numbers["CFG - base"] = interval_of(e.difference(e.cfg, e.base, e.metrics[1]))
+        claim.verdict = verdict(claim.numbers["CFG - base"], "holds", "fails")
+    return claim
+
+
+def _guidance_costs_diversity(e: Evidence) -> Claim:
+    claim = Claim("CFG costs diversity")
+    if e.base and e.cfg:
+        claim.numbers["CFG - base"] = interval_of(e.difference(e.cfg, e.base, e.metrics[0]))
+        claim.verdict = verdict(claim.numbers["CFG - base"], "fails", "holds")
+    return claim
+
+
+def _not_less(e: Evidence, text: str, metric: str, sign: float) -> Claim:
+    """The quality model changes `metric` in the direction of `sign` at least as much as guidance, but for a margin."""
+    claim = Claim(text)
+    if e.base and e.cfg and e.quality:
+        margin = MARGIN * abs(e.difference(e.cfg, e.base, metric)[0])
+        difference = e.difference(e.quality, e.cfg, metric)
+        claim.text += f" (but for {MARGIN:.0%} of what CFG changes, {margin:.3f})"
+        claim.numbers["quality model - CFG"] = interval_of(difference)
+        claim.numbers["quality model - base"] = interval_of(e.difference(e.quality, e.base, metric))
+        claim.verdict = verdict(interval_of(sign * difference + margin), "holds", "fails")
+    return claim
+
+
+def _distillation_reaches_quality(e: Evidence) -> Claim:
+    return _not_less(e, "distillation reaches CFG's quality without CFG", e.metrics[1], 1)
+
+
+def _distillation_costs_diversity(e: Evidence) -> Claim:
+    return _not_less(e, "distillation alone costs as much diversity as CFG", e.metrics[0], -1)
+
+
+def _reward_brings_diversity_back(e: Evidence) -> Claim:
+    claim = Claim("the diversity reward brings diversity back")
+    if e.quality and e.diversity:
+        for point in e.rewarded:
+            difference = interval_of(e.difference(point, e.quality, e.metrics[0]))
+            claim.numbers[f"coefficient {point['diversity_coef']:g} - quality model"] = difference
+        claim.verdict = verdict(difference, "holds", "fails")
+        for name, other in (("CFG", e.cfg), ("base", e.base)):
+            if other:
+                difference = interval_of(e.difference(e.diversity, other, e.metrics[0]))
+                claim.numbers[f"coefficient {e.diversity['diversity_coef']:g} - {name}"] = difference
+        difference = interval_of(e.difference(e.diversity, e.quality, e.metrics[1]))
+        claim.numbers["its quality - quality model's"] = difference
+    return claim
+
+
+def _merging_beats_training(e: Evidence) -> Claim:
+    claim = Claim("merging beats models trained with coefficients in between, at the same diversity")
+    between = [point for point in e.rewarded if point is not e.diversity]
+    if e.lerp and between:
+        heights = [curve_difference(e.curve(e.lerp), e.curve([point])) for point in between]
+        for point, height in zip(between, heights, strict=True):
+            if np.isfinite(height[0]):
+                claim.numbers[f"merged - coefficient {point['diversity_coef']:g}"] = interval_of(height)
+        known = [height for height in heights if np.isfinite(height).mean() > 0.5]
+        if known:
+            claim.verdict = verdict(interval_of(np.mean(known, axis=0)), "holds", "fails")
+    return claim
+
+
+def _merging_beats(e: Evidence, text: str, others: Sequence[Line]) -> Claim:
+    """The merged models' front above another, by the areas that they dominate."""
+    claim = Claim(text)
+    if e.lerp and len(others) > 1:
+        ours, theirs = e.curve(e.lerp), e.curve(others)
+        worst = e.curve(e.points)[:, 0].min(0)
+        claim.numbers["difference of areas"] = front_difference(ours, theirs, worst)
+        heights = curve_difference(ours, theirs)
+        if np.isfinite(heights).mean() > 0.5:
+            claim.numbers["mean difference of heights"] = interval_of(heights)
+        claim.verdict = verdict(claim.numbers["difference of areas"], "holds", "fails")
+    return claim
+
+
+def _merging_beats_guidance(e: Evidence) -> Claim:
+    base = [e.base] if e.base else []
+    return _merging_beats(e, "the front of merged models lies above CFG's", [*base, *e.cfg_front])
+
+
+def _merging_beats_temperature(e: Evidence) -> Claim:
+    return _merging_beats(e, "the front of merged models lies above that of temperatures", e.temperature_front)
+
+
+def _uniform_average(e: Evidence) -> Claim:
+    claim = Claim("the uniform average of all models lies above the front of merged pairs")
+    if e.uniform and e.lerp:
+        height = curve_difference(e.curve([e.uniform]), e.curve(e.lerp))
+        if np.isfinite(height).mean() > 0.5:
+            claim.numbers["uniform - merged pair, at its diversity"] = interval_of(height)
+            claim.verdict = verdict(claim.numbers["uniform - merged pair, at its diversity"], "holds", "fails")
+    return claim
+
+
+def _above_the_diagonal(e: Evidence) -> Claim:
+    claim = Claim("along lambda quality lies above the straight line between the ends")
+    at = [point["interpolation_weight"] for point in e.lerp]
+    if len(at) > 2 and at[0] == 0 and at[-1] == 1:
+        for name, metric in (("quality", 1), ("diversity", 0)):
+            gap = above_diagonal(e.curve(e.lerp)[..., metric], at)[1:-1].mean(0)
+            claim.numbers[f"{name}, mean between the ends"] = interval_of(gap)
+        claim.verdict = verdict(claim.numbers["quality, mean between the ends"], "holds", "fails")
+    return claim
+
+
+def _entropy_disagrees(e: Evidence) -> Claim:
+    claim = Claim("the rewarded model is more diverse than CFG, and entropy per token does not show it")
+    if e.diversity and e.cfg and "entropy_per_token" in e.diversity["values"]:
+        diverse = interval_of(e.difference(e.diversity, e.cfg, e.metrics[0]))
+        entropy = interval_of(e.difference(e.diversity, e.cfg, "entropy_per_token"))
+        claim.numbers |= {"diversity, rewarded - CFG": diverse, "entropy, rewarded - CFG": entropy}
+        if len(e.points) > 2:
+            claim.numbers["correlation over strategies"] = correlation(e.points, e.metrics[0], "entropy_per_token")
+        if verdict(diverse, "yes", "no") == "yes":
+            claim.verdict = "fails" if entropy["low"] > 0 else "holds"
+        else:
+            claim.verdict = "undecided"
+    return claim
+
+
+ANSWERS: tuple[Callable[[Evidence], Claim], ...] = (
+    _guidance_buys_quality,
+    _guidance_costs_diversity,
+    _distillation_reaches_quality,
+    _distillation_costs_diversity,
+    _reward_brings_diversity_back,
+    _merging_beats_training,
+    _merging_beats_guidance,
+    _merging_beats_temperature,
+    _uniform_average,
+    _above_the_diagonal,
+    _entropy_disagrees,
+)
