@@ -122,20 +122,27 @@ def curve_difference(ours: np.ndarray, theirs: np.ndarray, steps: int = 33) -> n
     Returns:
         `np.ndarray`: Shape `(draws,)`, the unit of quality; NaN where the curves share no diversity.
     """
-    result = np.full(ours.shape[1], np.nan)
-    for draw in range(ours.shape[1]):
-        a, b = (_envelope(curve[:, draw]) for curve in (ours, theirs))
-        low, high = max(a[0, 0], b[0, 0]), min(a[-1, 0], b[-1, 0])
-        if low <= high:
-            at = np.linspace(low, high, steps)
-            result[draw] = (np.interp(at, *a.T) - np.interp(at, *b.T)).mean()
+    a, b = _envelopes(ours), _envelopes(theirs)
+    low, high = np.maximum(a[:, 0, 0], b[:, 0, 0]), np.minimum(a[:, -1, 0], b[:, -1, 0])
+    at = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, steps)
+    return np.where(low <= high, (_heights(a, at) - _heights(b, at)).mean(1), np.nan)
+
+
+def _envelopes(points: np.ndarray) -> np.ndarray:
+    """`(n, draws, 2)` as `(draws, n, 2)` by rising first coordinate, the second never below one further right."""
+    order = np.argsort(points[..., 0].T, axis=1, kind="stable")
+    x, y = (np.take_along_axis(points[..., i].T, order, 1) for i in (0, 1))
+    return np.stack([x, np.maximum.accumulate(y[:, ::-1], 1)[:, ::-1]], -1)
+
+
+def _heights(curves: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """`np.interp` of each draw: broken lines `(draws, n, 2)` at `(draws, steps)`."""
+    result = np.repeat(curves[:, :1, 1], at.shape[1], 1)
+    for left, right in zip(curves[:, :-1].swapaxes(0, 1), curves[:, 1:].swapaxes(0, 1), strict=True):
+        width = np.where(right[:, 0] > left[:, 0], right[:, 0] - left[:, 0], 1)
+        share = ((at - left[:, :1]) / width[:, None]).clip(0, 1)
+        result = np.where(at >= left[:, :1], left[:, 1:] + share * (right[:, 1:] - left[:, 1:]), result)
     return result
-
-
-def _envelope(points: np.ndarray) -> np.ndarray:
-    """Points `(n, 2)` by rising first coordinate, the second never below that of a point further right."""
-    points = points[np.argsort(points[:, 0], kind="stable")]
-    return np.stack([points[:, 0], np.maximum.accumulate(points[::-1, 1])[::-1]], 1)
 
 
 def above_diagonal(curve: np.ndarray, weights: Sequence[float]) -> np.ndarray:

@@ -1,0 +1,51 @@
+"""
+The paper's claims, answered from a `results.jsonl` of `trl-drcd evaluate`, for music or text: what was measured, with
+paired 95 % bootstrap intervals over prompts (and training seeds), and whether each claim holds.
+
+    python recipes/claims.py results/music/results.jsonl
+    python recipes/claims.py results/music/results.jsonl --omega equal --output results/music/claims.md
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from trl_drcd._files import write_text
+from trl_drcd._run import markdown_table
+from trl_drcd.evaluation.claims import claims_table
+from trl_drcd.evaluation.points import pooled, read_results, with_quality
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints a table for each pair of a quality and a diversity that was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="results.jsonl")
+    parser.add_argument(
+        "--omega", help="quality = omega * adherence + preference: a number or `equal`; as it is stored"
+    )
+    parser.add_argument("--quality", nargs="+", default=["quality", "adherence"], help="metrics taken as quality")
+    parser.add_argument("--diversity", nargs="+", default=["diversity", "diversity_second"], help="as diversity")
+    parser.add_argument("--output", type=Path, help="a Markdown file of the tables")
+    args = parser.parse_args(argv)
+    results = read_results(args.results)
+    points = pooled(with_quality(results, args.omega) if args.omega else results)
+    known = set.intersection(*(set(point["values"]) for point in points))
+    if missing := sorted({*args.quality, *args.diversity} - known):
+        print(f"not measured of all rows: {', '.join(missing)}")
+    parts = []
+    if (omega := points[0].get("omega")) is not None:
+        parts.append(f"quality = {omega:.4g} * adherence + preference")
+    for quality in (metric for metric in args.quality if metric in known):
+        for diversity in (metric for metric in args.diversity if metric in known):
+            header, rows = claims_table(points, quality, diversity)
+            table = markdown_table({row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows})
+            parts.append(f"## {quality} and {diversity}\n\n{table}")
+    text = "\n\n".join(parts) + "\n"
+    print(text)
+    if args.output:
+        write_text(args.output, text)
+
+
+if __name__ == "__main__":
+    main()
