@@ -105,7 +105,7 @@ def test_adapters_are_mixed_in_memory(tokenizer, tmp_path):
         torch.testing.assert_close(end, single)
     assert not torch.allclose(ends[0], ends[1]) and not torch.allclose(ends[0], models.base(ids).logits)
     with pytest.raises(ValueError, match="mixes checkpoints and adapters"):
-        models(Row("x", (folders[0], str(tmp_path / "base")), (0.5, 0.5)))
+        expand([{"name": "x", "models": [folders[0], str(tmp_path / "base")]}])
 
 
 # ---------------------------------------------------------------- judging

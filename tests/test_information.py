@@ -51,8 +51,8 @@ def test_the_grid_asks_for_information_on_texts(tmp_path, model, frame):
         str(tmp_path / "m"), str(tmp_path / "p.jsonl"), num_prompts=2, samples_per_prompt=2, max_new_tokens=4,
         output_dir=str(tmp_path / "out"), prompt_information=True,
     )  # fmt: skip
-    worker = Worker(args, ["slow tune", "fast harp"], {}, quiet=True)
     (row,) = expand(args.strategies)
+    worker = Worker(args, ["slow tune", "fast harp"], {}, [row], quiet=True)
     found = worker(row)["per_prompt"]["prompt_information"]
     samples = worker.samples(row, model)
     texts = frame.batch_decode(samples.token_ids, skip_special_tokens=True)

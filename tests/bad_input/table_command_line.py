@@ -73,12 +73,6 @@ def merge_torn(world: Any, tmp: Path) -> None:
     world.command("merge", "--quality", world / "model", "--diversity", world.torn("model", tmp), "--out", tmp / "o")
 
 
-def compare(world: Any, tmp: Path) -> None:
-    import compare_text
-
-    compare_text.main(["--base", str(world / "model"), "--models", "../../x=y", "--output", str(tmp / "out")])
-
-
 def missing_prompt(world: Any, tmp: Path) -> None:
     world.recipe("text", tmp, dataset=world.prompts(tmp, '{"prompt": "a"}\n{"prompt": '))
 
@@ -162,7 +156,6 @@ ROWS = [
     Bad("command: a merge recipe with code of its own", merge_with_code, SystemExit, "`models[1]`", "auto_map",
         "use a model whose class is in transformers"),
     Bad("command: a merge of torn weights", merge_torn, SystemExit, "`models", "safetensors", "copy or save it again"),
-    Bad("compare_text: a name that leads out", compare, SystemExit, "--models", "../../x", "letters"),
 ]  # fmt: skip
 
 
