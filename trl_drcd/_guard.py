@@ -173,6 +173,8 @@ class GuardedRLOOTrainer(ResumableRLOOTrainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.args.logging_strategy == "no":
+            self._metrics["train"].clear()  # what a log would have emptied
         self._good = {
             "global_step": self.state.global_step,
             "step": self._step,

@@ -25,7 +25,8 @@ from ._run import distinct, final_metrics, load_prompts, local_name, model_card
 COMMON = {
     *("output_dir", "max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "max_completion_length", "num_generations", "temperature", "bf16", "seed"),
-    *("logging_steps", "eval_strategy", "eval_steps", "save_steps", "resume_from_checkpoint", "report_to"),
+    *("logging_steps", "eval_strategy", "eval_steps", "save_steps", "save_total_limit", "resume_from_checkpoint"),
+    *("report_to", "on_bad_batch", "ddp_timeout"),
     *("model_name_or_path", "dtype", "use_peft", "lora_r", "lora_alpha", "lora_target_modules", "guidance_scale"),
     *("negative_prompt", "diversity_coef", "diversity_warmup_steps", "sample_steps", "sample_prompts"),
 }

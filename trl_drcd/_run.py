@@ -71,10 +71,20 @@ def distinct(prompts: Iterable[Any], count: int) -> list[Any]:
 class LogFile(TrainerCallback):
     """Keeps `log.jsonl` in the output folder up to date: one JSON object per entry of the log."""
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:  # what a resumed run knows of; lines after its checkpoint come again
+            write_text(self._file(args), "".join(map(self._line, state.log_history)))
+
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            lines = (json.dumps(entry, default=float) + "\n" for entry in state.log_history)
-            write_text(Path(args.output_dir) / "log.jsonl", "".join(lines))
+            with self._file(args).open("a") as file:
+                file.write(self._line(state.log_history[-1]))
+
+    def _file(self, args: Any) -> Path:
+        return Path(args.output_dir) / "log.jsonl"
+
+    def _line(self, entry: dict[str, Any]) -> str:
+        return json.dumps(entry, default=float) + "\n"
 
 
 class Deadline(TrainerCallback):

@@ -14,19 +14,18 @@ SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
 def launch(fault, output):
-    """What was printed, and the seconds that it took."""
+    """What was printed; the launcher returns when all processes have ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    start = time.monotonic()
     result = subprocess.run([*launcher, str(SCRIPT), fault, str(output)], capture_output=True, text=True, timeout=300)
     assert (result.returncode == 0) == (fault == "none"), result.stdout + result.stderr
-    return result.stdout + result.stderr, time.monotonic() - start
+    return result.stdout + result.stderr
 
 
 def test_what_one_process_finds_stops_both_with_a_checkpoint(tmp_path):
-    printed, _ = launch("embedder", tmp_path)
+    printed = launch("embedder", tmp_path)
     message = (
         "After 2 updates: the embedder raised TimeoutError: the embedding service does not answer. The state before"
     )
@@ -57,9 +56,11 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_all_end_within_a_minute_and_resume(tmp_path, fault):
     messages, last = FAULTS[fault]
-    _, start_up = launch("none", tmp_path / "whole")
-    printed, seconds = launch(fault, tmp_path / "run")
-    assert seconds < start_up + 15 + 60
+    launch("none", tmp_path / "whole")
+    printed = launch(fault, tmp_path / "run")
+    seconds = time.time() - (tmp_path / "run" / "checkpoint-2").stat().st_mtime  # it was written just before the fault
+    assert seconds < 60
+    print(f"{fault}: all processes had ended {seconds:.1f} s after the checkpoint before")
     for message in messages:
         assert message in printed
     saved = checkpoints(tmp_path / "run")

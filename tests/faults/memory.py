@@ -1,0 +1,109 @@
+"""
+Memory of a run, update by update: rollouts, evaluations, checkpoints and logs must not pile up.
+
+    python tests/faults/memory.py --steps 300 --plot docs/memory.png
+
+It prints the memory after a warm-up and at the end and draws both curves; where there is a GPU, its memory too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+import psutil
+import torch
+from transformers import TrainerCallback
+from worlds import make_trainer
+
+from trl_drcd._checkpoints import checkpoints
+from trl_drcd._run import LogFile
+
+MIB = 2**20
+
+
+class Measure(TrainerCallback):
+    """Resident memory of the process and allocated memory of the GPU after each update, in MiB."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[float, float]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        self.rows.append((psutil.Process().memory_info().rss / MIB, gpu / MIB))
+
+
+def run(world: str, steps: int, folder: Path) -> dict[str, Any]:
+    """Memory of each update `(steps, 2)`, and what is in the folder at the end."""
+    measure = Measure()
+    trainer = make_trainer(
+        world, folder, callbacks=[measure, LogFile()], max_steps=steps, num_iterations=1, max_completion_length=6,
+        save_steps=20, eval_steps=100, use_cpu=not torch.cuda.is_available(),
+    )  # fmt: skip
+    trainer.train()
+    log = (folder / "log.jsonl").read_text()
+    return {
+        "memory": np.array(measure.rows),
+        "checkpoints": len(checkpoints(folder)),
+        "log_bytes": len(log),
+        "log_entries": log.count("\n"),
+    }
+
+
+def growth(memory: np.ndarray, warm_up: int) -> float:
+    """MiB per 100 updates after the warm-up, by least squares."""
+    steps = np.arange(len(memory))[warm_up:]
+    return float(100 * np.polyfit(steps, memory[warm_up:], 1)[0])
+
+
+def plot(results: dict[str, dict[str, Any]], file: Path) -> None:
+    """Memory over updates, from zero, so that flat looks flat."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
+    for world, result in results.items():
+        for column, kind in enumerate(("process", "GPU")):
+            if (values := result["memory"][:, column]).any():
+                axis.plot(range(1, len(values) + 1), values, label=f"{world}, {kind}")
+    axis.set(xlabel="update", ylabel="memory (MiB)", ylim=(0, None))
+    axis.legend(loc="lower right")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100)
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--worlds", nargs="+", default=["text", "music_lora"])
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args(argv)
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for world in args.worlds:
+            result = results[world] = run(world, args.steps, Path(folder, world))
+            warm_up = args.steps // 6
+            for column, kind in enumerate(("process", "GPU")):
+                memory = result["memory"][:, column]
+                if memory.any():
+                    result[f"{kind}_growth"] = growth(memory, warm_up)
+                    result[f"{kind}_MiB"] = [round(float(memory[step]), 1) for step in (warm_up, -1)]
+            print(world, json.dumps({key: value for key, value in result.items() if key != "memory"}), flush=True)
+    if args.plot:
+        plot(results, args.plot)
+    return results
+
+
+if __name__ == "__main__":
+    main()
