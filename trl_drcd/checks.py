@@ -114,6 +114,13 @@ def check_names(model: Any, args: CFGDistillDiversityConfig, processing_class: A
         raise TypeError(f"`peft_config` must be a `LoraConfig`, got {type(peft_config).__name__}")
 
 
+def check_finite_weights(model: Any) -> None:
+    """What is NaN or infinite can neither be trained nor teach."""
+    for name, weights in model.named_parameters():
+        if weights.is_floating_point() and not weights.is_meta and not weights.detach().isfinite().all():
+            raise ValueError(f"`model` holds NaN or infinite values in {name}; load weights that are finite")
+
+
 def check_codec(codec: Any, policy: Policy, model: Any) -> None:
     """A codec makes audio, of tokens that the model has."""
     if codec is None:

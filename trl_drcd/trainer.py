@@ -30,6 +30,7 @@ from .checks import (
     check_codec,
     check_datasets,
     check_family,
+    check_finite_weights,
     check_lengths,
     check_longest,
     check_names,
@@ -180,6 +181,7 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
         # What is sampled is what is scored, whatever the model came with; saved models sample as they were trained to
         student.generation_config = ancestral_generation_config(student.generation_config, args.temperature)
         check_vocabulary(self.policy, student, self._tokenizer)
+        check_finite_weights(student)
         check_codec(codec, self.policy, student)
         check_longest(self.policy, self.train_dataset, args, student, self._tokenize_prompts)
         if args.guidance_scale != 1:

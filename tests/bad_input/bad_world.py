@@ -16,6 +16,7 @@ import torch
 from conftest import WORDS, make_model
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer
 from trl_drcd.codecs import SpectralCodec
@@ -112,6 +113,21 @@ class World:
         )  # fmt: skip
         (folder / "own.py").write_text(f"from pathlib import Path\n\nPath({str(tmp / 'ran')!r}).touch()\n")
         return folder
+
+    def poisoned(self, name: str, tmp: Path, file: str = "model.safetensors") -> Path:
+        """A copy of a folder with one NaN in its first tensor."""
+        folder = self.copy(name, tmp)
+        tensors = load_file(folder / file)
+        tensors[min(tensors)].view(-1)[0] = float("nan")
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        return folder
+
+    def large(self, tmp: Path) -> Path:
+        """A model with a weight of 1e6, which float16 does not hold."""
+        model = self.model()
+        model.lm_head.weight.data[0, 0] = 1e6
+        model.save_pretrained(tmp / "large")
+        return tmp / "large"
 
     def prompts(self, tmp: Path, content: str | bytes, suffix: str = ".jsonl") -> Path:
         """A file of prompts."""

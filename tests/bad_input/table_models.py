@@ -79,6 +79,10 @@ ROWS = [
         ValueError, "model.safetensors", "copy or save it again",
     ),
     folder(
+        "weights with NaN", lambda w, tmp: w.poisoned("model", tmp), ValueError, "lm_head.weight",
+        "load weights that are finite",
+    ),
+    folder(
         "no weights", lambda w, tmp: w.with_file("model", tmp, "model.safetensors", None), FileNotFoundError,
         "model.safetensors", "give a folder of `save_pretrained`",
     ),

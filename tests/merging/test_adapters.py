@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model
+from merge_worlds import assert_equal_bits, effective_weights, random_adapter, small_musicgen, tensors_of
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MusicgenForConditionalGeneration
-from worlds import assert_equal_bits, effective_weights, random_adapter, small_musicgen, tensors_of
 
 from trl_drcd.merging import interpolate_adapters, interpolate_checkpoints, set_interpolation_weight
 from trl_drcd.merging.verify import check_that_it_generates

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model
+from merge_worlds import assert_equal_bits, assert_lerp, small_musicgen, tensors_of, trained_music_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, pipeline
-from worlds import assert_equal_bits, assert_lerp, small_musicgen, tensors_of, trained_music_model
 
 from trl_drcd.codecs import SpectralCodec
 from trl_drcd.merging import checkpoints, interpolate_checkpoints

@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 from conftest import make_model
+from merge_worlds import random_adapter, small_musicgen, tensors_of, trained_music_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from worlds import random_adapter, small_musicgen, tensors_of, trained_music_model
 
 from trl_drcd.merging import hold_checkpoints, interpolate_adapters, interpolate_checkpoints, set_interpolation_weight
 

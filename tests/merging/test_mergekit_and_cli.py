@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from merge_worlds import ROOT, WORLD, assert_equal_bits, assert_lerp, random_adapter, small_musicgen, tensors_of
+from merge_worlds import trained_music_model as trained
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoProcessor, GenerationConfig, pipeline
-from worlds import ROOT, WORLD, assert_equal_bits, assert_lerp, random_adapter, small_musicgen, tensors_of
-from worlds import trained_music_model as trained
 
 from trl_drcd import cli
 from trl_drcd.merging import interpolate_checkpoints, merge_with_mergekit, mergekit

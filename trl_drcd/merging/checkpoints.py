@@ -73,7 +73,12 @@ def interpolate_checkpoints(
                 if not own[name][0].is_floating_point:
                     return first[name]
                 tensors = [checkpoint[name] for checkpoint, _ in used]
-                return blend(tensors, [value for _, value in used], specs[name][0])
+                merged = blend(tensors, [value for _, value in used], specs[name][0])
+                if not merged.isfinite().all():
+                    held = [c.folder for c, _ in used if not c[name].isfinite().all()]
+                    where = f" in {held[0]}" if held else f", too large for {merged.dtype}"
+                    raise ValueError(f"{name} is NaN or infinite{where}; merge models whose weights are finite")
+                return merged
 
             files = {file: [name for name in listed if name in specs] for file, listed in first.files.items()}
             write_checkpoint(folder, files, specs, tensor_of)

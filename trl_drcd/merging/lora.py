@@ -112,6 +112,8 @@ def load_adapter(folder: Path, argument: str = "adapters") -> Adapter:
     adapter = Adapter(folder, config)
     tensors = load_file(folder / "adapter_model.safetensors")
     for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"`{argument}`: {key} of {folder} is NaN or infinite; give an adapter of finite weights")
         if key.endswith((".lora_B.weight", ".lora_embedding_B")):
             continue  # with their A
         if key.endswith((".lora_A.weight", ".lora_embedding_A")):

@@ -22,7 +22,7 @@ def check_that_it_generates(folder: Path, adapter: Path | None = None) -> None:
         adapter (`Path`, *optional*): A LoRA adapter to load onto it; then the generation config may be any.
 
     Raises:
-        RuntimeError: If a weight is missing or left over, or nothing comes out of it, or not finite audio.
+        RuntimeError: If a weight is missing, left over or not finite, or nothing comes out of it, or not finite audio.
     """
     model, info = load_model(folder, output_loading_info=True)
     if wrong := {kind: sorted(names) for kind, names in info.items() if names}:
@@ -31,6 +31,8 @@ def check_that_it_generates(folder: Path, adapter: Path | None = None) -> None:
         model = PeftModel.from_pretrained(model, str(adapter))
     elif model.generation_config.guidance_scale not in (None, 1, 1.0):
         raise RuntimeError(f"{folder} samples with guidance {model.generation_config.guidance_scale}, expected 1")
+    if bad := [name for name, weights in model.named_parameters() if not weights.isfinite().all()]:
+        raise RuntimeError(f"the model in {folder} holds NaN or infinite values in {bad[0]}; merge finite models")
     prompt = torch.tensor([[3, 4, 1]])
     if model.config.model_type in MUSICGEN:
         # Not shorter than the delay of the codebooks, so that a whole frame comes out
