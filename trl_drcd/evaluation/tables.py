@@ -13,8 +13,8 @@ from .metrics import bootstrap_interval
 
 
 def formatted(interval: dict[str, float], digits: int = 3) -> str:
-    """`mean [low, high]`."""
-    mean, low, high = (f"{interval[key]:.{digits}f}" for key in ("mean", "low", "high"))
+    """`mean [low, high]`; what rounds to zero has no sign."""
+    mean, low, high = (f"{interval[key]:z.{digits}f}" for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
 
