@@ -28,6 +28,7 @@ from transformers import (
 from trl import RLOOTrainer
 
 from trl_drcd import CFGDistillDiversityTrainer
+from trl_drcd._poison import BadBatchError
 from trl_drcd.codecs import CodebookCodec, delay, is_coded, undelay
 from trl_drcd.diversity import diversity_advantages
 from trl_drcd.evaluation.metrics import teacher_terms
@@ -492,3 +493,19 @@ def test_evaluation_takes_musicgen(t5_tokenizer, musicgen):
     apart = teacher_terms(other, musicgen, t5_tokenizer, samples, 3.0)
     assert (apart.kl > 1).all()
     assert isinstance(policy_for(musicgen, t5_tokenizer), MusicgenPolicy)
+
+
+@pytest.mark.parametrize("samples", [True, False])
+def test_a_student_that_is_not_finite_is_named(tmp_path, t5_tokenizer, samples):
+    """Its second update; NaN in one row of the decoder, as it samples or in the loss."""
+    trainer = make_trainer(tmp_path, t5_tokenizer, max_steps=3)
+
+    def poison(module, args, output):
+        if trainer.state.global_step == 1 and torch.is_grad_enabled() != samples:
+            output.last_hidden_state[2] = torch.nan
+        return output
+
+    trainer.model.decoder.model.register_forward_hook(poison)
+    what = "the student's logits are not finite" + " while it samples" * samples
+    with pytest.raises(BadBatchError, match=f"After 1 updates: {what} for the prompt '({'|'.join(PROMPTS)})'"):
+        trainer.train()

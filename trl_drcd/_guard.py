@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ._poison import BadBatchError, about_rows, guarded, raise_together, sampled_from_finite_logits
+from ._poison import BadBatchError, about_rows, guarded, raise_together, sampled_from_finite_values
 from ._processes import doing, limit_waiting, lost_the_others, what_others_did
 from ._resume import ResumableRLOOTrainer
 
@@ -28,8 +28,8 @@ class GuardedRLOOTrainer(ResumableRLOOTrainer):
     RLOO that looks whether rewards, embeddings, losses and gradients are finite before an update.
 
     All processes find out together. With `on_bad_batch="stop"` the state before the update becomes a checkpoint, down
-    to the random states, and a `BadBatchError` says what was wrong with which prompt; with `"skip"` the weights, the
-    optimizer and the other updates are as if the batch had not been there.
+    to the random states, and a `BadBatchError` says what was wrong with which prompt; with `"skip"` weights and
+    the state of the optimizer stay as they are.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -53,7 +53,7 @@ class GuardedRLOOTrainer(ResumableRLOOTrainer):
         """Remembers for which prompts the student's logits were not finite."""
         student = self.accelerator.unwrap_model(self.model)
         doing("it samples")
-        with sampled_from_finite_logits(student.get_output_embeddings()) as found:
+        with sampled_from_finite_values(self.policy.sampled_from(student)) as found:
             yield
         doing("it has sampled")
         for rows in found:
@@ -146,7 +146,8 @@ class GuardedRLOOTrainer(ResumableRLOOTrainer):
             return super().train(*args, **kwargs)
         except BadBatchError as error:
             done = self.state.global_step
-            raise BadBatchError(f"After {done} updates: {error}. {self._keep_good_state()}") from error
+            remedy = "" if self.args.on_bad_batch == "skip" else "; `on_bad_batch='skip'` leaves such updates out"
+            raise BadBatchError(f"After {done} updates: {error}. {self._keep_good_state()}{remedy}") from error
         except RuntimeError as error:
             if not lost_the_others(error):
                 raise

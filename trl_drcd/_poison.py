@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,7 +45,12 @@ def raise_together(problems: list[str], cause: BaseException | None = None) -> N
 
 def about_rows(what: str, bad: torch.Tensor, prompts: list) -> list[str]:
     """One problem for each row that is bad: `bad` has shape `(b,)`, `prompts` are those of the rows."""
-    return [f"{what} for the prompt {str(prompts[row])[:80]!r}" for row in bad.nonzero().flatten().tolist()]
+    return [what + for_the_prompt(prompts[row]) for row in bad.nonzero().flatten().tolist()]
+
+
+def for_the_prompt(prompt: Any) -> str:
+    """Its beginning, at the end of a problem."""
+    return f" for the prompt {str(prompt)[:80]!r}"
 
 
 def guarded(reward: Callable, problems: list[str]) -> Callable:
@@ -59,8 +65,11 @@ def guarded(reward: Callable, problems: list[str]) -> Callable:
         values = [None if value is None else float(value) for value in values]
         if len(values) != len(prompts):
             return values  # TRL says so
-        known = torch.tensor([0.0 if value is None else value for value in values])
-        problems.extend(about_rows(f"the reward `{name}` is not finite", ~known.isfinite(), prompts))
+        problems.extend(
+            f"the reward `{name}` is {value}{for_the_prompt(prompt)}"
+            for value, prompt in zip(values, prompts, strict=True)
+            if value is not None and not math.isfinite(value)
+        )
         return values
 
     def failed(prompts: list, error: Exception) -> list:
@@ -89,33 +98,37 @@ def guarded(reward: Callable, problems: list[str]) -> Callable:
 
 
 @contextmanager
-def sampled_from_finite_logits(head: nn.Module) -> Iterator[list[torch.Tensor]]:
+def sampled_from_finite_values(module: nn.Module) -> Iterator[list[torch.Tensor]]:
     """
-    While it lasts, rows of logits that are not finite are sampled from uniformly, and remembered.
+    While it lasts, sequences whose logits are not finite are sampled from uniformly, and remembered.
 
     On a GPU sampling from them would end the process without a word of which they are.
 
     Args:
-        head (`nn.Module`): Gives logits `(b, ..., V)`; or a `ModuleList` of such.
+        module (`nn.Module`): Gives logits `(b, ..., V)`, or an output with `last_hidden_state` `(b, ..., H)`.
 
     Yields:
-        `list[torch.Tensor]`: In the end, boolean, shape `(b,)` each: of which rows logits were not finite.
+        `list[torch.Tensor]`: In the end, boolean, shape `(b,)` each: of which rows values were not finite.
     """
-    seen: dict[tuple[int, ...], torch.Tensor] = {}
+    seen: dict[int, torch.Tensor] = {}
 
-    def replace(module: nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor:
-        wrong = ~logits.amax(-1, keepdim=True).isfinite()  # NaN, +inf, or -inf everywhere
+    def replace(module: nn.Module, args: Any, output: Any) -> Any:
+        logits = isinstance(output, torch.Tensor)
+        values: torch.Tensor = output if logits else output.last_hidden_state
+        # Of logits -inf is as good as another value, unless all are
+        wrong = ~(values if logits else values.abs()).amax(-1, keepdim=True).isfinite()
         rows = wrong.flatten(1).any(1)
-        key = tuple(rows.shape)
-        seen[key] = seen[key] | rows if key in seen else rows
-        return logits.masked_fill(wrong, 0.0)
+        seen[len(rows)] = seen.get(len(rows), False) | rows
+        values = values.masked_fill(wrong, 0.0)
+        if logits:
+            return values
+        output.last_hidden_state = values
+        return output
 
-    modules = list(head) if isinstance(head, nn.ModuleList) else [head]
-    hooks = [module.register_forward_hook(replace) for module in modules]
+    hook = module.register_forward_hook(replace)
     found: list[torch.Tensor] = []
     try:
         yield found
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
         found.extend(seen.values())

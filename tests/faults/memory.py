@@ -3,7 +3,7 @@ Memory of a run, update by update: rollouts, evaluations, checkpoints and logs m
 
     python tests/faults/memory.py --steps 300 --plot docs/memory.png
 
-It prints the memory after a warm-up and at the end and draws both curves; where there is a GPU, its memory too.
+It prints the memory after a warm-up and at the end and draws the curves; where there is a GPU, its memory too.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def run(world: str, steps: int, folder: Path) -> dict[str, Any]:
     measure = Measure()
     trainer = make_trainer(
         world, folder, callbacks=[measure, LogFile()], max_steps=steps, num_iterations=1, max_completion_length=6,
-        save_steps=20, eval_steps=100, use_cpu=not torch.cuda.is_available(),
+        save_steps=20, eval_steps=100, logging_steps=10, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     trainer.train()
     log = (folder / "log.jsonl").read_text()
@@ -59,10 +59,9 @@ def run(world: str, steps: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def growth(memory: np.ndarray, warm_up: int) -> float:
-    """MiB per 100 updates after the warm-up, by least squares."""
-    steps = np.arange(len(memory))[warm_up:]
-    return float(100 * np.polyfit(steps, memory[warm_up:], 1)[0])
+def medians(memory: np.ndarray, span: int) -> list[float]:
+    """MiB, median of the second and of the last `span` updates; audio makes short peaks."""
+    return [round(float(np.median(memory[part])), 1) for part in (slice(span, 2 * span), slice(-span, None))]
 
 
 def plot(results: dict[str, dict[str, Any]], file: Path) -> None:
@@ -77,7 +76,8 @@ def plot(results: dict[str, dict[str, Any]], file: Path) -> None:
         for column, kind in enumerate(("process", "GPU")):
             if (values := result["memory"][:, column]).any():
                 axis.plot(range(1, len(values) + 1), values, label=f"{world}, {kind}")
-    axis.set(xlabel="update", ylabel="memory (MiB)", ylim=(0, None))
+    axis.set(xlabel="update", ylabel="memory (MiB)")
+    axis.set_ylim(0, 1.2 * max(result["memory"].max() for result in results.values()))
     axis.legend(loc="lower right")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=100)
@@ -93,12 +93,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         for world in args.worlds:
             result = results[world] = run(world, args.steps, Path(folder, world))
-            warm_up = args.steps // 6
             for column, kind in enumerate(("process", "GPU")):
-                memory = result["memory"][:, column]
-                if memory.any():
-                    result[f"{kind}_growth"] = growth(memory, warm_up)
-                    result[f"{kind}_MiB"] = [round(float(memory[step]), 1) for step in (warm_up, -1)]
+                if (memory := result["memory"][:, column]).any():
+                    result[f"{kind}_MiB"] = medians(memory, args.steps // 6)
             print(world, json.dumps({key: value for key, value in result.items() if key != "memory"}), flush=True)
     if args.plot:
         plot(results, args.plot)

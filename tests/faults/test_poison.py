@@ -80,8 +80,8 @@ def unreachable(embeddings):
 PROMPT = r" for the prompt '(a |slow|fast|tune| )+(<audio>)?'"
 # name: (keywords of the trainer, what is done to it, what the message says)
 POISONS = {
-    "reward NaN": (lambda p: p.reward(float("nan")), None, f"the reward `length` is not finite{PROMPT}"),
-    "reward -inf": (lambda p: p.reward(float("-inf")), None, f"the reward `length` is not finite{PROMPT}"),
+    "reward NaN": (lambda p: p.reward(float("nan")), None, f"the reward `length` is nan{PROMPT}"),
+    "reward -inf": (lambda p: p.reward(float("-inf")), None, f"the reward `length` is -inf{PROMPT}"),
     "reward raises": (lambda p: p.raising_reward(), None, "the reward `judge` raised ConnectionError: no answer"),
     "embedding NaN": (lambda p: p.embedder(set_row(1, torch.nan)), None, f"no direction .*{PROMPT}"),
     "embedding zero": (lambda p: p.embedder(set_row(1, 0.0)), None, f"no direction .*{PROMPT}"),
@@ -119,7 +119,10 @@ def test_it_stops_with_a_checkpoint_of_the_last_good_state(tmp_path, name):
     trainer, _, message = poisoned(tmp_path, name)
     with pytest.raises(BadBatchError, match=f"After 2 updates: .*{message}") as raised:
         trainer.train()
-    assert f"{tmp_path / 'checkpoint-2'}: `resume_from_checkpoint=True` goes on from there" in str(raised.value)
+    assert (
+        f"{tmp_path / 'checkpoint-2'}: `resume_from_checkpoint=True` goes on from there; `on_bad_batch='skip'`"
+        in str(raised.value)
+    )
     assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-2"]
     assert why_incomplete(tmp_path / "checkpoint-2") is None
     assert all(p.isfinite().all() for p in trainer.model.parameters())

@@ -33,21 +33,26 @@ def uninterrupted(tmp_path_factory):
     return folder, run("text", folder, save_total_limit=None)
 
 
-@pytest.mark.parametrize("step", [6, 10])
+@pytest.mark.parametrize("step", [6, 8])
 def test_every_checkpoint_leads_to_the_same_weights(uninterrupted, tmp_path, step):
-    """6: a rollout is used up. 10: it is not, and the second epoch (of 9 updates) has begun."""
+    """6: a rollout is used up, and with it the epoch. 8: in the midst of a rollout, with another one to come."""
     folder, expected = uninterrupted
-    assert (folder / f"checkpoint-{step}" / "rollout_0.safetensors").exists() == (step == 10)
+    assert (folder / f"checkpoint-{step}" / "rollout_0.safetensors").exists() == (step == 8)
     shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     assert run("text", tmp_path, resume=True) == expected
 
 
-def test_the_comparison_would_see_a_rollout_that_is_lost(uninterrupted, tmp_path):
+@pytest.mark.parametrize("lost", ["rollout", "order"])
+def test_the_comparison_would_see(uninterrupted, tmp_path, monkeypatch, lost):
+    """A rollout that is sampled anew; a second epoch in the order of the first, as it would be in TRL."""
     folder, expected = uninterrupted
-    copy = tmp_path / "checkpoint-10"
-    shutil.copytree(folder / "checkpoint-10", copy)
-    for name in ("rollout_0.safetensors", MANIFEST):
-        (copy / name).unlink()
+    copy = tmp_path / "checkpoint-8"
+    shutil.copytree(folder / "checkpoint-8", copy)
+    if lost == "rollout":
+        for name in ("rollout_0.safetensors", MANIFEST):
+            (copy / name).unlink()
+    else:
+        monkeypatch.setattr(EpochSampler, "__iter__", lambda self: iter(self.sampler))
     assert run("text", tmp_path, resume=str(copy)) != expected
 
 

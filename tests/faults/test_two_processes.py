@@ -1,5 +1,6 @@
 """One of two processes fails: the other one ends too, within a minute, and what is said names the cause."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from trl_drcd._checkpoints import checkpoints, find_checkpoint, why_incomplete
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
+DDP = Path(__file__).parents[2] / "recipes" / "accelerate" / "ddp.yaml"
 
 
 def launch(fault, output):
@@ -18,9 +20,14 @@ def launch(fault, output):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    result = subprocess.run([*launcher, str(SCRIPT), fault, str(output)], capture_output=True, text=True, timeout=300)
-    assert (result.returncode == 0) == (fault == "none"), result.stdout + result.stderr
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(DDP), "--num_processes", "2"]
+    result = subprocess.run(
+        [*launcher, "--main_process_port", str(port), str(SCRIPT), fault, str(output)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (result.returncode == 0) == (fault in ("none", "skip")), result.stdout + result.stderr
     return result.stdout + result.stderr
 
 
@@ -33,6 +40,19 @@ def test_what_one_process_finds_stops_both_with_a_checkpoint(tmp_path):
         assert f"[rank{rank}]: trl_drcd._poison.BadBatchError: {message}" in printed
     assert find_checkpoint(True, tmp_path) == str(tmp_path / "checkpoint-2")
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {file.name for file in (tmp_path / "checkpoint-2").iterdir()}
+
+
+@pytest.mark.slow
+def test_both_processes_leave_the_same_updates_out(tmp_path):
+    """Once before any forward, once between forward and backward, which must not confuse DDP."""
+    printed = launch("skip", tmp_path)
+    assert re.findall(r"Update (\d) is left out .*: (?:the embedder raised|the KL to the teacher)", printed) == [
+        "3",
+        "4",
+    ]
+    saved = {int(c.name.split("-")[1]): (c / "model.safetensors").read_bytes() for c in checkpoints(tmp_path)}
+    assert sorted(saved) == [2, 3, 4, 5]
+    assert saved[2] == saved[3] == saved[4] != saved[5]
 
 
 # What is printed, and the last checkpoint. A hanging process is waited for as long as `ddp_timeout` says (15 s).

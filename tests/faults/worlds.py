@@ -59,8 +59,8 @@ def settings(output: Path, **changed: Any) -> CFGDistillDiversityConfig:
     """
     12 updates with a checkpoint every 2nd.
 
-    A rollout takes 2 of 7 prompts and serves 3 updates of 2 forwards, so most checkpoints fall in the midst of a
-    rollout; an epoch has 9 updates. beta rises all along, and an evaluation samples in between.
+    A rollout takes 2 of 5 prompts and serves 3 updates of 2 forwards, so most checkpoints fall in the midst of a
+    rollout, and an epoch has 6 updates. beta rises all along, and an evaluation samples in between.
     """
     defaults = {
         "max_steps": 12, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
@@ -86,7 +86,7 @@ def make_trainer(world: str, output: Path, **changed: Any) -> CFGDistillDiversit
     lora = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.0) if world.endswith("lora") else None
     defaults = {
         "embedder": embedder, "codec": codec, "peft_config": lora, "reward_funcs": [noisy_length],
-        "train_dataset": Dataset.from_dict({"prompt": PROMPTS}),
+        "train_dataset": Dataset.from_dict({"prompt": PROMPTS[:5]}),
         "eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]}),
     }  # fmt: skip
     return CFGDistillDiversityTrainer(

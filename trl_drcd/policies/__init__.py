@@ -50,6 +50,9 @@ class Policy(Protocol):
     def prompt_vocabulary(self, model: PreTrainedModel) -> int:
         """Number of tokens that a prompt may hold."""
 
+    def sampled_from(self, model: PreTrainedModel) -> torch.nn.Module:
+        """The module whose output, logits or last hidden states, each sampled step comes from."""
+
     def check_length(self, max_completion_length: int) -> None:
         """Refuses completions that are too short for the family's layout."""
 

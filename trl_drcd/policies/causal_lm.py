@@ -64,6 +64,11 @@ class CausalLMPolicy:
         weight: Any = self.heads(model)[0].weight
         return int(getattr(weight, "ds_shape", weight.shape)[0])  # DeepSpeed ZeRO-3 leaves the weight itself empty
 
+    def sampled_from(self, model: PreTrainedModel) -> torch.nn.Module:
+        """The head."""
+        head: torch.nn.Module = model.get_output_embeddings()
+        return head
+
     def check_length(self, max_completion_length: int) -> None:
         """Any length will do."""
 

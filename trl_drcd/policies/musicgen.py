@@ -153,6 +153,12 @@ class MusicgenPolicy:
         musicgen: Any = unwrapped(model)
         return int(musicgen.text_encoder.get_input_embeddings().num_embeddings)
 
+    def sampled_from(self, model: PreTrainedModel) -> torch.nn.Module:
+        """The decoder without its heads, which `sample` applies itself."""
+        musicgen: Any = unwrapped(model)
+        decoder: torch.nn.Module = musicgen.decoder.model
+        return decoder
+
     def check_length(self, max_completion_length: int) -> None:
         """With fewer steps than the delays take, `generate` leaves the delay out without a word."""
         if max_completion_length < (least := 2 * self.num_codebooks - 2):
