@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from trl_drcd._arguments import one_line_errors
 from trl_drcd._files import write_text
 from trl_drcd._run import markdown_table
 from trl_drcd.evaluation.claims import claims_table
@@ -28,7 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--diversity", nargs="+", default=["diversity", "diversity_second"], help="as diversity")
     parser.add_argument("--output", type=Path, help="a Markdown file of the tables")
     args = parser.parse_args(argv)
-    results = read_results(args.results)
+    with one_line_errors("claims.py"):
+        results = read_results(args.results)
     points = pooled(with_quality(results, args.omega) if args.omega else results)
     known = set.intersection(*(set(point["values"]) for point in points))
     if missing := sorted({*args.quality, *args.diversity} - known):

@@ -1,5 +1,7 @@
 """The CLAP judge on a tiny CLAP with random weights, made by transformers' own classes."""
 
+import copy
+
 import pytest
 import torch
 from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, ClapProcessor
@@ -21,7 +23,7 @@ def folder(tmp_path_factory, tokenizer):
     extractor = ClapFeatureExtractor(feature_size=16, sampling_rate=RATE, max_length_s=1, truncation="rand_trunc")
     path = tmp_path_factory.mktemp("clap")
     model.save_pretrained(path)
-    ClapProcessor(extractor, tokenizer).save_pretrained(path)
+    ClapProcessor(extractor, copy.deepcopy(tokenizer)).save_pretrained(path)  # which marks it as a processor's
     return path
 
 

@@ -82,6 +82,13 @@ def test_loudness_does_not_count(embedder):
     torch.testing.assert_close(loud, quiet, atol=1e-4, rtol=0)
 
 
+def test_samples_beyond_one_are_not_clipped_and_clipped_sound_is_another(embedder):
+    wave = 4 * tone(440, 0.4)  # peak 1.2
+    quiet, beyond, clipped = embedder([(0.5 * wave, RATE), (wave, RATE), (wave.clamp(-0.3, 0.3), RATE)])
+    torch.testing.assert_close(quiet, beyond, atol=1e-4, rtol=0)
+    assert torch.isfinite(clipped).all() and (clipped - beyond).abs().max() > 1e-3
+
+
 def test_other_sampling_rates_are_resampled(embedder):
     same, other = embedder([(tone(440, 0.4), RATE), (tone(440, 0.4, 32000), 32000)])
     assert torch.dot(same, other) > 0.999

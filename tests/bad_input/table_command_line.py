@@ -73,6 +73,13 @@ def merge_torn(world: Any, tmp: Path) -> None:
     world.command("merge", "--quality", world / "model", "--diversity", world.torn("model", tmp), "--out", tmp / "o")
 
 
+def claims(world: Any, tmp: Path) -> None:
+    import claims
+
+    (tmp / "results.jsonl").write_text('{"strategy": "base"}\n')
+    claims.main([str(tmp / "results.jsonl")])
+
+
 def missing_prompt(world: Any, tmp: Path) -> None:
     world.recipe("text", tmp, dataset=world.prompts(tmp, '{"prompt": "a"}\n{"prompt": '))
 
@@ -155,6 +162,7 @@ ROWS = [
     command("a flag without its file", "`config=", "`config=`", "give a YAML file", "evaluate", "--config"),
     Bad("command: a merge recipe with code of its own", merge_with_code, SystemExit, "`models[1]`", "auto_map",
         "use a model whose class is in transformers"),
+    Bad("claims: results of something else", claims, SystemExit, "results.jsonl", "line 1", "remove that line"),
     Bad("command: a merge of torn weights", merge_torn, SystemExit, "`models", "safetensors", "copy or save it again"),
 ]  # fmt: skip
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from bad_world import Bad
 
+from trl_drcd.evaluation import TextAudioJudge
+
 BASE = {"name": "base"}
 
 
@@ -55,6 +57,25 @@ def other_vocabulary(world: Any, tmp: Path) -> Path:
 
 def wrong_preference(world: Any, tmp: Path) -> None:
     world.evaluate(tmp, preference=str(world / "embedder"), codec=str(world / "codec"))
+
+
+def earlier(name: str, content: str, value: str) -> Bad:
+    """A `results.jsonl` that is there already."""
+
+    def act(world: Any, tmp: Path) -> None:
+        (tmp / "out").mkdir()
+        (tmp / "out" / "results.jsonl").write_text(content)
+        world.evaluate(tmp)
+
+    return Bad(name, act, ValueError, "results.jsonl", value, "remove that line, or the file")
+
+
+def torn_reference(world: Any, tmp: Path) -> None:
+    (tmp / "torn.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    judge = TextAudioJudge(["slow"], {}, channels=[4], n_mels=8, feature_size=8, embedding_size=8, text_size=8)
+    judge.save_pretrained(tmp / "judge")
+    places = {"judge": str(tmp / "judge"), "codec": str(world / "codec")}
+    world.evaluate(tmp, reference=str(tmp / "torn.safetensors"), **places)
 
 
 def into_a_file(world: Any, tmp: Path) -> None:
@@ -121,6 +142,18 @@ ROWS = [
     Bad("an embedder for a preference model", wrong_preference, ValueError, "embedder holds", "MusicEmbedder",
         "expected a PreferenceModel"),
     setting("a judge that is not there", "/none", "give", FileNotFoundError, judge="/none"),
+    setting("omega NaN", "'nan'", "a number or `equal`", omega="nan"),
+    setting("omega in words", "'much'", "a number or `equal`", omega="much"),
+    setting("unknown data type", "'float7'", "float32, bfloat16 or float16", dtype="float7"),
+    setting("no process", "0", "at least 1", num_processes=0),
+    setting("metrics as one word", "'os.system'", "a list of texts", TypeError, metrics="os.system"),
+    setting("a metric that is nowhere", "'none.such'", "importable module.function", metrics=["none.such"]),
+    setting("a metric that is no function", "'math.pi'", "which is no function", metrics=["math.pi"]),
+    setting("a reference without a judge", "None", "needs a `judge` of audio", reference="/none"),
+    setting("strategies that are none of these", "['other']", "the strategies are", only=["other"]),
+    Bad("a reference torn", torn_reference, ValueError, "`reference`", "torn.safetensors", "copy or save it again"),
+    earlier("results with a broken line", '{"row": \n{"row": "a"}\n', "line 1"),
+    earlier("results of something else", '{"x": 1}\n', "line 1"),
     Bad("output that is a file", into_a_file, FileExistsError, "`output_dir=", "out", "give a folder"),
 ]  # fmt: skip
 for row in ROWS:  # names are unique over all tables

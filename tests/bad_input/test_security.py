@@ -20,6 +20,7 @@ from huggingface_hub import ModelCard
 
 from trl_drcd._models import check_model
 from trl_drcd._run import markdown_table, model_card
+from trl_drcd.evaluation.plots import front_plot, save
 from trl_drcd.evaluation.report import comparison_page
 from trl_drcd.evaluation.strategies import expand
 
@@ -188,18 +189,41 @@ class Tags(HTMLParser):
 
 def test_a_page_shows_what_people_write_and_runs_none_of_it():
     page = comparison_page(
-        NASTY[0], " ".join(NASTY), (NASTY, [NASTY]), NASTY, dict.fromkeys(NASTY[:3], NASTY), [b"png"]
+        NASTY[0],
+        " ".join(NASTY),
+        {NASTY[1]: (NASTY, [NASTY]), NASTY[2]: (NASTY, [])},
+        NASTY,
+        dict.fromkeys(NASTY[:3], NASTY),
+        [b"png"],
     )
     tags = Tags()
     tags.feed(page)
     assert tags.elements <= {
-        *("html", "head", "meta", "title", "style", "body", "h1", "h3", "p", "table", "tr", "th", "td", "div"),
+        *("html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "table", "tr", "th", "td", "div"),
         *("figure", "figcaption", "img", "audio"),
     }
     assert not any(name.startswith("on") for name in tags.attributes)
     assert not re.search(r'(src|href)="(?!data:)', page)
     for text in NASTY:
         assert text.replace("\x00", "") in tags.text.replace("\x00", "").replace("\ufffd", ""), text
+
+
+def test_a_plot_shows_names_as_they_are(tmp_path):
+    def metric(value):
+        return {"mean": value, "low": value - 0.1, "high": value + 0.1}
+
+    names = [*(text for text in NASTY if text.isprintable()), "costs $5 and $x", "$\\frac{1$", "_hidden"]
+    points = [
+        {
+            "strategy": name, "guidance_scale": 1.0, "temperature": 1.0, "interpolation_weight": None,
+            "metrics": {"quality": metric(number / 10), "diversity": metric(1 - number / 10)},
+        } for number, name in enumerate(names)
+    ]  # fmt: skip
+    figure = front_plot(points)
+    save(figure, tmp_path / "front")
+    legend = [text.get_text().strip().replace("\\$", "$") for text in figure.axes[0].get_legend().get_texts()]
+    assert set(names) <= set(legend)
+    assert "<script>" not in (tmp_path / "front.svg").read_text()
 
 
 def test_a_model_card_keeps_its_table():
@@ -251,7 +275,8 @@ def test_prompts_of_every_script_are_sampled_and_kept(world, tmp_path):
     tags.feed(page)
     assert "script" not in tags.elements and "b" not in tags.elements and "<script>alert(1)</script>" in tags.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "prompts.jsonl"]
-    assert len(list((tmp_path / "out" / "samples").iterdir())) == 2
+    kept = sorted(path.name for path in (tmp_path / "out" / "samples").iterdir())
+    assert len(kept) == 4 and all(re.fullmatch(r"[\w.]+", name, re.ASCII) for name in kept)  # folders and tokens
 
 
 # ------------------------------------------------------------------------------------------------ tokens

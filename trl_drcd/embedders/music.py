@@ -76,7 +76,8 @@ class MusicEmbedder(SavedModule):
     patch_frames * hop_length` samples (4 s by default). The mean of its outputs over all patches of a clip, projected
     to `embedding_size` and scaled to length 1, is the embedding. Audio of other rates is resampled. A longer clip is
     read in windows, and the mean runs over all of them; a shorter one is filled up with silence that no patch attends
-    to, so other items of the list change nothing. Loudness does not count. Silence, and audio without samples, is
+    to, so other items of the list change nothing. Loudness does not count, and samples beyond
+    +-1 are taken as they are: only what was clipped before sounds clipped. Silence, and audio without samples, is
     embedded like any other sound, so two silent clips are equal.
 
     The defaults are the small model that the project ships; `PAPER` holds the arguments of the paper's.

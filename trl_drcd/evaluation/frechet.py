@@ -13,7 +13,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from trl_drcd._arguments import blaming
 from trl_drcd._files import write_bytes
+from trl_drcd._models import open_safetensors
 
 from .metrics import bootstrap_draws
 
@@ -88,6 +90,8 @@ class Reference:
         """
         if not Path(file).is_file():
             raise FileNotFoundError(f"`reference={file}` is no file; recipes/tiny_music/reference.py writes one")
+        with blaming("reference"):
+            open_safetensors(Path(file))
         with safe_open(file, "numpy") as content:
             about = content.metadata() or {}
             if about.get("judge") != judge:

@@ -96,9 +96,12 @@ def import_function(path: str) -> Callable[..., list[float]]:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        return getattr(import_module(module), name)
+        function: Any = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"`metrics` has {path!r}, which is no importable module.function: {error}") from error
+    if not callable(function):
+        raise ValueError(f"`metrics` has {path!r}, which is no function; give one with TRL's reward signature")
+    return function
 
 
 def load_embedder(folder: str) -> Any:

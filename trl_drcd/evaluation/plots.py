@@ -34,6 +34,11 @@ LABELS = {
 SWEPT = {"guidance_scale": "γ", "temperature": "T", "interpolation_weight": "λ"}
 
 
+def _plain(name: str) -> str:
+    """A name as matplotlib shows it letter by letter: no formula, and not left out for a `_` at its head."""
+    return f" {name}".replace("$", r"\$") if name.startswith("_") else name.replace("$", r"\$")
+
+
 def _label(metric: str) -> str:
     return LABELS.get(metric, metric.replace("_", " "))
 
@@ -90,7 +95,7 @@ def front_plot(points: Sequence[Line], x: str = "diversity", y: str = "quality")
         )
         axes.plot(
             at_x, at_y, linestyle="-" if parameter else "none", linewidth=1.6, marker=marker, color=colour,
-            markersize=7, markeredgecolor="white", markeredgewidth=0.7, label=strategy, zorder=2 + number,
+            markersize=7, markeredgecolor="white", markeredgewidth=0.7, label=_plain(strategy), zorder=2 + number,
         )  # fmt: skip
         if parameter:
             shown = sorted({*range(0, len(group), 1 + len(group) // 5), len(group) - 1})
@@ -134,7 +139,7 @@ def lambda_plot(points: Sequence[Line], metrics: tuple[str, ...] = ("quality", "
             colour, marker = COLOURS[(number + 1) % len(COLOURS)], MARKERS[(number + 1) % len(MARKERS)]
             at = [point["interpolation_weight"] for point in group]
             mean, bars = _interval(group, metric)
-            above.plot(at, mean, "-", marker=marker, color=colour, markersize=5, label=strategy)
+            above.plot(at, mean, "-", marker=marker, color=colour, markersize=5, label=_plain(strategy))
             above.fill_between(at, mean - bars[0], mean + bars[1], color=colour, alpha=0.15, linewidth=0)
             above.plot([0, 1], mean[[0, -1]], "--", color=colour, linewidth=1)
             gaps = [interval_of(gap) for gap in above_diagonal(draws_of(group, metric)[..., 0], at)]
@@ -167,7 +172,7 @@ def agreement_plot(points: Sequence[Line], diversities: Sequence[str]) -> Any:
             (at_x, bars_x), (at_y, bars_y) = _interval(group, "entropy_per_token"), _interval(group, metric)
             axes.errorbar(
                 at_x, at_y, xerr=bars_x, yerr=bars_y, fmt=marker, color=colour, ecolor=(*_rgb(colour), 0.3),
-                elinewidth=0.8, markersize=7, markeredgecolor="white", markeredgewidth=0.7, label=strategy,
+                elinewidth=0.8, markersize=7, markeredgecolor="white", markeredgewidth=0.7, label=_plain(strategy),
             )  # fmt: skip
         r = correlation(points, "entropy_per_token", metric)
         axes.set(xlabel=_label("entropy_per_token"), ylabel=_label(metric))

@@ -6,7 +6,6 @@ Letters: `n` points, `R` training seeds of a point, `P` prompts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .metrics import bootstrap_interval, interval_of, resampled_means
+from .records import parse_lines
 
 Line = dict[str, Any]
 # What everything is sampled at unless it says otherwise, as in the paper
@@ -21,8 +21,13 @@ USUAL_TEMPERATURE = 0.99
 
 
 def read_results(file: str | Path) -> list[Line]:
-    """All lines of a `results.jsonl`."""
-    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+    """
+    All lines of a `results.jsonl`.
+
+    Raises:
+        ValueError: If one is no result.
+    """
+    return parse_lines(file, Path(file).read_text(), {"metrics", "per_prompt"})
 
 
 def with_quality(results: Sequence[Line], omega: str | float = 5.0) -> list[Line]:

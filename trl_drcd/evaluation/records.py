@@ -56,14 +56,38 @@ def append_line(file: Path, result: dict[str, Any]) -> None:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """All lines of a `results.jsonl`, in order; a torn last line is taken off."""
+    """
+    All lines of a `results.jsonl`, in order; a torn last line is taken off.
+
+    Raises:
+        ValueError: If another line is no result.
+    """
     if not file.exists():
         return []
     text = file.read_text()
     if text and not text.endswith("\n"):
         text = text[: text.rfind("\n") + 1]
         write_text(file, text)
-    return [json.loads(line) for line in text.splitlines()]
+    return parse_lines(file, text, {"row", "settings", "metrics"})
+
+
+def parse_lines(file: str | Path, text: str, needed: set[str]) -> list[dict[str, Any]]:
+    """
+    The results in the text of a `results.jsonl`; each has the `needed` entries.
+
+    Raises:
+        ValueError: If a line is none.
+    """
+    results = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            result = json.loads(line)
+        except ValueError:
+            result = None
+        if not isinstance(result, dict) or not needed <= set(result):
+            raise ValueError(f"{file}, line {number} is no result of an evaluation; remove that line, or the file")
+        results.append(result)
+    return results
 
 
 def write_lines(file: Path, results: Iterable[dict[str, Any]]) -> None:
