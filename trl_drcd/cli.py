@@ -119,7 +119,8 @@ def train(argv: list[str]) -> None:
     script = RECIPES / TRAINERS[argv[0]]
     if not script.is_file():
         raise FileNotFoundError(f"{script} is not there: the recipes come with the repository, not with the package")
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", str(script)]
+    # Quiet of itself: what the recipe says last is what went wrong
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", str(script)]
     if code := subprocess.run([*launch, *argv[1:]]).returncode:
         raise SystemExit(code)
 

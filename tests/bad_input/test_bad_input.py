@@ -3,6 +3,9 @@ Every bad input gives an error of the expected class, which names the argument, 
 anything is sampled. The rows are in the tables beside this file.
 """
 
+import subprocess
+import sys
+
 import pytest
 import table_command_line
 import table_configuration
@@ -48,6 +51,15 @@ def nothing_sampled(monkeypatch):
 def test_there_are_enough_rows_and_none_twice():
     assert len(ROWS) >= 60
     assert len({row.name for row in ROWS}) == len(ROWS)
+
+
+@pytest.mark.slow
+def test_the_last_line_of_a_launch_is_the_recipes_own(tmp_path):
+    """`accelerate launch` would end with a traceback of its own."""
+    words = [sys.executable, "-m", "trl_drcd.cli", "train", "text", "--model_name_or_path", "a/b", "--dataset"]
+    run = subprocess.run([*words, str(tmp_path / "none.jsonl")], capture_output=True, text=True)
+    assert run.returncode != 0 and "Traceback" not in run.stdout + run.stderr
+    assert run.stderr.splitlines()[-1].startswith("text_drcd.py: error: `dataset=")
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])

@@ -184,8 +184,16 @@ def test_train_launches_the_recipe(monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "run", lambda command: (seen.append(command), ran)[1])
     cli.main(["train", "music", "--config", "x.yaml", "--max_steps", "1"])
     cli.main(["train", "text"])
-    assert seen[0][-6:] == ["launch", str(RECIPES / "musiclm_drcd.py"), "--config", "x.yaml", "--max_steps", "1"]
-    assert seen[1][-2:] == ["launch", str(RECIPES / "text_drcd.py")]
+    assert seen[0][-7:] == [
+        "launch",
+        "--quiet",
+        str(RECIPES / "musiclm_drcd.py"),
+        "--config",
+        "x.yaml",
+        "--max_steps",
+        "1",
+    ]
+    assert seen[1][-3:] == ["launch", "--quiet", str(RECIPES / "text_drcd.py")]
     assert all((RECIPES / script).is_file() for script in cli.TRAINERS.values())
     ran.returncode = 3
     with pytest.raises(SystemExit) as end:
