@@ -99,7 +99,10 @@ def check_family(family: Any, args: CFGDistillDiversityConfig) -> None:
 def check_names(model: Any, args: CFGDistillDiversityConfig, processing_class: Any, peft_config: Any) -> None:
     """What the model is loaded from, and what comes with it, must be of the kinds that the trainer takes."""
     if isinstance(model, str):
-        check_model("model", model, args.trust_remote_code)
+        if not {"subfolder", "variant", "gguf_file"} & set(
+            args.model_init_kwargs or {}
+        ):  # else its files lie elsewhere
+            check_model("model", model, args.trust_remote_code)
     elif not isinstance(model, PreTrainedModel | PeftModel):
         raise TypeError(f"`model` must be a name, a folder or a loaded model, got {type(model).__name__}")
     elif not hasattr(model, "generate") or model.get_output_embeddings() is None:
