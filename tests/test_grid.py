@@ -192,6 +192,7 @@ def args(tokenizer, tmp_path):
         {"name": "base"},
         {"name": "CFG", "guidance_scale": [2.0, 3.0]},
         {"name": "LERP", "models": ends, "interpolation_weight": [0, 0.5, 1]},
+        {"name": "diversity", "model": ends[1], "diversity_coef": 5},
     ]
     return EvaluateArguments(
         str(tmp_path / "0"), str(tmp_path / "p.jsonl"), strategies, output_dir=str(tmp_path / "out"), num_prompts=3,
@@ -214,7 +215,10 @@ def judged(monkeypatch):
 def test_evaluation_writes_everything_and_does_nothing_twice(args, judged, tmp_path, monkeypatch):
     results = evaluate(args)
     output = tmp_path / "out"
-    assert [row["name"] for row in results][-1] == "LERP (lambda 1)"
+    assert [row["name"] for row in results][-2:] == ["LERP (lambda 1)", "diversity"]
+    # The end of a sweep is the model that it is, and measured once
+    assert results[-1]["samples"] == results[-2]["samples"] and results[-1]["diversity_coef"] == 5
+    assert len(list((tmp_path / "out" / "samples").glob("*.safetensors"))) == 6
     lines = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
     assert lines == results
     needed = {"quality", "adherence", "diversity", "diversity_second", "entropy_per_token", "tokens_per_second", "kl"}
@@ -238,7 +242,9 @@ def test_evaluation_writes_everything_and_does_nothing_twice(args, judged, tmp_p
     args.only = ["CFG"]
     assert evaluate(args) == results[1:3]
     args.only = ["cfg"]
-    with pytest.raises(ValueError, match=r"`only` has \['cfg'\]; the strategies are \['base', 'CFG', 'LERP'\]"):
+    with pytest.raises(
+        ValueError, match=r"`only` has \['cfg'\]; the strategies are \['base', 'CFG', 'LERP', 'diversity'\]"
+    ):
         evaluate(args)
 
 
@@ -253,18 +259,18 @@ def test_what_changed_is_measured_anew_and_what_did_not_is_not_sampled_again(
     monkeypatch.setattr(grid, "sample_prompts", lambda *a, **k: calls.append(1) or sample(*a, **k))
     second = evaluate(args)
     names = [row["name"] for row, old in zip(second, first, strict=True) if row["settings"] != old["settings"]]
-    assert names == ["LERP (lambda 0)", "LERP (lambda 0.5)", "LERP (lambda 1)"] and len(calls) == 3
+    assert names == ["LERP (lambda 0.5)", "LERP (lambda 1)", "diversity"] and len(calls) == 2
     kept = (tmp_path / "out" / "other_results.jsonl").read_text().splitlines()
     assert [json.loads(line)["name"] for line in kept] == names
     args.prompt_information = True  # another judge, the same samples
     third = evaluate(args)
-    assert len(calls) == 3 and "prompt_information" in third[0]["metrics"]
+    assert len(calls) == 2 and "prompt_information" in third[0]["metrics"]
     assert third[0]["per_prompt"]["diversity"] == first[0]["per_prompt"]["diversity"]
     args.seed = 1
     again = evaluate(args)
-    assert len(calls) == 9 and again[0]["per_prompt"] != third[0]["per_prompt"]
+    assert len(calls) == 8 and again[0]["per_prompt"] != third[0]["per_prompt"]
     args.seed, args.prompt_information = 0, False
-    assert evaluate(args) == second and len(calls) == 9  # still there
+    assert evaluate(args) == second and len(calls) == 8  # still there
 
 
 def test_two_processes_measure_the_same(args, tmp_path, monkeypatch):

@@ -99,9 +99,14 @@ class EvaluateArguments:
         check_settings(self)
 
     def sampling_settings(self, row: Row, prompts: list[Any], digest: Callable[[str], str]) -> str:
-        """Names what the samples of a row depend on: the contents of the models, not their names."""
-        models = [digest(self.model), *map(digest, row.models)]
-        drawn = [row.weights, row.guidance_scale, row.temperature, row.negative_prompt]
+        """
+        Names what the samples of a row depend on: the contents of the models, not their names; those of weight 0 do
+        not count, so that the ends of a sweep are the models that they are.
+        """
+        mixed = [(digest(name), weight) for name, weight in zip(row.models, row.weights, strict=True) if weight]
+        models = [digest(self.model), *mixed]
+        guidance = [row.guidance_scale, row.negative_prompt] if row.guidance_scale != 1 else None
+        drawn = [row.temperature, guidance]
         how = [self.samples_per_prompt, self.max_new_tokens, self.batch_size, self.dtype, self.seed]
         return settings_digest([models, drawn, how, prompts])
 
@@ -112,7 +117,7 @@ class EvaluateArguments:
             "preference",
         )  # fmt: skip
         heard = [digest(name) if (name := getattr(self, judge)) else None for judge in judges]
-        judged = [self.guidance_scale, self.negative_prompt, self.prompt_information, self.metrics]
+        judged = [self.guidance_scale, self.negative_prompt, self.prompt_information, self.metrics, self.listen]
         return settings_digest([self.sampling_settings(row, prompts, digest), heard, judged])
 
 
@@ -141,16 +146,19 @@ def evaluate(args: EvaluateArguments, extra_metrics: dict[str, Any] | None = Non
         )
     file, others = Path(args.output_dir) / "results.jsonl", Path(args.output_dir) / "other_results.jsonl"
     digest = functools.cache(content_digest)
-    settings = {row.slug: args.settings(row, prompts, digest) for row in rows}
+    settings = [args.settings(row, prompts, digest) for row in rows]
     lines = [*read_lines(others), *read_lines(file)]
-    done = {line["row"]: line for line in lines if line["settings"] == settings.get(line["row"])}
-    if waiting := [row for row in rows if row.slug not in done]:
-        for result in measure_rows(waiting, prompts, args, extra_metrics or {}):
-            result["settings"] = settings[result["row"]]
-            append_line(file, result)
-            done[result["row"]] = result
-    results = with_quality([done[row.slug] for row in rows], args.omega)
-    if kept := [line for line in lines if line["settings"] != settings.get(line["row"])]:
+    done = {line["settings"]: line for line in lines}
+    waiting: dict[str, Row] = {}
+    for setting, row in zip(settings, rows, strict=True):
+        if setting not in done:
+            waiting.setdefault(setting, row)
+    for setting, result in measure_rows(waiting, prompts, args, extra_metrics or {}):
+        done[setting] = result | {"settings": setting}
+        append_line(file, done[setting])
+    results = [done[setting] | about(row, args) for setting, row in zip(settings, rows, strict=True)]
+    results = with_quality(results, args.omega)
+    if kept := [line for line in lines if line["settings"] not in settings]:
         write_lines(others, kept)
     write_lines(file, results)
     write_report(results, prompts, args)
@@ -173,14 +181,18 @@ def chosen(strategies: Any, only: list[str]) -> Any:
 
 
 def measure_rows(
-    rows: list[Row], prompts: list[Any], args: EvaluateArguments, extra_metrics: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """The lines of the rows, as each is done."""
+    waiting: dict[str, Row], prompts: list[Any], args: EvaluateArguments, extra_metrics: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of rows by their settings, as each is done."""
+    if not waiting:
+        return
+    rows = list(waiting.values())
+    names = {row: setting for setting, row in waiting.items()}
     if args.num_processes == 1:
         worker = Worker(args, prompts, extra_metrics, rows)
         for number, row in enumerate(rows, 1):
             print(f"[{number}/{len(rows)}] {row.name}", flush=True)
-            yield worker(row)
+            yield names[row], worker(row)
         return
     # The slow ones first, so that no process is left alone with one of them; else in order, which loads least often
     rows = sorted(rows, key=lambda row: row.guidance_scale == 1)
@@ -189,7 +201,7 @@ def measure_rows(
             futures = {pool.submit(_work, row, args, prompts, extra_metrics, rows): row for row in rows}
             with tqdm(total=len(rows), desc="evaluate", unit="row") as bar:
                 for future in as_completed(futures):
-                    yield future.result()
+                    yield names[futures[future]], future.result()
                     bar.set_postfix_str(futures[future].name)
                     bar.update()
         finally:
@@ -256,7 +268,7 @@ class Worker:
 
     @torch.no_grad()
     def __call__(self, row: Row) -> dict[str, Any]:
-        """The line of `results.jsonl`, without its settings."""
+        """The line of `results.jsonl`, without its settings and its quality."""
         args, model = self.args, self.models(row)
         samples = self.samples(row, model)
         terms = teacher_terms(
@@ -276,7 +288,8 @@ class Worker:
         shown = [items[i * args.samples_per_prompt] for i in range(0, len(self.prompts), step)[: args.listen]]
         keep_samples(Path(args.output_dir) / "samples" / row.slug, shown)
         rounded = {name: [float(f"{v:.6g}") for v in value] for name, value in values.items()}
-        return self.about(row, items) | {"metrics": metrics, "per_prompt": rounded, "row": row.slug}
+        kind = "text" if isinstance(items[0], str) else "music"
+        return about(row, args) | {"kind": kind, "metrics": metrics, "per_prompt": rounded, "samples": row.slug}
 
     def information(self, samples: Samples, items: list[Any]) -> torch.Tensor:
         """Of each completion on its prompt, nats, under the base."""
@@ -286,19 +299,17 @@ class Worker:
             return prompt_information(base, self.tokenizer, requests, items, description=bar)
         return forward_information(base, self.tokenizer, samples, self.args.batch_size, bar)
 
-    def about(self, row: Row, items: list[Any]) -> dict[str, Any]:
-        """What a line says besides its numbers."""
-        args = self.args
-        return {
-            "strategy": row.strategy, "point": row.point, "name": row.name,
-            "model": " + ".join(map(local_name, row.models or (args.model,))), "weights": list(row.weights),
-            "guidance_scale": row.guidance_scale, "temperature": row.temperature,
-            "diversity_coef": row.diversity_coef, "interpolation_weight": row.interpolation_weight,
-            "training_seed": row.training_seed, "seed": args.seed, "prompts": args.num_prompts,
-            "samples_per_prompt": args.samples_per_prompt, "teacher_guidance_scale": args.guidance_scale,
-            "passes_per_token": 1 if row.guidance_scale == 1 else 2,
-            "kind": "text" if isinstance(items[0], str) else "music",
-        }  # fmt: skip
+
+def about(row: Row, args: EvaluateArguments) -> dict[str, Any]:
+    """What a line says besides its numbers."""
+    return {
+        "strategy": row.strategy, "point": row.point, "name": row.name,
+        "model": " + ".join(map(local_name, row.models or (args.model,))), "weights": list(row.weights),
+        "guidance_scale": row.guidance_scale, "temperature": row.temperature, "diversity_coef": row.diversity_coef,
+        "interpolation_weight": row.interpolation_weight, "training_seed": row.training_seed, "seed": args.seed,
+        "prompts": args.num_prompts, "samples_per_prompt": args.samples_per_prompt,
+        "teacher_guidance_scale": args.guidance_scale, "passes_per_token": 1 if row.guidance_scale == 1 else 2,
+    }  # fmt: skip
 
 
 def completions(samples: Samples, model: Any, tokenizer: Any, args: EvaluateArguments) -> list[Any]:

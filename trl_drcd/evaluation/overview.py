@@ -135,7 +135,7 @@ def write_report(results: list[Line], prompts: list[Any], args: Any) -> None:
         about(points, args),
         {head: table for head, table in tables.items() if table[1]},
         [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in shown],
-        {row["name"]: read_samples(output / "samples" / row["row"]) for row in results},
+        {row["name"]: read_samples(output / "samples" / row["samples"]) for row in results},
         figures,
     )
     write_text(output / "report.html", page)
