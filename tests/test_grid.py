@@ -241,6 +241,10 @@ def test_evaluation_writes_everything_and_does_nothing_twice(args, judged, tmp_p
     assert (output / "results.jsonl").read_text().count("\n") == len(results)
     args.only = ["CFG"]
     assert evaluate(args) == results[1:3]
+    with open(output / "results.jsonl", "a") as file:
+        file.write('{"name": "base"}\n')
+    with pytest.raises(ValueError, match=r"line 3 of .* is no result; remove that line, or the file"):
+        evaluate(args)
     args.only = ["cfg"]
     with pytest.raises(
         ValueError, match=r"`only` has \['cfg'\]; the strategies are \['base', 'CFG', 'LERP', 'diversity'\]"

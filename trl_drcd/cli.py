@@ -133,12 +133,14 @@ def evaluate(argv: list[str]) -> None:
     """
     from trl import TrlParser
 
+    from trl_drcd._memory import keep_freed_memory
     from trl_drcd.evaluation.grid import EvaluateArguments
     from trl_drcd.evaluation.grid import evaluate as run
 
     kind: Any = EvaluateArguments
     parser = TrlParser(kind, prog="trl-drcd evaluate", description=evaluate.__doc__)
     (arguments,) = parse(parser, argv)
+    keep_freed_memory()
     run(arguments)
     print(f"Report: {arguments.output_dir}/report.html   (numbers: results.jsonl, summary.csv)")
 

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from trl_drcd._memory import keep_freed_memory
 from trl_drcd._run import distinct, load_prompts, local_name
 from trl_drcd.codecs import SpectralCodec
 from trl_drcd.policies import policy_for
@@ -218,6 +219,7 @@ def _work(
 ) -> dict[str, Any]:
     """One row in a process that keeps models and judges for the next."""
     if not _worker():
+        keep_freed_memory()
         _worker().append(Worker(args, prompts, extra_metrics, rows, quiet=True))
     result: dict[str, Any] = _worker()[0](row)
     return result

@@ -68,7 +68,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     if text and not text.endswith("\n"):
         text = text[: text.rfind("\n") + 1]
         write_text(file, text)
-    return parse_lines(file, text, {"row", "settings", "metrics"})
+    return parse_lines(file, text, {"settings", "metrics", "per_prompt"})
 
 
 def parse_lines(file: str | Path, text: str, needed: set[str]) -> list[dict[str, Any]]:

@@ -1,0 +1,32 @@
+"""A committed row of results, from its seed once more: `trl-drcd evaluate` on the first prompts of it."""
+
+from pathlib import Path
+
+import pytest
+
+from trl_drcd import cli
+from trl_drcd.evaluation.metrics import bootstrap_interval
+from trl_drcd.evaluation.points import is_base, read_results
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "results" / "music" / "results.jsonl"
+BATCH = 64  # of recipes/evaluate_music.yaml
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not RESULTS.is_file(), reason="results/music/results.jsonl is not there")
+def test_the_base_comes_back_within_its_interval(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    committed = next(filter(is_base, read_results(RESULTS)))
+    # Whole batches, so that the draws are the same whatever comes after them
+    prompts = BATCH // committed["samples_per_prompt"]
+    words = {
+        "num_prompts": prompts, "samples_per_prompt": committed["samples_per_prompt"], "seed": committed["seed"],
+        "output_dir": tmp_path, "batch_size": BATCH,
+    }  # fmt: skip
+    flags = [word for name, value in words.items() for word in (f"--{name}", str(value))]
+    cli.main(["evaluate", "--config", "recipes/evaluate_music.yaml", "--only", committed["strategy"], *flags])
+    (line,) = read_results(tmp_path / "results.jsonl")
+    for metric, values in committed["per_prompt"].items():
+        interval = bootstrap_interval(values[:prompts])
+        assert interval["low"] <= line["metrics"][metric]["mean"] <= interval["high"], metric
