@@ -243,7 +243,7 @@ def test_evaluation_writes_everything_and_does_nothing_twice(args, judged, tmp_p
     assert evaluate(args) == results[1:3]
     with open(output / "results.jsonl", "a") as file:
         file.write('{"name": "base"}\n')
-    with pytest.raises(ValueError, match=r"line 3 of .* is no result; remove that line, or the file"):
+    with pytest.raises(ValueError, match="line 3 is no result of an evaluation; remove that line"):
         evaluate(args)
     args.only = ["cfg"]
     with pytest.raises(

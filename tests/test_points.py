@@ -126,7 +126,7 @@ def test_correlation_is_that_of_the_means():
 def test_plots_join_sweeps():
     points = pooled(world(bulge=0.06))
     (axes,) = front_plot(points, y="adherence").axes
-    assert {"base", "CFG", "LERP"} <= {text.get_text() for text in axes.get_legend().get_texts()}
+    assert {"base", "CFG 3", "LERP"} <= {text.get_text() for text in axes.get_legend().get_texts()}
     panels = lambda_plot(points, ("adherence", "diversity")).axes
     assert len(panels) == 4
     np.testing.assert_allclose(panels[0].lines[0].get_xdata(), [0, 0.5, 1])

@@ -13,9 +13,13 @@ def keep_freed_memory() -> bool:
     """
     Tell glibc to keep what tensors on the CPU have freed; where there is an accelerator or no glibc, nothing is done.
 
-    By default it maps every block above some MiB anew and gives it back at once, so that each big tensor is paid for
-    page by page, again and again. Meant for programs, at their start: it holds for the whole process, which then never
-    shrinks. MEASURED
+    By default it maps every block above 32 MiB anew and gives it back at once, so that a big tensor is paid for page
+    by page, again and again. Meant for programs, at their start: it holds for the whole process, which never shrinks.
+
+    Sampling 64 sequences of the shipped MusicLM on one thread, two runs of each in turn: 897 and 967 tokens per second
+    of processor time without, 1,950 and 1,822 with it; 3.7 million page faults and 0.18 million; 721 and 768 MiB at
+    the most. The environment variables `MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
+    MALLOC_TOP_PAD_=268435456` do the same (1,774 and 1,791).
 
     Returns:
         `bool`: Whether it was set.

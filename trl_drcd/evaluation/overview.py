@@ -44,6 +44,8 @@ def points_table(points: Sequence[Line]) -> Table:
     """Every point with the metrics that all have, and what it costs."""
     known = set.intersection(*(set(point["metrics"]) for point in points))
     more = {name: name.replace("_", " ") for point in points for name in point["values"] if name not in TABLE}
+    if "preference" not in known:
+        known -= {"quality"}  # which is adherence then
     columns = {name: head for name, head in (TABLE | more).items() if name in known}
     first = points[0]["metrics"]["tokens_per_second"]["mean"]
     unit = "codes" if points[0].get("kind") == "music" else "tokens"
@@ -122,12 +124,14 @@ def write_report(results: list[Line], prompts: list[Any], args: Any) -> None:
     tables: dict[str, Table] = {"": points_table(points)}
     for quality in qualities:
         for diversity in diversities:
-            tables[f"Fronts in {quality} and {diversity}"] = fronts_table(points, quality, diversity)
+            tables[f"Fronts in {quality} and {diversity}".replace("_", " ")] = fronts_table(points, quality, diversity)
     tables["Along lambda"] = lambda_table(points, [*qualities, *diversities])
     tables["Embedding diversity and entropy"] = agreement_table(points)
     for quality in qualities:
         for diversity in diversities:
-            tables[f"The paper's claims in {quality} and {diversity}"] = claims_table(points, quality, diversity)
+            tables[f"The paper's claims in {quality} and {diversity}".replace("_", " ")] = claims_table(
+                points, quality, diversity
+            )
     step = max(1, len(prompts) // max(1, args.listen))
     shown = [prompts[i] for i in range(0, len(prompts), step)[: args.listen]]
     page = comparison_page(

@@ -84,7 +84,7 @@ def front_plot(points: Sequence[Line], x: str = "diversity", y: str = "quality")
     at = np.array([[point["metrics"][m]["mean"] for m in (x, y)] for point in points])
     front = at[pareto_front(at)]
     axes.plot(*front.T, color="0.85", linewidth=7, solid_capstyle="round", zorder=0, label="front of all")
-    sweeps = 0
+    sweeps, labels = 0, []
     for number, (strategy, group) in enumerate(_by_strategy(points).items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         parameter = swept(group)
@@ -95,23 +95,38 @@ def front_plot(points: Sequence[Line], x: str = "diversity", y: str = "quality")
         )
         axes.plot(
             at_x, at_y, linestyle="-" if parameter else "none", linewidth=1.6, marker=marker, color=colour,
-            markersize=7, markeredgecolor="white", markeredgewidth=0.7, label=_plain(strategy), zorder=2 + number,
+            markersize=7, markeredgecolor="white", markeredgewidth=0.7, zorder=2 + number + (0 if parameter else 20),
+            label=_plain(strategy if len(group) > 1 else group[0].get("point", group[0]["name"])),
         )  # fmt: skip
         if parameter:
-            shown = sorted({*range(0, len(group), 1 + len(group) // 5), len(group) - 1})
-            offset, side = PLACES[sweeps % len(PLACES)]
+            place = PLACES[sweeps % len(PLACES)]
             sweeps += 1
-            for i in shown:
-                text = axes.annotate(
-                    f"{SWEPT[parameter]} {group[i][parameter]:g}", (at_x[i], at_y[i]), textcoords="offset points",
-                    xytext=offset, ha=side, fontsize=7.5, color=colour, zorder=50,
-                )  # fmt: skip
-                text.set_path_effects([_effects().withStroke(linewidth=2.5, foreground="white")])
+            steps = [0, len(group) - 1, *range(1, len(group) - 1)]  # the ends come first where there is little room
+            labels += [
+                ((at_x[i], at_y[i]), f"{SWEPT[parameter]} {group[i][parameter]:g}", colour, *place) for i in steps
+            ]
+    _annotate(axes, labels)
     axes.set_xlabel(_label(x) + "  →")
     axes.set_ylabel(_label(y) + "  →")
     axes.set_title("means and 95 % bootstrap intervals; lines join the points of a sweep", fontsize=8, color="0.4")
     axes.legend(frameon=False, fontsize=8.5)
     return figure
+
+
+def _annotate(axes: Any, labels: Sequence[tuple[Any, str, str, tuple[int, int], str]]) -> None:
+    """Labels beside points (position, text, colour, offset, side), but for those that would lie on an earlier one."""
+    axes.autoscale_view()
+    taken: list[np.ndarray] = []
+    for at, label, colour, offset, side in labels:
+        shift = np.array(offset) * axes.figure.dpi / 72 - (0 if side == "left" else 35, 0)
+        corner = axes.transData.transform(at) + shift
+        if any((np.abs(corner - other) < (38, 13)).all() for other in taken):
+            continue
+        taken.append(corner)
+        text = axes.annotate(
+            label, at, textcoords="offset points", xytext=offset, ha=side, fontsize=7.5, color=colour, zorder=50
+        )
+        text.set_path_effects([_effects().withStroke(linewidth=2.5, foreground="white")])
 
 
 def lambda_plot(points: Sequence[Line], metrics: tuple[str, ...] = ("quality", "diversity")) -> Any:
