@@ -268,7 +268,7 @@ def test_prompts_of_every_script_are_sampled_and_kept(world, tmp_path):
     """What is strange is not bad: such prompts go through the whole evaluation, and come out as they were."""
     prompts = ["a\x00b", "\x1b[2J slow", "音楽 🎵", "<script>alert(1)</script>", "../../harp", "tune\u202e"]
     file = world.prompts(tmp_path, "".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
-    strategies = [{"name": "<b>base</b>"}, {"name": "../../x"}]
+    strategies = [{"name": "<b>base</b>"}, {"name": "../../x", "temperature": 0.9}]
     world.evaluate(tmp_path, dataset=str(file), num_prompts=6, listen=6, strategies=strategies)
     page = (tmp_path / "out" / "report.html").read_text()
     tags = Tags()

@@ -96,7 +96,7 @@ def front_plot(points: Sequence[Line], x: str = "diversity", y: str = "quality")
         axes.plot(
             at_x, at_y, linestyle="-" if parameter else "none", linewidth=1.6, marker=marker, color=colour,
             markersize=7, markeredgecolor="white", markeredgewidth=0.7, zorder=2 + number + (0 if parameter else 20),
-            label=_plain(strategy if len(group) > 1 else group[0].get("point", group[0]["name"])),
+            label=_plain(strategy if len(group) > 1 else group[0].get("point", strategy)),
         )  # fmt: skip
         if parameter:
             place = PLACES[sweeps % len(PLACES)]
