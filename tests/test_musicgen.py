@@ -43,14 +43,18 @@ PROMPTS = ["a slow tune for flute", "fast drum", "harp", "a fast tune for harp"]
 WORDS = ["a", "slow", "fast", "tune", "for", "flute", "harp", "drum"]
 
 
-@pytest.fixture(scope="module")
-def t5_tokenizer():
+def make_t5_tokenizer():
     """`words </s>`, padded on the right, as T5's; it has more tokens than a codebook."""
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}, "<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+@pytest.fixture(scope="module")
+def t5_tokenizer():
+    return make_t5_tokenizer()
 
 
 def config_of(channels=1, width=32, rate=80):

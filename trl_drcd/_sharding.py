@@ -6,10 +6,11 @@ import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast, fsdp2_prepare_model
+from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch.distributed.fsdp import FSDPModule
 from trl.distributed import DistributedBackend
 from trl.models import prepare_deepspeed
@@ -23,22 +24,39 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def check_sharding(accelerator: Accelerator, updates_per_rollout: float) -> None:
+def check_sharding(accelerator: Accelerator, updates_per_rollout: float, keeps_parts_whole: bool = False) -> None:
     """
-    Refuses what the loss cannot project with: FSDP 1 hides the head in flat parameters; ZeRO-3 gives it up before the
-    backward pass, which projects again where there are several updates per rollout.
+    Refuses what gives no right result.
+
+    FSDP 1 hides the head, with which the loss projects, in flat parameters; ZeRO-3 gives it up before the backward
+    pass, which projects again where there are several updates per rollout, and has the codec of a MusicGen in pieces;
+    accelerate broadcasts only what FSDP2 has in pieces.
+
+    Args:
+        accelerator (`Accelerator`): Of the launch.
+        updates_per_rollout (`float`): Updates that one rollout serves.
+        keeps_parts_whole (`bool`, *optional*): Whether the family has parts that are not sharded.
 
     Raises:
-        ValueError: If the launch asks for it.
+        ValueError: If the launch asks for one of these.
     """
-    version = getattr(getattr(accelerator.state, "fsdp_plugin", None), "fsdp_version", 2)
-    if version != 2:
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and fsdp.fsdp_version != 2:
         raise ValueError(
-            f"`fsdp_version={version}` is not supported; set `fsdp_version: 2` in the accelerate config "
+            f"`fsdp_version={fsdp.fsdp_version}` is not supported; set `fsdp_version: 2` in the accelerate config "
             "(recipes/accelerate/fsdp2.yaml is one)"
         )
+    if fsdp is not None and fsdp.cpu_ram_efficient_loading and keeps_parts_whole:
+        raise ValueError(
+            "`fsdp_cpu_ram_efficient_loading=true` does not load the parts of this model that stay whole; set it to "
+            "false in the accelerate config"
+        )
     plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3 and updates_per_rollout > 1:
+    if plugin is None or plugin.zero_stage != 3:
+        return
+    if keeps_parts_whole:
+        raise ValueError("`zero_stage=3` of DeepSpeed does not go with MusicGen; use FSDP2, ZeRO-2, or LoRA with DDP")
+    if updates_per_rollout > 1:
         raise ValueError(
             f"{updates_per_rollout:g} updates per rollout do not go with DeepSpeed ZeRO-3; set `num_iterations=1` and "
             "leave out `steps_per_generation`, or use FSDP2 or ZeRO-2"
@@ -63,18 +81,23 @@ def frozen_copy(model: Any, accelerator: Accelerator) -> Any:
     if accelerator.distributed_type == DistributedType.FSDP:
         # Not TRL's `prepare_fsdp`: that makes one unit of the whole model, frees it before the loss has projected, and
         # takes from the other processes the weights that `cpu_ram_efficient_loading` never loaded there
-        return fsdp2_prepare_model(accelerator, teacher)
+        return shard(teacher, accelerator)
     return accelerator.prepare_model(teacher, evaluation_mode=True)
 
 
-def usable_alone(module: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
-    """A part of the model for use outside of the model's forward: under FSDP a copy, for its own is in pieces."""
-    if accelerator.distributed_type != DistributedType.FSDP:
-        return module
-    module = copy.deepcopy(module).to(accelerator.device)
-    for tensor in [*module.parameters(), *module.buffers()]:
-        tensor.data = broadcast(tensor.data)  # only the first process may have loaded it
-    return module
+def shard(model: Any, accelerator: Accelerator) -> Any:
+    """
+    Spreads a model over the processes by FSDP2, as accelerate does when training starts.
+
+    accelerate takes embeddings and head for units of their own, which is wrong where the head is a list, that nothing
+    calls (MusicGen), or the embeddings are those of a frozen part: there both belong to the unit of the whole model.
+    """
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(own.get_output_embeddings(), torch.nn.ModuleList):
+        return fsdp2_prepare_model(accelerator, model)
+    none = mock.Mock(return_value=None)
+    with mock.patch.multiple(type(own), get_input_embeddings=none, get_output_embeddings=none):
+        return fsdp2_prepare_model(accelerator, model)
 
 
 def whole_heads(*heads: Head) -> AbstractContextManager[None]:

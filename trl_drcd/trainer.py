@@ -8,7 +8,8 @@ baseline of the diversity reward, the guided teacher, and no pass for `old_logps
 from __future__ import annotations
 
 import textwrap
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 
 from ._guard import GuardedRLOOTrainer
 from ._monitor import GradientNorms, RunningMeans, Stopwatch
-from ._sharding import check_sharding, frozen_copy, usable_alone, whole_heads, whole_weights
+from ._sharding import check_sharding, frozen_copy, shard, whole_heads, whole_weights
 from .callbacks import SampleCallback
 from .checks import (
     check_adapter,
@@ -173,7 +174,7 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
             )
         updates_per_rollout = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
         self._needs_old_logps = updates_per_rollout > 1
-        check_sharding(self.accelerator, updates_per_rollout)
+        check_sharding(self.accelerator, updates_per_rollout, family.frozen is not None)
         student = self.accelerator.unwrap_model(self.model)
         self.policy: Policy = family(self._tokenizer, student.config, self.chat_template_kwargs)
         self.policy.check_length(args.max_completion_length)
@@ -190,11 +191,13 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
             logger.warning(
                 "This model caps its logits: guidance is applied to the logits, one more projection per token."
             )
+        sharded_here = self.is_fsdp_enabled and family.frozen is not None
+        if sharded_here:
+            self.accelerator.state.fsdp_plugin.ignored_modules = family.frozen
         self.teacher = None if is_peft_model(student) else frozen_copy(student, self.accelerator)
-        self.codec = codec
-        if codec is None and self.policy.has_own_codec:
-            self.codec = self.policy.codec(student)
-            self.codec.audio_encoder = usable_alone(self.codec.audio_encoder, self.accelerator)
+        if sharded_here:
+            shard(student, self.accelerator)
+        self.codec = self.policy.codec(student) if codec is None else codec
         if self.diversity_reward is not None:
             self.diversity_reward.codec = self.codec
         self._forward_redirection = _ForwardRedirection()
@@ -242,8 +245,9 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
             student = self.accelerator.unwrap_model(self.model)
             check_lengths(prompt_ids, what, self.max_completion_length, student)
 
-    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        """Completions by the policy's own sampling, without guidance."""
+    @contextmanager
+    def model_for_sampling(self) -> Iterator[PreTrainedModel]:
+        """The student, unwrapped and whole: what is sharded is gathered once, so every process must come along."""
         generation = unwrap_model_for_generation(
             self.model_wrapped,
             self.accelerator,
@@ -251,6 +255,11 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         )
         with generation as model, whole_weights(model):
+            yield model
+
+    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """Completions by the policy's own sampling, without guidance."""
+        with self.model_for_sampling() as model:
             return self.policy.sample(
                 model, prompt_ids, temperature=self.temperature, max_new_tokens=self.max_completion_length
             )

@@ -9,9 +9,12 @@ import torch
 from conftest import make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
+from test_musicgen import make_musicgen, make_t5_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer
+from trl_drcd.codecs import delay
+from trl_drcd.policies.musicgen import LORA_TARGETS
 
 PROMPTS = ["a slow tune for flute", "fast drum", "harp", "a fast tune for harp", "slow drum"]
 GLOBAL_BATCH, GROUP = 12, 4  # on 2 and on 4 processes, a group lies on two of them
@@ -30,6 +33,7 @@ class Scenario:
     accumulate: int = 1
 
 
+MUSIC = {"max_completion_length": 9}
 SCENARIOS = {
     "full": Scenario(saves=True),
     "lora": Scenario(lora=True, saves=True),
@@ -43,6 +47,9 @@ SCENARIOS = {
     # From a folder, as a recipe loads it: FSDP2 then fills the first process's weights alone, ZeRO-3 none's
     "loaded": Scenario(family="folder", evaluates=False),
     "sampled": Scenario(pinned=False, evaluates=True),
+    "musicgen": Scenario(MUSIC, family="musicgen"),
+    "musicgen_lora": Scenario(MUSIC, family="musicgen", lora=True, saves=True),
+    "musicgen_sampled": Scenario(MUSIC, family="musicgen", pinned=False),
 }
 
 
@@ -54,6 +61,11 @@ def make_llama(tokenizer, **overrides):
     settings.pop("phi", None)
     torch.manual_seed(0)
     return kind(config(**settings)).double()
+
+
+def loudness(audio: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
+    """An embedder of waveforms."""
+    return torch.stack([torch.stack([x.abs().mean(), *x[:20].view(4, 5).mean(1)]) for x, _ in audio])
 
 
 def bag_of_words(texts: list[str]) -> torch.Tensor:
@@ -82,6 +94,12 @@ def pinned_completion(mode: str, rollout: int, row: int, vocabulary: int) -> lis
     return [*ids[:7], 2]
 
 
+def pinned_codes(mode: str, rollout: int, row: int, codes: int, books: int) -> list[int]:
+    """The same for a MusicGen: random codes in the delayed layout, which is as long for every row."""
+    generator = torch.Generator().manual_seed(1000 * rollout + row + (500 if mode == "eval" else 0))
+    return delay(torch.randint(codes, (1, 7, books), generator=generator), codes).flatten().tolist()
+
+
 def make_trainer(scenario: Scenario, folder: Path) -> CFGDistillDiversityTrainer:
     """The trainer of a scenario, with this process's share of the global batch."""
     processes, tokenizer = int(os.environ.get("WORLD_SIZE", 1)), make_tokenizer()
@@ -106,9 +124,14 @@ def make_trainer(scenario: Scenario, folder: Path) -> CFGDistillDiversityTrainer
         "model_init_kwargs": {"dtype": "auto"} if scenario.family == "folder" else None,
     }
     args = CFGDistillDiversityConfig(str(folder), **(settings | scenario.overrides))
+    music = scenario.family == "musicgen"
+    if music:
+        tokenizer = make_t5_tokenizer()
     families = {"llama": {}, "tied": {"tie_word_embeddings": True}, "phi": {"phi": True}}
     model: Any = str(folder / "base")
-    if scenario.family != "folder":
+    if music:
+        model = make_musicgen().double()
+    elif scenario.family != "folder":
         model = make_llama(tokenizer, **families[scenario.family])
     elif int(os.environ.get("RANK", 0)) == 0:
         make_llama(tokenizer).save_pretrained(model)
@@ -120,6 +143,8 @@ def make_trainer(scenario: Scenario, folder: Path) -> CFGDistillDiversityTrainer
         train_dataset=Dataset.from_dict({"prompt": PROMPTS * 4}),
         eval_dataset=Dataset.from_dict({"prompt": PROMPTS}),  # 5 groups of 4: the last batch of 12 is not full
         processing_class=tokenizer,
-        embedder=bag_of_words,
-        peft_config=LoraConfig(r=2, lora_alpha=8) if scenario.lora else None,
+        embedder=loudness if music else bag_of_words,
+        peft_config=LoraConfig(r=2, lora_alpha=8, target_modules=LORA_TARGETS if music else None)
+        if scenario.lora
+        else None,
     )

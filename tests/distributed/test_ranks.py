@@ -43,16 +43,15 @@ def alone(tmp_path_factory):
     return results
 
 
-def launch(config: str, processes: int, names: list[str], folder: Path) -> Path:
-    """Runs the scenarios as a user launches a recipe; returns the folder with their results."""
+def launch(config: str, processes: int, names: list[str], folder: Path, *options: str) -> None:
+    """Runs the scenarios as a user launches a recipe."""
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes", str(processes)]
-    command += ["--main_process_port", "0", str(Path(worker.__file__)), str(folder), *names]
+    command += ["--main_process_port", "0", *options, str(Path(worker.__file__)), str(folder), *names]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     environment |= {"DS_ACCELERATOR": "cpu"} if config.startswith("deepspeed") else {}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-6000:]
-    return folder
 
 
 # Of an evaluation whose last batch is filled up with the first rows again; TRL's own metrics count these twice
@@ -113,7 +112,7 @@ def test_groups_lie_on_two_processes_and_one_has_nothing_but_empty_completions()
 
 
 def test_two_processes_train_as_one_does(alone, tmp_path):
-    names = ["full", "lora", "accumulate", "masked"]
+    names = ["full", "lora", "accumulate", "masked", "musicgen_lora"]
     launch("ddp", 2, names, tmp_path)
     for name in names:
         check_equal(name, "ddp", tmp_path, alone(name))
@@ -122,7 +121,7 @@ def test_two_processes_train_as_one_does(alone, tmp_path):
 
 def test_two_processes_that_share_the_weights_train_as_one_does(alone, tmp_path):
     names = ["full", "lora", "loaded"]
-    launch("fsdp2", 2, [*names, "sampled"], tmp_path)
+    launch("fsdp2", 2, [*names, "sampled"], tmp_path, "--fsdp_cpu_ram_efficient_loading", "true")
     for name in names:
         check_equal(name, "fsdp2", tmp_path, alone(name))
     check_saved(tmp_path)
@@ -135,7 +134,7 @@ def test_two_processes_that_share_the_weights_train_as_one_does(alone, tmp_path)
 @pytest.mark.parametrize("processes", [2, 4])
 def test_every_scenario(config, processes, alone, tmp_path):
     names = [name for name, scenario in SCENARIOS.items() if scenario.pinned]
-    launch(config, processes, [*names, "sampled"], tmp_path)
+    launch(config, processes, [*names, "sampled", "musicgen_sampled"], tmp_path)
     for name in names:
         check_equal(name, config, tmp_path, alone(name))
     check_saved(tmp_path)
@@ -147,9 +146,11 @@ def test_every_scenario(config, processes, alone, tmp_path):
 @pytest.mark.parametrize("config", ["deepspeed_zero2", "deepspeed_zero3"])
 def test_every_scenario_of_deepspeed(config, processes, alone, tmp_path):
     names = [name for name, scenario in SCENARIOS.items() if scenario.pinned]
-    if config == "deepspeed_zero3":
-        names.remove("reused")  # refused: see `check_sharding`
-    launch(config, processes, [*names, "sampled"], tmp_path)
+    sampled = ["sampled", "musicgen_sampled"]
+    if config == "deepspeed_zero3":  # what it does not go with: see `check_sharding`
+        names = [name for name in names if name != "reused" and SCENARIOS[name].family != "musicgen"]
+        sampled.remove("musicgen_sampled")
+    launch(config, processes, [*names, *sampled], tmp_path)
     for name in names:
         check_equal(name, config, tmp_path, alone(name))
     check_saved(tmp_path)
@@ -162,14 +163,19 @@ def test_configs_are_for_eight_gpus(path):
     assert config["num_processes"] == 8 and config["num_machines"] == 1
 
 
-def test_sharding_that_gives_up_the_head_is_refused():
+def test_sharding_that_gives_no_right_result_is_refused():
     def launched(**plugins):
         return SimpleNamespace(state=SimpleNamespace(**({"deepspeed_plugin": None} | plugins)))
 
-    check_sharding(launched(fsdp_plugin=SimpleNamespace(fsdp_version=2)), 4)
+    fsdp2 = launched(fsdp_plugin=SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=True))
+    check_sharding(fsdp2, 4)
+    with pytest.raises(ValueError, match="`fsdp_cpu_ram_efficient_loading=true` does not load the parts"):
+        check_sharding(fsdp2, 1, keeps_parts_whole=True)
     with pytest.raises(ValueError, match="`fsdp_version=1` is not supported; set `fsdp_version: 2`"):
-        check_sharding(launched(fsdp_plugin=SimpleNamespace(fsdp_version=1)), 1)
+        check_sharding(launched(fsdp_plugin=SimpleNamespace(fsdp_version=1, cpu_ram_efficient_loading=False)), 1)
     zero3 = launched(deepspeed_plugin=SimpleNamespace(zero_stage=3))
     check_sharding(zero3, 1)
     with pytest.raises(ValueError, match="2 updates per rollout do not go with DeepSpeed ZeRO-3; set"):
         check_sharding(zero3, 2)
+    with pytest.raises(ValueError, match="`zero_stage=3` of DeepSpeed does not go with MusicGen; use"):
+        check_sharding(zero3, 1, keeps_parts_whole=True)

@@ -10,7 +10,7 @@ and losses of each step, final weights) and OUT/NAME.json (the log).
 import json
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from trl import RLOOTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from scenarios import GROUP, SCENARIOS, make_trainer, pinned_completion
+from scenarios import GROUP, SCENARIOS, make_trainer, pinned_codes, pinned_completion
 
+from trl_drcd import CFGDistillDiversityTrainer
 from trl_drcd.diversity import group_diversity
 
 
@@ -32,13 +33,16 @@ def take_cpus_for_gpus() -> None:
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
 
 
-def pinned_rollout(self, prompt_ids, images, multimodal_fields):
+def pinned_rollout(self, prompt_ids, *_):
     """Stands in for the sampling: completions that depend on mode, rollout and row of the global batch."""
     mode, count = ("train" if self.model.training else "eval"), len(prompt_ids)
     self.rollouts = getattr(self, "rollouts", {"train": 0, "eval": 0})
     self.rollouts[mode] += 1
     rows = range(self.accelerator.process_index * count, (self.accelerator.process_index + 1) * count)
-    return [pinned_completion(mode, self.rollouts[mode], row, len(self._tokenizer)) for row in rows]
+    if self.policy.rolls_out_with_trl:
+        return [pinned_completion(mode, self.rollouts[mode], row, len(self._tokenizer)) for row in rows]
+    layout = self.policy.mask_id, self.policy.num_codebooks
+    return [pinned_codes(mode, self.rollouts[mode], row, *layout) for row in rows]
 
 
 def recording(trainer, scenario) -> dict[str, torch.Tensor]:
@@ -95,8 +99,10 @@ def run(name: str, output: Path) -> None:
     """Trains, evaluates and saves as the scenario says, and writes what was recorded."""
     scenario = SCENARIOS[name]
     trainer = make_trainer(scenario, output / "runs" / name)
-    sampling = mock.patch.object(RLOOTrainer, "_generate_single_turn", pinned_rollout)
-    with sampling if scenario.pinned else nullcontext():
+    with ExitStack() as patches:
+        if scenario.pinned:
+            patches.enter_context(mock.patch.object(RLOOTrainer, "_generate_single_turn", pinned_rollout))
+            patches.enter_context(mock.patch.object(CFGDistillDiversityTrainer, "_sample", pinned_rollout))
         tensors = recording(trainer, scenario) if scenario.pinned else {}
         trainer.train()
         if scenario.evaluates:

@@ -26,6 +26,8 @@ class Policy(Protocol):
     """Whether TRL samples the rollouts (`generate`, vLLM); else [`Policy.sample`] does."""
     has_own_codec: bool
     """Whether completions are made audio by a part of the model."""
+    frozen: str | None
+    """Pattern of the names of parts that never train; each process keeps them whole where the rest is sharded."""
 
     @staticmethod
     def processing_class(model: Any, given: Any, revision: str | None = None) -> Any:

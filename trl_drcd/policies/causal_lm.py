@@ -26,6 +26,7 @@ class CausalLMPolicy:
 
     rolls_out_with_trl = True
     has_own_codec = False
+    frozen: str | None = None
 
     def __init__(
         self,

@@ -58,6 +58,7 @@ class MusicgenPolicy:
 
     rolls_out_with_trl = False
     has_own_codec = True
+    frozen: str | None = rf"(base_model\.model\.)?({'|'.join(FROZEN)})"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: Any, chat_template_kwargs: dict | None = None):
         self.check_config(config)
