@@ -20,6 +20,7 @@ from ._checkpoints import find_checkpoint
 from ._files import write_text
 from ._models import check_model
 from ._run import distinct, final_metrics, load_prompts, local_name, model_card
+from ._sharding import is_sharded
 
 # What --help shows of the arguments of TRL and transformers; --help_all shows them all
 COMMON = {
@@ -200,6 +201,10 @@ def train_and_save(
     metrics = final_metrics(trainer.state.log_history, evaluates)
     output = Path(args.output_dir)
     trainer.save_model(str(output))
+    samples = None
+    with trainer.model_for_sampling() as student:
+        if trainer.accelerator.is_main_process or is_sharded(trainer.accelerator):  # then they sample in step
+            samples = _held_out_samples(trainer, student, script.num_samples, sample_prompts)
     if not trainer.accelerator.is_main_process:
         return
     (output / "training_args.bin").unlink(missing_ok=True)  # a pickle; the model card says what matters of it
@@ -207,7 +212,7 @@ def train_and_save(
     if codec:
         shutil.copytree(codec, output / "codec", dirs_exist_ok=True)
     shutil.rmtree(output / "samples", ignore_errors=True)
-    write_samples(_held_out_samples(trainer, script.num_samples, sample_prompts), output / "samples")
+    write_samples(samples, output / "samples")
     names = [
         *("guidance_scale", "negative_prompt", "temperature", "diversity_coef", "diversity_warmup_steps"),
         *("num_generations", "learning_rate", "max_completion_length", "bf16", "seed"),
@@ -226,12 +231,12 @@ def train_and_save(
     print(f"Model, model card, log and samples are in {args.output_dir}")
 
 
-def _held_out_samples(trainer: Any, count: int, sample_prompts: Callable[..., Any]) -> Any:
+def _held_out_samples(trainer: Any, student: Any, count: int, sample_prompts: Callable[..., Any]) -> Any:
     """One completion, without guidance, of each of the first held-out prompts."""
     args = trainer.args
     dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
     return sample_prompts(
-        trainer.accelerator.unwrap_model(trainer.model),
+        student,
         trainer.processing_class,
         distinct((row["prompt"] for row in dataset.take(count * args.num_generations)), count),
         temperature=args.temperature,

@@ -8,7 +8,6 @@ import torch
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from trl import RLOOTrainer
-from trl.models import unwrap_model_for_generation
 
 from ._files import distinct_names
 
@@ -43,17 +42,9 @@ class SampleCallback(TrainerCallback):
         prompt_ids, _, _ = trainer._tokenize_prompts(self.prompts)
         # Drawn apart from the training's random state, which samples must not move
         devices = [torch.cuda.current_device()] if trainer.accelerator.device.type == "cuda" else []
-        with (
-            torch.random.fork_rng(devices=devices),
-            unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model,
-        ):
+        with torch.random.fork_rng(devices=devices):
             torch.manual_seed(trainer.args.seed)
-            ids = trainer.policy.sample(
-                model,
-                [list(p) for p in prompt_ids],
-                temperature=trainer.temperature,
-                max_new_tokens=trainer.max_completion_length,
-            )
+            ids = trainer._sample([list(p) for p in prompt_ids])
             if self.codec is None:
                 return trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
             return self.codec.decode(ids)

@@ -104,8 +104,9 @@ def token_terms(
         `TokenTerms`: `kl`, `log_probs`, `entropy`, each of shape `(N,)`, nats, float32 or float64.
     """
     if hidden.shape[0] == 0:
-        # Keeps the graph connected where a process has no token to score
-        nothing = (hidden.sum() + head.weight.sum()) * hidden.new_zeros(0)
+        # Keeps all parameters in the graph where a process has no token to score: the others wait for their gradients
+        bias = 0.0 if head.bias is None else head.bias.sum()
+        nothing = (hidden.sum() + head.weight.sum() + bias) * hidden.new_zeros(0)
         return TokenTerms(nothing, nothing, nothing.detach())
     rows = max(1, logits_per_chunk // head.weight.shape[0])
     return TokenTerms(

@@ -17,8 +17,9 @@ import pytest
 import torch
 import worker
 import yaml
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from scenarios import GLOBAL_BATCH, GROUP, SCENARIOS, pinned_completion
+from scenarios import GLOBAL_BATCH, GROUP, PROMPTS, SCENARIOS, pinned_completion
 from transformers import AutoModelForCausalLM
 
 from trl_drcd._sharding import check_sharding
@@ -43,11 +44,11 @@ def alone(tmp_path_factory):
     return results
 
 
-def launch(config: str, processes: int, names: list[str], folder: Path, *options: str) -> None:
-    """Runs the scenarios as a user launches a recipe."""
+def launch(config: str, processes: int, arguments: list, options: tuple = ()) -> None:
+    """Runs the worker as a user launches a recipe."""
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes", str(processes)]
-    command += ["--main_process_port", "0", *options, str(Path(worker.__file__)), str(folder), *names]
+    command += ["--main_process_port", "0", *options, str(Path(worker.__file__)), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     environment |= {"DS_ACCELERATOR": "cpu"} if config.startswith("deepspeed") else {}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
@@ -113,7 +114,7 @@ def test_groups_lie_on_two_processes_and_one_has_nothing_but_empty_completions()
 
 def test_two_processes_train_as_one_does(alone, tmp_path):
     names = ["full", "lora", "accumulate", "masked", "musicgen_lora"]
-    launch("ddp", 2, names, tmp_path)
+    launch("ddp", 2, [tmp_path, *names])
     for name in names:
         check_equal(name, "ddp", tmp_path, alone(name))
     check_saved(tmp_path)
@@ -121,7 +122,7 @@ def test_two_processes_train_as_one_does(alone, tmp_path):
 
 def test_two_processes_that_share_the_weights_train_as_one_does(alone, tmp_path):
     names = ["full", "lora", "loaded"]
-    launch("fsdp2", 2, [*names, "sampled"], tmp_path, "--fsdp_cpu_ram_efficient_loading", "true")
+    launch("fsdp2", 2, [tmp_path, *names, "sampled"], ("--fsdp_cpu_ram_efficient_loading", "true"))
     for name in names:
         check_equal(name, "fsdp2", tmp_path, alone(name))
     check_saved(tmp_path)
@@ -134,7 +135,7 @@ def test_two_processes_that_share_the_weights_train_as_one_does(alone, tmp_path)
 @pytest.mark.parametrize("processes", [2, 4])
 def test_every_scenario(config, processes, alone, tmp_path):
     names = [name for name, scenario in SCENARIOS.items() if scenario.pinned]
-    launch(config, processes, [*names, "sampled", "musicgen_sampled"], tmp_path)
+    launch(config, processes, [tmp_path, *names, "sampled", "musicgen_sampled"])
     for name in names:
         check_equal(name, config, tmp_path, alone(name))
     check_saved(tmp_path)
@@ -150,10 +151,43 @@ def test_every_scenario_of_deepspeed(config, processes, alone, tmp_path):
     if config == "deepspeed_zero3":  # what it does not go with: see `check_sharding`
         names = [name for name in names if name != "reused" and SCENARIOS[name].family != "musicgen"]
         sampled.remove("musicgen_sampled")
-    launch(config, processes, [*names, *sampled], tmp_path)
+    launch(config, processes, [tmp_path, *names, *sampled])
     for name in names:
         check_equal(name, config, tmp_path, alone(name))
     check_saved(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "lora"),
+    [("ddp", True), ("fsdp2", False), ("fsdp2", True), ("deepspeed_zero2", False), ("deepspeed_zero3", False)],
+)
+def test_a_recipe_trains_evaluates_saves_and_resumes(config, lora, model, tokenizer, tmp_path):
+    """The text recipe on two processes: its samples and its model card are written, its model loads."""
+    if config.startswith("deepspeed") and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed (pip install deepspeed)")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    settings = {
+        "model_name_or_path": tmp_path / "model", "output_dir": tmp_path / "out",
+        "dataset": tmp_path / "prompts.jsonl", "eval_dataset": tmp_path / "prompts.jsonl",
+        "max_steps": 2, "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4, "gradient_accumulation_steps": 1, "max_completion_length": 4,
+        "eval_strategy": "steps", "eval_steps": 2, "save_steps": 1, "sample_steps": 1, "num_samples": 2,
+        "logging_steps": 1, "report_to": "none", "bf16": False, "use_cpu": config == "ddp", "use_peft": lora,
+        "lora_target_modules": "all-linear",
+    }  # fmt: skip
+    arguments = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    launch(config, 2, ["text_drcd", *arguments])
+    launch(config, 2, ["text_drcd", *arguments, "--max_steps", 3, "--resume_from_checkpoint", "true"])
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log if "kl" in entry] == [1, 2, 3]
+    assert len((tmp_path / "out" / "samples" / "samples.jsonl").read_text().splitlines()) == 2
+    kind = AutoPeftModelForCausalLM if lora else AutoModelForCausalLM
+    trained = kind.from_pretrained(tmp_path / "out").state_dict()
+    assert any("lora_B" in key and tensor.abs().max() > 0 for key, tensor in trained.items()) == lora
+    assert all(tensor.isfinite().all() for tensor in trained.values())
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

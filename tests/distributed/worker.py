@@ -4,7 +4,7 @@ One process of a launch: trains tiny models whose samples depend on their global
     accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 tests/distributed/worker.py OUT NAMES
 
 For each scenario NAME of `scenarios.py` the first process writes OUT/NAME.safetensors (embeddings, rewards, advantages
-and losses of each step, final weights) and OUT/NAME.json (the log).
+and losses of each step, final weights) and OUT/NAME.json (the log). With `text_drcd ARGUMENTS` it is that recipe.
 """
 
 import json
@@ -23,6 +23,7 @@ from trl import RLOOTrainer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from scenarios import GROUP, SCENARIOS, make_trainer, pinned_codes, pinned_completion
 
+from recipes import text_drcd
 from trl_drcd import CFGDistillDiversityTrainer
 from trl_drcd.diversity import group_diversity
 
@@ -121,7 +122,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & set(os.environ):
         take_cpus_for_gpus()
-    for scenario_name in sys.argv[2:]:
-        run(scenario_name, Path(sys.argv[1]))
+    if sys.argv[1] == "text_drcd":
+        text_drcd.main(sys.argv[2:])
+    else:
+        for scenario_name in sys.argv[2:]:
+            run(scenario_name, Path(sys.argv[1]))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
