@@ -111,8 +111,8 @@ def whole_weights(model: Any) -> Iterator[None]:
     """
     Gathers the weights of an FSDP2 model once for all forwards of the body, which then do not communicate.
 
-    Without it each token that is sampled gathers all weights, and processes whose completions end at different steps
-    wait for each other forever.
+    Without it each token that is sampled gathers all weights anew, and what calls a part of the model by itself, as
+    MusicGen's sampling does, meets pieces.
     """
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if modules:

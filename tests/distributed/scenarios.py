@@ -37,7 +37,7 @@ MUSIC = {"max_completion_length": 9}
 SCENARIOS = {
     "full": Scenario(saves=True),
     "lora": Scenario(lora=True, saves=True),
-    "accumulate": Scenario(accumulate=2, evaluates=False),
+    "accumulate": Scenario(accumulate=3, evaluates=False),
     # No token of the last rows is scored, and the head has a bias that only scored tokens reach
     "masked": Scenario(
         {"mask_truncated_completions": True, "gradient_checkpointing": True}, family="phi", evaluates=False

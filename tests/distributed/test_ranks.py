@@ -51,7 +51,7 @@ def launch(config: str, processes: int, arguments: list, options: tuple = ()) ->
     command += ["--main_process_port", "0", *options, str(Path(worker.__file__)), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     environment |= {"DS_ACCELERATOR": "cpu"} if config.startswith("deepspeed") else {}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-6000:]
 
 
