@@ -8,7 +8,7 @@ baseline of the diversity reward, the guided teacher, and no pass for `old_logps
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -289,16 +289,14 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
         """
         student, rows = self.accelerator.unwrap_model(model), []
 
-        def forward(*batch):
+        def forward():
             with self.accelerator.autocast():
-                return self.policy.hidden_states(student, *batch), self.policy.heads(student)
+                return self.policy.hidden_states(student, *prompt, *completion), self.policy.heads(student)
 
         size = batch_size or len(input_ids)
         for ids, part in zip(input_ids.split(size), mask.split(size), strict=True):
-            completion = ids[:, -length:], part[:, -length:]
-            hidden, heads = self._forward_redirection(
-                model, student, forward, ids[:, :-length], part[:, :-length], *completion
-            )
+            prompt, completion = (ids[:, :-length], part[:, :-length]), (ids[:, -length:], part[:, -length:])
+            hidden, heads = self._inside_forward(model, student, forward)
             tokens, valid = self.policy.ids_and_mask(*completion)
             log_probs = torch.zeros(tokens.shape, device=hidden.device)
             for k, head in enumerate(heads):
@@ -350,6 +348,20 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
 
     # ---------------------------------------------------------------- the loss
 
+    def _inside_forward(self, wrapper, model, method: Callable[[], Any]) -> Any:
+        """What `method` returns, called inside the forward of `model` as wrapped for several processes."""
+        if not self.is_fsdp_enabled:
+            return self._forward_redirection(wrapper, model, method)
+        kept: list[Any] = []
+
+        def forward():
+            kept.append(method())
+            return kept[0]
+
+        # FSDP2 looks for gradients at what a forward returns, but then rounds it to bfloat16: take what was before
+        self._forward_redirection(wrapper, model, forward)
+        return kept[0]
+
     def _unwrapped_teacher(self) -> PreTrainedModel:
         return self.accelerator.unwrap_model(self.model if self.teacher is None else self.teacher)
 
@@ -375,7 +387,7 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
         was_training = teacher.training
         teacher.eval()
         with use_adapter(student, None) if self.teacher is None else nullcontext():
-            hidden, heads = self._forward_redirection(self.teacher or self.model_wrapped, teacher, forward)
+            hidden, heads = self._inside_forward(self.teacher or self.model_wrapped, teacher, forward)
         teacher.train(was_training)
 
         _, mask = self.policy.ids_and_mask(inputs["completion_ids"], inputs["completion_mask"])
@@ -439,8 +451,8 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
             weights = torch.ones_like(advantages), -advantages
 
         student = self.accelerator.unwrap_model(model)
-        terms, lengths = self._forward_redirection(
-            model, student, self._student_terms, student, inputs, teacher_logits, weights
+        terms, lengths = self._inside_forward(
+            model, student, lambda: self._student_terms(student, inputs, teacher_logits, weights)
         )
         distillation = terms.kl.mean()
         diversity = policy_gradient_loss(

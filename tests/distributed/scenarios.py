@@ -31,6 +31,7 @@ class Scenario:
     evaluates: bool = True
     saves: bool = False
     accumulate: int = 1
+    double: bool = True
 
 
 MUSIC = {"max_completion_length": 9}
@@ -47,6 +48,7 @@ SCENARIOS = {
     # From a folder, as a recipe loads it: FSDP2 then fills the first process's weights alone, ZeRO-3 none's
     "loaded": Scenario(family="folder", evaluates=False),
     "sampled": Scenario(pinned=False, evaluates=True),
+    "bf16": Scenario({"bf16": True}, double=False, evaluates=False),
     "musicgen": Scenario(MUSIC, family="musicgen"),
     "musicgen_lora": Scenario(MUSIC, family="musicgen", lora=True, saves=True),
     "musicgen_sampled": Scenario(MUSIC, family="musicgen", pinned=False),
@@ -133,6 +135,7 @@ def make_trainer(scenario: Scenario, folder: Path) -> CFGDistillDiversityTrainer
         model = make_musicgen().double()
     elif scenario.family != "folder":
         model = make_llama(tokenizer, **families[scenario.family])
+        model = model if scenario.double else model.float()
     elif int(os.environ.get("RANK", 0)) == 0:
         make_llama(tokenizer).save_pretrained(model)
     args.distributed_state.wait_for_everyone()

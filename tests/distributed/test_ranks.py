@@ -67,20 +67,23 @@ def metrics(entry: dict[str, float]) -> dict[str, float]:
     return {key: value for key, value in entry.items() if not any(part in key for part in SECONDS)}
 
 
+def difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference of two entries, absolute below 1, relative above."""
+    assert ours.shape == expected.shape
+    return float(((ours - expected).abs() / expected.abs().clamp(min=1)).max())
+
+
 def check_equal(name: str, config: str, ours: Path, reference: Path) -> None:
     """Tensors and log of a scenario are those of the run on one process."""
     got, expected = load_file(ours / f"{name}.safetensors"), load_file(reference / f"{name}.safetensors")
     assert set(got) == set(expected)
     # TRL computes the log-probabilities before an update, which several updates per rollout need, in float32
     tolerance = 1e-5 if "num_iterations" in SCENARIOS[name].overrides else TOLERANCE[config]
-    for key, tensor in expected.items():
-        torch.testing.assert_close(
-            got[key][: len(tensor)],
-            tensor,
-            rtol=tolerance,
-            atol=tolerance,
-            msg=lambda text, key=key: f"{key} of {name}: {text}",
-        )
+    # Rows of the last batch of an evaluation beyond those of one process are the first ones again
+    differences = {key: difference(got[key][: len(tensor)], tensor) for key, tensor in expected.items()}
+    worst = max(differences, key=lambda key: differences[key])
+    print(f"{config} {name}: at most {differences[worst]:.1e}, {worst}")
+    assert differences[worst] < tolerance, f"{worst} of {name} is off by {differences[worst]:.1e}"
     logs, reference_logs = (json.loads((folder / f"{name}.json").read_text()) for folder in (ours, reference))
     for entries in zip(*logs, strict=True):
         assert all(metrics(entry) == metrics(entries[0]) for entry in entries), "a metric is of one process alone"
@@ -89,6 +92,14 @@ def check_equal(name: str, config: str, ours: Path, reference: Path) -> None:
         if config != "ddp":  # gradients in pieces are not measured term by term
             reference_entry = {key: value for key, value in reference_entry.items() if "grad_norm/" not in key}
         assert entry == pytest.approx(reference_entry, rel=tolerance, abs=tolerance), name
+
+
+def check_near(name: str, ours: Path, reference: Path) -> None:
+    """The first loss is that of one process as far as bfloat16 goes, and weights move."""
+    got, expected = load_file(ours / f"{name}.safetensors"), load_file(reference / f"{name}.safetensors")
+    torch.testing.assert_close(got["train1/loss"], expected["train1/loss"], rtol=0.01, atol=0)
+    assert got["train1/loss"].item() != got["train1/loss"].bfloat16().item(), "the loss itself was rounded"
+    assert all(tensor.isfinite().all() for tensor in got.values())
 
 
 def check_saved(folder: Path) -> None:
@@ -122,22 +133,24 @@ def test_two_processes_train_as_one_does(alone, tmp_path):
 
 def test_two_processes_that_share_the_weights_train_as_one_does(alone, tmp_path):
     names = ["full", "lora", "loaded"]
-    launch("fsdp2", 2, [tmp_path, *names, "sampled"], ("--fsdp_cpu_ram_efficient_loading", "true"))
+    launch("fsdp2", 2, [tmp_path, *names, "sampled", "bf16"], ("--fsdp_cpu_ram_efficient_loading", "true"))
     for name in names:
         check_equal(name, "fsdp2", tmp_path, alone(name))
     check_saved(tmp_path)
     log = json.loads((tmp_path / "sampled.json").read_text())[0]
     assert any(entry.get("completions/min_length", 8) < entry.get("completions/max_length", 0) for entry in log)
+    check_near("bf16", tmp_path, alone("bf16"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("processes", [2, 4])
 def test_every_scenario(config, processes, alone, tmp_path):
-    names = [name for name, scenario in SCENARIOS.items() if scenario.pinned]
-    launch(config, processes, [tmp_path, *names, "sampled", "musicgen_sampled"])
+    names = [name for name, scenario in SCENARIOS.items() if scenario.pinned and scenario.double]
+    launch(config, processes, [tmp_path, *names, "sampled", "musicgen_sampled", "bf16"])
     for name in names:
         check_equal(name, config, tmp_path, alone(name))
+    check_near("bf16", tmp_path, alone("bf16"))
     check_saved(tmp_path)
 
 
@@ -146,14 +159,15 @@ def test_every_scenario(config, processes, alone, tmp_path):
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("config", ["deepspeed_zero2", "deepspeed_zero3"])
 def test_every_scenario_of_deepspeed(config, processes, alone, tmp_path):
-    names = [name for name, scenario in SCENARIOS.items() if scenario.pinned]
-    sampled = ["sampled", "musicgen_sampled"]
+    names = [name for name, scenario in SCENARIOS.items() if scenario.pinned and scenario.double]
+    sampled = ["sampled", "bf16", "musicgen_sampled"]
     if config == "deepspeed_zero3":  # what it does not go with: see `check_sharding`
         names = [name for name in names if name != "reused" and SCENARIOS[name].family != "musicgen"]
         sampled.remove("musicgen_sampled")
     launch(config, processes, [tmp_path, *names, *sampled])
     for name in names:
         check_equal(name, config, tmp_path, alone(name))
+    check_near("bf16", tmp_path, alone("bf16"))
     check_saved(tmp_path)
 
 

@@ -18,6 +18,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
 from safetensors.torch import save_file
+from transformers import training_args
 from trl import RLOOTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -32,6 +33,7 @@ def take_cpus_for_gpus() -> None:
     """accelerate offers FSDP and DeepSpeed on accelerators alone: let it take each process's CPU for one."""
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    training_args.is_torch_bf16_gpu_available = lambda: True
 
 
 def pinned_rollout(self, prompt_ids, *_):
@@ -128,4 +130,5 @@ if __name__ == "__main__":
         for scenario_name in sys.argv[2:]:
             run(scenario_name, Path(sys.argv[1]))
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
