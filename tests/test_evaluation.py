@@ -135,7 +135,7 @@ def test_diversity_within_and_between_prompts():
     # prompt 1: two equal vectors; prompt 2: two at right angles; cosines between them: (1 + 0) / 2
     embeddings = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
     assert diversity_within_prompts(embeddings, 2).tolist() == pytest.approx([0.0, 1.0])
-    assert diversity_between_prompts(embeddings, 2) == pytest.approx(0.5)
+    assert diversity_between_prompts(embeddings, 2)["mean"] == pytest.approx(0.5)
     assert per_prompt(torch.tensor([1.0, 3.0, 5.0, 5.0]), 2).tolist() == [2.0, 5.0]
     with pytest.raises(ValueError, match="two prompts"):
         diversity_between_prompts(embeddings, 4)

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from trl_drcd.evaluation import grid
 from trl_drcd.evaluation.grid import EvaluateArguments, evaluate
 from trl_drcd.evaluation.information import forward_information
-from trl_drcd.evaluation.judging import Judges, between_prompts, distinct_n, import_function, judge_samples
+from trl_drcd.evaluation.judging import Judges, distinct_n, import_function, judge_samples
 from trl_drcd.evaluation.metrics import diversity_between_prompts
 from trl_drcd.evaluation.sampling import Samples
 from trl_drcd.evaluation.strategies import Models, Row, expand
@@ -130,8 +130,10 @@ def test_judged_by_hand():
 
 def test_distance_between_prompts_is_the_mean_over_pairs():
     embeddings = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
-    interval = between_prompts(embeddings, 3)
-    assert interval["mean"] == pytest.approx(diversity_between_prompts(embeddings, 3))
+    interval = diversity_between_prompts(embeddings, 3)
+    pairs = [(a, b) for a in range(12) for b in range(12) if a // 3 != b // 3]
+    distances = [1 - torch.cosine_similarity(embeddings[a], embeddings[b], dim=0).item() for a, b in pairs]
+    assert interval["mean"] == pytest.approx(sum(distances) / len(distances), abs=1e-6)
     assert interval["low"] < interval["mean"] < interval["high"]
 
 

@@ -19,7 +19,7 @@ def keep_freed_memory() -> bool:
     Sampling 64 sequences of the shipped MusicLM on one thread, two runs of each in turn: 897 and 967 tokens per second
     of processor time without, 1,950 and 1,822 with it; 3.7 million page faults and 0.18 million; 721 and 768 MiB at
     the most. The environment variables `MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
-    MALLOC_TOP_PAD_=268435456` do the same (1,774 and 1,791). A training step of 32 sequences, whose blocks are smaller,
+    MALLOC_TOP_PAD_=268435456` do the same (1,774 and 1,791). A training step of 32 sequences, of smaller blocks,
     gains too little to be told (10.1 and 10.0 s of processor time, one run of each), so training does not call this.
 
     Returns:

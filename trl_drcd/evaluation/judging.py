@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trl_drcd.diversity import group_diversity
-
 from .frechet import Reference, frechet_to_reference
-from .metrics import bootstrap_interval, per_prompt
+from .metrics import diversity_between_prompts, diversity_within_prompts, per_prompt
 from .records import content_digest
 from .reward_models import RewardModel, cross_encoder, question_of
 from .sampling import Samples
@@ -150,8 +148,8 @@ def judge_samples(
     for name, embed in {"diversity": judges.embedder, "diversity_second": judges.second_embedder}.items():
         if embed is not None:
             embeddings = embed(items)
-            values[name] = per_prompt(group_diversity(embeddings, count), count)
-            overall[f"{name}_between_prompts"] = between_prompts(embeddings, count, seed)
+            values[name] = diversity_within_prompts(embeddings, count)
+            overall[f"{name}_between_prompts"] = diversity_between_prompts(embeddings, count, seed)
     for name, adherence in judges.adherence.items():
         values[name] = per_prompt(adherence(samples.repeated_prompts, items), count)
     if judges.preference is not None:
@@ -163,29 +161,6 @@ def judge_samples(
     if isinstance(items[0], str):
         values |= text_variety(items, count)
     return values, overall
-
-
-def between_prompts(embeddings: torch.Tensor, samples_per_prompt: int, seed: int = 0) -> dict[str, float]:
-    """
-    Mean cosine distance of samples of different prompts, the ceiling of the diversity within prompts, with its
-    bootstrap interval over prompts.
-
-    Args:
-        embeddings (`torch.Tensor`): Shape `(B, D)`, the samples of a prompt contiguous.
-        samples_per_prompt (`int`): Samples of each.
-        seed (`int`, *optional*, defaults to 0): Of the draws.
-    """
-    unit = torch.nn.functional.normalize(embeddings.double(), dim=-1)
-    means = unit.unflatten(0, (-1, samples_per_prompt)).mean(1)
-    distances = (1 - means @ means.T).numpy()
-
-    def mean(rows: np.ndarray) -> float:
-        chosen = rows.astype(int)
-        different = chosen[:, None] != chosen
-        # A draw of one prompt alone says nothing
-        return float(distances[np.ix_(chosen, chosen)][different].mean()) if different.any() else np.nan
-
-    return bootstrap_interval(np.arange(len(distances)), mean, resamples=500, seed=seed)
 
 
 def text_variety(texts: list[str], samples_per_prompt: int) -> dict[str, np.ndarray]:

@@ -131,17 +131,18 @@ def diversity_within_prompts(embeddings: torch.Tensor, samples_per_prompt: int) 
     return per_prompt(group_diversity(embeddings, samples_per_prompt), samples_per_prompt)
 
 
-def diversity_between_prompts(embeddings: torch.Tensor, samples_per_prompt: int) -> float:
+def diversity_between_prompts(embeddings: torch.Tensor, samples_per_prompt: int, seed: int = 0) -> dict[str, float]:
     """
-    Mean cosine distance of samples of different prompts: the ceiling beside which the diversity within prompts is
-    read.
+    Mean cosine distance of samples of different prompts, the ceiling of the diversity within prompts, with its
+    bootstrap interval over prompts.
 
     Args:
-        embeddings (`torch.Tensor`): Shape `(B, D)`, the samples of one prompt contiguous; at least two prompts.
-        samples_per_prompt (`int`): Samples of each prompt.
+        embeddings (`torch.Tensor`): Shape `(B, D)`, the samples of a prompt contiguous; at least two prompts.
+        samples_per_prompt (`int`): Samples of each.
+        seed (`int`, *optional*, defaults to 0): Of the draws.
 
     Returns:
-        `float`: No unit, in `[0, 2]`.
+        `dict[str, float]`: `mean`, `low`, `high`; no unit, in `[0, 2]`.
 
     Raises:
         ValueError: If there is only one prompt.
@@ -151,8 +152,16 @@ def diversity_between_prompts(embeddings: torch.Tensor, samples_per_prompt: int)
             f"`embeddings` holds {len(embeddings)} samples of one prompt; at least two prompts are needed"
         )
     unit = torch.nn.functional.normalize(embeddings.double(), dim=-1)
-    owner = torch.arange(len(unit)) // samples_per_prompt
-    return float((1 - unit @ unit.T)[owner[:, None] != owner].mean())
+    means = unit.unflatten(0, (-1, samples_per_prompt)).mean(1)
+    distances = (1 - means @ means.T).numpy()
+
+    def mean(rows: np.ndarray) -> float:
+        chosen = rows.astype(int)
+        different = chosen[:, None] != chosen
+        # A draw of one prompt alone says nothing
+        return float(distances[np.ix_(chosen, chosen)][different].mean()) if different.any() else np.nan
+
+    return bootstrap_interval(np.arange(len(distances)), mean, resamples=500, seed=seed)
 
 
 class SequenceTerms(NamedTuple):
