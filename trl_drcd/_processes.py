@@ -23,7 +23,9 @@ def limit_waiting(seconds: float) -> None:
 def doing(what: str) -> None:
     """Tells the other processes what this one does now."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        distributed_c10d._get_default_store().set(f"{KEY}{dist.get_rank()}", what)
+        store = distributed_c10d._get_default_store()
+        if store is not None:  # MPI has none
+            store.set(f"{KEY}{dist.get_rank()}", what)
 
 
 def what_others_did() -> str:
@@ -35,7 +37,7 @@ def what_others_did() -> str:
         for rank in range(dist.get_world_size()):
             key = f"{KEY}{rank}"
             told.append(f"process {rank}: {store.get(key).decode() if store.check([key]) else 'nothing yet'}")
-    except RuntimeError:
+    except (RuntimeError, AttributeError):
         told.append("the others cannot be asked")
     return "; ".join(told)
 
