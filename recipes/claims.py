@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> None:
         results = read_results(args.results)
     points = pooled(with_quality(results, args.omega) if args.omega else results)
     known = set.intersection(*(set(point["values"]) for point in points))
+    if "preference" not in known:
+        known -= {"adherence"}  # which quality then is
+        args.quality = [metric for metric in args.quality if metric != "adherence"]
     if missing := sorted({*args.quality, *args.diversity} - known):
         print(f"not measured of all rows: {', '.join(missing)}")
     parts = []

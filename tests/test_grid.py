@@ -272,8 +272,9 @@ def test_what_changed_is_measured_anew_and_what_did_not_is_not_sampled_again(
     third = evaluate(args)
     assert len(calls) == 2 and "prompt_information" in third[0]["metrics"]
     assert third[0]["per_prompt"]["diversity"] == first[0]["per_prompt"]["diversity"]
-    args.seed = 1
+    args.seed, samples = 1, {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "samples").glob("*/*")}
     again = evaluate(args)
+    assert all(path.stat().st_mtime_ns == time for path, time in samples.items())  # each line keeps what it plays
     assert len(calls) == 8 and again[0]["per_prompt"] != third[0]["per_prompt"]
     args.seed, args.prompt_information = 0, False
     assert evaluate(args) == second and len(calls) == 8  # still there

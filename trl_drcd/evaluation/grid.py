@@ -257,8 +257,9 @@ class Worker:
 
     def samples(self, row: Row, model: Any) -> Samples:
         """Drawn now, or by an earlier call with the same settings."""
-        args, file = self.args, Path(self.args.output_dir) / "samples" / f"{row.slug}.safetensors"
+        args = self.args
         settings = args.sampling_settings(row, self.prompts, self.digest)
+        file = Path(args.output_dir) / "samples" / f"{row.slug}_{settings}.safetensors"
         samples = kept_tokens(file, self.prompts, args.samples_per_prompt, settings)
         if samples is None:
             samples = sample_prompts(
@@ -288,10 +289,11 @@ class Worker:
         metrics["tokens_per_second"] = {"mean": speed, "low": speed, "high": speed}
         step = max(1, len(self.prompts) // max(1, args.listen))
         shown = [items[i * args.samples_per_prompt] for i in range(0, len(self.prompts), step)[: args.listen]]
-        keep_samples(Path(args.output_dir) / "samples" / row.slug, shown)
+        folder = f"{row.slug}_{args.settings(row, self.prompts, self.digest)}"
+        keep_samples(Path(args.output_dir) / "samples" / folder, shown)
         rounded = {name: [float(f"{v:.6g}") for v in value] for name, value in values.items()}
         kind = "text" if isinstance(items[0], str) else "music"
-        return about(row, args) | {"kind": kind, "metrics": metrics, "per_prompt": rounded, "samples": row.slug}
+        return about(row, args) | {"kind": kind, "metrics": metrics, "per_prompt": rounded, "samples": folder}
 
     def information(self, samples: Samples, items: list[Any]) -> torch.Tensor:
         """Of each completion on its prompt, nats, under the base."""
