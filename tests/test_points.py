@@ -94,8 +94,18 @@ def test_the_claims_fail_where_they_are_false():
         pooled(world(bulge=-0.08, quality_model=0.35)), "adherence", "diversity"
     )}  # fmt: skip
     assert answers["distillation reaches CFG's quality without CFG"] == "fails"
-    assert answers["along lambda quality lies above the straight line between the ends"] == "fails"
+    assert answers[
+        "along lambda quality lies above the straight line between the ends, and diversity not below it"
+    ] == ("fails")
     assert answers["CFG buys quality"] == "holds"
+
+
+def test_a_curve_that_only_moves_late_is_no_gain():
+    lines = world(bulge=0.06)
+    middle = next(line for line in lines if line["name"] == "LERP 0.5")
+    middle["per_prompt"]["diversity"] = [value - 0.1 for value in middle["per_prompt"]["diversity"]]
+    answer = claims(pooled(lines), "adherence", "diversity")[9]
+    assert answer.numbers["quality, mean between the ends"]["low"] > 0 and answer.verdict == "undecided"
 
 
 def test_what_is_not_there_is_not_measured():

@@ -201,13 +201,16 @@ def _uniform_average(e: Evidence) -> Claim:
 
 
 def _above_the_diagonal(e: Evidence) -> Claim:
-    claim = Claim("along lambda quality lies above the straight line between the ends")
+    claim = Claim("along lambda quality lies above the straight line between the ends, and diversity not below it")
     at = [point["interpolation_weight"] for point in e.lerp]
     if len(at) > 2 and at[0] == 0 and at[-1] == 1:
         for name, metric in (("quality", 1), ("diversity", 0)):
             gap = above_diagonal(e.curve(e.lerp)[..., metric], at)[1:-1].mean(0)
             claim.numbers[f"{name}, mean between the ends"] = interval_of(gap)
         claim.verdict = verdict(claim.numbers["quality, mean between the ends"], "holds", "fails")
+        # Quality above and diversity below is a curve that moves late, and no gain
+        if claim.verdict == "holds" and claim.numbers["diversity, mean between the ends"]["high"] < 0:
+            claim.verdict = "undecided"
     return claim
 
 

@@ -124,7 +124,7 @@ def _annotate(axes: Any, labels: Sequence[tuple[Any, str, str, tuple[int, int], 
             continue
         taken.append(corner)
         text = axes.annotate(
-            label, at, textcoords="offset points", xytext=offset, ha=side, fontsize=7.5, color=colour, zorder=50
+            label, at, textcoords="offset points", xytext=offset, ha=side, fontsize=7.5, color=colour, zorder=1.5
         )
         text.set_path_effects([_effects().withStroke(linewidth=2.5, foreground="white")])
 
@@ -188,6 +188,7 @@ def agreement_plot(points: Sequence[Line], diversities: Sequence[str]) -> Any:
             axes.errorbar(
                 at_x, at_y, xerr=bars_x, yerr=bars_y, fmt=marker, color=colour, ecolor=(*_rgb(colour), 0.3),
                 elinewidth=0.8, markersize=7, markeredgecolor="white", markeredgewidth=0.7, label=_plain(strategy),
+                zorder=2 if len(group) > 1 else 3,
             )  # fmt: skip
         r = correlation(points, "entropy_per_token", metric)
         axes.set(xlabel=_label("entropy_per_token"), ylabel=_label(metric))
