@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trl_drcd._arguments import one_line_errors
 from trl_drcd._files import write_text
+from trl_drcd._inputs.arguments import one_line_errors
 from trl_drcd._run import markdown_table
 from trl_drcd.evaluation.claims import claims_table
 from trl_drcd.evaluation.points import pooled, read_results, with_quality

@@ -138,6 +138,7 @@ def evaluation(args: argparse.Namespace) -> EvaluateArguments:
         output_dir=str(args.output), num_prompts=args.prompts, samples_per_prompt=args.samples,
         batch_size=args.prompts * args.samples, num_processes=2, codec=str(models / "codec"),
         embedder=str(models / "embedder"), second_embedder=str(models / "descriptors"), judge=str(models / "judge"),
+        reference=str(models / "judge" / "reference.safetensors"), preference=str(models / "preference"), omega="equal",
         listen=args.listen,
     )  # fmt: skip
 

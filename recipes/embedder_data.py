@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from trl_drcd._extras import require
-from trl_drcd._models import is_hub_name
+from trl_drcd._inputs.models import is_hub_name
 from trl_drcd.embedders import MusicEmbedder
 from trl_drcd.embedders.audio_front_end import LogMel, clean_waveform, resampled_waveform
 

@@ -44,8 +44,8 @@ from typing import Any
 from trl import get_peft_config, get_quantization_config
 
 from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer
-from trl_drcd._arguments import one_line_errors
 from trl_drcd._files import wav_bytes, write_bytes, write_text
+from trl_drcd._inputs.arguments import one_line_errors
 from trl_drcd._launch import (
     PromptArguments,
     check_arguments,

@@ -37,10 +37,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from trl import TrlParser
 
-from trl_drcd._arguments import check_types, one_line_errors, parse
-from trl_drcd._checkpoints import commit, find_checkpoint
 from trl_drcd._extras import require
+from trl_drcd._faults.checkpoints import commit, find_checkpoint
 from trl_drcd._files import write_text
+from trl_drcd._inputs.arguments import check_types, one_line_errors, parse
 from trl_drcd.codecs import SpectralCodec
 from trl_drcd.embedders import MusicEmbedder
 from trl_drcd.embedders.music import PAPER

@@ -28,7 +28,7 @@ from transformers import (
 from trl import RLOOTrainer
 
 from trl_drcd import CFGDistillDiversityTrainer
-from trl_drcd._poison import BadBatchError
+from trl_drcd._faults.poison import BadBatchError
 from trl_drcd.codecs import CodebookCodec, delay, is_coded, undelay
 from trl_drcd.diversity import diversity_advantages
 from trl_drcd.evaluation.metrics import teacher_terms

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from trl import ModelConfig, TrlParser
 
-from ._arguments import blaming, check_types, parse
-from ._checkpoints import find_checkpoint
+from ._faults.checkpoints import find_checkpoint
 from ._files import write_text
-from ._models import check_model
+from ._inputs.arguments import blaming, check_types, parse
+from ._inputs.models import check_model
 from ._run import distinct, final_metrics, load_prompts, local_name, model_card
 from ._sharding import is_sharded
 

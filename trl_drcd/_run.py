@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import TrainerCallback
 
 from ._files import write_text
-from ._prompts import check_feature, empty_rows, read_file, read_from_hub
+from ._inputs.prompts import check_feature, empty_rows, read_file, read_from_hub
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 

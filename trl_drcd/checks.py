@@ -9,8 +9,8 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, PromptLearningConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from ._models import check_model
-from ._prompts import check_feature, empty_rows
+from ._inputs.models import check_model
+from ._inputs.prompts import check_feature, empty_rows
 from .codecs import SpectralCodec
 from .config import CFGDistillDiversityConfig
 from .diversity import DiversityReward

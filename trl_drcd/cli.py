@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ._arguments import check_types, one_line_errors, parse
+from ._inputs.arguments import check_types, one_line_errors, parse
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TRAINERS = {"music": "musiclm_drcd.py", "text": "text_drcd.py"}

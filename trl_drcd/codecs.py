@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ._models import arguments_of, open_safetensors, read_json
+from ._inputs.models import arguments_of, open_safetensors, read_json
 
 
 class SpectralCodec(nn.Module):

@@ -13,8 +13,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 
-from ._poison import about_rows, raise_together
-from ._processes import doing
+from ._faults.poison import about_rows, raise_together
+from ._faults.processes import doing
 
 
 def _without_direction(embeddings: torch.Tensor) -> torch.Tensor:

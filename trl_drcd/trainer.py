@@ -22,7 +22,7 @@ from trl.models import unwrap_model_for_generation
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import get_config_model_id, use_adapter
 
-from ._guard import GuardedRLOOTrainer
+from ._faults.guard import GuardedRLOOTrainer
 from ._monitor import GradientNorms, RunningMeans, Stopwatch
 from ._sharding import check_sharding, frozen_copy, shard, whole_heads, whole_weights
 from .callbacks import SampleCallback

@@ -18,7 +18,7 @@ from bad_world import Bomb, World
 from datasets import Dataset
 from huggingface_hub import ModelCard
 
-from trl_drcd._models import check_model
+from trl_drcd._inputs.models import check_model
 from trl_drcd._run import markdown_table, model_card
 from trl_drcd.evaluation.plots import front_plot, save
 from trl_drcd.evaluation.report import comparison_page

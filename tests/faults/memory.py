@@ -25,7 +25,7 @@ import torch
 from transformers import TrainerCallback
 from worlds import make_trainer
 
-from trl_drcd._checkpoints import checkpoints
+from trl_drcd._faults.checkpoints import checkpoints
 from trl_drcd._run import LogFile
 
 MIB = 2**20

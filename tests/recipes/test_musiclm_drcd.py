@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 import musiclm_drcd
 
-from trl_drcd._checkpoints import find_checkpoint
+from trl_drcd._faults.checkpoints import find_checkpoint
 from trl_drcd._run import Deadline, load_prompts
 from trl_drcd.codecs import SpectralCodec
 from trl_drcd.embedders import MusicEmbedder

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from trl_drcd._extras import require
-from trl_drcd._models import PICKLES, is_hub_name
+from trl_drcd._inputs.models import PICKLES, is_hub_name
 
 
 class SentenceEmbedder:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trl_drcd._arguments import blaming, check_types, shown
-from trl_drcd._models import check_model, is_hub_name, open_safetensors, read_json, weight_files
+from trl_drcd._inputs.arguments import blaming, check_types, shown
+from trl_drcd._inputs.models import check_model, is_hub_name, open_safetensors, read_json, weight_files
 from trl_drcd.codecs import SpectralCodec
 
 from .frechet import Reference

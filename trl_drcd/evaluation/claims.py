@@ -161,7 +161,7 @@ def _merging_beats_training(e: Evidence) -> Claim:
         for point, height in zip(between, heights, strict=True):
             if np.isfinite(height[0]):
                 claim.numbers[f"merged - coefficient {point['diversity_coef']:g}"] = interval_of(height)
-        known = [height for height in heights if np.isfinite(height).mean() > 0.5]
+        known = [height for height in heights if np.isfinite(height[0]) and np.isfinite(height).mean() > 0.5]
         if known:
             claim.verdict = verdict(interval_of(np.mean(known, axis=0)), "holds", "fails")
     return claim
@@ -175,7 +175,7 @@ def _merging_beats(e: Evidence, text: str, others: Sequence[Line]) -> Claim:
         worst = e.curve(e.points)[:, 0].min(0)
         claim.numbers["difference of areas"] = front_difference(ours, theirs, worst)
         heights = curve_difference(ours, theirs)
-        if np.isfinite(heights).mean() > 0.5:
+        if np.isfinite(heights[0]) and np.isfinite(heights).mean() > 0.5:
             claim.numbers["mean difference of heights"] = interval_of(heights)
         claim.verdict = verdict(claim.numbers["difference of areas"], "holds", "fails")
     return claim
@@ -194,7 +194,7 @@ def _uniform_average(e: Evidence) -> Claim:
     claim = Claim("the uniform average of all models lies above the front of merged pairs")
     if e.uniform and e.lerp:
         height = curve_difference(e.curve([e.uniform]), e.curve(e.lerp))
-        if np.isfinite(height).mean() > 0.5:
+        if np.isfinite(height[0]) and np.isfinite(height).mean() > 0.5:
             claim.numbers["uniform - merged pair, at its diversity"] = interval_of(height)
             claim.verdict = verdict(claim.numbers["uniform - merged pair, at its diversity"], "holds", "fails")
     return claim

@@ -13,9 +13,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from trl_drcd._arguments import blaming
 from trl_drcd._files import write_bytes
-from trl_drcd._models import open_safetensors
+from trl_drcd._inputs.arguments import blaming
+from trl_drcd._inputs.models import open_safetensors
 
 from .metrics import bootstrap_draws
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from trl_drcd._arguments import shown
-from trl_drcd._models import check_adapter_folder, check_model, load_model
+from trl_drcd._inputs.arguments import shown
+from trl_drcd._inputs.models import check_adapter_folder, check_model, load_model
 from trl_drcd.merging import hold_checkpoints, set_interpolation_weight
 from trl_drcd.merging.blend import check_weights
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from trl_drcd._files import write_text
-from trl_drcd._models import check_model, load_model
+from trl_drcd._inputs.models import check_model, load_model
 
 from .blend import blend, check_weights
 from .cards import merge_card

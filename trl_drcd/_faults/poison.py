@@ -13,7 +13,7 @@ from accelerate.utils import gather_object, reduce
 from torch import nn
 from trl.trainer.utils import is_async_callable
 
-from ._processes import doing
+from .processes import doing
 
 SHOWN = 4  # problems that a message names
 

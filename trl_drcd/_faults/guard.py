@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ._poison import BadBatchError, about_rows, guarded, raise_together, sampled_from_finite_values
-from ._processes import doing, limit_waiting, lost_the_others, what_others_did
-from ._resume import ResumableRLOOTrainer
+from .poison import BadBatchError, about_rows, guarded, raise_together, sampled_from_finite_values
+from .processes import doing, limit_waiting, lost_the_others, what_others_did
+from .resume import ResumableRLOOTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import shutil
 import zlib
 from pathlib import Path
 
-from ._files import write_text
+from .._files import write_text
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from torch.utils.data import Sampler
 from trl import RLOOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from ._checkpoints import STAGING, checkpoints, commit, find_checkpoint, rotate
-from ._processes import doing
+from .checkpoints import STAGING, checkpoints, commit, find_checkpoint, rotate
+from .processes import doing
 
 
 class EpochSampler(Sampler):
