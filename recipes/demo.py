@@ -26,7 +26,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from trl_drcd._arguments import read_yaml
+from trl_drcd._inputs.arguments import read_yaml
 from trl_drcd._files import write_text
 from trl_drcd._run import markdown_table
 from trl_drcd.evaluation.grid import EvaluateArguments, evaluate
@@ -138,8 +138,8 @@ def evaluation(args: argparse.Namespace) -> EvaluateArguments:
         output_dir=str(args.output), num_prompts=args.prompts, samples_per_prompt=args.samples,
         batch_size=args.prompts * args.samples, num_processes=2, codec=str(models / "codec"),
         embedder=str(models / "embedder"), second_embedder=str(models / "descriptors"), judge=str(models / "judge"),
-        reference=str(models / "judge" / "reference.safetensors"), preference=str(models / "preference"), omega="equal",
-        listen=args.listen,
+        reference=str(models / "judge" / "reference.safetensors"), preference=str(models / "preference"),
+        omega="equal", listen=args.listen,
     )  # fmt: skip
 
 
