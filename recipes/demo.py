@@ -26,8 +26,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from trl_drcd._inputs.arguments import read_yaml
 from trl_drcd._files import write_text
+from trl_drcd._inputs.arguments import read_yaml
 from trl_drcd._run import markdown_table
 from trl_drcd.evaluation.grid import EvaluateArguments, evaluate
 from trl_drcd.evaluation.overview import points_table
