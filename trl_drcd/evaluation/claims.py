@@ -100,20 +100,22 @@ def claims_table(
 # ---------------------------------------------------------------- one function for each
 
 
-def _guidance_buys_quality(e: Evidence) -> Claim:
-    claim = Claim("CFG buys quality")
+def _guidance_changes(e: Evidence, text: str, metric: str, sign: float) -> Claim:
+    """Guidance changes `metric` in the direction of `sign`."""
+    claim = Claim(text)
     if e.base and e.cfg:
-        claim.numbers["CFG - base"] = interval_of(e.difference(e.cfg, e.base, e.metrics[1]))
-        claim.verdict = verdict(claim.numbers["CFG - base"], "holds", "fails")
+        difference = e.difference(e.cfg, e.base, metric)
+        claim.numbers["CFG - base"] = interval_of(difference)
+        claim.verdict = verdict(interval_of(sign * difference), "holds", "fails")
     return claim
+
+
+def _guidance_buys_quality(e: Evidence) -> Claim:
+    return _guidance_changes(e, "CFG buys quality", e.metrics[1], 1)
 
 
 def _guidance_costs_diversity(e: Evidence) -> Claim:
-    claim = Claim("CFG costs diversity")
-    if e.base and e.cfg:
-        claim.numbers["CFG - base"] = interval_of(e.difference(e.cfg, e.base, e.metrics[0]))
-        claim.verdict = verdict(claim.numbers["CFG - base"], "fails", "holds")
-    return claim
+    return _guidance_changes(e, "CFG costs diversity", e.metrics[0], -1)
 
 
 def _not_less(e: Evidence, text: str, metric: str, sign: float) -> Claim:
