@@ -10,10 +10,11 @@ from typing import Any
 from trl_drcd._inputs.arguments import blaming, check_types, shown
 from trl_drcd._inputs.models import check_model, is_hub_name, open_safetensors, read_json, weight_files
 from trl_drcd.codecs import SpectralCodec
+from trl_drcd.merging.adapters import BASE
 
 from .frechet import Reference
 from .records import content_digest
-from .strategies import Row
+from .strategies import Row, is_adapter
 
 EMBED_SOUND = {"MusicEmbedder", "MusicDescriptors"}
 HEAR = EMBED_SOUND | {"TextAudioJudge"}
@@ -107,7 +108,9 @@ def check_ends(base: Any, rows: Sequence[Row]) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in base.state_dict().items()}
     for strategy, model in dict.fromkeys((row.strategy, model) for row in rows for model in row.models):
         folder = Path(model)
-        if (folder / "adapter_config.json").is_file():
+        if model == BASE:
+            continue
+        if is_adapter(model):
             found = _adapter_shapes(folder)
         elif folder.is_dir():
             found = _shapes([folder / file for file in weight_files(folder)])

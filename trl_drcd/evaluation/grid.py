@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from trl_drcd._memory import keep_freed_memory
 from trl_drcd._run import distinct, load_prompts, local_name
 from trl_drcd.codecs import SpectralCodec
+from trl_drcd.merging.adapters import BASE
 from trl_drcd.policies import policy_for
 
 from .checks import check_ends, check_parts, check_settings
@@ -102,10 +103,10 @@ class EvaluateArguments:
     def sampling_settings(self, row: Row, prompts: list[Any], digest: Callable[[str], str]) -> str:
         """
         Names what the samples of a row depend on: the contents of the models, not their names; those of weight 0 do
-        not count, so that the ends of a sweep are the models that they are.
+        not count, nor does the base, so that the ends of a sweep are the models that they are.
         """
-        mixed = [(digest(name), weight) for name, weight in zip(row.models, row.weights, strict=True) if weight]
-        models = [digest(self.model), *mixed]
+        mixed = zip(row.models, row.weights, strict=True)
+        models = [digest(self.model), *((digest(name), weight) for name, weight in mixed if weight and name != BASE)]
         guidance = [row.guidance_scale, row.negative_prompt] if row.guidance_scale != 1 else None
         drawn = [row.temperature, guidance]
         how = [self.samples_per_prompt, self.max_new_tokens, self.batch_size, self.dtype, self.seed]

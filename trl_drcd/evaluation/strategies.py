@@ -18,6 +18,7 @@ from peft import PeftModel
 from trl_drcd._inputs.arguments import shown
 from trl_drcd._inputs.models import check_adapter_folder, check_model, load_model
 from trl_drcd.merging import hold_checkpoints, set_interpolation_weight
+from trl_drcd.merging.adapters import BASE
 from trl_drcd.merging.blend import check_weights
 
 SWEPT = ("guidance_scale", "temperature", "interpolation_weight")
@@ -31,7 +32,8 @@ class Row:
 
     Args:
         strategy (`str`): What a sweep is called; the rows of one strategy are one curve.
-        models (`tuple[str, ...]`): Folders, hub names or LoRA adapters; `()` is the base.
+        models (`tuple[str, ...]`): Folders, hub names or LoRA adapters, of which one may be `"base"`; `()` is the base
+            alone.
         weights (`tuple[float, ...]`): One for each model; they sum to 1.
         guidance_scale (`float`): gamma of Eq. (1) of https://huggingface.co/papers/2410.06084; 1 is off.
         temperature (`float`): T of the sampling.
@@ -173,15 +175,25 @@ def _ends(given: dict[str, Any], where: str) -> list[str]:
     for end in ends:
         if not isinstance(end, str):
             raise ValueError(f"{where}: `model` must be a folder or a hub name, got {shown(end)}")
-    adapters = [(Path(end) / "adapter_config.json").is_file() for end in ends]
+    trained = [end for end in ends if end != BASE]
+    if len(ends) - len(trained) > (1 if trained else 0):
+        raise ValueError(f"{where}: `{BASE}` is one end beside trained `models`, got {ends}")
+    adapters = [is_adapter(end) for end in trained]
     if any(adapters) and not all(adapters):
         raise ValueError(f"{where}: `models` mixes checkpoints and adapters: {ends}; merge the adapters first")
-    for end, adapter in zip(ends, adapters, strict=True):
+    if any(adapters) and len(trained) < len(ends) != 2:
+        raise ValueError(f"{where}: `{BASE}` goes beside one adapter, got {ends}; merge the adapters first")
+    for end, adapter in zip(trained, adapters, strict=True):
         try:
             check_adapter_folder("model", Path(end)) if adapter else check_model("model", end)
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from error
     return ends
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder holds an adapter."""
+    return (Path(name) / "adapter_config.json").is_file()
 
 
 class Models:
@@ -209,19 +221,22 @@ class Models:
             self._loaded = (row.models, self._assemble(row.models))
         model = self._loaded[1]
         if len(row.models) > 1:
-            set_interpolation_weight(model, list(row.weights))
+            weights: float | list[float] = list(row.weights)
+            if isinstance(model, PeftModel) and BASE in row.models:
+                weights = row.weights[row.models.index(BASE)]  # lambda of one adapter is the base's share
+            set_interpolation_weight(model, weights)
         return model
 
     def _assemble(self, names: tuple[str, ...]) -> Any:
-        adapters = [(Path(name) / "adapter_config.json").is_file() for name in names]
-        if all(adapters):
-            model: Any = PeftModel.from_pretrained(self._load(self.base_name), names[0], adapter_name="end0")
-            for index, name in enumerate(names[1:], 1):
+        if adapters := [name for name in names if is_adapter(name)]:
+            model: Any = PeftModel.from_pretrained(self._load(self.base_name), adapters[0], adapter_name="end0")
+            for index, name in enumerate(adapters[1:], 1):
                 model.load_adapter(name, f"end{index}")
             return model.eval()
-        model = self._load(names[0])
-        if len(names) > 1:
-            hold_checkpoints(model, list(names))
+        ends = [self.base_name if name == BASE else name for name in names]
+        model = self._load(ends[0])
+        if len(ends) > 1:
+            hold_checkpoints(model, ends)
         return model
 
     def _load(self, name: str) -> Any:
