@@ -1,10 +1,14 @@
 """
-Plot training runs beside each other: KL to the guided teacher, diversity and entropy against the step.
+Plot training runs beside each other: KL to the guided teacher, diversity and entropy against the step; with `--judged`
+text adherence too, which no training measures.
 
-    python recipes/plot_runs.py outputs/long/quality outputs/long/diversity --output results/music/long_run/curves.png
+    python recipes/plot_runs.py outputs/runs/beta0_s0 outputs/runs/beta300_s0
+    python recipes/plot_runs.py outputs/runs/beta0_s0 outputs/runs/beta300_s0 \\
+        --judged outputs/evaluation_training/results.jsonl
 
-Each folder holds the `log.jsonl` that recipes/musiclm_drcd.py writes. Lines are training batches, dots the held-out
-prompts.
+Each folder holds the `log.jsonl` that recipes/musiclm_drcd.py writes. Lines are training batches, dots held-out
+prompts: those of the log, or rows of a `results.jsonl` that are called as the folder, with the step behind it
+(`beta0_s0 40`).
 """
 
 from __future__ import annotations
@@ -13,36 +17,69 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
+
+from trl_drcd.evaluation.points import read_results
 
 PANELS = {
     "kl": "KL to the guided teacher\n(nats per sequence)",
     "diversity": "diversity within a prompt\n(1 - cosine)",
     "entropy": "entropy\n(nats per token)",
+    "adherence": "text adherence\n(cosine)",
 }
+# What a results.jsonl calls them
+JUDGED = {"kl": "kl", "diversity": "diversity", "entropy": "entropy_per_token", "adherence": "adherence"}
 # Okabe and Ito's palette, legible with every kind of colour vision; without its black and yellow
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
 
 
-def draw(runs: dict[str, list[dict]]) -> Figure:
+def judged_entries(results: list[dict], run: str) -> list[dict]:
+    """The rows of a run's checkpoints as entries of its log."""
+    entries = []
+    for line in results:
+        name, _, step = line["name"].rpartition(" ")
+        if name == run and step.isdecimal():
+            metrics = {f"eval_{key}": line["metrics"][metric]["mean"] for key, metric in JUDGED.items()}
+            entries.append({"step": int(step), **metrics})
+    return entries
+
+
+def smoothed(values: list[float], width: int) -> np.ndarray:
+    """Running means of `width` values, of fewer at the ends."""
+    window, ones = np.ones(width), np.ones(len(values))
+    return np.convolve(values, window, "same") / np.convolve(ones, window, "same")
+
+
+def draw(runs: dict[str, list[dict]], smooth: int = 1) -> Figure:
     """One panel for each quantity, one colour for each run."""
-    figure = Figure(figsize=(10.5, 3.4), layout="constrained")
-    for axes, (key, label) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+    keys = [key for key in PANELS if any({key, f"eval_{key}"} & set(entry) for log in runs.values() for entry in log)]
+    figure = Figure(figsize=(3.5 * len(keys), 3.4), layout="constrained")
+    for axes, key in zip(np.atleast_1d(figure.subplots(1, len(keys))), keys, strict=True):
         for colour, (name, log) in zip(COLOURS, runs.items(), strict=False):
-            for prefix, style in (("", {"lw": 1.4, "label": name}), ("eval_", {"ls": "", "marker": "o", "ms": 5})):
-                points = [(entry["step"], entry[prefix + key]) for entry in log if prefix + key in entry]
-                if points:
-                    axes.plot(*zip(*points, strict=True), color=colour, **style)
-        axes.set(xlabel="step", title=label)
+            lines = [(entry["step"], entry[key]) for entry in log if key in entry]
+            if lines:
+                steps, values = zip(*lines, strict=True)
+                if smooth > 1:
+                    axes.plot(steps, values, color=colour, lw=0.6, alpha=0.35)
+                axes.plot(steps, smoothed(values, min(smooth, len(values))), color=colour, lw=1.4, label=name)
+            dots = [(entry["step"], entry[f"eval_{key}"]) for entry in log if f"eval_{key}" in entry]
+            if dots:
+                axes.plot(*zip(*dots, strict=True), color=colour, ls="" if lines else "-", lw=1.0, marker="o", ms=5)
+        axes.set(xlabel="step", title=PANELS[key])
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(frameon=False, title="dots: held-out prompts", title_fontsize="small", fontsize="small")
+    dots = "lines: training batches; dots: held-out prompts"
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, title=dots)
     return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="output folders of training runs")
+    parser.add_argument("--judged", type=Path, help="results.jsonl with rows of the runs' checkpoints")
+    parser.add_argument("--smooth", type=int, default=1, help="logged values in a running mean; 1 for none")
     parser.add_argument("--output", type=Path, default=Path("outputs/curves.png"), help="PNG or SVG file")
     args = parser.parse_args()
     if missing := [str(run) for run in args.runs if not (run / "log.jsonl").is_file()]:
@@ -50,8 +87,13 @@ def main() -> None:
     if len(args.runs) > len(COLOURS):
         parser.error(f"{len(args.runs)} runs; at most {len(COLOURS)} can be told apart")
     runs = {run.name: [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in args.runs}
+    if args.smooth < 1:
+        parser.error(f"--smooth must be at least 1, got {args.smooth}")
+    if args.judged:
+        results = read_results(args.judged)
+        runs = {name: log + judged_entries(results, name) for name, log in runs.items()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    draw(runs).savefig(args.output, dpi=110)
+    draw(runs, args.smooth).savefig(args.output, dpi=110)
     print(args.output)
 
 

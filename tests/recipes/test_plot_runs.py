@@ -1,0 +1,43 @@
+"""The plot of training runs: what it takes from a log and from judged checkpoints."""
+
+import json
+
+import numpy as np
+import pytest
+
+from recipes import plot_runs
+
+LOG = [{"step": 4, "kl": 20.0, "diversity": 0.4, "entropy": 1.2}, {"step": 8, "kl": 10.0, "diversity": 0.3}]
+
+
+def line(name, adherence):
+    metrics = {metric: {"mean": 1.0} for metric in plot_runs.JUDGED.values()} | {"adherence": {"mean": adherence}}
+    return {"name": name, "metrics": metrics, "per_prompt": {}}
+
+
+def test_rows_of_a_run_are_its_checkpoints():
+    results = [line("base", 0.1), line("run 40", 0.2), line("run 80", 0.3), line("other run 40", 0.4)]
+    entries = plot_runs.judged_entries(results, "run")
+    assert [(entry["step"], entry["eval_adherence"]) for entry in entries] == [(40, 0.2), (80, 0.3)]
+    assert [entry["eval_adherence"] for entry in plot_runs.judged_entries(results, "other run")] == [0.4]
+
+
+def test_the_running_mean_has_fewer_values_at_the_ends():
+    np.testing.assert_allclose(plot_runs.smoothed([1.0, 2.0, 6.0, 3.0], 3), [1.5, 3.0, 11 / 3, 4.5])
+    np.testing.assert_allclose(plot_runs.smoothed([1.0, 2.0], 1), [1.0, 2.0])
+
+
+def test_only_what_was_measured_is_drawn(tmp_path, monkeypatch, capsys):
+    run, results = tmp_path / "run", tmp_path / "results.jsonl"
+    run.mkdir()
+    (run / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in LOG))
+    assert len(plot_runs.draw({"run": LOG}).axes) == 3
+    results.write_text(json.dumps(line("run 8", 0.3)) + "\n")
+    file = tmp_path / "plots" / "curves.png"
+    monkeypatch.setattr("sys.argv", ["plot_runs.py", str(run), "--judged", str(results), "--output", str(file)])
+    plot_runs.main()
+    assert file.stat().st_size > 10_000 and str(file) in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["plot_runs.py", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        plot_runs.main()
+    assert "no log.jsonl in" in capsys.readouterr().err
