@@ -14,7 +14,7 @@ from trl_drcd._files import write_bytes
 
 from .fronts import above_diagonal, pareto_front
 from .metrics import interval_of
-from .points import Line, correlation, draws_of, lambda_sweeps
+from .points import Line, correlation, draws_of, is_base, lambda_sweeps
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; yellow is too light for lines on white
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -84,18 +84,25 @@ def front_plot(points: Sequence[Line], x: str = "diversity", y: str = "quality")
     at = np.array([[point["metrics"][m]["mean"] for m in (x, y)] for point in points])
     front = at[pareto_front(at)]
     axes.plot(*front.T, color="0.85", linewidth=7, solid_capstyle="round", zorder=0, label="front of all")
+    base = [point for point in points if is_base(point)]
     sweeps, labels = 0, []
     for number, (strategy, group) in enumerate(_by_strategy(points).items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         parameter = swept(group)
-        group = sorted(group, key=lambda point: point[parameter]) if parameter else group
+        # A sweep of the base goes through the base, which has a marker of its own
+        joined = [*group, *(base if parameter and not group[0]["weights"] else [])]
+        if parameter:
+            group, joined = (sorted(part, key=lambda point: point[parameter]) for part in (group, joined))
+        own = {id(point) for point in group}
         (at_x, bars_x), (at_y, bars_y) = _interval(group, x), _interval(group, y)
         axes.errorbar(
             at_x, at_y, xerr=bars_x, yerr=bars_y, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.3, zorder=1
         )
         axes.plot(
-            at_x, at_y, linestyle="-" if parameter else "none", linewidth=1.6, marker=marker, color=colour,
-            markersize=7, markeredgecolor="white", markeredgewidth=0.7, zorder=2 + number + (0 if parameter else 20),
+            *(_interval(joined, metric)[0] for metric in (x, y)), linestyle="-" if parameter else "none",
+            linewidth=1.6, marker=marker, markevery=[i for i, point in enumerate(joined) if id(point) in own],
+            color=colour, markersize=7, markeredgecolor="white", markeredgewidth=0.7,
+            zorder=2 + number + (0 if parameter else 20),
             label=_plain(strategy if len(group) > 1 else group[0].get("point", strategy)),
         )  # fmt: skip
         if parameter:
@@ -103,9 +110,9 @@ def front_plot(points: Sequence[Line], x: str = "diversity", y: str = "quality")
             sweeps += 1
             steps = [0, len(group) - 1, *range(1, len(group) - 1)]  # the ends come first where there is little room
             labels += [
-                ((at_x[i], at_y[i]), f"{SWEPT[parameter]} {group[i][parameter]:g}", colour, *place) for i in steps
+                ((at_x[i], at_y[i]), f"{SWEPT[parameter]} {group[i][parameter]:g}", colour, place) for i in steps
             ]
-    _annotate(axes, labels)
+    _annotate(axes, labels, at)
     axes.set_xlabel(_label(x) + "  →")
     axes.set_ylabel(_label(y) + "  →")
     axes.set_title("means and 95 % bootstrap intervals; lines join the points of a sweep", fontsize=8, color="0.4")
@@ -113,16 +120,23 @@ def front_plot(points: Sequence[Line], x: str = "diversity", y: str = "quality")
     return figure
 
 
-def _annotate(axes: Any, labels: Sequence[tuple[Any, str, str, tuple[int, int], str]]) -> None:
-    """Labels beside points (position, text, colour, offset, side), but for those that would lie on an earlier one."""
+def _annotate(axes: Any, labels: Sequence[tuple[Any, str, str, tuple[Any, str]]], points: np.ndarray) -> None:
+    """
+    Labels beside points (position, text, colour, place), in their place or the first free one, but for those that
+    would lie on an earlier label or on one of the points, `(n, 2)`, everywhere.
+    """
     axes.autoscale_view()
-    taken: list[np.ndarray] = []
-    for at, label, colour, offset, side in labels:
-        shift = np.array(offset) * axes.figure.dpi / 72 - (0 if side == "left" else 35, 0)
-        corner = axes.transData.transform(at) + shift
-        if any((np.abs(corner - other) < (38, 13)).all() for other in taken):
+    dots, taken = axes.transData.transform(points), []
+    for at, label, colour, own in labels:
+        for offset, side in dict.fromkeys((own, *PLACES)):
+            shift = np.array(offset) * axes.figure.dpi / 72
+            middle = axes.transData.transform(at) + shift + (17 if side == "left" else -17, 4)
+            on_dot = (np.abs(dots - middle) < (21, 10)).all(1).any()
+            if not on_dot and not any((np.abs(middle - other) < (38, 13)).all() for other in taken):
+                break
+        else:
             continue
-        taken.append(corner)
+        taken.append(middle)
         text = axes.annotate(
             label, at, textcoords="offset points", xytext=offset, ha=side, fontsize=7.5, color=colour, zorder=1.5
         )
