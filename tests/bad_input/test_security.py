@@ -215,7 +215,7 @@ def test_a_plot_shows_names_as_they_are(tmp_path):
     names = [*(text for text in NASTY if text.isprintable()), "costs $5 and $x", "$\\frac{1$", "_hidden"]
     points = [
         {
-            "strategy": name, "guidance_scale": 1.0, "temperature": 1.0, "interpolation_weight": None,
+            "strategy": name, "weights": [], "guidance_scale": 1.0, "temperature": 1.0, "interpolation_weight": None,
             "metrics": {"quality": metric(number / 10), "diversity": metric(1 - number / 10)},
         } for number, name in enumerate(names)
     ]  # fmt: skip

@@ -126,7 +126,8 @@ def _annotate(axes: Any, labels: Sequence[tuple[Any, str, str, tuple[Any, str]]]
     would lie on an earlier label or on one of the points, `(n, 2)`, everywhere.
     """
     axes.autoscale_view()
-    dots, taken = axes.transData.transform(points), []
+    dots = axes.transData.transform(points)
+    taken: list[np.ndarray] = []
     for at, label, colour, own in labels:
         for offset, side in dict.fromkeys((own, *PLACES)):
             shift = np.array(offset) * axes.figure.dpi / 72
