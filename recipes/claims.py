@@ -13,9 +13,9 @@ from pathlib import Path
 
 from trl_drcd._files import write_text
 from trl_drcd._inputs.arguments import one_line_errors
-from trl_drcd._run import markdown_table
 from trl_drcd.evaluation.claims import claims_table
 from trl_drcd.evaluation.points import pooled, read_results, with_quality
+from trl_drcd.evaluation.tables import markdown
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,9 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         parts.append(f"quality = {omega:.4g} * adherence + preference")
     for quality in (metric for metric in args.quality if metric in known):
         for diversity in (metric for metric in args.diversity if metric in known):
-            header, rows = claims_table(points, quality, diversity)
-            table = markdown_table({row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows})
-            parts.append(f"## {quality} and {diversity}\n\n{table}")
+            parts.append(f"## {quality} and {diversity}\n\n{markdown(*claims_table(points, quality, diversity))}")
     text = "\n\n".join(parts) + "\n"
     print(text)
     if args.output:

@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 from trl_drcd._files import write_text
 from trl_drcd._inputs.arguments import read_yaml
-from trl_drcd._run import markdown_table
 from trl_drcd.evaluation.grid import EvaluateArguments, evaluate
 from trl_drcd.evaluation.overview import points_table
 from trl_drcd.evaluation.points import pooled
+from trl_drcd.evaluation.tables import markdown
 from trl_drcd.merging import interpolate_checkpoints
 
 HERE = Path(__file__).resolve().parent
@@ -150,8 +150,7 @@ def main() -> None:
         shutil.rmtree(args.output, ignore_errors=True)
     train(args)
     merge(args)
-    header, rows = points_table(pooled(evaluate(evaluation(args))))
-    table = markdown_table({row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows})
+    table = markdown(*points_table(pooled(evaluate(evaluation(args)))))
     write_text(args.output / "results.md", table + "\n")
     print(f"\n{table}\n")
     print(f"Look and listen: {args.output / 'report.html'}   (WAV files: {args.output / 'samples'})")

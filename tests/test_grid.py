@@ -247,6 +247,8 @@ def test_evaluation_writes_everything_and_does_nothing_twice(args, judged, tmp_p
     assert by_name["LERP (lambda 0)"]["per_prompt"] == by_name["base"]["per_prompt"]
     for name in ("front.png", "front.svg", "lambda.png", "lambda.svg", "entropy.png", "summary.csv", "report.html"):
         assert (output / name).stat().st_size > 0
+    tables = (output / "report.md").read_text()
+    assert "\n| CFG (gamma 3) | " in tables and "| CFG buys quality | " in tables and "## Along lambda\n" in tables
     page = (output / "report.html").read_text()
     assert "fast &lt;drum&gt; &amp; flute" in page and "<drum>" not in page and "CFG buys quality" in page
     assert len((output / "summary.csv").read_text().splitlines()) == 1 + len(results)

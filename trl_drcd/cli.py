@@ -142,7 +142,7 @@ def evaluate(argv: list[str]) -> None:
     (arguments,) = parse(parser, argv)
     keep_freed_memory()
     run(arguments)
-    print(f"Report: {arguments.output_dir}/report.html   (numbers: results.jsonl, summary.csv)")
+    print(f"Report: {arguments.output_dir}/report.html   (its tables: report.md; numbers: results.jsonl, summary.csv)")
 
 
 COMMANDS = {"train": train, "merge": merge, "evaluate": evaluate}

@@ -1,4 +1,4 @@
-"""What a reader gets of `results.jsonl`: `summary.csv`, plots, tables of comparisons and `report.html`."""
+"""What a reader gets of `results.jsonl`: `summary.csv`, plots, tables of comparisons, `report.html`, `report.md`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .metrics import interval_of
 from .points import USUAL_TEMPERATURE, Line, correlation, draws_of, fronts_of, lambda_sweeps, pooled
 from .records import read_samples
 from .report import comparison_page
-from .tables import formatted, verdict
+from .tables import formatted, markdown, verdict
 
 # Columns of the table, where they were measured
 TABLE = {
@@ -112,7 +112,7 @@ def agreement_table(points: Sequence[Line]) -> Table:
 
 
 def write_report(results: list[Line], prompts: list[Any], args: Any) -> None:
-    """`summary.csv`, plots and `report.html` of the lines; `args` are the evaluation's."""
+    """`summary.csv`, plots, `report.html` and its tables as `report.md`; `args` are the evaluation's."""
     output, points = Path(args.output_dir), pooled(results)
     write_text(output / "summary.csv", summary(results))
     known = set.intersection(*(set(point["values"]) for point in points))
@@ -132,12 +132,15 @@ def write_report(results: list[Line], prompts: list[Any], args: Any) -> None:
             tables[f"The paper's claims in {quality} and {diversity}".replace("_", " ")] = claims_table(
                 points, quality, diversity
             )
+    tables = {head: table for head, table in tables.items() if table[1]}
+    parts = [(f"## {head}\n\n" if head else "") + markdown(*table) for head, table in tables.items()]
+    write_text(output / "report.md", "\n\n".join([about(points, args), *parts]) + "\n")
     step = max(1, len(prompts) // max(1, args.listen))
     shown = [prompts[i] for i in range(0, len(prompts), step)[: args.listen]]
     page = comparison_page(
         "Quality and diversity",
         about(points, args),
-        {head: table for head, table in tables.items() if table[1]},
+        tables,
         [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in shown],
         {row["name"]: read_samples(output / "samples" / row["samples"]) for row in results},
         figures,

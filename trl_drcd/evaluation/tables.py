@@ -1,6 +1,10 @@
-"""Cells of tables: numbers with their intervals, and what these say."""
+"""Tables: numbers with their intervals, what these say, Markdown."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+from trl_drcd._run import markdown_table
 
 
 def formatted(interval: dict[str, float], digits: int = 3) -> str:
@@ -14,3 +18,8 @@ def verdict(interval: dict[str, float], above: str, below: str) -> str:
     if interval["low"] > 0:
         return above
     return below if interval["high"] < 0 else "undecided"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the first column names its rows, no two alike."""
+    return markdown_table({row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows})
