@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from trl_drcd._inputs.arguments import one_line_errors
 from trl_drcd.evaluation.points import read_results
 
 PANELS = {
@@ -40,8 +41,9 @@ def judged_entries(results: list[dict], run: str) -> list[dict]:
     for line in results:
         name, _, step = line["name"].rpartition(" ")
         if name == run and step.isdecimal():
-            metrics = {f"eval_{key}": line["metrics"][metric]["mean"] for key, metric in JUDGED.items()}
-            entries.append({"step": int(step), **metrics})
+            known = {key: metric for key, metric in JUDGED.items() if metric in line["metrics"]}
+            means = {f"eval_{key}": line["metrics"][metric]["mean"] for key, metric in known.items()}
+            entries.append({"step": int(step), **means})
     return entries
 
 
@@ -67,7 +69,8 @@ def draw(runs: dict[str, list[dict]], smooth: int = 1) -> Figure:
             if dots:
                 axes.plot(*zip(*dots, strict=True), color=colour, ls="" if lines else "-", lw=1.0, marker="o", ms=5)
         axes.set(xlabel="step", title=PANELS[key])
-        axes.set_ylim(bottom=0)
+        if key != "adherence":  # a cosine, which may be below zero
+            axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     dots = "lines: training batches; dots: held-out prompts"
     handles, names = figure.axes[0].get_legend_handles_labels()
@@ -86,12 +89,20 @@ def main() -> None:
         parser.error(f"no log.jsonl in {', '.join(missing)}")
     if len(args.runs) > len(COLOURS):
         parser.error(f"{len(args.runs)} runs; at most {len(COLOURS)} can be told apart")
-    runs = {run.name: [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in args.runs}
+    runs = {
+        run.resolve().name: [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        for run in args.runs
+    }
+    if len({run.resolve().name for run in args.runs}) < len(args.runs):
+        parser.error("two runs have folders of the same name, which is what the plot calls them")
     if args.smooth < 1:
         parser.error(f"--smooth must be at least 1, got {args.smooth}")
     if args.judged:
-        results = read_results(args.judged)
-        runs = {name: log + judged_entries(results, name) for name, log in runs.items()}
+        with one_line_errors("plot_runs.py"):
+            judged = {name: judged_entries(read_results(args.judged), name) for name in runs}
+        if unknown := [name for name, entries in judged.items() if not entries]:
+            parser.error(f"{args.judged} has no row of {', '.join(unknown)}; rows are called `{unknown[0]} STEP`")
+        runs = {name: log + judged[name] for name, log in runs.items()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     draw(runs, args.smooth).savefig(args.output, dpi=110)
     print(args.output)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trl_drcd.evaluation.claims import claims
+from trl_drcd.evaluation.claims import Evidence, claims
 from trl_drcd.evaluation.overview import agreement_table, fronts_table, lambda_table, points_table
 from trl_drcd.evaluation.plots import agreement_plot, front_plot, lambda_plot
 from trl_drcd.evaluation.points import correlation, equal_omega, fronts_of, pooled, with_quality
@@ -24,7 +24,14 @@ def line(strategy, adherence, diversity, entropy=1.0, preference=None, point=Non
     metrics = {key: {"mean": value.mean(), "low": value.mean(), "high": value.mean()} for key, value in values.items()}
     metrics["tokens_per_second"] = dict.fromkeys(("mean", "low", "high"), 100.0)
     defaults = {"weights": [], "guidance_scale": 1.0, "temperature": 0.99, "interpolation_weight": None}
-    defaults |= {"diversity_coef": None, "training_seed": None, "strategy": strategy, "name": name, "point": name}
+    defaults |= {
+        "diversity_coef": None,
+        "training_seed": None,
+        "strategy": strategy,
+        "name": name,
+        "point": name,
+        "model": name,
+    }
     return defaults | about | {"metrics": metrics, "per_prompt": {k: v.tolist() for k, v in values.items()}}
 
 
@@ -37,7 +44,7 @@ def world(bulge=0.0, quality_model=0.5):
     lines += [line("diversity", 0.4, 0.6, 0.9, weights=[1.0], diversity_coef=15)]
     for at in (0.0, 0.5, 1.0):
         adherence = (1 - at) * quality_model + at * 0.4 + (bulge if at == 0.5 else 0)
-        weights = {"weights": [1 - at, at], "interpolation_weight": at}
+        weights = {"weights": [1 - at, at], "interpolation_weight": at, "model": "quality + diversity"}
         lines.append(line("LERP", adherence, 0.29 + at * 0.31, point=f"LERP {at}", **weights))
     return [*lines, line("uniform", 0.6, 0.4, weights=[1 / 3] * 3)]
 
@@ -105,7 +112,41 @@ def test_a_curve_that_only_moves_late_is_no_gain():
     middle = next(line for line in lines if line["name"] == "LERP 0.5")
     middle["per_prompt"]["diversity"] = [value - 0.1 for value in middle["per_prompt"]["diversity"]]
     answer = claims(pooled(lines), "adherence", "diversity")[9]
-    assert answer.numbers["quality, mean between the ends"]["low"] > 0 and answer.verdict == "undecided"
+    assert answer.numbers["quality, mean between the ends"]["low"] > 0 and answer.verdict == "fails"
+
+
+def test_the_merged_models_are_those_of_the_trained_ends():
+    lines = world(bulge=0.06)
+    other = [line("towards", 0.1, 0.1, interpolation_weight=at, weights=[1 - at, at], model="quality + base",
+                  point=f"towards {at}") for at in (0.0, 0.5, 1.0)]  # fmt: skip
+    first = Evidence(pooled([*other, *lines]), "adherence", "diversity")
+    assert [p["name"] for p in first.lerp] == ["LERP 0.0", "LERP 0.5", "LERP 1.0"]
+    assert {p["strategy"] for p in first.pairs} == {"LERP"}
+
+
+def test_a_front_that_only_reaches_further_is_not_above():
+    lines = world(quality_model=0.36)  # merged models on the straight line from (0.29, 0.36) to (0.6, 0.4)
+    lines = [one for one in lines if one["strategy"] != "CFG"] + [
+        line("CFG", 0.5, 0.3, guidance_scale=3.0, point="CFG 3"),
+        line("CFG", 0.5, 0.45, guidance_scale=2.0, point="CFG 2"),
+    ]  # fmt: skip
+    answer = claims(pooled(lines), "adherence", "diversity")[6]
+    assert answer.numbers["difference of the highest diversities"]["low"] > 0 and answer.verdict == "fails"
+
+
+def test_nothing_is_reached_where_guidance_does_nothing():
+    lines = [one | {} for one in world()]
+    for one in lines:
+        if one["name"] == "CFG 3":
+            one["per_prompt"] = one["per_prompt"] | {"adherence": next(iter(lines))["per_prompt"]["adherence"]}
+    answers = claims(pooled(lines), "adherence", "diversity")
+    assert [answers[i].verdict for i in (0, 2)] == ["undecided", "undecided"]
+
+
+def test_a_front_of_mixed_settings_does_not_go_through_the_base():
+    hot = [line("hot CFG", 0.4, 0.4, guidance_scale=g, temperature=1.2, point=f"hot CFG {g}") for g in (2.0, 3.0)]
+    fronts = fronts_of(pooled([*world(), *hot]))
+    assert [p["name"] for p in fronts["hot CFG"]] == ["hot CFG 2.0", "hot CFG 3.0"]
 
 
 def test_what_is_not_there_is_not_measured():
@@ -116,7 +157,7 @@ def test_what_is_not_there_is_not_measured():
 def test_tables():
     points = pooled(world(bulge=0.06))
     header, rows = fronts_table(points, "adherence", "diversity")
-    assert {row[0]: row[-1] for row in rows}["CFG - LERP"] == "below" and len(rows) == 6
+    assert {row[0]: row[2] for row in rows}["CFG - LERP"] == "below" and len(rows) == 6
     header, rows = lambda_table(points, ["adherence", "diversity"])
     assert rows[0][0] == "LERP, λ 0.5" and rows[0][1].startswith("0.060 [0.05")
     header, rows = agreement_table(points)

@@ -31,13 +31,24 @@ def test_only_what_was_measured_is_drawn(tmp_path, monkeypatch, capsys):
     run, results = tmp_path / "run", tmp_path / "results.jsonl"
     run.mkdir()
     (run / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in LOG))
+    figure = plot_runs.draw({"run": LOG, "other": plot_runs.judged_entries([line("other 8", 0.3)], "other")})
+    assert [axes.get_title().split("\n")[0] for axes in figure.axes][-1] == "text adherence"
     assert len(plot_runs.draw({"run": LOG}).axes) == 3
+    curve, dots = figure.axes[0].lines
+    assert list(curve.get_ydata()) == [20.0, 10.0] and list(dots.get_xdata()) == [8]
     results.write_text(json.dumps(line("run 8", 0.3)) + "\n")
     file = tmp_path / "plots" / "curves.png"
     monkeypatch.setattr("sys.argv", ["plot_runs.py", str(run), "--judged", str(results), "--output", str(file)])
     plot_runs.main()
     assert file.stat().st_size > 10_000 and str(file) in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", ["plot_runs.py", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        plot_runs.main()
-    assert "no log.jsonl in" in capsys.readouterr().err
+    results.write_text(json.dumps(line("other 8", 0.3)) + "\n")
+    for words, message in (
+        ([str(tmp_path)], "no log.jsonl in"),
+        ([str(run), str(run)], "folders of the same name"),
+        ([str(run), "--judged", str(results)], "has no row of run; rows are called `run STEP`"),
+        ([str(run), "--smooth", "0"], "--smooth must be at least 1, got 0"),
+    ):
+        monkeypatch.setattr("sys.argv", ["plot_runs.py", *words])
+        with pytest.raises(SystemExit):
+            plot_runs.main()
+        assert message in capsys.readouterr().err

@@ -61,23 +61,24 @@ def points_table(points: Sequence[Line]) -> Table:
 
 def fronts_table(points: Sequence[Line], quality: str, diversity: str) -> Table:
     """
-    Every pair of fronts: the difference of the areas that they dominate above the worst point of all, and of their
-    heights in quality over the diversities that both reach, with intervals.
+    Every pair of fronts: the difference of their heights in quality over the diversities that both reach, which says
+    which lies above, and of the areas that they dominate above the worst point of both, where reach counts as well.
     """
     header = [
         "fronts",
-        f"difference of areas ({quality} x {diversity})",
         f"mean difference of {quality}",
         "the first is",
+        f"difference of areas ({quality} x {diversity})",
     ]
-    worst = draws_of(points, diversity, quality)[:, 0].min(0)
     rows = []
     for (a, ours), (b, theirs) in combinations(fronts_of(points).items(), 2):
         one, other = draws_of(ours, diversity, quality), draws_of(theirs, diversity, quality)
-        area = front_difference(one, other, worst)
+        area = front_difference(one, other, np.minimum(one[:, 0].min(0), other[:, 0].min(0)))
         heights = curve_difference(one, other)
-        height = formatted(interval_of(heights)) if np.isfinite(heights).mean() > 0.5 else "no shared diversity"
-        rows.append([f"{a} - {b}", formatted(area, 4), height, verdict(area, "above", "below")])
+        shared = np.isfinite(heights[0]) and np.isfinite(heights).mean() > 0.5
+        height = interval_of(heights) if shared else None
+        words = [formatted(height), verdict(height, "above", "below")] if height else ["no shared diversity", ""]
+        rows.append([f"{a} - {b}", *words, formatted(area, 4)])
     return header, rows
 
 

@@ -14,7 +14,7 @@ from trl_drcd._files import write_bytes
 
 from .fronts import above_diagonal, pareto_front
 from .metrics import interval_of
-from .points import Line, correlation, draws_of, is_base, lambda_sweeps
+from .points import Line, correlation, draws_of, is_base, lambda_sweeps, sweeps_base
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; yellow is too light for lines on white
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -90,7 +90,7 @@ def front_plot(points: Sequence[Line], x: str = "diversity", y: str = "quality")
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         parameter = swept(group)
         # A sweep of the base goes through the base, which has a marker of its own
-        joined = [*group, *(base if parameter and not group[0]["weights"] else [])]
+        joined = [*group, *(base if parameter and sweeps_base(group) else [])]
         if parameter:
             group, joined = (sorted(part, key=lambda point: point[parameter]) for part in (group, joined))
         own = {id(point) for point in group}
@@ -156,10 +156,7 @@ def lambda_plot(points: Sequence[Line], metrics: tuple[str, ...] = ("quality", "
     Returns:
         `matplotlib.figure.Figure` or `None`: `None` where no lambda goes from 0 to 1.
     """
-    sweeps = {
-        name: group for name, group in lambda_sweeps(points).items()
-        if group[0]["interpolation_weight"] == 0 and group[-1]["interpolation_weight"] == 1
-    }  # fmt: skip
+    sweeps = lambda_sweeps(points)
     if not sweeps:
         return None
     figure = require("matplotlib.figure", "plot").Figure((4.2 * len(metrics), 5.6), layout="constrained")
@@ -178,7 +175,7 @@ def lambda_plot(points: Sequence[Line], metrics: tuple[str, ...] = ("quality", "
             below.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         below.axhline(0, color="0.4", linestyle="--", linewidth=1)
         above.set_ylabel(_label(metric))
-        below.set(xlabel="λ, from quality to diversity", ylabel="above the straight line")
+        below.set(xlabel="λ, from the first model to the second", ylabel="above the straight line")
         for axes in (above, below):
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25)

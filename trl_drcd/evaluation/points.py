@@ -123,6 +123,12 @@ def is_trained(point: Line) -> bool:
     return len(point["weights"]) == 1 and point["guidance_scale"] == 1 and point["temperature"] == USUAL_TEMPERATURE
 
 
+def sweeps_base(group: Sequence[Line]) -> bool:
+    """Whether rows of a strategy differ from the base in one thing alone, guidance or temperature."""
+    usual = all(p["temperature"] == USUAL_TEMPERATURE for p in group) or all(p["guidance_scale"] == 1 for p in group)
+    return usual and not any(point["weights"] for point in group)
+
+
 def fronts_of(points: Sequence[Line]) -> dict[str, list[Line]]:
     """
     Points that make a front together, at least two: each sweep (of the base model with the base in it), and the single
@@ -133,19 +139,22 @@ def fronts_of(points: Sequence[Line]) -> dict[str, list[Line]]:
     for point in points:
         if not is_base(point) and not is_trained(point):
             groups.setdefault(point["strategy"], []).append(point)
-    fronts = {name: [*([] if group[0]["weights"] else base), *group] for name, group in groups.items()}
+    fronts = {name: [*(base if sweeps_base(group) else []), *group] for name, group in groups.items()}
     fronts["trained models"] = [point for point in points if is_trained(point)]
     return {name: group for name, group in fronts.items() if len(group) > 1}
 
 
 def lambda_sweeps(points: Sequence[Line]) -> dict[str, list[Line]]:
-    """The points of each strategy along lambda, at least two, by rising lambda."""
+    """The points of each strategy along lambda that goes from 0 to 1, by rising lambda."""
     groups: dict[str, list[Line]] = {}
     for point in points:
         if point["interpolation_weight"] is not None:
             groups.setdefault(point["strategy"], []).append(point)
     sweeps = {name: sorted(group, key=lambda p: p["interpolation_weight"]) for name, group in groups.items()}
-    return {name: group for name, group in sweeps.items() if len(group) > 1}
+    ends = {
+        name: (group[0]["interpolation_weight"], group[-1]["interpolation_weight"]) for name, group in sweeps.items()
+    }
+    return {name: group for name, group in sweeps.items() if ends[name] == (0, 1)}
 
 
 def correlation(points: Sequence[Line], x: str, y: str) -> dict[str, float]:

@@ -177,7 +177,9 @@ def _ends(given: dict[str, Any], where: str) -> list[str]:
             raise ValueError(f"{where}: `model` must be a folder or a hub name, got {shown(end)}")
     trained = [end for end in ends if end != BASE]
     if len(ends) - len(trained) > (1 if trained else 0):
-        raise ValueError(f"{where}: `{BASE}` is one end beside trained `models`, got {ends}")
+        raise ValueError(
+            f"{where}: `{BASE}` is one end beside trained `models`, got {ends}; for the base alone name no model"
+        )
     adapters = [is_adapter(end) for end in trained]
     if any(adapters) and not all(adapters):
         raise ValueError(f"{where}: `models` mixes checkpoints and adapters: {ends}; merge the adapters first")
@@ -228,7 +230,7 @@ class Models:
         return model
 
     def _assemble(self, names: tuple[str, ...]) -> Any:
-        if adapters := [name for name in names if is_adapter(name)]:
+        if adapters := [name for name in names if name != BASE and is_adapter(name)]:
             model: Any = PeftModel.from_pretrained(self._load(self.base_name), adapters[0], adapter_name="end0")
             for index, name in enumerate(adapters[1:], 1):
                 model.load_adapter(name, f"end{index}")

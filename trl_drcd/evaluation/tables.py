@@ -22,4 +22,5 @@ def verdict(interval: dict[str, float], above: str, below: str) -> str:
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; the first column names its rows, no two alike."""
-    return markdown_table({row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows})
+    table = markdown_table({row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows})
+    return table.replace("| |", f"| {header[0]} |", 1)
