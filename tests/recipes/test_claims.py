@@ -4,7 +4,7 @@ from pathlib import Path
 
 from recipes import claims
 
-RESULTS = Path(__file__).parents[2] / "results" / "music" / "first_front" / "results.jsonl"
+RESULTS = Path(__file__).parents[2] / "results" / "music" / "results.jsonl"
 
 
 def test_every_pair_of_metrics_gets_a_table(tmp_path, capsys):

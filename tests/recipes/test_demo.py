@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 import demo
 
-RESULTS = Path(__file__).parents[2] / "results" / "music" / "first_front" / "results.jsonl"
+RESULTS = Path(__file__).parents[2] / "results" / "music" / "results.jsonl"
 
 
 @pytest.fixture

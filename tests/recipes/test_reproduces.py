@@ -6,7 +6,7 @@ import pytest
 
 from trl_drcd import cli
 from trl_drcd.evaluation.metrics import bootstrap_interval
-from trl_drcd.evaluation.points import is_base, read_results
+from trl_drcd.evaluation.points import read_results
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results" / "music" / "results.jsonl"
@@ -14,18 +14,18 @@ BATCH = 64  # of recipes/evaluate_music.yaml
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not RESULTS.is_file(), reason="results/music/results.jsonl is not there")
-def test_the_base_comes_back_within_its_interval(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["base", "beta 100"])
+def test_a_row_comes_back_within_its_interval(name, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    committed = next(filter(is_base, read_results(RESULTS)))
+    (committed,) = (line for line in read_results(RESULTS) if line["name"] == name)
     # Whole batches, so that the draws are the same whatever comes after them
     prompts = BATCH // committed["samples_per_prompt"]
     words = {
         "num_prompts": prompts, "samples_per_prompt": committed["samples_per_prompt"], "seed": committed["seed"],
-        "output_dir": tmp_path, "batch_size": BATCH,
+        "output_dir": tmp_path, "batch_size": BATCH, "omega": committed["omega"],
     }  # fmt: skip
     flags = [word for name, value in words.items() for word in (f"--{name}", str(value))]
-    cli.main(["evaluate", "--config", "recipes/evaluate_music.yaml", "--only", committed["strategy"], *flags])
+    cli.main(["evaluate", "--config", "recipes/evaluate_music.yaml", "--only", name, *flags])
     (line,) = read_results(tmp_path / "results.jsonl")
     for metric, values in committed["per_prompt"].items():
         interval = bootstrap_interval(values[:prompts])

@@ -140,6 +140,8 @@ def evaluate(args: EvaluateArguments, extra_metrics: dict[str, Any] | None = Non
         ValueError: If a strategy is not well-formed, or there are fewer prompts than asked for; before any sampling.
     """
     rows = expand(chosen(args.strategies, args.only))
+    if args.omega == "equal" and args.preference and len({row.point for row in rows}) < 2:
+        raise ValueError(f"`omega=equal` compares strategies, and `{rows[0].point}` is the only one; give a number")
     check_parts(args)
     prompts = distinct(load_prompts("dataset", args.dataset, args.dataset_split)["prompt"], args.num_prompts)
     if len(prompts) < args.num_prompts:
