@@ -14,4 +14,4 @@ def test_every_pair_of_metrics_gets_a_table(tmp_path, capsys):
     assert "not measured of all rows: no_such" in printed
     text = (tmp_path / "claims.md").read_text()
     assert text.count("## ") == 2 and text.count("| CFG costs diversity | holds |") == 2
-    assert text.startswith("quality = 31.54 * adherence + preference")
+    assert text.startswith("quality = 34.84 * adherence + preference")

@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 import demo
 
+from trl_drcd.evaluation.points import pooled
+
 RESULTS = Path(__file__).parents[2] / "results" / "music" / "results.jsonl"
 
 
@@ -52,8 +54,8 @@ def test_the_table_is_printed_and_written(args, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "report.html" in printed and " minutes" in printed
     table = (args.output / "results.md").read_text()
-    assert table.strip() in printed and table.count("\n") == 2 + len(results)
-    assert "| LERP (lambda 0.5) | " in table and "| passes per token |" in table
+    assert table.strip() in printed and table.count("\n") == 2 + len(pooled(results))
+    assert "| LERP of 0 and 100 (lambda 0.5) | " in table and "| passes per token |" in table
 
 
 def test_a_failed_process_ends_the_others_and_shows_its_last_words(tmp_path):
