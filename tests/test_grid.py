@@ -249,6 +249,7 @@ def test_evaluation_writes_everything_and_does_nothing_twice(args, judged, tmp_p
         assert (output / name).stat().st_size > 0
     tables = (output / "report.md").read_text()
     assert "\n| CFG (gamma 3) | " in tables and "| CFG buys quality | " in tables and "## Along lambda\n" in tables
+    assert "### fast &lt;drum&gt; &amp; flute\n\n~~~text\nbase: " in tables and "\nCFG (gamma 3): " in tables
     page = (output / "report.html").read_text()
     assert "fast &lt;drum&gt; &amp; flute" in page and "<drum>" not in page and "CFG buys quality" in page
     assert len((output / "summary.csv").read_text().splitlines()) == 1 + len(results)

@@ -19,7 +19,7 @@ from .fronts import above_diagonal, curve_difference, front_difference
 from .metrics import interval_of
 from .points import USUAL_TEMPERATURE, Line, correlation, draws_of, fronts_of, lambda_sweeps, pooled
 from .records import read_samples
-from .report import comparison_page
+from .report import comparison_markdown, comparison_page
 from .tables import formatted, markdown, verdict
 
 # Columns of the table, where they were measured
@@ -113,7 +113,7 @@ def agreement_table(points: Sequence[Line]) -> Table:
 
 
 def write_report(results: list[Line], prompts: list[Any], args: Any) -> None:
-    """`summary.csv`, plots, `report.html` and its tables as `report.md`; `args` are the evaluation's."""
+    """`summary.csv`, plots, `report.html`, its tables and texts as `report.md`; `args` are the evaluation's."""
     output, points = Path(args.output_dir), pooled(results)
     write_text(output / "summary.csv", summary(results))
     known = set.intersection(*(set(point["values"]) for point in points))
@@ -134,19 +134,16 @@ def write_report(results: list[Line], prompts: list[Any], args: Any) -> None:
                 points, quality, diversity
             )
     tables = {head: table for head, table in tables.items() if table[1]}
-    parts = [(f"## {head}\n\n" if head else "") + markdown(*table) for head, table in tables.items()]
-    write_text(output / "report.md", "\n\n".join([about(points, args), *parts]) + "\n")
     step = max(1, len(prompts) // max(1, args.listen))
     shown = [prompts[i] for i in range(0, len(prompts), step)[: args.listen]]
-    page = comparison_page(
-        "Quality and diversity",
-        about(points, args),
-        tables,
-        [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in shown],
-        {row["name"]: read_samples(output / "samples" / row["samples"]) for row in results},
-        figures,
-    )
+    requests = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in shown]
+    completions = {row["name"]: read_samples(output / "samples" / row["samples"]) for row in results}
+    page = comparison_page("Quality and diversity", about(points, args), tables, requests, completions, figures)
     write_text(output / "report.html", page)
+    parts = [(f"## {head}\n\n" if head else "") + markdown(*table) for head, table in tables.items()]
+    if shown and points[0].get("kind") == "text":
+        parts += ["## Completions", comparison_markdown(requests, completions)]
+    write_text(output / "report.md", "\n\n".join([about(points, args), *parts]) + "\n")
 
 
 def write_plots(points: Sequence[Line], qualities: list[str], diversities: list[str], output: Path) -> list[bytes]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,6 +75,26 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     body = "".join(f"<tr><th>{html.escape(row[0])}</th>{''.join(map(filled, row[1:]))}</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def comparison_markdown(prompts: Sequence[str], completions: dict[str, Sequence[str]]) -> str:
+    """
+    Each prompt with every model's completion, in Markdown; texts are one paragraph each, and shown as they are.
+
+    Args:
+        prompts (`list[str]`): The `n` prompts.
+        completions (`dict`): Name of each model to its `n` texts.
+
+    Returns:
+        `str`: A section for each prompt.
+    """
+    parts = []
+    for index, prompt in enumerate(prompts):
+        texts = [f"{name}: {' '.join(items[index].split())}" for name, items in completions.items()]
+        lines = "\n".join(textwrap.fill(text, 110, subsequent_indent="    ") for text in texts)
+        fence = "~" * (3 + max(map(len, re.findall("~+", lines)), default=0))
+        parts.append(f"### {html.escape(' '.join(prompt.split()))}\n\n{fence}text\n{lines}\n{fence}")
+    return "\n\n".join(parts)
 
 
 def comparison_page(
