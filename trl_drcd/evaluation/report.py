@@ -7,7 +7,7 @@ import html
 import io
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def comparison_markdown(prompts: Sequence[str], completions: dict[str, Sequence[str]]) -> str:
+def comparison_markdown(prompts: Sequence[str], completions: Mapping[str, Sequence[str]]) -> str:
     """
     Each prompt with every model's completion, in Markdown; texts are one paragraph each, and shown as they are.
 
@@ -102,7 +102,7 @@ def comparison_page(
     introduction: str,
     tables: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]],
     prompts: Sequence[str],
-    completions: dict[str, Sequence[Any]],
+    completions: Mapping[str, Sequence[Any]],
     figures: Sequence[bytes] = (),
 ) -> str:
     """
