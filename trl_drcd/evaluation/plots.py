@@ -88,6 +88,7 @@ def front_plot(points: Sequence[Line], x: str = "diversity", y: str = "quality")
     sweeps, labels = 0, []
     for number, (strategy, group) in enumerate(_by_strategy(points).items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        again = number >= len(COLOURS)  # a colour that is taken comes back hollow and dashed
         parameter = swept(group)
         # A sweep of the base goes through the base, which has a marker of its own
         joined = [*group, *(base if parameter and sweeps_base(group) else [])]
@@ -99,9 +100,10 @@ def front_plot(points: Sequence[Line], x: str = "diversity", y: str = "quality")
             at_x, at_y, xerr=bars_x, yerr=bars_y, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.3, zorder=1
         )
         axes.plot(
-            *(_interval(joined, metric)[0] for metric in (x, y)), linestyle="-" if parameter else "none",
+            *(_interval(joined, metric)[0] for metric in (x, y)), linestyle=("--" if again else "-") if parameter else "none",
             linewidth=1.6, marker=marker, markevery=[i for i, point in enumerate(joined) if id(point) in own],
-            color=colour, markersize=7, markeredgecolor="white", markeredgewidth=0.7,
+            color=colour, markersize=7, markeredgewidth=1.2 if again else 0.7,
+            markeredgecolor=colour if again else "white", markerfacecolor="white" if again else colour,
             zorder=2 + number + (0 if parameter else 20),
             label=_plain(strategy if len(group) > 1 else group[0].get("point", strategy)),
         )  # fmt: skip
