@@ -100,8 +100,9 @@ def front_plot(points: Sequence[Line], x: str = "diversity", y: str = "quality")
             at_x, at_y, xerr=bars_x, yerr=bars_y, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.3, zorder=1
         )
         axes.plot(
-            *(_interval(joined, metric)[0] for metric in (x, y)), linestyle=("--" if again else "-") if parameter else "none",
-            linewidth=1.6, marker=marker, markevery=[i for i, point in enumerate(joined) if id(point) in own],
+            *(_interval(joined, metric)[0] for metric in (x, y)),
+            linestyle=("--" if again else "-") if parameter else "none", linewidth=1.6, marker=marker,
+            markevery=[i for i, point in enumerate(joined) if id(point) in own],
             color=colour, markersize=7, markeredgewidth=1.2 if again else 0.7,
             markeredgecolor=colour if again else "white", markerfacecolor="white" if again else colour,
             zorder=2 + number + (0 if parameter else 20),
