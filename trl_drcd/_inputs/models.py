@@ -152,6 +152,24 @@ def check_model(argument: str, name: str | Path, trust_remote_code: bool | None 
         raise type(error)(f"`{argument}`: {error}") from error
 
 
+def check_on_hub(where: str, name: str) -> None:
+    """
+    A name that is no folder must be a model's on the hub, or in its cache, whose configuration can be read.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    import transformers
+
+    try:
+        transformers.PreTrainedConfig.get_config_dict(name)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{where}: {name} is no folder, and no model of that name could be had from the hub; correct the name, "
+            "or train it first"
+        ) from error
+
+
 def is_hub_name(name: str | Path) -> bool:
     """Whether a name could be one of the hub, `name` or `owner/name`."""
     try:

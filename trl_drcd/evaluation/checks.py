@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_drcd._inputs.arguments import blaming, check_types, shown
-from trl_drcd._inputs.models import check_model, is_hub_name, open_safetensors, read_json, weight_files
+from trl_drcd._inputs.models import check_model, check_on_hub, is_hub_name, open_safetensors, read_json, weight_files
 from trl_drcd.codecs import SpectralCodec
 from trl_drcd.merging.adapters import BASE
 
@@ -100,9 +100,10 @@ def _check_judge(argument: str, folder: str, audio: bool) -> None:
 
 def check_ends(base: Any, rows: Sequence[Row]) -> None:
     """
-    Compare the shapes of what the rows mix with the base's, without reading any of it; names of the hub are left out.
+    Compare the shapes of what the rows mix with the base's, without reading any of it; those of the hub must be there.
 
     Raises:
+        FileNotFoundError: If a name is neither a folder nor of the hub.
         ValueError: At the first tensor of another shape.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in base.state_dict().items()}
@@ -115,6 +116,7 @@ def check_ends(base: Any, rows: Sequence[Row]) -> None:
         elif folder.is_dir():
             found = _shapes([folder / file for file in weight_files(folder)])
         else:
+            check_on_hub(f"`strategies` ({strategy})", model)
             continue
         for name, shape in found.items():
             if shapes.get(name, shape) != shape:
