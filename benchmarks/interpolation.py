@@ -28,8 +28,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
-from trl_drcd._files import write_text
-from trl_drcd._run import local_name, markdown_table
+from trl_drcd.evaluation.tables import markdown_table
+from trl_drcd.files import local_name, write_text
 from trl_drcd.merging import hold_checkpoints, set_interpolation_weight
 
 SHIPPED = Path(__file__).parents[1] / "recipes" / "tiny_music" / "models" / "musiclm"

@@ -30,8 +30,8 @@ import torch
 from tqdm import tqdm
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from trl_drcd._files import write_text
-from trl_drcd._run import markdown_table
+from trl_drcd.evaluation.tables import markdown_table
+from trl_drcd.files import write_text
 from trl_drcd.guidance import guide_hidden_states, guide_logits
 from trl_drcd.losses import Head, guided_logits, reverse_kl, weighted_terms
 

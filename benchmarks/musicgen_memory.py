@@ -26,8 +26,8 @@ from transformers import (
 )
 from transformers.models.musicgen.modeling_musicgen import MusicgenDecoderLayer
 
-from trl_drcd._files import write_text
-from trl_drcd._run import markdown_table
+from trl_drcd.evaluation.tables import markdown_table
+from trl_drcd.files import write_text
 from trl_drcd.losses import LOGITS_PER_CHUNK
 from trl_drcd.policies.musicgen import LORA_TARGETS
 

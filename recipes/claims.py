@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trl_drcd._files import write_text
-from trl_drcd._inputs.arguments import one_line_errors
 from trl_drcd.evaluation.claims import claims_table
 from trl_drcd.evaluation.points import pooled, read_results, with_quality
 from trl_drcd.evaluation.tables import markdown
+from trl_drcd.files import write_text
+from trl_drcd.validation.arguments import one_line_errors
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -26,16 +26,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from trl_drcd._files import write_text
-from trl_drcd._inputs.arguments import read_yaml
 from trl_drcd.evaluation.grid import EvaluateArguments, evaluate
 from trl_drcd.evaluation.overview import points_table
 from trl_drcd.evaluation.points import pooled
 from trl_drcd.evaluation.tables import markdown
+from trl_drcd.files import write_text
 from trl_drcd.merging import interpolate_checkpoints
+from trl_drcd.validation.arguments import read_yaml
 
 HERE = Path(__file__).resolve().parent
-RUNS = {"quality": "musiclm_quality.yaml", "diversity": "musiclm_diversity.yaml"}
+RUNS = {"quality": "music/musiclm_quality.yaml", "diversity": "music/musiclm_diversity.yaml"}
 INTERPOLATION_WEIGHT = 0.5  # of the model that is written
 
 

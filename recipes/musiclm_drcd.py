@@ -2,11 +2,11 @@
 Distil classifier-free guidance into a text-to-music model, with or without the diversity reward
 (https://huggingface.co/papers/2410.06084).
 
-From the root of the repository and without arguments, the short run of recipes/musiclm_quality.yaml on the model that
-is shipped in recipes/tiny_music; with another YAML file, and a value of it overridden:
+From the root of the repository and without arguments, the short run of recipes/music/musiclm_quality.yaml on the model
+that is shipped in recipes/tiny_music; with another YAML file, and a value of it overridden:
 
     accelerate launch recipes/musiclm_drcd.py
-    accelerate launch recipes/musiclm_drcd.py --config recipes/musiclm_diversity.yaml --max_steps 300
+    accelerate launch recipes/musiclm_drcd.py --config recipes/music/musiclm_diversity.yaml --max_steps 300
 
 Any causal LM over words and audio tokens, and any prompts (hub name, or a JSONL, CSV or Parquet file, with a column
 `prompt` and perhaps `negative_prompt`); then the defaults are the paper's:
@@ -44,9 +44,12 @@ from typing import Any
 from trl import get_peft_config, get_quantization_config
 
 from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer
-from trl_drcd._files import wav_bytes, write_bytes, write_text
-from trl_drcd._inputs.arguments import one_line_errors
-from trl_drcd._launch import (
+from trl_drcd.audio import MusicEmbedder
+from trl_drcd.audio.codecs import SpectralCodec
+from trl_drcd.callbacks import Deadline, LogFile
+from trl_drcd.evaluation.sampling import Samples, sample_prompts
+from trl_drcd.files import wav_bytes, write_bytes, write_text
+from trl_drcd.launch.training import (
     PromptArguments,
     check_arguments,
     load_datasets,
@@ -55,15 +58,12 @@ from trl_drcd._launch import (
     parse_arguments,
     train_and_save,
 )
-from trl_drcd._run import Deadline, LogFile
-from trl_drcd.checks import check_datasets
-from trl_drcd.codecs import SpectralCodec
-from trl_drcd.embedders import MusicEmbedder
-from trl_drcd.evaluation.sampling import Samples, sample_prompts
 from trl_drcd.policies import policy_class
+from trl_drcd.validation.arguments import one_line_errors
+from trl_drcd.validation.training import check_datasets
 
 # What runs where the command line names neither a YAML file nor a model
-DEFAULT_CONFIG = Path(__file__).with_name("musiclm_quality.yaml")
+DEFAULT_CONFIG = Path(__file__).with_name("music") / "musiclm_quality.yaml"
 
 
 @dataclass

@@ -2,12 +2,12 @@
 Distil classifier-free guidance into a language model, with or without the diversity reward
 (https://huggingface.co/papers/2410.06084).
 
-From the root of the repository, after `python recipes/get_smollm2.py` and without arguments, the short run of
-recipes/text_smollm2.yaml: LoRA on SmolLM2-135M-Instruct and the creative-writing prompts of recipes/text_prompts. With
-another YAML file, and a value of it overridden:
+From the root of the repository, after `python recipes/text/get_smollm2.py` and without arguments, the short run of
+recipes/text/text_smollm2.yaml: LoRA on SmolLM2-135M-Instruct and the creative-writing prompts of recipes/text/prompts.
+With another YAML file, and a value of it overridden:
 
     accelerate launch recipes/text_drcd.py
-    accelerate launch recipes/text_drcd.py --config recipes/text_smollm2_diversity.yaml --max_steps 300
+    accelerate launch recipes/text_drcd.py --config recipes/text/text_smollm2_diversity.yaml --max_steps 300
 
 Any causal LM and any prompts (hub name, or a JSONL, CSV or Parquet file); then the defaults are the paper's:
 
@@ -39,9 +39,10 @@ from typing import Any
 from trl import get_peft_config, get_quantization_config
 
 from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer
-from trl_drcd._files import write_text
-from trl_drcd._inputs.arguments import one_line_errors
-from trl_drcd._launch import (
+from trl_drcd.callbacks import Deadline, LogFile
+from trl_drcd.evaluation.sampling import Samples, sample_prompts
+from trl_drcd.files import write_text
+from trl_drcd.launch.training import (
     PromptArguments,
     check_arguments,
     load_datasets,
@@ -50,13 +51,12 @@ from trl_drcd._launch import (
     parse_arguments,
     train_and_save,
 )
-from trl_drcd._run import Deadline, LogFile
-from trl_drcd.checks import check_datasets
-from trl_drcd.embedders import SentenceEmbedder
-from trl_drcd.evaluation.sampling import Samples, sample_prompts
+from trl_drcd.text import SentenceEmbedder
+from trl_drcd.validation.arguments import one_line_errors
+from trl_drcd.validation.training import check_datasets
 
 # What runs where the command line names neither a YAML file nor a model
-DEFAULT_CONFIG = Path(__file__).with_name("text_smollm2.yaml")
+DEFAULT_CONFIG = Path(__file__).with_name("text") / "text_smollm2.yaml"
 
 
 @dataclass
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
             DEFAULT_CONFIG,
         )
         if model.model_name_or_path == "outputs/smollm2" and not Path(model.model_name_or_path).is_dir():
-            raise FileNotFoundError("the default model is not there yet. Run: python recipes/get_smollm2.py")
+            raise FileNotFoundError("the default model is not there yet. Run: python recipes/text/get_smollm2.py")
         check_arguments(script, args, model, {})
         if script.streaming and args.max_steps <= 0:
             raise ValueError(f"`streaming=True` has no end by itself: set `max_steps`, got {args.max_steps}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, ClapProcessor
 
-from trl_drcd.evaluation import ClapJudge
+from trl_drcd.audio import ClapJudge
 
 RATE = 48000
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trl_drcd.codecs import SpectralCodec, fit_codebooks, mel_matrix, nearest
+from trl_drcd.audio.codecs import SpectralCodec, fit_codebooks, mel_matrix, nearest
 
 K, C, MELS = 2, 8, 32
 

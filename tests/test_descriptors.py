@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from trl_drcd.embedders import MusicDescriptors
-from trl_drcd.embedders.descriptors import intervals
+from trl_drcd.audio import MusicDescriptors
+from trl_drcd.audio.descriptors import intervals
 
 RATE = 16000
 

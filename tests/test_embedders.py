@@ -8,9 +8,9 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 
-from trl_drcd.embedders import MusicEmbedder
-from trl_drcd.embedders.audio_front_end import LogMel, audio_windows
-from trl_drcd.embedders.music import PAPER, Attention
+from trl_drcd.audio import MusicEmbedder
+from trl_drcd.audio.embedder import PAPER, Attention
+from trl_drcd.audio.front_end import LogMel, audio_windows
 
 RATE = 16000
 
@@ -149,7 +149,7 @@ def test_upload_and_download(embedder, tmp_path, monkeypatch):
         uploaded[filename] = repo_id
         return str(tmp_path / "hub" / filename)
 
-    monkeypatch.setattr("trl_drcd.embedders.audio_front_end.hf_hub_download", download)
+    monkeypatch.setattr("trl_drcd.audio.front_end.hf_hub_download", download)
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", download)
     loaded = MusicEmbedder.from_pretrained("me/embedder")
     assert uploaded == {"config.json": "me/embedder", "model.safetensors": "me/embedder"}

@@ -1,7 +1,8 @@
 """
 Who may import whom inside the package, read from the source.
 
-A lower line of `ORDER` may import a higher one, never the reverse. Modules with a leading underscore come before all.
+A lower line of `ORDER` may import a higher one, never the reverse. A package stands for its modules, but for those
+that have a line of their own; every module has a place.
 """
 
 import ast
@@ -14,21 +15,33 @@ import trl_drcd
 
 PACKAGE = Path(trl_drcd.__file__).parent
 ORDER = [
+    "compat",
+    "files",
+    "validation",
+    "prompts",
+    "reliability.processes",
+    "reliability.batches",
     "guidance",
+    "heads",
     "losses",
     "diversity",
-    "codecs",
-    "embedders",
+    "audio",
+    "text",
     "policies",
     "config",
     "callbacks",
-    "checks",
+    "validation.training",
+    "distributed",
+    "monitoring",
+    "reliability",
     "trainer",
     "merging",
     "evaluation",
+    "launch",
+    "scripts",
     "cli",
 ]
-# Not installed with the package alone: `trl_drcd._extras.require` imports them where they are used.
+# Not installed with the package alone: `trl_drcd.compat.extras.require` imports them where they are used.
 OPTIONAL = {"torchaudio", "soundfile", "sentence_transformers", "matplotlib", "tensorboard"}
 # Never imported by the library: its own surroundings, what only builds the recipes' data, and mergekit, which is run
 # as a program because its licence is the LGPL.
@@ -38,12 +51,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def rank(module: str) -> int:
-    """Place of the package's module `"trl_drcd.x.y"` in the order; -1 for underscore modules."""
-    part = module.split(".")[1]
-    if part.startswith("_"):
-        return -1
-    assert part in ORDER, f"{module} has no place in the import order"
-    return ORDER.index(part)
+    """Place of the package's module `"trl_drcd.x.y"` in the order: that of the longest line that it begins with."""
+    parts = module.split(".")[1:]
+    lines = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    place = next((line for line in lines if line in ORDER), None)
+    assert place, f"{module} has no place in the import order"
+    return ORDER.index(place)
 
 
 def module_name(file: Path) -> str:
@@ -67,7 +80,7 @@ def violations(source: str, module: str, package: str) -> list[str]:
     for line, name in imports(ast.parse(source), package):
         root, *rest = name.split(".")
         if root in OPTIONAL:
-            found.append(f"{module}:{line} imports {root}: use trl_drcd._extras.require where it is needed")
+            found.append(f"{module}:{line} imports {root}: use trl_drcd.compat.extras.require where it is needed")
         elif root in FOREIGN:
             found.append(f"{module}:{line} imports {root}, which the library must not know")
         elif root == "trl_drcd" and rest:
@@ -90,12 +103,12 @@ def test_imports_go_one_way(file):
     ("statement", "module", "package"),
     [
         ("from trl_drcd.trainer import X", "trl_drcd.losses", "trl_drcd"),
-        ("from trl_drcd import codecs", "trl_drcd.guidance", "trl_drcd"),
+        ("from trl_drcd import audio", "trl_drcd.guidance", "trl_drcd"),
         ("from trl_drcd import DiversityReward", "trl_drcd.guidance", "trl_drcd"),
-        ("from . import config", "trl_drcd.codecs", "trl_drcd"),
+        ("from . import config", "trl_drcd.audio.codecs", "trl_drcd"),
         ("from ..cli import main", "trl_drcd.policies.causal_lm", "trl_drcd.policies"),
         ("def f():\n    import trl_drcd.cli", "trl_drcd.evaluation.plots", "trl_drcd.evaluation"),
-        ("import trl_drcd.guidance", "trl_drcd._extras", "trl_drcd"),
+        ("import trl_drcd.guidance", "trl_drcd.compat.extras", "trl_drcd"),
         ("import matplotlib.pyplot as plt", "trl_drcd.evaluation.plots", "trl_drcd.evaluation"),
         ("from mergekit.merge import run_merge", "trl_drcd.merging", "trl_drcd"),
     ],

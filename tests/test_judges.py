@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from trl_drcd.evaluation import PreferenceModel, TextAudioJudge
-from trl_drcd.evaluation.judges import bradley_terry_loss
+from trl_drcd.audio import PreferenceModel, TextAudioJudge
+from trl_drcd.audio.judges import bradley_terry_loss
 
 RATE = 16000
 LABELS = {"instrument": ["flute", "piano", "violin"], "tempo": ["slow", "fast"]}

@@ -28,8 +28,7 @@ from transformers import (
 from trl import RLOOTrainer
 
 from trl_drcd import CFGDistillDiversityTrainer
-from trl_drcd._faults.poison import BadBatchError
-from trl_drcd.codecs import CodebookCodec, delay, is_coded, undelay
+from trl_drcd.audio.codecs import CodebookCodec, delay, is_coded, undelay
 from trl_drcd.diversity import diversity_advantages
 from trl_drcd.evaluation.metrics import teacher_terms
 from trl_drcd.evaluation.sampling import sample_prompts
@@ -37,6 +36,7 @@ from trl_drcd.guidance import guide_logits, left_pad
 from trl_drcd.losses import reverse_kl
 from trl_drcd.policies import MusicgenPolicy, policy_class, policy_for
 from trl_drcd.policies.musicgen import LORA_TARGETS
+from trl_drcd.reliability.batches import BadBatchError
 
 BOOKS, SIZE, STEPS = 3, 8, 9
 PROMPTS = ["a slow tune for flute", "fast drum", "harp", "a fast tune for harp"]

@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from trl import RLOOConfig, RLOOTrainer
 
 from tests.conftest import make_model
-from trl_drcd.evaluation.reward_models import RewardModel, cross_encoder
+from trl_drcd.text.reward_models import RewardModel, cross_encoder
 
 CHAT_TEMPLATE = "{% for turn in messages %}{{ turn['role'] }} {{ turn['content'] }} {% endfor %}"
 

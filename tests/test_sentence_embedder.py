@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from trl_drcd import DiversityReward
-from trl_drcd.embedders import SentenceEmbedder
+from trl_drcd.text import SentenceEmbedder
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 WORDS = ["the", "moon", "is", "a", "jar", "of", "light", "and", "dust", "over", "old", "roofs"]

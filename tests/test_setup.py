@@ -14,10 +14,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import trl_drcd
-from trl_drcd._extras import require
+from trl_drcd.compat.extras import require
 
 ROOT = Path(__file__).parents[1]
-FIX = ROOT / "trl_drcd" / "_torchaudio.py"
+FIX = ROOT / "trl_drcd" / "compat" / "torchaudio_wheel.py"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -77,9 +77,9 @@ def test_torchaudio_of_another_cuda_is_refused_and_not_touched(tmp_path):
 
 
 def test_missing_torchaudio_is_accepted(monkeypatch):
-    monkeypatch.setattr("trl_drcd._torchaudio._package_dir", lambda name: None)
-    trl_drcd._torchaudio.check_torchaudio()
-    assert trl_drcd._torchaudio.remove_cuda_extensions() == []
+    monkeypatch.setattr("trl_drcd.compat.torchaudio_wheel._package_dir", lambda name: None)
+    trl_drcd.compat.torchaudio_wheel.check_torchaudio()
+    assert trl_drcd.compat.torchaudio_wheel.remove_cuda_extensions() == []
 
 
 def test_the_remedy_named_for_another_cuda_is_what_the_package_requires():

@@ -7,7 +7,7 @@ The public names are imported on first use, so that `import trl_drcd` costs no i
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from trl_drcd._torchaudio import check_torchaudio
+from trl_drcd.compat.torchaudio_wheel import check_torchaudio
 
 if TYPE_CHECKING:
     from trl_drcd.config import CFGDistillDiversityConfig

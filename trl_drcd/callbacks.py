@@ -1,7 +1,10 @@
-"""What a training run shows besides numbers: samples of fixed prompts, as audio or text, in the logging backends."""
+"""Callbacks of a training run: samples of fixed prompts in the logging backends, a log file, a deadline."""
 
 from __future__ import annotations
 
+import json
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from trl import RLOOTrainer
 
-from ._files import distinct_names
+from trl_drcd.files import distinct_names, write_text
 
 
 class SampleCallback(TrainerCallback):
@@ -81,3 +84,33 @@ def _first_prompts(trainer: RLOOTrainer, count: int = 2) -> list:
         dataset = next(iter(dataset.values()))
     rows = iter(dataset)
     return [row["prompt"] for row, _ in zip(rows, range(count), strict=False)]
+
+
+class LogFile(TrainerCallback):
+    """Keeps `log.jsonl` in the output folder up to date: one JSON object per entry of the log."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:  # what a resumed run knows of; lines after its checkpoint come again
+            write_text(self._file(args), "".join(map(self._line, state.log_history)))
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            with self._file(args).open("a") as file:
+                file.write(self._line(state.log_history[-1]))
+
+    def _file(self, args: Any) -> Path:
+        return Path(args.output_dir) / "log.jsonl"
+
+    def _line(self, entry: dict[str, Any]) -> str:
+        return json.dumps(entry, default=float) + "\n"
+
+
+class Deadline(TrainerCallback):
+    """Ends training after so many minutes, with the step that is under way."""
+
+    def __init__(self, minutes: float):
+        self.end = time.monotonic() + 60 * minutes
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if time.monotonic() > self.end:
+            control.should_training_stop = True

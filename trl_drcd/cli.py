@@ -1,9 +1,9 @@
 """
 The command line.
 
-    trl-drcd train music --config recipes/musiclm_diversity.yaml
+    trl-drcd train music --config recipes/music/musiclm_diversity.yaml
     trl-drcd merge --quality QUALITY --diversity DIVERSITY --interpolation_weight 0.5 --out MERGED
-    trl-drcd evaluate --config recipes/evaluate_music.yaml
+    trl-drcd evaluate --config recipes/music/evaluate_music.yaml
     trl-drcd COMMAND --help
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ._inputs.arguments import check_types, one_line_errors, parse
+from trl_drcd.validation.arguments import check_types, one_line_errors, parse
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TRAINERS = {"music": "musiclm_drcd.py", "text": "text_drcd.py"}
@@ -129,11 +129,11 @@ def evaluate(argv: list[str]) -> None:
     """
     Sample and judge strategies (models, guidance, temperatures, interpolations) on held-out prompts: results.jsonl, a
     summary, plots and a page under `--output_dir`. `strategies` are listed in the YAML file of `--config`; see
-    recipes/evaluate_music.yaml. What is in results.jsonl already is not done again.
+    recipes/music/evaluate_music.yaml. What is in results.jsonl already is not done again.
     """
     from trl import TrlParser
 
-    from trl_drcd._memory import keep_freed_memory
+    from trl_drcd.compat.glibc import keep_freed_memory
     from trl_drcd.evaluation.grid import EvaluateArguments
     from trl_drcd.evaluation.grid import evaluate as run
 

@@ -11,7 +11,7 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import RLOOConfig
 
-from ._inputs.arguments import check_types, shown
+from trl_drcd.validation.arguments import check_types, shown
 
 # Fields of `generation_kwargs` that leave the sampled distribution as it is
 _HARMLESS_GENERATION_KWARGS = frozenset({"cache_implementation", "cache_config", "compile_config", "disable_compile"})

@@ -13,8 +13,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 
-from ._faults.poison import about_rows, raise_together
-from ._faults.processes import doing
+from trl_drcd.reliability.batches import about_rows, raise_together
+from trl_drcd.reliability.processes import doing
 
 
 def _without_direction(embeddings: torch.Tensor) -> torch.Tensor:
@@ -115,6 +115,17 @@ def diversity_advantages(embeddings: torch.Tensor, num_generations: int) -> torc
     else:
         baseline = torch.zeros_like(reward)
     return (reward - baseline).flatten()
+
+
+class Embedder(Protocol):
+    """
+    E of Eq. (3) of https://huggingface.co/papers/2410.06084: called with a list, returns one vector per item.
+
+    The items are strings for text, and `(waveform, sampling_rate)` pairs for audio (waveform float, 1-D; rate in Hz).
+    The vectors have shape `(len(inputs), D)`, are finite, have a length above 0, and need not be normalised.
+    """
+
+    def __call__(self, inputs: list[Any], /) -> torch.Tensor: ...
 
 
 class AudioDecoder(Protocol):

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import torch
 
-from ._head import Head, TokenTerms, TokenTermsFunction, WeightedTerms, WeightedTermsFunction
-from .guidance import guide_hidden_states, guide_logits
+from trl_drcd.guidance import guide_hidden_states, guide_logits
+from trl_drcd.heads import Head, TokenTerms, TokenTermsFunction, WeightedTerms, WeightedTermsFunction
 
 # Logits of this many tokens x vocabulary entries exist at one time: 2**24 float32 are 64 MiB a buffer
 LOGITS_PER_CHUNK = 2**24

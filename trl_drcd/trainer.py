@@ -22,11 +22,24 @@ from trl.models import unwrap_model_for_generation
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import get_config_model_id, use_adapter
 
-from ._faults.guard import GuardedRLOOTrainer
-from ._monitor import GradientNorms, RunningMeans, Stopwatch
-from ._sharding import check_sharding, frozen_copy, shard, whole_heads, whole_weights
-from .callbacks import SampleCallback
-from .checks import (
+from trl_drcd.callbacks import SampleCallback
+from trl_drcd.config import CFGDistillDiversityConfig
+from trl_drcd.distributed import check_sharding, frozen_copy, shard, whole_heads, whole_weights
+from trl_drcd.diversity import DiversityReward, diversity_advantages, group_diversity
+from trl_drcd.guidance import ancestral_generation_config, left_pad
+from trl_drcd.losses import (
+    TokenTerms,
+    WeightedTerms,
+    guided_logits,
+    policy_gradient_loss,
+    sum_per_sequence,
+    token_terms,
+    weighted_terms,
+)
+from trl_drcd.monitoring import GradientNorms, RunningMeans, Stopwatch
+from trl_drcd.policies import Policy, policy_class
+from trl_drcd.reliability.guard import GuardedRLOOTrainer
+from trl_drcd.validation.training import (
     check_adapter,
     check_codec,
     check_datasets,
@@ -40,19 +53,6 @@ from .checks import (
     check_rollout_size,
     check_vocabulary,
 )
-from .config import CFGDistillDiversityConfig
-from .diversity import DiversityReward, diversity_advantages, group_diversity
-from .guidance import ancestral_generation_config, left_pad
-from .losses import (
-    TokenTerms,
-    WeightedTerms,
-    guided_logits,
-    policy_gradient_loss,
-    sum_per_sequence,
-    token_terms,
-    weighted_terms,
-)
-from .policies import Policy, policy_class
 
 logger = get_logger(__name__)
 

@@ -19,8 +19,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer
-from trl_drcd.codecs import SpectralCodec
-from trl_drcd.embedders import MusicEmbedder
+from trl_drcd.audio import MusicEmbedder
+from trl_drcd.audio.codecs import SpectralCodec
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 

@@ -5,7 +5,7 @@ from typing import Any
 from bad_world import Bad
 from datasets import Dataset
 
-from trl_drcd._run import load_prompts
+from trl_drcd.prompts import load_prompts
 
 
 def rows(name: str, columns: dict[str, list], value: str, remedy: str, argument: str = "`train_dataset`", **more: Any):

@@ -5,7 +5,7 @@ from typing import Any
 
 from bad_world import Bad
 
-from trl_drcd.evaluation import TextAudioJudge
+from trl_drcd.audio import TextAudioJudge
 
 BASE = {"name": "base"}
 

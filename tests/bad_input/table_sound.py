@@ -9,9 +9,10 @@ import torch
 from accelerate.state import AcceleratorState
 from bad_world import Bad
 
-from trl_drcd.codecs import SpectralCodec
+from trl_drcd.audio import MusicEmbedder
+from trl_drcd.audio.codecs import SpectralCodec
 from trl_drcd.diversity import DiversityReward, group_diversity
-from trl_drcd.embedders import MusicEmbedder, SentenceEmbedder
+from trl_drcd.text import SentenceEmbedder
 
 
 def codec(name: str, change: Any, value: str, remedy: str, error: type[BaseException] = ValueError) -> Bad:
@@ -46,7 +47,7 @@ def returns(name: str, output: Any, value: str, remedy: str, error: type[BaseExc
 
 
 def recordings(name: str, make: Any, error: type[BaseException], value: str, remedy: str) -> Bad:
-    """What recipes/train_embedder.py is to train on."""
+    """What recipes/music/train_embedder.py is to train on."""
 
     def act(world: Any, tmp: Path) -> None:
         import train_embedder

@@ -18,11 +18,12 @@ from bad_world import Bomb, World
 from datasets import Dataset
 from huggingface_hub import ModelCard
 
-from trl_drcd._inputs.models import check_model
-from trl_drcd._run import markdown_table, model_card
 from trl_drcd.evaluation.plots import front_plot, save
 from trl_drcd.evaluation.report import comparison_page
 from trl_drcd.evaluation.strategies import expand
+from trl_drcd.evaluation.tables import markdown_table
+from trl_drcd.launch.cards import model_card
+from trl_drcd.validation.models import check_model
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(file for part in ("trl_drcd", "recipes", "benchmarks") for file in (ROOT / part).rglob("*.py"))

@@ -13,7 +13,7 @@ from test_musicgen import make_musicgen, make_t5_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer
-from trl_drcd.codecs import delay
+from trl_drcd.audio.codecs import delay
 from trl_drcd.policies.musicgen import LORA_TARGETS
 
 PROMPTS = ["a slow tune for flute", "fast drum", "harp", "a fast tune for harp", "slow drum"]

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from worlds import WORLDS, make_trainer, weights
 
 from trl_drcd import CFGDistillDiversityTrainer
-from trl_drcd._faults.checkpoints import STAGING, checkpoints, why_incomplete
+from trl_drcd.reliability.checkpoints import STAGING, checkpoints, why_incomplete
 
 # What a run tells of itself: a letter as the method begins, a letter as it ends; and "." as training begins
 SPOKEN = {

@@ -25,8 +25,8 @@ import torch
 from transformers import TrainerCallback
 from worlds import make_trainer
 
-from trl_drcd._faults.checkpoints import checkpoints
-from trl_drcd._run import LogFile
+from trl_drcd.callbacks import LogFile
+from trl_drcd.reliability.checkpoints import checkpoints
 
 MIB = 2**20
 

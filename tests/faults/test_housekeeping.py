@@ -6,7 +6,7 @@ import pytest
 from memory import main
 from worlds import make_trainer
 
-from trl_drcd._run import LogFile
+from trl_drcd.callbacks import LogFile
 
 SHORT = {"num_iterations": 1, "eval_strategy": "no", "save_steps": 2, "max_completion_length": 4}
 
@@ -17,7 +17,7 @@ def lines(folder):
 
 def test_the_log_grows_by_its_entries_and_goes_on_after_a_crash(tmp_path, monkeypatch):
     rewritten = []
-    monkeypatch.setattr("trl_drcd._run.write_text", lambda path, text: rewritten.append(path.write_text(text)))
+    monkeypatch.setattr("trl_drcd.?.write_text", lambda path, text: rewritten.append(path.write_text(text)))
     trainer = make_trainer("text", tmp_path, callbacks=[LogFile()], max_steps=3, **SHORT)
     trainer.train()
     assert [entry["step"] for entry in lines(tmp_path)] == [1, 2, 3, 3]

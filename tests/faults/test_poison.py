@@ -9,9 +9,9 @@ from transformers import TrainerCallback
 from worlds import bag_of_words, make_trainer, weights
 
 from trl_drcd import CFGDistillDiversityConfig, DiversityReward
-from trl_drcd._faults.checkpoints import checkpoints, why_incomplete
-from trl_drcd._faults.guard import LEFT_OUT_IN_A_ROW
-from trl_drcd._faults.poison import BadBatchError
+from trl_drcd.reliability.batches import BadBatchError
+from trl_drcd.reliability.checkpoints import checkpoints, why_incomplete
+from trl_drcd.reliability.guard import LEFT_OUT_IN_A_ROW
 
 SHORT = {
     "max_steps": 4, "num_iterations": 1, "eval_strategy": "no", "save_steps": 100, "max_completion_length": 4,

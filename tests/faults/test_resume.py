@@ -14,8 +14,8 @@ from datasets import Dataset
 from trl.trainer.utils import RepeatSampler
 from worlds import PROMPTS, make_trainer, weights
 
-from trl_drcd._faults.checkpoints import MANIFEST, STAGING, checkpoints, why_incomplete
-from trl_drcd._faults.resume import EpochSampler
+from trl_drcd.reliability.checkpoints import MANIFEST, STAGING, checkpoints, why_incomplete
+from trl_drcd.reliability.resume import EpochSampler
 
 SCRIPT = Path(__file__).with_name("kill_and_resume.py")
 

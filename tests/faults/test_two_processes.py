@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_drcd._faults.checkpoints import checkpoints, find_checkpoint, why_incomplete
+from trl_drcd.reliability.checkpoints import checkpoints, find_checkpoint, why_incomplete
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 DDP = Path(__file__).parents[2] / "recipes" / "accelerate" / "ddp.yaml"
@@ -37,7 +37,7 @@ def test_what_one_process_finds_stops_both_with_a_checkpoint(tmp_path):
         "After 2 updates: the embedder raised TimeoutError: the embedding service does not answer. The state before"
     )
     for rank in (0, 1):
-        assert f"[rank{rank}]: trl_drcd._faults.poison.BadBatchError: {message}" in printed
+        assert f"[rank{rank}]: trl_drcd.reliability.batches.BadBatchError: {message}" in printed
     assert find_checkpoint(True, tmp_path) == str(tmp_path / "checkpoint-2")
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {file.name for file in (tmp_path / "checkpoint-2").iterdir()}
 

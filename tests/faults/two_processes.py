@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from worlds import bag_of_words, make_trainer
 
-from trl_drcd._faults.checkpoints import checkpoints
+from trl_drcd.reliability.checkpoints import checkpoints
 
 
 def main(fault: str, output: Path) -> None:

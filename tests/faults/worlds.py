@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer
-from trl_drcd.codecs import SpectralCodec
-from trl_drcd.embedders import MusicEmbedder
+from trl_drcd.audio import MusicEmbedder
+from trl_drcd.audio.codecs import SpectralCodec
 
 WORLDS = ("text", "text_lora", "music", "music_lora")
 PROMPTS = ["a slow tune", "a fast tune", "a tune", "slow", "fast tune", "a slow fast tune", "fast"]

@@ -14,7 +14,7 @@ from merge_worlds import assert_equal_bits, assert_lerp, small_musicgen, tensors
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, pipeline
 
-from trl_drcd.codecs import SpectralCodec
+from trl_drcd.audio.codecs import SpectralCodec
 from trl_drcd.merging import checkpoints, interpolate_checkpoints
 from trl_drcd.merging.blend import blend, check_weights
 from trl_drcd.merging.verify import check_that_it_generates

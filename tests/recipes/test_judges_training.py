@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("sklearn")
 FOLDER = Path(__file__).parents[2] / "recipes" / "tiny_music"
-sys.path.append(str(FOLDER))
+sys.path.append(str(FOLDER / "build"))
 
 import measure_embedder  # noqa: E402
 import train_judge  # noqa: E402

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "tiny_music"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "tiny_music" / "build"))
 pytest.importorskip("tqdm")
 
 import gate

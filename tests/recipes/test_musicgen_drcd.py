@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 import musiclm_drcd
 
-from trl_drcd.embedders import MusicEmbedder
+from trl_drcd.audio import MusicEmbedder
 from trl_drcd.policies.musicgen import LORA_TARGETS
 
 

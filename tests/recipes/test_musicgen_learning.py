@@ -18,19 +18,19 @@ from datasets import Dataset
 from test_trainer import settings
 from transformers import AutoModelForCausalLM, AutoTokenizer, EncodecConfig
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "tiny_music"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "tiny_music" / "build"))
 
 from tokenizer import build_t5_tokenizer
 from train_musicgen import build_musicgen, code_loss
 
 from trl_drcd import CFGDistillDiversityTrainer
-from trl_drcd._run import distinct, load_prompts
-from trl_drcd.codecs import SpectralCodec, delay, undelay
-from trl_drcd.embedders import MusicEmbedder
+from trl_drcd.audio import MusicEmbedder
+from trl_drcd.audio.codecs import SpectralCodec, delay, undelay
 from trl_drcd.evaluation.metrics import diversity_within_prompts, teacher_terms
 from trl_drcd.evaluation.sampling import sample_prompts
 from trl_drcd.guidance import left_pad
 from trl_drcd.policies import MusicgenPolicy
+from trl_drcd.prompts import distinct, load_prompts
 
 pytestmark = pytest.mark.slow
 TINY_MUSIC = Path(__file__).parents[2] / "recipes" / "tiny_music"

@@ -19,10 +19,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 import musiclm_drcd
 
-from trl_drcd._faults.checkpoints import find_checkpoint
-from trl_drcd._run import Deadline, load_prompts
-from trl_drcd.codecs import SpectralCodec
-from trl_drcd.embedders import MusicEmbedder
+from trl_drcd.audio import MusicEmbedder
+from trl_drcd.audio.codecs import SpectralCodec
+from trl_drcd.callbacks import Deadline
+from trl_drcd.prompts import load_prompts
+from trl_drcd.reliability.checkpoints import find_checkpoint
 
 PROMPTS = ["a slow tune", "a fast tune", "a tune", "slow", "fast tune", "a slow fast tune"]
 

@@ -10,7 +10,7 @@ from trl_drcd.evaluation.points import read_results
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results" / "music" / "results.jsonl"
-BATCH = 64  # of recipes/evaluate_music.yaml
+BATCH = 64  # of recipes/music/evaluate_music.yaml
 
 
 @pytest.mark.slow
@@ -25,7 +25,7 @@ def test_a_row_comes_back_within_its_interval(name, tmp_path, monkeypatch):
         "output_dir": tmp_path, "batch_size": BATCH, "omega": committed["omega"],
     }  # fmt: skip
     flags = [word for name, value in words.items() for word in (f"--{name}", str(value))]
-    cli.main(["evaluate", "--config", "recipes/evaluate_music.yaml", "--only", name, *flags])
+    cli.main(["evaluate", "--config", "recipes/music/evaluate_music.yaml", "--only", name, *flags])
     (line,) = read_results(tmp_path / "results.jsonl")
     for metric, values in committed["per_prompt"].items():
         interval = bootstrap_interval(values[:prompts])

@@ -10,11 +10,11 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import text_drcd
-from trl_drcd._run import load_prompts
 from trl_drcd.policies import CausalLMPolicy
+from trl_drcd.prompts import load_prompts
 
 ROOT = Path(__file__).parents[2]
-PROMPTS = ROOT / "recipes" / "text_prompts"
+PROMPTS = ROOT / "recipes" / "text" / "prompts"
 CHAT = [[{"role": "user", "content": text}] for text in ("a slow tune", "fast drum", "harp for a flute", "tune")]
 
 COMMON = {"a", "an", "and", "the", "of", "in", "on", "to", "for", "that", "who", "is", "with", "from", "about"} | {
@@ -101,7 +101,7 @@ def test_three_steps_on_smollm2(smollm2, tmp_path, monkeypatch):
         "save_strategy": "no", "report_to": "none",
     }  # fmt: skip
     words = [word for name, value in changed.items() for word in (f"--{name}", str(value))]
-    text_drcd.main(["--config", "recipes/text_smollm2.yaml", *words])
+    text_drcd.main(["--config", "recipes/text/text_smollm2.yaml", *words])
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     steps = [entry for entry in log if "kl" in entry]
     assert [entry["diversity_coef"] for entry in steps] == [0, 10, 20]
@@ -120,7 +120,7 @@ def test_three_steps_on_smollm2(smollm2, tmp_path, monkeypatch):
         ({"dataset": "none.jsonl"}, "`dataset=none.jsonl` is no file"),
         ({"diversity_coef": 1}, "`diversity_coef=1.0` needs `embedder`"),
         ({"model_name_or_path": "./none"}, "`model_name_or_path=./none` is no folder"),
-        ({"model_name_or_path": "outputs/smollm2"}, "Run: python recipes/get_smollm2.py"),
+        ({"model_name_or_path": "outputs/smollm2"}, "Run: python recipes/text/get_smollm2.py"),
         ({"eval_strategy": "steps"}, "`eval_strategy=steps` needs `eval_dataset`"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "tiny_music"
-sys.path.append(str(FOLDER))
+sys.path.append(str(FOLDER / "build"))
 
 import captions  # noqa: E402
 import prompts  # noqa: E402
@@ -181,8 +181,7 @@ def test_off_turn_penalty_knows_whose_turn_it_is():
 
 
 def test_shipped_models_are_safe_small_and_load():
-    from trl_drcd.embedders import MusicDescriptors, MusicEmbedder
-    from trl_drcd.evaluation import PreferenceModel, TextAudioJudge
+    from trl_drcd.audio import MusicDescriptors, MusicEmbedder, PreferenceModel, TextAudioJudge
 
     models = FOLDER / "models"
     weights = [file for file in models.rglob("*") if file.suffix in {".safetensors", ".bin", ".pt", ".pkl", ".npy"}]

@@ -10,12 +10,12 @@ import torch
 
 pytest.importorskip("pytorch_metric_learning")
 soundfile = pytest.importorskip("soundfile")
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "music"))
 
 import embedder_data  # noqa: E402
 import train_embedder  # noqa: E402
 
-from trl_drcd.embedders import MusicEmbedder  # noqa: E402
+from trl_drcd.audio import MusicEmbedder  # noqa: E402
 
 RATE = 16000
 

@@ -4,21 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trl_drcd.evaluation.clap import ClapJudge
     from trl_drcd.evaluation.fronts import hypervolume, pareto_front
-    from trl_drcd.evaluation.judges import PreferenceModel, TextAudioJudge
-    from trl_drcd.evaluation.reward_models import RewardModel
 
-__all__ = ["ClapJudge", "PreferenceModel", "RewardModel", "TextAudioJudge", "hypervolume", "pareto_front"]
+__all__ = ["hypervolume", "pareto_front"]
 
-_MODULES = {
-    "ClapJudge": "clap",
-    "PreferenceModel": "judges",
-    "RewardModel": "reward_models",
-    "TextAudioJudge": "judges",
-    "hypervolume": "fronts",
-    "pareto_front": "fronts",
-}
+_MODULES = {"hypervolume": "fronts", "pareto_front": "fronts"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,14 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trl_drcd._inputs.arguments import blaming, check_types, shown
-from trl_drcd._inputs.models import check_model, check_on_hub, is_hub_name, open_safetensors, read_json, weight_files
-from trl_drcd.codecs import SpectralCodec
+from trl_drcd.audio.codecs import SpectralCodec
+from trl_drcd.evaluation.frechet import Reference
+from trl_drcd.evaluation.records import content_digest
+from trl_drcd.evaluation.strategies import Row, is_adapter
 from trl_drcd.merging.adapters import BASE
-
-from .frechet import Reference
-from .records import content_digest
-from .strategies import Row, is_adapter
+from trl_drcd.validation.arguments import blaming, check_types, shown
+from trl_drcd.validation.models import (
+    check_model,
+    check_on_hub,
+    is_hub_name,
+    open_safetensors,
+    read_json,
+    weight_files,
+)
 
 EMBED_SOUND = {"MusicEmbedder", "MusicDescriptors"}
 HEAR = EMBED_SOUND | {"TextAudioJudge"}

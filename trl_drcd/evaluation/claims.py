@@ -13,10 +13,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .fronts import above_diagonal, curve_difference, front_difference
-from .metrics import interval_of
-from .points import USUAL_TEMPERATURE, Line, correlation, draws_of, is_base, is_trained, lambda_sweeps
-from .tables import formatted, verdict
+from trl_drcd.evaluation.fronts import above_diagonal, curve_difference, front_difference
+from trl_drcd.evaluation.metrics import interval_of
+from trl_drcd.evaluation.points import (
+    USUAL_TEMPERATURE,
+    Line,
+    correlation,
+    draws_of,
+    is_base,
+    is_trained,
+    lambda_sweeps,
+)
+from trl_drcd.evaluation.tables import formatted, verdict
 
 Interval = dict[str, float]
 # "As much as" allows for so much of what guidance itself changes

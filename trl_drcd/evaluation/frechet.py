@@ -13,11 +13,10 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from trl_drcd._files import write_bytes
-from trl_drcd._inputs.arguments import blaming
-from trl_drcd._inputs.models import open_safetensors
-
-from .metrics import bootstrap_draws
+from trl_drcd.evaluation.metrics import bootstrap_draws
+from trl_drcd.files import write_bytes
+from trl_drcd.validation.arguments import blaming
+from trl_drcd.validation.models import open_safetensors
 
 
 def frechet_distance(
@@ -89,7 +88,7 @@ class Reference:
             ValueError: If it was made with another judge, or with other weights of it.
         """
         if not Path(file).is_file():
-            raise FileNotFoundError(f"`reference={file}` is no file; recipes/tiny_music/reference.py writes one")
+            raise FileNotFoundError(f"`reference={file}` is no file; recipes/tiny_music/build/reference.py writes one")
         with blaming("reference"):
             open_safetensors(Path(file))
         with safe_open(file, "numpy") as content:
@@ -97,7 +96,7 @@ class Reference:
             if about.get("judge") != judge:
                 raise ValueError(
                     f"`reference={file}` was made with the judge {about.get('judge')}, `judge` is {judge}; make it "
-                    "anew, e.g. with recipes/tiny_music/reference.py"
+                    "anew, e.g. with recipes/tiny_music/build/reference.py"
                 )
             mean, covariance = (content.get_tensor(name).astype(np.float64) for name in ("mean", "covariance"))
         return cls(mean, covariance, int(about["clips"]), about["judge"])

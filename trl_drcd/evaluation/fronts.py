@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .metrics import interval_of
+from trl_drcd.evaluation.metrics import interval_of
 
 
 def _checked(points: np.ndarray) -> np.ndarray:

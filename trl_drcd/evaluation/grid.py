@@ -19,19 +19,15 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from trl_drcd._memory import keep_freed_memory
-from trl_drcd._run import distinct, load_prompts, local_name
-from trl_drcd.codecs import SpectralCodec
-from trl_drcd.merging.adapters import BASE
-from trl_drcd.policies import policy_for
-
-from .checks import check_ends, check_parts, check_settings
-from .information import forward_information, prompt_information
-from .judging import Judges, judge_samples
-from .metrics import bootstrap_interval, per_prompt, teacher_terms
-from .overview import write_report
-from .points import with_quality
-from .records import (
+from trl_drcd.audio.codecs import SpectralCodec
+from trl_drcd.compat.glibc import keep_freed_memory
+from trl_drcd.evaluation.checks import check_ends, check_parts, check_settings
+from trl_drcd.evaluation.information import forward_information, prompt_information
+from trl_drcd.evaluation.judging import Judges, judge_samples
+from trl_drcd.evaluation.metrics import bootstrap_interval, per_prompt, teacher_terms
+from trl_drcd.evaluation.overview import write_report
+from trl_drcd.evaluation.points import with_quality
+from trl_drcd.evaluation.records import (
     append_line,
     content_digest,
     keep_samples,
@@ -41,9 +37,13 @@ from .records import (
     settings_digest,
     write_lines,
 )
-from .reward_models import question_of
-from .sampling import Samples, sample_prompts
-from .strategies import Models, Row, expand
+from trl_drcd.evaluation.sampling import Samples, sample_prompts
+from trl_drcd.evaluation.strategies import Models, Row, expand
+from trl_drcd.files import local_name
+from trl_drcd.merging.adapters import BASE
+from trl_drcd.policies import policy_for
+from trl_drcd.prompts import distinct, load_prompts
+from trl_drcd.text.reward_models import question_of
 
 
 @dataclass

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from trl_drcd.evaluation.metrics import completion_logits, right_pad
+from trl_drcd.evaluation.sampling import Samples, tokenize_prompts
 from trl_drcd.guidance import left_pad
 from trl_drcd.losses import LOGITS_PER_CHUNK, sum_per_sequence
 from trl_drcd.policies import CausalLMPolicy, policy_for
-
-from .metrics import completion_logits, right_pad
-from .sampling import Samples, tokenize_prompts
 
 # A plain document, so that any causal LM reads it, with or without a chat template
 FRAME = "Text: {completion}\n\nThis text was written for the request: "

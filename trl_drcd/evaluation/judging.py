@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from .frechet import Reference, frechet_to_reference
-from .metrics import diversity_between_prompts, diversity_within_prompts, per_prompt
-from .records import content_digest
-from .reward_models import RewardModel, cross_encoder, question_of
-from .sampling import Samples
+from trl_drcd.evaluation.frechet import Reference, frechet_to_reference
+from trl_drcd.evaluation.metrics import diversity_between_prompts, diversity_within_prompts, per_prompt
+from trl_drcd.evaluation.records import content_digest
+from trl_drcd.evaluation.sampling import Samples
+from trl_drcd.text.reward_models import RewardModel, cross_encoder, question_of
 
 Embed = Callable[[list[Any]], torch.Tensor]
 
@@ -69,7 +69,7 @@ class Judges:
                 raise ValueError(f"`reference={args.reference}` needs a `judge` of audio, got {args.judge}")
             judges.reference = Reference.load(args.reference, content_digest(args.judge))
         if args.clap:
-            from .clap import ClapJudge
+            from trl_drcd.audio.clap import ClapJudge
 
             judges.adherence["adherence_clap"] = ClapJudge.from_pretrained(args.clap).adherence
         if args.cross_encoder:
@@ -77,7 +77,7 @@ class Judges:
         if args.reward_model:
             judges.rewards["reward_model"] = RewardModel.from_pretrained(args.reward_model)
         if args.preference:
-            from .judges import PreferenceModel
+            from trl_drcd.audio.judges import PreferenceModel
 
             judges.preference = PreferenceModel.from_pretrained(args.preference).preference
         return judges
@@ -106,17 +106,15 @@ def load_embedder(folder: str) -> Any:
     """A `MusicEmbedder`, `MusicDescriptors` or `TextAudioJudge` by what its folder says, else a `SentenceEmbedder`."""
     import json
 
-    from trl_drcd import embedders
-
-    from .judges import TextAudioJudge
+    from trl_drcd import audio, text
 
     config = Path(folder) / "config.json"
     kind = json.loads(config.read_text()).get("model_class") if config.is_file() else None
     if kind == "TextAudioJudge":
-        return TextAudioJudge.from_pretrained(folder)
+        return audio.TextAudioJudge.from_pretrained(folder)
     if kind in ("MusicEmbedder", "MusicDescriptors"):
-        return getattr(embedders, kind).from_pretrained(folder)
-    return embedders.SentenceEmbedder(folder)
+        return getattr(audio, kind).from_pretrained(folder)
+    return text.SentenceEmbedder(folder)
 
 
 def cosine_adherence(embed: Embed) -> Callable[[list[Any], list[Any]], torch.Tensor]:

@@ -16,11 +16,10 @@ import torch
 from tqdm import tqdm
 
 from trl_drcd.diversity import group_diversity
+from trl_drcd.evaluation.sampling import Samples, tokenize_prompts
 from trl_drcd.guidance import left_pad
 from trl_drcd.losses import LOGITS_PER_CHUNK, guided_logits, reverse_kl, sum_per_sequence
 from trl_drcd.policies import Policy, policy_for
-
-from .sampling import Samples, tokenize_prompts
 
 
 def bootstrap_interval(

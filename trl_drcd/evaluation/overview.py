@@ -11,16 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from trl_drcd._files import write_text
-
-from . import plots
-from .claims import claims_table
-from .fronts import above_diagonal, curve_difference, front_difference
-from .metrics import interval_of
-from .points import USUAL_TEMPERATURE, Line, correlation, draws_of, fronts_of, lambda_sweeps, pooled
-from .records import read_samples
-from .report import comparison_markdown, comparison_page
-from .tables import formatted, markdown, verdict
+from trl_drcd.evaluation import plots
+from trl_drcd.evaluation.claims import claims_table
+from trl_drcd.evaluation.fronts import above_diagonal, curve_difference, front_difference
+from trl_drcd.evaluation.metrics import interval_of
+from trl_drcd.evaluation.points import USUAL_TEMPERATURE, Line, correlation, draws_of, fronts_of, lambda_sweeps, pooled
+from trl_drcd.evaluation.records import read_samples
+from trl_drcd.evaluation.report import comparison_markdown, comparison_page
+from trl_drcd.evaluation.tables import formatted, markdown, verdict
+from trl_drcd.files import write_text
 
 # Columns of the table, where they were measured
 TABLE = {

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from trl_drcd._extras import require
-from trl_drcd._files import write_bytes
-
-from .fronts import above_diagonal, pareto_front
-from .metrics import interval_of
-from .points import Line, correlation, draws_of, is_base, lambda_sweeps, sweeps_base
+from trl_drcd.compat.extras import require
+from trl_drcd.evaluation.fronts import above_diagonal, pareto_front
+from trl_drcd.evaluation.metrics import interval_of
+from trl_drcd.evaluation.points import Line, correlation, draws_of, is_base, lambda_sweeps, sweeps_base
+from trl_drcd.files import write_bytes
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; yellow is too light for lines on white
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")

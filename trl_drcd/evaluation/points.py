@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from .metrics import bootstrap_interval, interval_of, resampled_means
-from .records import parse_lines
+from trl_drcd.evaluation.metrics import bootstrap_interval, interval_of, resampled_means
+from trl_drcd.evaluation.records import parse_lines
 
 Line = dict[str, Any]
 # What everything is sampled at unless it says otherwise, as in the paper

@@ -13,9 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from trl_drcd._files import wav_bytes, write_bytes, write_text
-
-from .sampling import Samples
+from trl_drcd.evaluation.sampling import Samples
+from trl_drcd.files import wav_bytes, write_bytes, write_text
 
 # Files of a model's folder that do not change what it computes
 IGNORED = {"report.json", "trainer_state.json", "reference.safetensors"}
@@ -132,7 +131,7 @@ def keep_samples(folder: Path, items: list[Any]) -> None:
 
 def read_samples(folder: Path) -> list[Any]:
     """What [`keep_samples`] wrote."""
-    from trl_drcd._extras import require
+    from trl_drcd.compat.extras import require
 
     items: list[Any] = []
     for path in sorted(folder.glob("[0-9]*")):

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from trl_drcd._extras import require
-from trl_drcd._files import wav_bytes
+from trl_drcd.compat.extras import require
+from trl_drcd.files import wav_bytes
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1500px; padding: 0 1rem; color: #222 }

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from trl_drcd._inputs.arguments import shown
-from trl_drcd._inputs.models import check_adapter_folder, check_model, load_model
 from trl_drcd.merging import hold_checkpoints, set_interpolation_weight
 from trl_drcd.merging.adapters import BASE
 from trl_drcd.merging.blend import check_weights
+from trl_drcd.validation.arguments import shown
+from trl_drcd.validation.models import check_adapter_folder, check_model, load_model
 
 SWEPT = ("guidance_scale", "temperature", "interpolation_weight")
 MAX_NAME, MAX_SWEEP = 100, 1000

@@ -6,10 +6,10 @@ Merging: `(1 - lambda) * theta_q + lambda * theta_d`, Eq. (6) of https://hugging
 to 1.
 """
 
-from .adapters import interpolate_adapters
-from .checkpoints import interpolate_checkpoints
-from .in_memory import hold_checkpoints, set_interpolation_weight
-from .mergekit import merge_with_mergekit
+from trl_drcd.merging.adapters import interpolate_adapters
+from trl_drcd.merging.checkpoints import interpolate_checkpoints
+from trl_drcd.merging.in_memory import hold_checkpoints, set_interpolation_weight
+from trl_drcd.merging.mergekit import merge_with_mergekit
 
 __all__ = [
     "hold_checkpoints",

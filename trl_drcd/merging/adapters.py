@@ -22,13 +22,19 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from trl_drcd._files import write_text
-from trl_drcd._inputs.models import check_model, load_model
-
-from .blend import blend, check_weights
-from .cards import merge_card
-from .folders import check_list, copy_side_files, find_folder, new_folder, recorded_base, warn_of_different_bases
-from .lora import PREFIX, Adapter, check_linear, load_adapter
+from trl_drcd.files import write_text
+from trl_drcd.merging.blend import blend, check_weights
+from trl_drcd.merging.cards import merge_card
+from trl_drcd.merging.folders import (
+    check_list,
+    copy_side_files,
+    find_folder,
+    new_folder,
+    recorded_base,
+    warn_of_different_bases,
+)
+from trl_drcd.merging.lora import PREFIX, Adapter, check_linear, load_adapter
+from trl_drcd.validation.models import check_model, load_model
 
 BASE = "base"
 # Entries of the configurations that hold for an adapter as a whole

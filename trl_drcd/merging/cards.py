@@ -9,9 +9,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from trl_drcd._run import local_name
-
-from .folders import load_card
+from trl_drcd.files import local_name
+from trl_drcd.merging.folders import load_card
 
 PAPER = "https://huggingface.co/papers/2410.06084"
 

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trl_drcd._files import write_text
-
-from .blend import blend, check_weights
-from .cards import merge_card, merge_recipe
-from .folders import check_list, check_same_family, copy_side_files, find_folder, new_folder
-from .safetensors_files import NAMES, Checkpoint, write_checkpoint
-from .verify import check_that_it_generates
+from trl_drcd.files import write_text
+from trl_drcd.merging.blend import blend, check_weights
+from trl_drcd.merging.cards import merge_card, merge_recipe
+from trl_drcd.merging.folders import check_list, check_same_family, copy_side_files, find_folder, new_folder
+from trl_drcd.merging.safetensors_files import NAMES, Checkpoint, write_checkpoint
+from trl_drcd.merging.verify import check_that_it_generates
 
 
 def interpolate_checkpoints(

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
-from .blend import blend, check_weights, two_weights
-from .folders import find_folder
-from .lora import check_linear
-from .safetensors_files import Checkpoint
+from trl_drcd.merging.blend import blend, check_weights, two_weights
+from trl_drcd.merging.folders import find_folder
+from trl_drcd.merging.lora import check_linear
+from trl_drcd.merging.safetensors_files import Checkpoint
 
 ENDS = "_interpolation_ends"
 

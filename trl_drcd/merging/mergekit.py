@@ -10,9 +10,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cards import merge_recipe
-from .checkpoints import merge_folders
-from .safetensors_files import Checkpoint
+from trl_drcd.merging.cards import merge_recipe
+from trl_drcd.merging.checkpoints import merge_folders
+from trl_drcd.merging.safetensors_files import Checkpoint
 
 
 def merge_with_mergekit(

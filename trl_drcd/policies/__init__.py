@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..losses import Head
-from .causal_lm import CausalLMPolicy
-from .musicgen import MusicgenPolicy
+from trl_drcd.losses import Head
+from trl_drcd.policies.causal_lm import CausalLMPolicy
+from trl_drcd.policies.musicgen import MusicgenPolicy
 
 
 class Policy(Protocol):

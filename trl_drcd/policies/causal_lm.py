@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..guidance import generate_guided
-from ..losses import Head
+from trl_drcd.guidance import generate_guided
+from trl_drcd.losses import Head
 
 
 class CausalLMPolicy:

@@ -3,7 +3,7 @@ MusicGen: a T5 encoder, a decoder with `K` heads over delayed codebooks, and the
 
 A completion travels as one list of `S * K` ids: the delayed layout step by step, its `K` codebooks in order, as
 `generate` has it. Codebook `k` begins `k` steps late and ends `K - 1 - k` steps early; there stands the mask id,
-which is `vocab_size`. It is undelayed only in the codec ([`~trl_drcd.codecs.CodebookCodec`]).
+which is `vocab_size`. It is undelayed only in the codec ([`~trl_drcd.audio.codecs.CodebookCodec`]).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from transformers import (
 )
 from trl.trainer.utils import get_config_model_id
 
-from ..codecs import CodebookCodec, is_coded
-from ..guidance import guide_logits, left_pad
-from ..losses import Head
-from .causal_lm import _full
-from .causal_lm import _without_peft as unwrapped
+from trl_drcd.audio.codecs import CodebookCodec, is_coded
+from trl_drcd.guidance import guide_logits, left_pad
+from trl_drcd.losses import Head
+from trl_drcd.policies.causal_lm import _full
+from trl_drcd.policies.causal_lm import _without_peft as unwrapped
 
 # Parts that never train, as attributes of the model. The projection belongs to the conditioning, as in AudioCraft
 FROZEN = ("text_encoder", "audio_encoder", "enc_to_dec_proj")

@@ -1,0 +1,99 @@
+"""CLAP (https://huggingface.co/papers/2211.06687) as a judge, for whoever has a checkpoint of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trl_drcd.audio.front_end import check_waveform
+from trl_drcd.compat.extras import require
+
+
+class ClapJudge:
+    """
+    How well audio fits a caption by a CLAP model of transformers, behind the same calls as [`TextAudioJudge`].
+
+    Called with a list of clips it is an embedder, so it can measure diversity as well. A clip that is longer than the
+    model's window is read as its feature extractor reads it: checkpoints that pick a window at random take their
+    draws from NumPy's global state, which is seeded for each call here.
+
+    Args:
+        model (`ClapModel`): In evaluation mode, on any device.
+        processor (`ClapProcessor`): Its tokenizer and feature extractor.
+        batch_size (`int`, *optional*, defaults to 16): Clips or captions at one time.
+    """
+
+    def __init__(self, model: Any, processor: Any, batch_size: int = 16) -> None:
+        self.model, self.processor, self.batch_size = model, processor, batch_size
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **kwargs: Any) -> ClapJudge:
+        """Load folder or hub name, e.g. `"laion/larger_clap_music"`; weights from safetensors only."""
+        from transformers import ClapModel, ClapProcessor
+
+        model = ClapModel.from_pretrained(name_or_path, use_safetensors=True, **kwargs).eval()
+        return cls(model, ClapProcessor.from_pretrained(name_or_path, **kwargs))
+
+    @torch.no_grad()
+    def embed_text(self, captions: Sequence[str]) -> torch.Tensor:
+        """Embeddings of captions, shape `(N, D)`, each of length 1, on the CPU."""
+        parts = []
+        for start in range(0, len(captions), self.batch_size):
+            part = list(captions[start : start + self.batch_size])
+            inputs = self.processor.tokenizer(part, padding=True, truncation=True, return_tensors="pt")
+            parts.append(_normalised(self.model.get_text_features(**inputs.to(self.model.device))))
+        return torch.cat(parts) if parts else torch.zeros(0, self.model.config.projection_dim)
+
+    @torch.no_grad()
+    def embed_audio(self, audio: Sequence[tuple[Any, int]]) -> torch.Tensor:
+        """Embeddings of clips, shape `(N, D)`, each of length 1, on the CPU; raises as [`adherence`] does."""
+        import numpy as np
+
+        rate, parts = self.processor.feature_extractor.sampling_rate, []
+        waveforms = [self._resampled(check_waveform(wave, r, i), int(r), rate) for i, (wave, r) in enumerate(audio)]
+        state = np.random.get_state()  # noqa: NPY002
+        np.random.seed(0)  # noqa: NPY002
+        for start in range(0, len(waveforms), self.batch_size):
+            part = [waveform.numpy() for waveform in waveforms[start : start + self.batch_size]]
+            inputs = self.processor.feature_extractor(part, sampling_rate=rate, return_tensors="pt")
+            parts.append(_normalised(self.model.get_audio_features(**inputs.to(self.model.device))))
+        np.random.set_state(state)  # noqa: NPY002
+        return torch.cat(parts) if parts else torch.zeros(0, self.model.config.projection_dim)
+
+    __call__ = embed_audio
+
+    def adherence(self, captions: Sequence[str], audio: Sequence[tuple[Any, int]]) -> torch.Tensor:
+        """
+        Cosine of each caption's embedding and its clip's.
+
+        Args:
+            captions (`list[str]`): Length N.
+            audio (`list` of `(waveform, sampling_rate)`): Length N; waveforms 1-D, floating point, of any length.
+
+        Returns:
+            `torch.Tensor`: Shape `(N,)`, in `[-1, 1]`, no unit, on the CPU.
+
+        Raises:
+            TypeError: If samples are not floating-point numbers.
+            ValueError: If the lengths differ, a waveform is not 1-D or not finite, or a rate is not a positive number.
+        """
+        if len(captions) != len(audio):
+            raise ValueError(f"{len(captions)} captions and {len(audio)} clips; expected one caption for each clip")
+        return (self.embed_text(captions) * self.embed_audio(audio)).sum(-1)
+
+    @staticmethod
+    def _resampled(waveform: torch.Tensor, rate: int, wanted: int) -> torch.Tensor:
+        if not waveform.numel():
+            return torch.zeros(wanted // 10)  # an empty clip is a short silence
+        return (
+            waveform if rate == wanted else require("torchaudio.functional", "audio").resample(waveform, rate, wanted)
+        )
+
+
+def _normalised(features: Any) -> torch.Tensor:
+    """Rows of length 1, float32 on the CPU; transformers returns a tensor or an output that holds it."""
+    tensor = features if isinstance(features, torch.Tensor) else features.pooler_output
+    return torch.nn.functional.normalize(tensor.float(), dim=-1).cpu()

@@ -1,0 +1,342 @@
+"""Audio tokens to waveforms: a small closed-form spectral codec, and neural codecs of transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from trl_drcd.validation.models import arguments_of, open_safetensors, read_json
+
+
+class SpectralCodec(nn.Module):
+    """
+    Log-mel spectrogram, residual vector quantisation, and Griffin-Lim back.
+
+    Nothing in it is trained by gradient descent: the codebooks come from residual k-means (see `fit_codebooks`), the
+    magnitudes from the pseudo-inverse of the mel matrix, the phases from a few Griffin-Lim iterations that start from
+    fixed phases. So decoding is deterministic.
+
+    Shapes: `B` clips, `T` samples, `S = T // hop_length` frames, `K` codebooks of `C` entries, `M` mel bands. Frame
+    `s` is centred on sample `s * hop_length`.
+
+    Token ids of a frame-by-frame stream: code `c` of codebook `k` is `first_token_id + k * codebook_size + c`.
+
+    Args:
+        codebooks (`torch.Tensor`):
+            Shape `(K, C, M)`, in nats of mel magnitude.
+        first_token_id (`int`):
+            Token id of code 0 of codebook 0.
+        sampling_rate, n_fft, hop_length (`int`):
+            In Hz, samples and samples.
+        floor (`float`):
+            Magnitude added before the logarithm, so that silence is finite.
+        iterations (`int`):
+            Griffin-Lim iterations of `decode_codes`.
+    """
+
+    codebooks: torch.Tensor
+    mel: torch.Tensor
+    mel_inverse: torch.Tensor
+    window: torch.Tensor
+
+    def __init__(
+        self,
+        codebooks: torch.Tensor,
+        first_token_id: int = 5,
+        sampling_rate: int = 16000,
+        n_fft: int = 2048,
+        hop_length: int = 640,
+        floor: float = 0.05,
+        iterations: int = 8,
+    ):
+        super().__init__()
+        if codebooks.dim() != 3:
+            raise ValueError(f"codebooks has shape {tuple(codebooks.shape)}; it must be (K, C, M)")
+        for name, value in {"sampling_rate": sampling_rate, "n_fft": n_fft, "hop_length": hop_length}.items():
+            if value < 1:
+                raise ValueError(f"the codec has `{name}={value}`; it must be a positive number")
+        self.num_codebooks, self.codebook_size, self.num_mels = codebooks.shape
+        self.first_token_id, self.sampling_rate, self.n_fft = first_token_id, sampling_rate, n_fft
+        self.hop_length, self.floor, self.iterations = hop_length, floor, iterations
+        mel = mel_matrix(n_fft, self.num_mels, sampling_rate)
+        self.register_buffer("codebooks", codebooks.float())
+        self.register_buffer("mel", mel, persistent=False)
+        self.register_buffer("mel_inverse", torch.linalg.pinv(mel), persistent=False)
+        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second."""
+        return self.sampling_rate / self.hop_length
+
+    def log_mel(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Log-mel spectrogram `(B, S, M)` in nats, of a waveform `(T,)` or `(B, T)` of float samples in `[-1, 1]`."""
+        waveform = torch.atleast_2d(waveform).to(self.window)
+        samples, least = waveform.shape[-1], max(self.hop_length, self.n_fft // 2 + 1)
+        if samples < least:
+            raise ValueError(f"waveform has {samples} samples; it needs at least {least}")
+        frames = samples // self.hop_length
+        spectrum = torch.stft(waveform, self.n_fft, self.hop_length, window=self.window, return_complex=True)
+        return (spectrum.abs()[..., :frames].transpose(1, 2) @ self.mel + self.floor).log()
+
+    def quantise(self, log_mel: torch.Tensor) -> torch.Tensor:
+        """Nearest codes `(B, S, K)`, int64, of log-mel frames `(B, S, M)`: a codebook codes what the last one left."""
+        residual, codes = log_mel.reshape(-1, self.num_mels), []
+        for codebook in self.codebooks:
+            codes.append(nearest(residual, codebook))
+            residual = residual - codebook[codes[-1]]
+        return torch.stack(codes, -1).view(*log_mel.shape[:-1], self.num_codebooks)
+
+    def encode(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Codes `(B, S, K)`, int64, of a waveform `(T,)` or `(B, T)`."""
+        return self.quantise(self.log_mel(waveform))
+
+    def decode_log_mel(self, codes: torch.Tensor) -> torch.Tensor:
+        """The quantised log-mel spectrogram `(B, S, M)` of codes `(B, S, K)`: what `decode_codes` renders."""
+        return torch.stack([book[codes[..., k]] for k, book in enumerate(self.codebooks)]).sum(0)
+
+    def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """
+        Waveforms of codes.
+
+        Args:
+            codes (`torch.Tensor`): Shape `(B, S, K)`, integers in `[0, C)`.
+
+        Returns:
+            `torch.Tensor`: Shape `(B, S * hop_length)`, float32, in `[-1, 1]`.
+
+        Raises:
+            ValueError: If the shape is not `(B, S, K)`, or a code is out of range.
+        """
+        if codes.dim() != 3 or codes.shape[-1] != self.num_codebooks or codes.shape[1] < 1:
+            raise ValueError(f"codes has shape {tuple(codes.shape)}; it must be (B, S >= 1, {self.num_codebooks})")
+        if codes.min() < 0 or codes.max() >= self.codebook_size:
+            raise ValueError(f"codes holds {codes.min()}..{codes.max()}; codes are 0..{self.codebook_size - 1}")
+        mel = (self.decode_log_mel(codes.to(self.window.device).long()).exp() - self.floor).clamp_min(0)
+        magnitude = (mel @ self.mel_inverse).clamp_min(0).transpose(1, 2)
+        # The frame after the last one is not coded; without it the last hop would be half a window of silence.
+        magnitude = torch.cat([magnitude, magnitude[..., -1:]], -1)
+        # On a CPU, four clips at a time: larger temporaries are mapped anew on each iteration, which doubles the time.
+        size = 4 if magnitude.device.type == "cpu" else max(1, len(magnitude))
+        waveforms = [self._griffin_lim(part, codes.shape[1] * self.hop_length) for part in magnitude.split(size)]
+        return torch.cat(waveforms).clamp(-1, 1)
+
+    def _griffin_lim(self, magnitude: torch.Tensor, length: int) -> torch.Tensor:
+        """Fast Griffin-Lim (Perraudin et al., 2013), from fixed phases, on magnitudes `(B, bins, S + 1)`."""
+        # Each bin turns at its own frequency from one frame to the next: half as many iterations as from white phase.
+        bins, frames = magnitude.shape[1:]
+        start = torch.rand(bins, 1, generator=torch.Generator().manual_seed(0))
+        turns = start + torch.outer(torch.arange(bins), torch.arange(frames)) * (self.hop_length / self.n_fft)
+        angles = (
+            torch.polar(torch.ones_like(turns), 2 * torch.pi * (turns % 1)).to(magnitude.device).expand_as(magnitude)
+        )
+        previous = torch.zeros_like(angles)
+        for _ in range(self.iterations):
+            waveform = self._istft(magnitude * angles, length)
+            rebuilt = torch.stft(
+                waveform, self.n_fft, self.hop_length, window=self.window, pad_mode="constant", return_complex=True
+            )
+            angles = rebuilt - previous * (0.99 / 1.99)
+            angles = angles / angles.abs().clamp_min(1e-8)
+            previous = rebuilt
+        return self._istft(magnitude * angles, length)
+
+    def _istft(self, spectrum: torch.Tensor, length: int) -> torch.Tensor:
+        return torch.istft(spectrum, self.n_fft, self.hop_length, window=self.window, length=length)
+
+    def to_token_ids(self, codes: torch.Tensor) -> list[int]:
+        """The token-id stream, frame by frame, of the codes `(S, K)` of one clip."""
+        offsets = torch.arange(self.num_codebooks, device=codes.device) * self.codebook_size + self.first_token_id
+        return (codes.long() + offsets).flatten().tolist()
+
+    def to_codes(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """
+        The codes `(S, K)`, int64, of a token-id stream; the inverse of `to_token_ids`, and tolerant.
+
+        Tokens are read from the left. One that is not an audio token of the codebook whose turn it is, is skipped; the
+        turn stays. A last frame that is not complete is dropped. So a stream without a complete frame gives `(0, K)`.
+        """
+        codes: list[int] = []
+        for token in token_ids:
+            codebook, code = divmod(int(token) - self.first_token_id, self.codebook_size)
+            if codebook == len(codes) % self.num_codebooks:
+                codes.append(code)
+        frames = len(codes) // self.num_codebooks
+        return torch.tensor(codes[: frames * self.num_codebooks], dtype=torch.long).view(frames, self.num_codebooks)
+
+    @torch.no_grad()
+    def decode(self, token_ids: Sequence[Sequence[int]]) -> list[tuple[torch.Tensor, int]]:
+        """
+        `(waveform, sampling_rate)` of each token-id stream; the waveform is 1-D float32 on the CPU.
+
+        Streams of one length are decoded in one batch. See `to_codes` for tokens out of turn. A stream without a
+        complete frame gives one frame of silence.
+        """
+        all_codes = [self.to_codes(tokens) for tokens in token_ids]
+        waveforms = [torch.zeros(self.hop_length) for _ in all_codes]
+        for frames in {len(codes) for codes in all_codes} - {0}:
+            rows = [i for i, codes in enumerate(all_codes) if len(codes) == frames]
+            decoded = self.decode_codes(torch.stack([all_codes[i] for i in rows])).cpu()
+            for i, waveform in zip(rows, decoded, strict=True):
+                waveforms[i] = waveform
+        return [(waveform, self.sampling_rate) for waveform in waveforms]
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write `config.json` and `codec.safetensors`."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        names = ("first_token_id", "sampling_rate", "n_fft", "hop_length", "floor", "iterations")
+        config: dict[str, Any] = {"codec_type": "spectral"} | {name: getattr(self, name) for name in names}
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file({"codebooks": self.codebooks.contiguous()}, directory / "codec.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike) -> SpectralCodec:
+        """
+        Read what `save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If one is broken, or it is another codec.
+        """
+        folder = Path(directory)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} has no config.json; give the folder of a codec")
+        config = read_json(folder / "config.json")
+        if config.pop("codec_type", None) != "spectral":
+            raise ValueError(
+                f"{directory} holds no spectral codec: its config.json lacks `codec_type: spectral`; give the folder "
+                "of a codec"
+            )
+        with open_safetensors(folder / "codec.safetensors") as tensors:
+            if "codebooks" not in tensors.keys():  # noqa: SIM118
+                raise ValueError(f"{folder / 'codec.safetensors'} has no `codebooks`; copy or save it again")
+            codebooks = tensors.get_tensor("codebooks").float()
+        return cls(**arguments_of(cls, {"codebooks": codebooks} | config, folder / "config.json"))
+
+
+def is_coded(steps: int, num_codebooks: int) -> torch.Tensor:
+    """Where codes stand in the delayed layout, bool `(S, K)`: codebook `k` from step `k` to `S - K + k`."""
+    frame = torch.arange(steps)[:, None] - torch.arange(num_codebooks)
+    return (frame >= 0) & (frame <= steps - num_codebooks)
+
+
+def delay(codes: torch.Tensor, mask_id: int) -> torch.Tensor:
+    """The delayed layout `(B, T + K - 1, K)` of codes `(B, T, K)`: codebook `k` is `k` steps late."""
+    batch, frames, books = codes.shape
+    delayed = codes.new_full((batch, frames + books - 1, books), mask_id)
+    for k in range(books):
+        delayed[:, k : k + frames, k] = codes[..., k]
+    return delayed
+
+
+def undelay(delayed: torch.Tensor) -> torch.Tensor:
+    """The codes `(B, T, K)` of the delayed layout `(B, S, K)`, `T = S - K + 1`."""
+    frames, books = delayed.shape[1] - delayed.shape[2] + 1, delayed.shape[2]
+    return torch.stack([delayed[:, k : k + frames, k] for k in range(books)], dim=-1)
+
+
+class CodebookCodec:
+    """
+    Makes audio of MusicGen's completions, by a neural codec of transformers (EnCodec).
+
+    Args:
+        audio_encoder (`PreTrainedModel`): Has `decode(audio_codes, audio_scales)` and `config.sampling_rate`; mono.
+        num_codebooks (`int`): `K`.
+        mask_id (`int`): The id where the delayed layout has no code.
+        batch_size (`int`, *optional*, defaults to 8): Clips to decode at one time.
+    """
+
+    def __init__(self, audio_encoder: Any, num_codebooks: int, mask_id: int, batch_size: int = 8):
+        self.audio_encoder, self.num_codebooks = audio_encoder, num_codebooks
+        self.mask_id, self.batch_size = mask_id, batch_size
+
+    def to_codes(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """
+        The codes `(T, K)`, int64, of one completion of `S * K` ids in the delayed layout.
+
+        Raises:
+            ValueError: If the ids are no whole steps, fewer than the delays take, or the mask id stands where a code
+                belongs.
+        """
+        steps = len(token_ids) // self.num_codebooks
+        if len(token_ids) % self.num_codebooks or steps < self.num_codebooks:
+            raise ValueError(
+                f"a completion has {len(token_ids)} ids; it must have S * {self.num_codebooks} of them, with S at "
+                f"least {self.num_codebooks}"
+            )
+        codes = undelay(torch.tensor(token_ids).view(1, steps, self.num_codebooks))[0]
+        if (codes == self.mask_id).any():
+            raise ValueError(f"the mask id {self.mask_id} stands where a code belongs: this is no delayed layout")
+        return codes
+
+    @torch.no_grad()
+    def decode(self, token_ids: Sequence[Sequence[int]]) -> list[tuple[torch.Tensor, int]]:
+        """`(waveform, sampling_rate)` of each completion; the waveform is 1-D float32 on the CPU."""
+        all_codes = [self.to_codes(ids) for ids in token_ids]
+        waveforms: list[torch.Tensor] = [torch.empty(0)] * len(all_codes)
+        device, rate = self.audio_encoder.device, int(self.audio_encoder.config.sampling_rate)
+        for frames in {len(codes) for codes in all_codes}:
+            rows = [i for i, codes in enumerate(all_codes) if len(codes) == frames]
+            for first in range(0, len(rows), self.batch_size):
+                part = rows[first : first + self.batch_size]
+                codes = torch.stack([all_codes[i] for i in part]).transpose(1, 2).to(device)
+                audio = self.audio_encoder.decode(codes[None], [None]).audio_values
+                for i, waveform in zip(part, audio[:, 0].float().cpu(), strict=True):
+                    waveforms[i] = waveform
+        return [(waveform, rate) for waveform in waveforms]
+
+
+def mel_matrix(n_fft: int, num_mels: int, sampling_rate: int) -> torch.Tensor:
+    """Triangular HTK mel filters over `0 .. sampling_rate / 2` Hz, shape `(n_fft // 2 + 1, num_mels)`."""
+    from transformers.audio_utils import mel_filter_bank
+
+    filters = mel_filter_bank(n_fft // 2 + 1, num_mels, 0.0, sampling_rate / 2, sampling_rate, mel_scale="htk")
+    return torch.from_numpy(filters).float()
+
+
+def nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Index `(N,)` of the nearest entry (Euclidean) of a codebook `(C, M)` for vectors `(N, M)`."""
+    norms = codebook.square().sum(1)
+    return torch.cat([(norms - 2 * part @ codebook.T).argmin(1) for part in vectors.split(65536)])
+
+
+def fit_codebooks(
+    frames: torch.Tensor, num_codebooks: int, codebook_size: int, iterations: int = 30, seed: int = 0
+) -> torch.Tensor:
+    """
+    Residual k-means (Lloyd), one codebook after the other.
+
+    Args:
+        frames (`torch.Tensor`): Shape `(N, M)`, at least `codebook_size` frames.
+        num_codebooks, codebook_size (`int`): `K` and `C`.
+        iterations (`int`): Lloyd iterations per codebook.
+        seed (`int`): Seeds the choice of the first centres and of the replacements of empty ones.
+
+    Returns:
+        `torch.Tensor`: Shape `(K, C, M)`.
+    """
+    if len(frames) < codebook_size:
+        raise ValueError(
+            f"frames holds {len(frames)} rows; a codebook of {codebook_size} entries needs at least as many"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    residual, codebooks = frames, []
+    for _ in range(num_codebooks):
+        codebook = residual[torch.randperm(len(residual), generator=generator)[:codebook_size]].clone()
+        for _ in range(iterations):
+            codes = nearest(residual, codebook)
+            counts = torch.bincount(codes, minlength=codebook_size)
+            sums = torch.zeros_like(codebook).index_add_(0, codes, residual)
+            spare = residual[torch.randint(len(residual), (codebook_size,), generator=generator)]
+            codebook = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], spare)
+        codebooks.append(codebook)
+        residual = residual - codebook[nearest(residual, codebook)]
+    return torch.stack(codebooks)

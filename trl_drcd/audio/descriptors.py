@@ -1,0 +1,130 @@
+"""A second embedding of music, of another kind than the trained ones: descriptors of timbre, harmony and rhythm."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from trl_drcd.audio.front_end import LogMel, SavedModule, clean_waveform
+from trl_drcd.compat.extras import require
+
+LAGS = (0.25, 0.5, 1.0)  # seconds between the notes whose intervals are counted
+
+
+class MusicDescriptors(SavedModule):
+    """
+    Embeds audio by what can be computed of it without training, as a check on embedders that are trained.
+
+    Three blocks, each standardised with means and deviations of real music and given the same weight:
+
+    - timbre: mean and standard deviation over time of mel-frequency cepstral coefficients, the first left out;
+    - harmony: the mean chroma (which pitch classes sound), and how often an interval follows after 0.25, 0.5 and 1 s,
+      whatever the key;
+    - rhythm: autocorrelation of the onset strength at lags from 0.1 to 2 s.
+
+    Loudness does not count. Clips are read whole, whatever their length; those below 2.5 s are filled up with silence.
+
+    Args:
+        sampling_rate (`int`): What is analysed, in Hz; other rates are resampled.
+        num_cepstra (`int`): Cepstral coefficients.
+        num_rhythm_lags (`int`): Lags of the autocorrelation, in equal ratios.
+
+    Raises:
+        ImportError: If torchaudio is missing; it comes with the extra `audio`.
+    """
+
+    def __init__(self, sampling_rate: int = 16000, num_cepstra: int = 20, num_rhythm_lags: int = 24) -> None:
+        super().__init__()
+        self.sampling_rate, self.hop_length = sampling_rate, sampling_rate // 50
+        self.log_mel = LogMel(sampling_rate, 2048, self.hop_length, 64, 0.0, 1.0)
+        functional = require("torchaudio.functional", "audio")
+        self.cosines: torch.Tensor
+        self.pitch_classes: torch.Tensor
+        self.register_buffer("cosines", functional.create_dct(num_cepstra + 1, 64, "ortho")[:, 1:], persistent=False)
+        self.register_buffer("pitch_classes", _pitch_classes(sampling_rate, 4096), persistent=False)
+        ratios = torch.logspace(math.log10(0.1), math.log10(2.0), num_rhythm_lags)
+        self.rhythm_lags = (ratios * sampling_rate / self.hop_length).round().long().tolist()
+        self.block_sizes = [2 * num_cepstra, 12 * (1 + len(LAGS)), num_rhythm_lags]
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
+        self.register_buffer("mean", torch.zeros(sum(self.block_sizes)))
+        self.register_buffer("std", torch.ones(sum(self.block_sizes)))
+
+    def fit(self, audio: Sequence[tuple[Any, int]]) -> "MusicDescriptors":
+        """Takes the means and standard deviations of the descriptors from real music, at least two clips."""
+        if len(audio) < 2:
+            raise ValueError(f"`audio` must have at least 2 clips to take deviations from, got {len(audio)}")
+        raw = self.descriptors(audio)
+        self.mean, self.std = raw.mean(0), raw.std(0).clamp(min=1e-4)
+        return self
+
+    @torch.no_grad()
+    def descriptors(self, audio: Sequence[tuple[Any, int]]) -> torch.Tensor:
+        """The descriptors as they are, shape `(len(audio), D)`; raises as [`forward`] does."""
+        rows = [
+            self._describe(clean_waveform(wave, rate, i, self.sampling_rate)) for i, (wave, rate) in enumerate(audio)
+        ]
+        return torch.stack(rows) if rows else torch.zeros(0, len(self.mean))
+
+    def forward(self, audio: Sequence[tuple[Any, int]]) -> torch.Tensor:
+        """
+        Embed a list of clips.
+
+        Args:
+            audio (`list` of `(waveform, sampling_rate)`): Waveforms 1-D, floating point, of any length; rates in Hz.
+
+        Returns:
+            `torch.Tensor`: Shape `(len(audio), D)`, float32, on the CPU, each row of length 1.
+
+        Raises:
+            TypeError: If samples are not floating-point numbers.
+            ValueError: If a waveform is not 1-D or not finite, or a rate is not a positive whole number.
+        """
+        standard = (self.descriptors(audio) - self.mean.cpu()) / self.std.cpu()
+        blocks = [block / math.sqrt(block.shape[-1]) for block in standard.split(self.block_sizes, dim=-1)]
+        return nn.functional.normalize(torch.cat(blocks, -1), dim=-1)
+
+    def _describe(self, waveform: torch.Tensor) -> torch.Tensor:
+        shortest = int(2.5 * self.sampling_rate)
+        waveform = nn.functional.pad(waveform, (0, max(0, shortest - len(waveform)))).to(self.cosines.device)
+        waveform = nn.functional.pad(waveform, (0, -len(waveform) % self.hop_length))
+        mel = self.log_mel(waveform[None])[0]  # (F, 64)
+        cepstra = mel @ self.cosines
+        timbre = torch.cat([cepstra.mean(0), cepstra.std(0)])
+
+        window = torch.hann_window(4096, device=waveform.device)
+        spectrum = torch.stft(waveform, 4096, self.hop_length, window=window, pad_mode="constant", return_complex=True)
+        chroma = nn.functional.normalize(spectrum.abs().T @ self.pitch_classes, dim=-1)  # (F, 12)
+        frames = [round(lag * self.sampling_rate / self.hop_length) for lag in LAGS]
+        harmony = torch.cat([chroma.mean(0), *(intervals(chroma, lag) for lag in frames)])
+
+        onsets = (mel[1:] - mel[:-1]).clamp(min=0).mean(1)
+        onsets = onsets - onsets.mean()
+        power = onsets.square().sum().clamp(min=1e-8)
+        rhythm = torch.stack([(onsets[lag:] * onsets[:-lag]).sum() / power for lag in self.rhythm_lags])
+        return torch.cat([timbre, harmony, rhythm]).float().cpu()
+
+
+def intervals(chroma: torch.Tensor, lag: int) -> torch.Tensor:
+    """
+    How strongly pitch classes `i` semitones above a sounding one sound `lag` frames later; the same in every key.
+
+    Args:
+        chroma (`torch.Tensor`): Shape `(F, 12)`.
+        lag (`int`): Frames, less than `F`.
+
+    Returns:
+        `torch.Tensor`: Shape `(12,)`.
+    """
+    now, later = chroma[:-lag], chroma[lag:]
+    return torch.stack([(now * later.roll(-i, dims=1)).sum(1).mean() for i in range(12)])
+
+
+def _pitch_classes(sampling_rate: int, n_fft: int) -> torch.Tensor:
+    """Weights `(n_fft / 2 + 1, 12)` of each bin in the nearest pitch class, from 65 Hz to 2 kHz."""
+    frequencies = torch.arange(n_fft // 2 + 1) * sampling_rate / n_fft
+    audible = (frequencies >= 65) & (frequencies <= 2000)
+    pitch = 69 + 12 * torch.log2(frequencies.clamp(min=1) / 440)
+    return nn.functional.one_hot(pitch.round().long() % 12, 12) * audible[:, None].float()

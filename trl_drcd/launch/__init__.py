@@ -1,0 +1,1 @@
+"""What a training script is made of; public, for scripts of your own."""

@@ -1,0 +1,1 @@
+"""The training scripts behind `trl-drcd train`."""

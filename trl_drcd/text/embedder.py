@@ -1,0 +1,101 @@
+"""Embeddings of texts, by a sentence encoder of the library sentence-transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trl_drcd.compat.extras import require
+from trl_drcd.validation.models import PICKLES, is_hub_name
+
+
+class SentenceEmbedder:
+    """
+    Embeds texts with a sentence encoder; any callable `list[str] -> (N, D)` can stand in its place.
+
+    A text longer than the encoder reads is cut into windows of that length, and its embedding is the direction of the
+    mean of their embeddings, weighted by the tokens of each, so that no part of it goes unseen. An empty text, one of
+    white space too, is embedded as a full stop, since not every encoder gives "" a direction: all empty completions
+    are equal. Equal texts get equal embeddings, whatever else is in the list.
+
+    Args:
+        model (`str` or `SentenceTransformer`): Folder or hub name of a sentence encoder, or the encoder.
+        batch_size (`int`, *optional*, defaults to 64): Texts at one time.
+        device (`str`, *optional*): Where the encoder runs; sentence-transformers chooses if `None`.
+
+    Raises:
+        FileNotFoundError: If a path is given, and it is no encoder in safetensors.
+        ImportError: If sentence-transformers is missing; it comes with the extra `text`.
+    """
+
+    def __init__(self, model: Any, batch_size: int = 64, device: str | None = None) -> None:
+        if isinstance(model, str):
+            _check_folder(model)
+            sentence_transformers = require("sentence_transformers", "text")
+            model = sentence_transformers.SentenceTransformer(model, device=device, trust_remote_code=False)
+        self.model = model.eval()
+        self.batch_size = batch_size
+
+    def windows(self, text: str) -> list[tuple[str, int]]:
+        """The parts of a text that the encoder can read whole, each with its number of tokens, at least 1."""
+        tokenizer, limit = self.model.tokenizer, self.model.max_seq_length
+        if limit is None or limit == torch.inf:
+            return [(text, 1)]
+        offsets = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+        )["offset_mapping"]
+        if not offsets:
+            return [(text, 1)]
+        size = limit - tokenizer.num_special_tokens_to_add()
+        parts = [offsets[start : start + size] for start in range(0, len(offsets), size)]
+        return [(text[part[0][0] : part[-1][1]], len(part)) for part in parts]
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        """
+        Embed a list of texts.
+
+        Args:
+            texts (`list[str]`): `N` texts of any length, empty ones too.
+
+        Returns:
+            `torch.Tensor`: Shape `(N, D)`, float32, on the CPU, each row of length 1.
+
+        Raises:
+            TypeError: If an item is not a text.
+        """
+        if wrong := [type(text).__name__ for text in texts if not isinstance(text, str)]:
+            raise TypeError(f"`texts` must be strings, got {wrong[0]}")
+        texts = [text.strip() or "." for text in texts]
+        row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        windows = {text: self.windows(text) for text in row_of}
+        owners = torch.tensor([row_of[text] for text, parts in windows.items() for _ in parts])
+        weights = torch.tensor([float(tokens) for parts in windows.values() for _, tokens in parts])
+        vectors = self.model.encode(
+            [part for parts in windows.values() for part, _ in parts],
+            batch_size=self.batch_size,
+            convert_to_tensor=True,
+            normalize_embeddings=True,
+            show_progress_bar=False,
+        ).float().cpu()  # fmt: skip
+        sums = torch.zeros(len(row_of), vectors.shape[1]).index_add_(0, owners, vectors * weights[:, None])
+        return torch.nn.functional.normalize(sums, dim=-1)[[row_of[text] for text in texts]]
+
+
+def _check_folder(name: str) -> None:
+    """Refuses a path that does not exist, and weights that are pickled."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.exists() or not is_hub_name(name):
+            raise FileNotFoundError(
+                f"`model={name}` is no folder; give the folder of a sentence encoder, or a hub name"
+            )
+        return
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in PICKLES and not list(file.parent.glob("*.safetensors")):
+            raise FileNotFoundError(
+                f"`model={name}` has no safetensors beside {file.relative_to(folder)}, a pickle, which could run code "
+                "when it is read: save the encoder as safetensors"
+            )

@@ -1,0 +1,1 @@
+"""Where inputs are refused."""
