@@ -67,7 +67,7 @@ def model(tokenizer) -> LlamaForCausalLM:
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory):
     """The folder with `smollm2` and `minilm` that recipes/text/get_smollm2.py makes of their packages."""
-    from recipes import get_smollm2
+    from recipes.text import get_smollm2
 
     folder = tmp_path_factory.mktemp("real")
     get_smollm2.main(["--output", str(folder)])

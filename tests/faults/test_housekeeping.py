@@ -17,7 +17,7 @@ def lines(folder):
 
 def test_the_log_grows_by_its_entries_and_goes_on_after_a_crash(tmp_path, monkeypatch):
     rewritten = []
-    monkeypatch.setattr("trl_drcd.?.write_text", lambda path, text: rewritten.append(path.write_text(text)))
+    monkeypatch.setattr("trl_drcd.callbacks.write_text", lambda path, text: rewritten.append(path.write_text(text)))
     trainer = make_trainer("text", tmp_path, callbacks=[LogFile()], max_steps=3, **SHORT)
     trainer.train()
     assert [entry["step"] for entry in lines(tmp_path)] == [1, 2, 3, 3]

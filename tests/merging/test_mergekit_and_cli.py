@@ -252,7 +252,7 @@ def test_a_recipe():
 
 def test_the_recipes_name_the_outputs_of_the_runs():
     for name in ("quality", "diversity"):
-        text = (RECIPES / f"musiclm_{name}.yaml").read_text()
+        text = (RECIPES / "music" / f"musiclm_{name}.yaml").read_text()
         assert f"output_dir: outputs/musiclm_{name}\n" in text
         assert f"  - model: ./outputs/musiclm_{name}\n" in (RECIPES / "lerp.yaml").read_text()
 

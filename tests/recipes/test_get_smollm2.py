@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from recipes import get_smollm2
+from recipes.text import get_smollm2
 
 
 @pytest.fixture
