@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl_drcd.losses import Head, policy_gradient_loss, reverse_kl, sum_per_sequence, token_terms
+from trl_drcd.losses import Head, policy_gradient_loss, reverse_kl, sum_per_sequence, token_log_probs, token_terms
 
 
 def test_reverse_kl_is_its_definition():
@@ -134,3 +134,24 @@ def test_surrogate_clips_a_ratio_that_has_moved():
     loss = policy_gradient_loss(log_probs, torch.tensor([1.0]), old, 0.2, 0.2)
     assert loss.item() == pytest.approx(-1.2)
     assert torch.autograd.grad(loss, log_probs)[0].item() == 0
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_log_probs_alone_are_those_of_the_terms(head, rows):
+    states, head, ids, teacher = random_problem(**head)
+    expected = token_terms(states, head, ids, lambda chunk: teacher[chunk], 0.9).log_probs
+    dense = (head.logits(states) / 0.9).log_softmax(-1)[torch.arange(len(ids)), ids]
+    found = token_log_probs(states, head, ids, 0.9, logits_per_chunk=rows * 11)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, dense.detach(), rtol=1e-12, atol=1e-12)
+    assert not found.requires_grad
+    nothing = token_log_probs(states[:0].bfloat16(), head, ids[:0])
+    assert nothing.shape == (0,) and nothing.dtype == torch.float32
+    with pytest.raises(ValueError, match="`temperature` must be above 0, got 0"):
+        token_log_probs(states, head, ids, 0)
+
+
+def test_the_log_prob_of_a_forbidden_token_is_minus_infinity():
+    head = Head(torch.zeros(2, 1), torch.tensor([0.0, -torch.inf]))
+    assert token_log_probs(torch.zeros(2, 1), head, torch.tensor([0, 1])).tolist() == [0.0, -torch.inf]

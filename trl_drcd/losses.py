@@ -203,3 +203,38 @@ def policy_gradient_loss(
     ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
     return -torch.minimum(ratio * advantages, clipped * advantages).mean()
+
+
+@torch.no_grad()
+def token_log_probs(
+    hidden: torch.Tensor,
+    head: Head,
+    ids: torch.Tensor,
+    temperature: float = 1.0,
+    logits_per_chunk: int = LOGITS_PER_CHUNK,
+) -> torch.Tensor:
+    """
+    Log-probability of each token, in chunks of tokens, without gradient: the `log_probs` of [`token_terms`] alone.
+
+    Args:
+        hidden (`torch.Tensor`): Last hidden states, shape `(N, H)`.
+        head (`Head`): The output head.
+        ids (`torch.Tensor`): The tokens, int64, shape `(N,)`.
+        temperature (`float`, *optional*, defaults to 1.0): T of the softmax; above 0.
+        logits_per_chunk (`int`, *optional*): Entries of the `(rows, V)` logits that may exist at one time.
+
+    Returns:
+        `torch.Tensor`: Shape `(N,)`, nats, float32 or float64; `-inf` where the head forbids the token.
+
+    Raises:
+        ValueError: If `temperature` is not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"`temperature` must be above 0, got {temperature}")
+    rows = max(1, logits_per_chunk // head.weight.shape[0])
+    log_probs = torch.empty(len(ids), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for start in range(0, len(ids), rows):
+        chunk = slice(start, start + rows)
+        logits = head.logits(hidden[chunk])
+        log_probs[chunk] = (logits / temperature).log_softmax(-1).gather(-1, ids[chunk, None]).squeeze(-1)
+    return log_probs
