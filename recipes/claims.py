@@ -15,7 +15,7 @@ from trl_drcd.evaluation.claims import claims_table
 from trl_drcd.evaluation.points import pooled, read_results, with_quality
 from trl_drcd.evaluation.tables import markdown
 from trl_drcd.files import write_text
-from trl_drcd.validation.arguments import one_line_errors
+from trl_drcd.validation.messages import one_line_errors
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -32,7 +32,7 @@ from trl_drcd.evaluation.points import pooled
 from trl_drcd.evaluation.tables import markdown
 from trl_drcd.files import write_text
 from trl_drcd.merging import interpolate_checkpoints
-from trl_drcd.validation.arguments import read_yaml
+from trl_drcd.validation.yaml_files import read_yaml
 
 HERE = Path(__file__).resolve().parent
 RUNS = {"quality": "music/musiclm_quality.yaml", "diversity": "music/musiclm_diversity.yaml"}

@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from trl_drcd.evaluation.points import read_results
-from trl_drcd.validation.arguments import one_line_errors
+from trl_drcd.validation.messages import one_line_errors
 
 PANELS = {
     "kl": "KL to the guided teacher\n(nats per sequence)",

@@ -52,7 +52,7 @@ from trl_drcd.launch.training import (
     train_and_save,
 )
 from trl_drcd.text import SentenceEmbedder
-from trl_drcd.validation.arguments import one_line_errors
+from trl_drcd.validation.messages import one_line_errors
 from trl_drcd.validation.training import check_datasets
 
 # What runs where the command line names neither a YAML file nor a model

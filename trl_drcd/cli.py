@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl_drcd.validation.arguments import check_types, one_line_errors, parse
+from trl_drcd.validation.command_line import parse_command_line
+from trl_drcd.validation.field_types import check_types
+from trl_drcd.validation.messages import one_line_errors
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TRAINERS = {"music": "musiclm_drcd.py", "text": "text_drcd.py"}
@@ -80,7 +82,7 @@ def merge(argv: list[str]) -> None:
 
     kind: Any = MergeArguments
     parser = TrlParser(kind, prog="trl-drcd merge", description=merge.__doc__)
-    (arguments,) = parse(parser, argv)
+    (arguments,) = parse_command_line(parser, argv)
     from trl_drcd.merging import interpolate_adapters, merge_with_mergekit
     from trl_drcd.merging.folders import find_folder, recorded_base
     from trl_drcd.merging.verify import check_that_it_generates
@@ -139,7 +141,7 @@ def evaluate(argv: list[str]) -> None:
 
     kind: Any = EvaluateArguments
     parser = TrlParser(kind, prog="trl-drcd evaluate", description=evaluate.__doc__)
-    (arguments,) = parse(parser, argv)
+    (arguments,) = parse_command_line(parser, argv)
     keep_freed_memory()
     run(arguments)
     print(f"Report: {arguments.output_dir}/report.html   (its tables: report.md; numbers: results.jsonl, summary.csv)")

@@ -11,7 +11,8 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import RLOOConfig
 
-from trl_drcd.validation.arguments import check_types, shown
+from trl_drcd.validation.field_types import check_types
+from trl_drcd.validation.messages import short_repr
 
 # Fields of `generation_kwargs` that leave the sampled distribution as it is
 _HARMLESS_GENERATION_KWARGS = frozenset({"cache_implementation", "cache_config", "compile_config", "disable_compile"})
@@ -145,7 +146,7 @@ class CFGDistillDiversityConfig(RLOOConfig):
         except ValueError:
             kwargs = None
         if not isinstance(kwargs, dict):
-            raise ValueError(f"`generation_kwargs={shown(given)}` must be a mapping, or one in JSON")
+            raise ValueError(f"`generation_kwargs={short_repr(given)}` must be a mapping, or one in JSON")
         return kwargs
 
     def _check_ranges(self) -> None:
@@ -198,4 +199,4 @@ class CFGDistillDiversityConfig(RLOOConfig):
         texts += [("sample_prompts", text) for text in self.sample_prompts or []]
         for name, text in texts:
             if any("\ud800" <= character <= "\udfff" for character in text):
-                raise ValueError(f"`{name}` must be valid Unicode, got {shown(text)}, which has half a character")
+                raise ValueError(f"`{name}` must be valid Unicode, got {short_repr(text)}, which has half a character")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from trl_drcd.validation.prompts import check_feature, empty_rows, read_file, read_from_hub
+from trl_drcd.validation.prompt_files import check_feature, empty_rows, read_file, read_from_hub
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from trl_drcd.audio import MusicEmbedder
 from trl_drcd.audio.front_end import LogMel, clean_waveform, resampled_waveform
 from trl_drcd.compat.extras import require
-from trl_drcd.validation.models import is_hub_name
+from trl_drcd.validation.model_folders import is_hub_name
 
 AUDIO_FILES = {".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".opus"}
 

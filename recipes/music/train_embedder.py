@@ -43,7 +43,9 @@ from trl_drcd.audio.embedder import PAPER
 from trl_drcd.compat.extras import require
 from trl_drcd.files import write_text
 from trl_drcd.reliability.checkpoints import commit, find_checkpoint
-from trl_drcd.validation.arguments import check_types, one_line_errors, parse
+from trl_drcd.validation.command_line import parse_command_line
+from trl_drcd.validation.field_types import check_types
+from trl_drcd.validation.messages import one_line_errors
 
 
 @dataclass
@@ -272,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     """Reads the arguments, trains."""
     parser = TrlParser((Arguments,), description=__doc__)
     with one_line_errors("train_embedder.py"):
-        (args,) = parse(parser, sys.argv[1:] if argv is None else argv)
+        (args,) = parse_command_line(parser, sys.argv[1:] if argv is None else argv)
         recordings = load_recordings(args)
         train(recordings, args)
     print(f"The model is in {args.output_dir}")

@@ -22,7 +22,8 @@ from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer
 from trl_drcd.audio import MusicEmbedder
 from trl_drcd.audio.codecs import SpectralCodec
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+RECIPES = Path(__file__).parents[2] / "recipes"
+sys.path[:0] = [str(RECIPES), str(RECIPES / "music")]
 
 
 @dataclass

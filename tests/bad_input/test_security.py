@@ -23,7 +23,7 @@ from trl_drcd.evaluation.report import comparison_page
 from trl_drcd.evaluation.strategies import expand
 from trl_drcd.evaluation.tables import markdown_table
 from trl_drcd.launch.cards import model_card
-from trl_drcd.validation.models import check_model
+from trl_drcd.validation.model_folders import check_model
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(file for part in ("trl_drcd", "recipes", "benchmarks") for file in (ROOT / part).rglob("*.py"))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from trl_drcd.validation.models import arguments_of, open_safetensors, read_json
+from trl_drcd.validation.saved_files import arguments_of, open_safetensors, read_json
 
 
 class SpectralCodec(nn.Module):

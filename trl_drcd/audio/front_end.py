@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from trl_drcd.compat.extras import require
-from trl_drcd.validation.models import arguments_of, load_state, open_safetensors, read_json
+from trl_drcd.validation.saved_files import arguments_of, load_state, open_safetensors, read_json
 
 MINIMUM_RMS = 1e-3  # quieter audio is not amplified any further, so that silence stays silence
 MEL_FLOOR = 1e-3  # added to the mel power of audio of unit RMS before the logarithm

@@ -12,15 +12,10 @@ from trl_drcd.evaluation.frechet import Reference
 from trl_drcd.evaluation.records import content_digest
 from trl_drcd.evaluation.strategies import Row, is_adapter
 from trl_drcd.merging.adapters import BASE
-from trl_drcd.validation.arguments import blaming, check_types, shown
-from trl_drcd.validation.models import (
-    check_model,
-    check_on_hub,
-    is_hub_name,
-    open_safetensors,
-    read_json,
-    weight_files,
-)
+from trl_drcd.validation.field_types import check_types
+from trl_drcd.validation.messages import prefix_errors, short_repr
+from trl_drcd.validation.model_folders import check_model, check_on_hub, is_hub_name
+from trl_drcd.validation.saved_files import open_safetensors, read_json, weight_files
 
 EMBED_SOUND = {"MusicEmbedder", "MusicDescriptors"}
 HEAR = EMBED_SOUND | {"TextAudioJudge"}
@@ -45,13 +40,13 @@ def check_settings(args: Any) -> None:
     if not 0 <= args.guidance_scale < math.inf:
         raise ValueError(f"`guidance_scale` must be finite and at least 0, got {args.guidance_scale}")
     if args.dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {shown(args.dtype)}")
+        raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {short_repr(args.dtype)}")
     try:
         good = args.omega == "equal" or math.isfinite(float(args.omega))
     except ValueError:
         good = False
     if not good:
-        raise ValueError(f"`omega` must be a number or `equal`, got {shown(args.omega)}")
+        raise ValueError(f"`omega` must be a number or `equal`, got {short_repr(args.omega)}")
 
 
 def check_parts(args: Any) -> None:
@@ -68,7 +63,7 @@ def check_parts(args: Any) -> None:
     check_model("model", args.model)
     audio = args.codec is not None
     if audio:
-        with blaming("codec"):
+        with prefix_errors("codec"):
             SpectralCodec.from_pretrained(args.codec)
     config = Path(args.model) / "config.json"
     audio |= config.is_file() and str(read_json(config).get("model_type")).startswith("musicgen")
@@ -89,7 +84,7 @@ def _check_judge(argument: str, folder: str, audio: bool) -> None:
             return
         raise FileNotFoundError(f"{where} is no folder; give an embedder's, or a hub name")
     config = Path(folder) / "config.json"
-    with blaming(argument):
+    with prefix_errors(argument):
         fields = read_json(config) if config.is_file() else {}
     kind = fields.get("model_class")
     if "codec_type" in fields:

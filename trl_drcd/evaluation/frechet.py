@@ -15,8 +15,8 @@ from safetensors.numpy import save
 
 from trl_drcd.evaluation.metrics import bootstrap_draws
 from trl_drcd.files import write_bytes
-from trl_drcd.validation.arguments import blaming
-from trl_drcd.validation.models import open_safetensors
+from trl_drcd.validation.messages import prefix_errors
+from trl_drcd.validation.saved_files import open_safetensors
 
 
 def frechet_distance(
@@ -89,7 +89,7 @@ class Reference:
         """
         if not Path(file).is_file():
             raise FileNotFoundError(f"`reference={file}` is no file; recipes/tiny_music/build/reference.py writes one")
-        with blaming("reference"):
+        with prefix_errors("reference"):
             open_safetensors(Path(file))
         with safe_open(file, "numpy") as content:
             about = content.metadata() or {}

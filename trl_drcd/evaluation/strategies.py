@@ -18,8 +18,8 @@ from peft import PeftModel
 from trl_drcd.merging import hold_checkpoints, set_interpolation_weight
 from trl_drcd.merging.adapters import BASE
 from trl_drcd.merging.blend import check_weights
-from trl_drcd.validation.arguments import shown
-from trl_drcd.validation.models import check_adapter_folder, check_model, load_model
+from trl_drcd.validation.messages import short_repr
+from trl_drcd.validation.model_folders import check_adapter_folder, check_model, load_model
 
 SWEPT = ("guidance_scale", "temperature", "interpolation_weight")
 MAX_NAME, MAX_SWEEP = 100, 1000
@@ -92,17 +92,17 @@ def expand(strategies: Sequence[dict[str, Any]]) -> list[Row]:
         ValueError: If a key is unknown, a value out of its range, a name is used twice, or a model's folder is broken.
     """
     if not isinstance(strategies, list | tuple):
-        raise TypeError(f"`strategies` must be a list of mappings, got {shown(strategies)}")
+        raise TypeError(f"`strategies` must be a list of mappings, got {short_repr(strategies)}")
     rows: list[Row] = []
     for number, strategy in enumerate(strategies):
         where = f"`strategies[{number}]`"
         known = {field.name for field in fields(Row)} - {"strategy", "training_seed"} | {"name", "model"}
         if not isinstance(strategy, dict) or not isinstance(strategy.get("name"), str) or not strategy["name"].strip():
-            raise ValueError(f"{where} must be a mapping with a `name`, a text, got {shown(strategy)}")
+            raise ValueError(f"{where} must be a mapping with a `name`, a text, got {short_repr(strategy)}")
         name = strategy["name"]
         if len(name) > MAX_NAME or not name.isprintable():
             raise ValueError(
-                f"{where} must have a `name` of at most {MAX_NAME} printable characters, got {shown(name)}"
+                f"{where} must have a `name` of at most {MAX_NAME} printable characters, got {short_repr(name)}"
             )
         where = f"{where} ({name})"
         if unknown := sorted(map(str, set(strategy) - known)):
@@ -116,7 +116,7 @@ def expand(strategies: Sequence[dict[str, Any]]) -> list[Row]:
         if not 0 < len(values) <= MAX_SWEEP:
             raise ValueError(
                 f"{where}: `{swept[0]}` must hold at least one value and at most {MAX_SWEEP}, got {len(values)}: "
-                f"{shown(values, 40)}"
+                f"{short_repr(values, 40)}"
             )
         for seed, run in _training_seeds(strategy):
             for value in values:
@@ -140,9 +140,9 @@ def _row(name: str, given: dict[str, Any], where: str) -> Row:
     for part in (*SWEPT, "diversity_coef"):
         value = given.get(part)
         if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
-            raise ValueError(f"{where}: `{part}` must be a number, got {shown(value)}")
+            raise ValueError(f"{where}: `{part}` must be a number, got {short_repr(value)}")
     if not isinstance(given.get("negative_prompt"), str | None):
-        raise ValueError(f"{where}: `negative_prompt` must be a text, got {shown(given['negative_prompt'])}")
+        raise ValueError(f"{where}: `negative_prompt` must be a text, got {short_repr(given['negative_prompt'])}")
     models, weights = _ends(given, where), given.pop("weights", None)
     at = given.get("interpolation_weight")
     if at is not None:
@@ -170,11 +170,11 @@ def _ends(given: dict[str, Any], where: str) -> list[str]:
     if model and models:
         raise ValueError(f"{where} has `model` and `models`; give one of them")
     if not isinstance(models, list | None):
-        raise ValueError(f"{where}: `models` must be a list of folders or hub names, got {shown(models)}")
+        raise ValueError(f"{where}: `models` must be a list of folders or hub names, got {short_repr(models)}")
     ends = [model] if model else list(models or [])
     for end in ends:
         if not isinstance(end, str):
-            raise ValueError(f"{where}: `model` must be a folder or a hub name, got {shown(end)}")
+            raise ValueError(f"{where}: `model` must be a folder or a hub name, got {short_repr(end)}")
     trained = [end for end in ends if end != BASE]
     if len(ends) - len(trained) > (1 if trained else 0):
         raise ValueError(

@@ -20,8 +20,10 @@ from trl_drcd.files import local_name, write_text
 from trl_drcd.launch.cards import final_metrics, model_card
 from trl_drcd.prompts import distinct, load_prompts
 from trl_drcd.reliability.checkpoints import find_checkpoint
-from trl_drcd.validation.arguments import blaming, check_types, parse
-from trl_drcd.validation.models import check_model
+from trl_drcd.validation.command_line import parse_command_line
+from trl_drcd.validation.field_types import check_types
+from trl_drcd.validation.messages import prefix_errors
+from trl_drcd.validation.model_folders import check_model
 
 # What --help shows of the arguments of TRL and transformers; --help_all shows them all
 COMMON = {
@@ -114,7 +116,7 @@ def parse_arguments(
         parser.print_help()
         print("\nAlso every argument of TRL's RLOOConfig and ModelConfig: --help_all lists them.")
         raise SystemExit
-    return parse(parser, argv)
+    return parse_command_line(parser, argv)
 
 
 def check_arguments(script: Any, args: Any, model: ModelConfig, folders: dict[str, str | None]) -> None:
@@ -151,7 +153,7 @@ def load_part(argument: str, load: Callable[[str], Any], folder: str | None) -> 
     """A codec or an embedder, whose errors name the argument; `None` where none is given."""
     if not folder:
         return None
-    with blaming(argument):
+    with prefix_errors(argument):
         return load(folder)
 
 

@@ -34,7 +34,7 @@ from trl_drcd.merging.folders import (
     warn_of_different_bases,
 )
 from trl_drcd.merging.lora import PREFIX, Adapter, check_linear, load_adapter
-from trl_drcd.validation.models import check_model, load_model
+from trl_drcd.validation.model_folders import check_model, load_model
 
 BASE = "base"
 # Entries of the configurations that hold for an adapter as a whole

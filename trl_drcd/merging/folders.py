@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from trl_drcd.files import local_name
-from trl_drcd.validation.models import check_model, is_hub_name
+from trl_drcd.validation.model_folders import check_model, is_hub_name
 
 # What belongs to a model besides its weights. Each group is taken from one parent, so that it stays consistent.
 SIDE_FILES = (

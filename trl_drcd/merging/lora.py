@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
-from trl_drcd.validation.models import check_adapter_folder
+from trl_drcd.validation.model_folders import check_adapter_folder
 
 PREFIX = "base_model.model."
 # Options under which the change of the weights is not `scaling * B @ A`, and why their products have no LERP

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trl_drcd.validation.models import INDEX, open_safetensors, weight_files
+from trl_drcd.validation.saved_files import INDEX, open_safetensors, weight_files
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,

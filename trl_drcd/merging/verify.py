@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from trl_drcd.validation.models import load_model
+from trl_drcd.validation.model_folders import load_model
 
 MUSICGEN = {"musicgen", "musicgen_melody"}
 

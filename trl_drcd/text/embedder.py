@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from trl_drcd.compat.extras import require
-from trl_drcd.validation.models import PICKLES, is_hub_name
+from trl_drcd.validation.model_folders import is_hub_name
+from trl_drcd.validation.saved_files import PICKLES
 
 
 class SentenceEmbedder:

@@ -13,8 +13,8 @@ from trl_drcd.audio.codecs import SpectralCodec
 from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.diversity import DiversityReward
 from trl_drcd.policies import Policy
-from trl_drcd.validation.models import check_model
-from trl_drcd.validation.prompts import check_feature, empty_rows
+from trl_drcd.validation.model_folders import check_model
+from trl_drcd.validation.prompt_files import check_feature, empty_rows
 
 
 def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:

@@ -10,7 +10,7 @@ from datasets import Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from pyarrow import ArrowInvalid
 
-from trl_drcd.validation.models import is_hub_name
+from trl_drcd.validation.model_folders import is_hub_name
 
 REMEDIES = {
     "json": "it must hold one JSON object on each line",
