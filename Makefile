@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint types bench
+.PHONY: help install demo test test-slow lint types docs bench
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -49,6 +49,10 @@ lint: $(STAMP)  ## Style, formatting
 
 types: $(STAMP)  ## Type check
 	$(BIN)/mypy
+
+docs: $(STAMP)  ## The documentation as a site in site/, without the network; broken links are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "site/index.html"
 
 bench: $(STAMP)  ## Every benchmark, one after another
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -103,9 +103,8 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
             it diversity is not measured. See [`DiversityReward`].
         codec (*optional*): Turns completion ids into audio, for models of audio tokens; then E and the logged samples
             get audio. `None` is the model's own, where it has one (MusicGen).
-        **kwargs: `callbacks`, `optimizers`, `peft_config`, `quantization_config`,
-        `reward_processing_classes` of
-            [`~trl.RLOOTrainer`].
+        **kwargs (*optional*): `callbacks`, `optimizers`, `peft_config`, `quantization_config`,
+            `reward_processing_classes` of [`~trl.RLOOTrainer`].
 
     Raises:
         ValueError: Before any sampling, if something cannot give a right result: see the messages.

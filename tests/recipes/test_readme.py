@@ -1,4 +1,4 @@
-"""The README's Python examples run as they stand, but for their length."""
+"""The Python examples of README and docs run as they stand, but for their length."""
 
 import re
 from pathlib import Path
@@ -8,13 +8,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def python_example(page: str) -> str:
+    """The first Python block of a page."""
+    match = re.search(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    assert match, f"{page} has no Python example"
+    return match[1]
 
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_the_python_example_runs(tmp_path, monkeypatch, smollm2):
-    code = EXAMPLES[0]
+def test_the_twelve_lines_run(tmp_path, monkeypatch, smollm2):
+    code = python_example("README.md")
     shorter = code.replace(
         "max_completion_length=40",
         "max_completion_length=4, max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=1, "
@@ -38,6 +44,6 @@ def test_the_merging_example_runs(tmp_path, monkeypatch, model):
             f"{name}_lora"
         )
     names = {"model": PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("base"), "quality_lora", "quality")}
-    exec(EXAMPLES[1], names)
+    exec(python_example("docs/merging.md"), names)
     assert names["model"].active_adapters == ["quality", "diversity"]
     assert Path("merged_lora/adapter_model.safetensors").is_file()

@@ -89,8 +89,7 @@ class CausalLMPolicy:
             `list[list[int]]`: One non-empty sequence per row.
 
         Raises:
-            ValueError: If the null prompt has no token at all, so that there is nothing to condition the first step
-            on.
+            ValueError: If the null prompt has no token at all: nothing would condition the first step.
         """
         return [self._negative_ids(row, negative_prompt) for row in rows]
 
