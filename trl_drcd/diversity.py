@@ -23,8 +23,20 @@ def _without_direction(embeddings: torch.Tensor) -> torch.Tensor:
     return ~(lengths.isfinite() & (lengths > 0))
 
 
-def _unit_groups(embeddings: torch.Tensor, num_generations: int) -> torch.Tensor:
-    """Embeddings of length one, `(P, G, D)`, after the checks that all functions below share."""
+def unit_groups(embeddings: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """
+    Embeddings of length one, after the checks that all functions below share.
+
+    Args:
+        embeddings (`torch.Tensor`): Shape `(B, D)`, the groups of one prompt contiguous; need not be normalised.
+        num_generations (`int`): Group size `G`; at least 2, and divides `B`.
+
+    Returns:
+        `torch.Tensor`: Shape `(P, G, D)`, float32 at least.
+
+    Raises:
+        ValueError: If `B` is not a multiple of `num_generations`, or an embedding has no length.
+    """
     if num_generations < 2:
         raise ValueError(f"`num_generations` must be at least 2 to compare generations, got {num_generations}")
     if embeddings.ndim != 2 or embeddings.shape[0] == 0 or embeddings.shape[0] % num_generations:
@@ -60,7 +72,7 @@ def pairwise_cosine_distance(embeddings: torch.Tensor, num_generations: int) -> 
     Raises:
         ValueError: If `B` is not a multiple of `num_generations`, or an embedding has no length.
     """
-    unit = _unit_groups(embeddings, num_generations)
+    unit = unit_groups(embeddings, num_generations)
     distance = (1 - unit @ unit.mT).clamp(0, 2)
     return distance * ~torch.eye(num_generations, dtype=torch.bool, device=distance.device)
 
