@@ -327,7 +327,7 @@ def test_special_tokens_dropout_and_frozen_parts(t5_tokenizer, tmp_path):
     assert trained == {name for name in before if name.startswith("decoder.")}
     assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
     # One text encoder and one codec for student and teacher, two decoders
-    shared = {id(p) for p in model.parameters()} & {id(p) for p in trainer.teacher.parameters()}
+    shared = {id(p) for p in model.parameters()} & {id(p) for p in trainer.teacher.copy.parameters()}
     assert shared == {id(p) for name, p in model.named_parameters() if not name.startswith("decoder.")}
     policy, batch = trainer.policy, rollout(trainer)
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
@@ -348,9 +348,9 @@ def test_rollouts_are_without_guidance_and_score_as_sampled(t5_tokenizer, tmp_pa
     torch.manual_seed(3)
     null = [[]] * len(ids)
     assert alone != trainer.policy.sample(trainer.model, ids, null, 3.0, 0.99, STEPS)
-    terms, lengths = trainer._student_terms(trainer.model, batch, trainer._teacher_logits(batch))
-    assert lengths.tolist() == [BOOKS * (STEPS - BOOKS + 1)] * 8
-    torch.testing.assert_close(batch["old_logps"], terms.log_probs.detach(), rtol=1e-4, atol=1e-4)
+    terms = trainer._student_terms(trainer.model, batch)
+    assert terms.tokens.tolist() == [BOOKS * (STEPS - BOOKS + 1)] * 8
+    torch.testing.assert_close(batch["old_log_probs"], terms.log_probs.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_loss_and_gradient_equal_the_dense_reference(t5_tokenizer, tmp_path):
@@ -384,7 +384,8 @@ def test_loss_and_gradient_equal_the_dense_reference(t5_tokenizer, tmp_path):
         log_p = (z / 0.99).log_softmax(-1)[valid]
         log_ps.append(log_p.gather(1, delayed.T[valid][:, None]).sum())
     kl, log_p = torch.stack(kls), torch.stack(log_ps)
-    advantages = diversity_advantages(trainer.diversity_reward.embeddings, 4)
+    advantages = diversity_advantages(loudness(trainer.codec.decode(batch["completion_ids"].tolist())), 4)
+    torch.testing.assert_close(batch["diversity_advantages"], advantages)
     assert advantages.abs().max() > 0
     loss = kl.mean() - (7.0 * advantages.double() * log_p).mean()
     loss.backward()
@@ -402,7 +403,7 @@ def test_embeddings_hear_the_models_own_codec(t5_tokenizer, tmp_path):
     audio = trainer.codec.decode(batch["completion_ids"].tolist())
     assert trainer.codec.audio_encoder is trainer.model.audio_encoder
     assert audio[0][0].shape == (8 * (STEPS - BOOKS + 1),)
-    torch.testing.assert_close(trainer.diversity_reward.embeddings, loudness(audio))
+    torch.testing.assert_close(batch["diversity_advantages"], diversity_advantages(loudness(audio), 4))
 
 
 def test_learns_and_reloads_for_inference(t5_tokenizer, tmp_path):
@@ -448,20 +449,20 @@ def test_diversity_rises_when_it_is_all_that_counts(t5_tokenizer, tmp_path):
 def test_lora_trains_the_decoder_and_its_teacher_has_none(t5_tokenizer, tmp_path):
     lora = LoraConfig(r=4, target_modules=LORA_TARGETS)
     trainer = make_trainer(tmp_path, t5_tokenizer, peft_config=lora, max_steps=3, learning_rate=1e-2)
-    assert trainer.teacher is None
+    assert trainer.teacher.copy is None
     names = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
     assert all(".decoder.model.decoder.layers." in name and "lora_" in name for name in names)
     assert len(names) == 2 * 2 * (4 + 4 + 2)  # A and B; layers; self- and cross-attention, fully connected
     base = make_musicgen()
     trainer.train()
     batch = rollout(trainer)
-    teacher = trainer._teacher_logits(batch)
     policy = trainer.policy
     ids = left_pad(policy.negative_prompt_ids([{"prompt": p} for p in PROMPTS[:2] for _ in range(4)], None), 0)
     completion = batch["completion_ids"], batch["completion_mask"]
     hidden = [policy.hidden_states(base, *prompt, *completion) for prompt in (
         (batch["prompt_ids"], batch["prompt_mask"]), ids)]  # fmt: skip
     _, scored = policy.ids_and_mask(*completion)
+    teacher = trainer.teacher.logits(trainer.teacher.heads(trainer.model), batch, scored)
     for k, head in enumerate(policy.heads(base)):
         dense = guide_logits(*(head.logits(h[scored[..., k]]) for h in hidden), 3.0)
         torch.testing.assert_close(teacher(k)(slice(None)), dense, rtol=1e-4, atol=1e-4)

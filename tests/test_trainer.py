@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import re
 import sys
 from types import SimpleNamespace
 
@@ -69,6 +68,10 @@ def rollout(trainer):
     return trainer._generate_and_score_completions([{"prompt": p} for p in PROMPTS[:2] for _ in range(4)])
 
 
+def embeddings_of(batch, tokenizer):
+    return bag_of_words(tokenizer.batch_decode(batch["completion_ids"], skip_special_tokens=True))
+
+
 # ------------------------------------------------------------------------------------------------ the loss
 
 
@@ -109,7 +112,7 @@ def test_loss_and_gradient_equal_the_dense_reference(tmp_path, tokenizer):
     student.zero_grad()
     teacher = make_model(tokenizer)
     kl, log_p = dense_reference(student, teacher, batch, tokenizer, 3.0, 0.99)
-    advantages = diversity_advantages(trainer.diversity_reward.embeddings, 4)
+    advantages = diversity_advantages(embeddings_of(batch, tokenizer), 4)
     torch.testing.assert_close(batch["diversity_advantages"], advantages)
     diversity_loss = -(7.0 * advantages.double() * log_p).mean()
     (kl.mean() + diversity_loss).backward()
@@ -122,20 +125,21 @@ def test_loss_and_gradient_equal_the_dense_reference(tmp_path, tokenizer):
 def test_log_probs_equal_trl(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer)
     batch = rollout(trainer)
-    terms, _ = trainer._student_terms(trainer.model, batch, trainer._teacher_logits(batch))
+    terms = trainer._student_terms(trainer.model, batch)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     theirs, entropy, _ = RLOOTrainer._get_per_token_logps_and_entropies(
         trainer, trainer.model, ids, mask, batch["completion_ids"].shape[1], compute_entropy=True
     )
-    torch.testing.assert_close(terms.log_probs, (theirs * batch["completion_mask"]).sum(1), rtol=1e-4, atol=1e-4)
+    theirs = theirs * batch["completion_mask"]
+    torch.testing.assert_close(terms.log_probs[..., 0], theirs, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(terms.entropy, (entropy * batch["completion_mask"]).sum(1), rtol=1e-4, atol=1e-4)
 
 
 def test_without_guidance_the_untrained_student_is_its_teacher(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, guidance_scale=1.0)
     batch = rollout(trainer)
-    assert "negative_prompt_ids" not in batch
+    assert not trainer.teacher.guided
     trainer._compute_loss(trainer.model, batch)
     assert abs(trainer._metrics["train"]["kl"][-1]) < 1e-4
 
@@ -175,25 +179,24 @@ def test_negative_prompts_per_row_and_for_all(tmp_path, tokenizer):
 
 def test_frozen_copy_does_not_move_and_is_no_alias(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, max_steps=3, learning_rate=1e-2)
-    before = {name: p.clone() for name, p in trainer.teacher.named_parameters()}
+    before = {name: p.clone() for name, p in trainer.teacher.copy.named_parameters()}
     trainer.train()
-    assert all(torch.equal(before[name], p) for name, p in trainer.teacher.named_parameters())
-    assert not any(p.requires_grad for p in trainer.teacher.parameters())
+    assert all(torch.equal(before[name], p) for name, p in trainer.teacher.copy.named_parameters())
+    assert not any(p.requires_grad for p in trainer.teacher.copy.parameters())
     moved = [name for name, p in trainer.model.named_parameters() if not torch.equal(before[name], p)]
     assert len(moved) == len(before)
     ids = torch.tensor([[1, 5, 4, 6]])
-    assert not torch.equal(trainer.teacher(ids).logits, trainer.model(ids).logits)
+    assert not torch.equal(trainer.teacher.copy(ids).logits, trainer.model(ids).logits)
 
 
 def test_adapter_off_teacher_equals_the_base_and_needs_no_copy(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, peft_config=LoraConfig(r=2), max_steps=3, learning_rate=1e-1)
-    assert trainer.teacher is None
+    assert trainer.teacher.copy is None
     trainer.train()
     batch = rollout(trainer)
-    with torch.no_grad():
-        ours = trainer._teacher_logits(batch)(0)(slice(None))
+    rows = [{"prompt": p} for p in PROMPTS[:2] for _ in range(4)]
     frozen = make_trainer(tmp_path, tokenizer)
-    theirs = frozen._teacher_logits(batch)(0)(slice(None))
+    ours, theirs = (t._read_by_teacher(rows, batch)["teacher_hidden"] for t in (trainer, frozen))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     student = trainer.model(batch["prompt_ids"]).logits
     assert not torch.allclose(student, frozen.model(batch["prompt_ids"]).logits, atol=1e-3)
@@ -250,8 +253,9 @@ def test_gradient_norms_of_the_terms_are_those_of_separate_losses(tmp_path, toke
     trainer.model.zero_grad()
     for coef, key in ((0.0, "grad_norm/distillation"), (7.0, "grad_norm/diversity")):
         for inputs in seen:
-            terms, _ = trainer._student_terms(trainer.model, inputs, trainer._teacher_logits(inputs))
-            term = -(coef * inputs["diversity_advantages"] * terms.log_probs).mean() if coef else terms.kl.mean()
+            terms = trainer._student_terms(trainer.model, inputs)
+            log_probs = terms.log_probs.sum((1, 2))
+            term = -(coef * inputs["diversity_advantages"] * log_probs).mean() if coef else terms.kl.mean()
             (term / 2).backward()
         norm = torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm().item()
         assert logged[key] == pytest.approx(norm, rel=1e-3)
@@ -260,9 +264,9 @@ def test_gradient_norms_of_the_terms_are_those_of_separate_losses(tmp_path, toke
 
 def test_one_update_per_rollout_needs_no_pass_for_old_logps(tmp_path, tokenizer, monkeypatch):
     calls = []
-    original = RLOOTrainer._get_per_token_logps_and_entropies
+    original = CFGDistillDiversityTrainer._old_log_probs
     monkeypatch.setattr(
-        RLOOTrainer, "_get_per_token_logps_and_entropies", lambda *a, **k: (calls.append(1), original(*a, **k))[1]
+        CFGDistillDiversityTrainer, "_old_log_probs", lambda *args: (calls.append(1), original(*args))[1]
     )
     make_trainer(tmp_path, tokenizer, gradient_accumulation_steps=2).train()
     assert not calls
@@ -438,5 +442,4 @@ def test_private_methods_of_trl_have_the_signatures_we_override():
         parameters = ", ".join(inspect.signature(getattr(RLOOTrainer, name)).parameters)
         assert parameters.startswith(arguments), f"{name}({parameters})"
     source = inspect.getsource(RLOOTrainer._generate_and_score_completions)
-    assert re.search(r"old_logps = \(old_per_token_logps \* completion_mask\)", source)
     assert '"old_logps": old_logps' in source and '"advantages": advantages' in source

@@ -1,9 +1,9 @@
-"""What weights that are spread over processes ask for (FSDP2, DeepSpeed ZeRO); nothing where each has them all."""
+"""Helpers for weights that are sharded over processes (FSDP2, DeepSpeed ZeRO)."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest import mock
@@ -14,14 +14,42 @@ from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch.distributed.fsdp import FSDPModule
 from trl.distributed import DistributedBackend
 from trl.models import prepare_deepspeed
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from trl_drcd.compat.torch_distributed import initialize_fsdp_root, reshards_after_forward
+from trl_drcd.compat.trl_private import ForwardRedirection, forget_patched_forward, maybe_gather_lm_head_ctx
 from trl_drcd.heads import Head
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether parts of the model, or of its gradients, lie on other processes."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+class InsideForward:
+    """
+    Calls a function inside the forward of a model as wrapped for several processes, whose hooks gather its weights.
+
+    Args:
+        accelerator (`Accelerator`): Of the launch.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.sharded_by_fsdp = accelerator.distributed_type == DistributedType.FSDP
+        self.redirect = ForwardRedirection()
+
+    def __call__(self, wrapper: Any, model: Any, function: Callable[[], Any]) -> Any:
+        """What `function` returns; `wrapper` is `model` as wrapped, or `model` itself."""
+        if not self.sharded_by_fsdp:
+            return self.redirect(wrapper, model, function)
+        kept: list[Any] = []
+
+        def forward() -> Any:
+            kept.append(function())
+            return kept[0]
+
+        # FSDP2 looks for gradients at what a forward returns, but then rounds it to bfloat16: take what was before
+        self.redirect(wrapper, model, forward)
+        return kept[0]
 
 
 def check_sharding(accelerator: Accelerator, updates_per_rollout: float, keeps_parts_whole: bool = False) -> None:
@@ -73,8 +101,7 @@ def frozen_copy(model: Any, accelerator: Accelerator) -> Any:
     partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]  # by ZeRO-3, while it was loaded
     with DistributedBackend(accelerator).gather_params(partitioned):
         teacher = copy.deepcopy(model, memo={id(parameter): parameter for parameter in frozen})
-    # TRL patches `forward` on the instance, and the patch's closure still calls the student
-    teacher.__dict__.pop("forward", None)
+    forget_patched_forward(teacher)
     teacher.requires_grad_(False).eval()
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return prepare_deepspeed(teacher, accelerator)
@@ -116,8 +143,8 @@ def whole_weights(model: Any) -> Iterator[None]:
     """
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if modules:
-        model._get_fsdp_state()._lazy_init()  # the root's own must come before that of a part which runs alone
-    resharding = [m for m in modules if _reshards(m)]
+        initialize_fsdp_root(model)
+    resharding = [m for m in modules if reshards_after_forward(m)]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -127,9 +154,3 @@ def whole_weights(model: Any) -> Iterator[None]:
         for module in modules:
             module.set_reshard_after_forward(module in resharding, recurse=False)
             module.reshard()
-
-
-def _reshards(module: FSDPModule) -> bool:
-    """Whether the weights are given up after each forward; all but the root's and the head's are."""
-    groups: Any = module._get_fsdp_state()._fsdp_param_group
-    return groups is not None and groups.post_forward_mesh_info is not None

@@ -7,14 +7,14 @@ Letters: `P` prompts, `G` generations per prompt, `B = P * G`, `D` embedding siz
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 
-from trl_drcd.reliability.batches import about_rows, raise_together
-from trl_drcd.reliability.processes import doing
+from trl_drcd.reliability.batches import raise_together, row_problems
+from trl_drcd.reliability.processes import report_status
 
 
 def _without_direction(embeddings: torch.Tensor) -> torch.Tensor:
@@ -147,6 +147,17 @@ class AudioDecoder(Protocol):
         """Waveforms (float32, 1-D) with their sampling rates in Hz, one per sequence of token ids."""
 
 
+class ScoredRollout(NamedTuple):
+    """
+    The diversity of a rollout, of all processes: `embeddings (B, D)`, `rewards (B,)` of [`group_diversity`] and
+    `advantages (B,)` of [`diversity_advantages`].
+    """
+
+    embeddings: torch.Tensor
+    rewards: torch.Tensor
+    advantages: torch.Tensor
+
+
 class DiversityReward:
     """
     TRL reward callable: mean cosine distance of each completion to the others of its prompt, across all processes.
@@ -161,9 +172,6 @@ class DiversityReward:
             a codec; returns `(len, D)`.
         num_generations (`int`, *optional*, defaults to 4): Group size `G`.
         codec (`AudioDecoder`, *optional*): Turns completion ids into audio; without it completions are text.
-
-    Attributes:
-        embeddings (`torch.Tensor` or `None`): Those of the last call, gathered, shape `(B, D)` of the global batch.
     """
 
     __name__ = "diversity"
@@ -176,7 +184,6 @@ class DiversityReward:
         self.embedder = embedder
         self.num_generations = num_generations
         self.codec = codec
-        self.embeddings: torch.Tensor | None = None
 
     def embed(self, completions: list, completion_ids: list[list[int]]) -> torch.Tensor:
         """
@@ -210,6 +217,36 @@ class DiversityReward:
             )
         return embeddings.detach().to(PartialState().device, torch.promote_types(embeddings.dtype, torch.float32))
 
+    def score(
+        self, prompts: list, completions: list, completion_ids: list[list[int]], num_generations: int | None = None
+    ) -> ScoredRollout:
+        """
+        Embeddings, rewards and advantages of the global batch, from the rows of this process.
+
+        Args:
+            prompts (`list`): `b` prompts, for messages.
+            completions, completion_ids (`list`): See [`embed`].
+            num_generations (`int`, *optional*): Group size `G`; that of the constructor if `None`.
+
+        Returns:
+            `ScoredRollout`: Of all processes, in the order of their ranks.
+
+        Raises:
+            BadBatchError: In every process, if in any one the embedder raises, or a vector has no direction.
+        """
+        group = self.num_generations if num_generations is None else num_generations
+        report_status("it embeds")
+        local, cause = torch.zeros(0, 0), None
+        try:
+            local = self.embed(completions, completion_ids)
+            what = "the embedder's vector has no direction (it is zero, infinite or NaN)"
+            problems = row_problems(what, _without_direction(local), prompts)
+        except Exception as error:  # the other processes wait for this one's embeddings
+            problems, cause = [f"the embedder raised {type(error).__name__}: {error}"], error
+        raise_together(problems, cause)
+        embeddings = gather(local)
+        return ScoredRollout(embeddings, group_diversity(embeddings, group), diversity_advantages(embeddings, group))
+
     def __call__(
         self, prompts: list, completions: list, completion_ids: list[list[int]], **kwargs: Any
     ) -> list[float]:
@@ -217,18 +254,8 @@ class DiversityReward:
         Rewards `r_j` of this process's completions; see [`group_diversity`].
 
         Raises:
-            BadBatchError: In every process, if in any one the embedder raises, or a vector has no direction.
+            BadBatchError: As [`score`] does.
         """
-        doing("it embeds")
-        local, cause = torch.zeros(0, 0), None
-        try:
-            local = self.embed(completions, completion_ids)
-            what = "the embedder's vector has no direction (it is zero, infinite or NaN)"
-            problems = about_rows(what, _without_direction(local), prompts)
-        except Exception as error:  # the other processes wait for this one's embeddings
-            problems, cause = [f"the embedder raised {type(error).__name__}: {error}"], error
-        raise_together(problems, cause)
-        self.embeddings = gather(local)
-        rewards = group_diversity(self.embeddings, self.num_generations)
+        rewards = self.score(prompts, completions, completion_ids).rewards
         start = PartialState().process_index * len(completions)
         return rewards[start : start + len(completions)].tolist()

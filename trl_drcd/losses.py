@@ -8,6 +8,7 @@ KL, log-probabilities and entropy are in nats.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -174,7 +175,80 @@ def sum_per_sequence(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return values.new_zeros(mask.shape[0]).index_add(0, sequence, values)
 
 
-def policy_gradient_loss(
+class BatchTerms(NamedTuple):
+    """
+    What the objective and the log need of a batch; nats.
+
+    `kl` and `entropy`, summed over the tokens of each sequence, and the number of `tokens`, shape `(B,)`; `log_probs`
+    of the sampled tokens, shape `(B, S, K)`, 0 where none is scored; `loss`, a scalar, where its gradient was computed
+    along with the terms, which are then without gradient.
+    """
+
+    kl: torch.Tensor
+    log_probs: torch.Tensor
+    entropy: torch.Tensor
+    tokens: torch.Tensor
+    loss: torch.Tensor | None
+
+
+def batch_terms(
+    hidden: torch.Tensor,
+    heads: list[Head],
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    teacher_logits: Callable[[int], Callable[[slice], torch.Tensor]],
+    temperature: float,
+    log_prob_weights: torch.Tensor | None = None,
+) -> BatchTerms:
+    """
+    The terms of a batch, from one student forward.
+
+    With `log_prob_weights` w, which must be known beforehand, the gradient of
+    `mean over sequences of sum over tokens (kl + w log p)` is computed along with the terms, at less cost
+    ([`weighted_terms`]).
+
+    Args:
+        hidden (`torch.Tensor`): The student's last hidden states, shape `(B, S, H)`, or `(B, S, K, H)` where each
+            codebook has its own.
+        heads (`list[Head]`): The student's `K` heads.
+        ids (`torch.Tensor`): The sampled tokens, int64, shape `(B, S, K)`.
+        mask (`torch.Tensor`): True where a token is scored, shape `(B, S, K)`.
+        teacher_logits (`Callable`): Maps a codebook to the function that maps a slice of its scored tokens, in the
+            order of `mask[..., k]`, to the guided teacher's logits.
+        temperature (`float`): T of the softmax of both.
+        log_prob_weights (`torch.Tensor`, *optional*): Shape `(B, S, K)`, or one that broadcasts to it.
+
+    Returns:
+        `BatchTerms`: Differentiable by the student where `log_prob_weights` is `None`; else its `loss` is.
+    """
+    terms: list[TokenTerms] = []
+    losses: list[torch.Tensor] = []
+    for k, head in enumerate(heads):
+        scored = mask[..., k]
+        own = hidden if hidden.ndim == 3 else hidden[:, :, k]
+        tokens = own[scored], head, ids[..., k][scored], teacher_logits(k)
+        if log_prob_weights is None:
+            terms.append(token_terms(*tokens, temperature))
+        else:
+            weights = log_prob_weights.expand(mask.shape)[..., k][scored]
+            loss, *rest = weighted_terms(*tokens, torch.ones_like(weights), weights, temperature)
+            terms.append(TokenTerms(*rest))
+            losses.append(loss)
+    of_sequences = [
+        torch.stack([sum_per_sequence(term, mask[..., k, None]) for k, term in enumerate(of)]).sum(0)
+        for of in ([term.kl for term in terms], [term.entropy for term in terms])
+    ]
+    log_probs = torch.stack([_spread(term.log_probs, mask[..., k]) for k, term in enumerate(terms)], dim=-1)
+    total = torch.stack(losses).sum() / len(mask) if losses else None
+    return BatchTerms(of_sequences[0], log_probs, of_sequences[1], mask.sum(dim=(1, 2)), total)
+
+
+def _spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The values of the true entries of `mask` at their places, 0 elsewhere; differentiable."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def policy_gradient_losses(
     log_probs: torch.Tensor,
     advantages: torch.Tensor,
     old_log_probs: torch.Tensor | None = None,
@@ -182,27 +256,40 @@ def policy_gradient_loss(
     epsilon_high: float = 0.2,
 ) -> torch.Tensor:
     """
-    REINFORCE: `-mean(advantage * log p)`; with `old_log_probs`, RLOO's clipped surrogate of it.
+    REINFORCE of each sequence: `-advantage * log p`; with `old_log_probs`, RLOO's clipped surrogate of it.
 
-    Eq. (4) of https://huggingface.co/papers/2410.06084. The surrogate `-mean(min(r A, clip(r) A))`, `r = p / p_old`,
-    is for more than one update per rollout; at the first update both have one gradient.
+    Eq. (4) of https://huggingface.co/papers/2410.06084. The surrogate `-min(r A, clip(r) A)`, `r = p / p_old`, is for
+    more than one update per rollout; at the first update both have one gradient. Advantages of tokens, shape `(B, S,
+    K)`, are summed over those of a sequence, each with the ratio of its own token.
 
     Args:
-        log_probs (`torch.Tensor`): log p of each sampled sequence, nats, shape `(B,)`.
-        advantages (`torch.Tensor`): Reward minus baseline, shape `(B,)`; no gradient flows through it.
-        old_log_probs (`torch.Tensor`, *optional*): log p when the sequences were sampled, shape `(B,)`.
+        log_probs (`torch.Tensor`): log p of each sampled sequence, nats, shape `(B,)`; or of each token, `(B, S, K)`.
+        advantages (`torch.Tensor`): Reward minus baseline, same shape; no gradient flows through it.
+        old_log_probs (`torch.Tensor`, *optional*): log p when the sequences were sampled, same shape.
         epsilon_low (`float`, *optional*, defaults to 0.2): The ratio is clipped below `1 - epsilon_low`.
         epsilon_high (`float`, *optional*, defaults to 0.2): The ratio is clipped above `1 + epsilon_high`.
 
     Returns:
-        `torch.Tensor`: Scalar.
+        `torch.Tensor`: Shape `(B,)`.
     """
     advantages = advantages.detach()
     if old_log_probs is None:
-        return -(advantages * log_probs).mean()
+        return -(advantages * log_probs).flatten(1).sum(1) if log_probs.ndim > 1 else -advantages * log_probs
     ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
-    return -torch.minimum(ratio * advantages, clipped * advantages).mean()
+    losses = -torch.minimum(ratio * advantages, clipped * advantages)
+    return losses.flatten(1).sum(1) if losses.ndim > 1 else losses
+
+
+def policy_gradient_loss(
+    log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    old_log_probs: torch.Tensor | None = None,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+) -> torch.Tensor:
+    """The mean of [`policy_gradient_losses`] over sequences, a scalar."""
+    return policy_gradient_losses(log_probs, advantages, old_log_probs, epsilon_low, epsilon_high).mean()
 
 
 @torch.no_grad()
@@ -238,3 +325,28 @@ def token_log_probs(
         logits = head.logits(hidden[chunk])
         log_probs[chunk] = (logits / temperature).log_softmax(-1).gather(-1, ids[chunk, None]).squeeze(-1)
     return log_probs
+
+
+@torch.no_grad()
+def batch_log_probs(
+    hidden: torch.Tensor, heads: list[Head], ids: torch.Tensor, mask: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """
+    Log-probability of each sampled token of a batch, without gradient: [`token_log_probs`] of each codebook.
+
+    Args:
+        hidden (`torch.Tensor`): Last hidden states, shape `(B, S, H)`, or `(B, S, K, H)`.
+        heads (`list[Head]`): The `K` heads.
+        ids (`torch.Tensor`): The sampled tokens, int64, shape `(B, S, K)`.
+        mask (`torch.Tensor`): True where a token is scored, shape `(B, S, K)`.
+        temperature (`float`, *optional*, defaults to 1.0): T of the softmax.
+
+    Returns:
+        `torch.Tensor`: Nats, shape `(B, S, K)`; 0 where no token is scored.
+    """
+    of_codebooks = []
+    for k, head in enumerate(heads):
+        scored = mask[..., k]
+        own = hidden if hidden.ndim == 3 else hidden[:, :, k]
+        of_codebooks.append(_spread(token_log_probs(own[scored], head, ids[..., k][scored], temperature), scored))
+    return torch.stack(of_codebooks, dim=-1)

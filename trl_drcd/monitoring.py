@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,30 +23,28 @@ class RunningMeans:
         self.sums: dict[str, float] = {}
 
     def reset(self) -> None:
+        """Starts again."""
         self.sums = {}
 
-    def add(self, kl: torch.Tensor, entropy: torch.Tensor, tokens: torch.Tensor, diversity: torch.Tensor) -> None:
+    def add(self, rows: dict[str, torch.Tensor]) -> None:
         """
-        Takes in a forward of all processes.
+        Adds a forward of all processes.
 
         Args:
-            kl, entropy, tokens (`torch.Tensor`): Of each sequence, shape `(B,)`; nats, nats and a count.
-            diversity (`torch.Tensor`): The policy-gradient term, mean over the sequences, a scalar.
+            rows (`dict[str, torch.Tensor]`): Of each sequence, shape `(B,)`: the loss terms by their names,
+                `distillation` (KL) among them, `entropy`, all in nats, and the number of `tokens`.
         """
-        sums = torch.stack([kl.sum(), entropy.sum(), tokens.sum(), diversity * len(kl)]).tolist()
-        for name, value in zip(("kl", "entropy", "tokens", "diversity", "rows"), [*sums, len(kl)], strict=True):
+        names, values = list(rows), torch.stack(list(rows.values()))
+        for name, value in zip([*names, "rows"], [*values.sum(1).tolist(), values.shape[1]], strict=True):
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def values(self) -> dict[str, float]:
-        """Of a sequence `kl`, and the terms of the loss; of a token `kl_per_token` and `entropy`; nats."""
-        rows, tokens = self.sums["rows"], max(1.0, self.sums["tokens"])
-        return {
-            "loss/distillation": self.sums["kl"] / rows,
-            "loss/diversity": self.sums["diversity"] / rows,
-            "kl": self.sums["kl"] / rows,
-            "kl_per_token": self.sums["kl"] / tokens,
-            "entropy": self.sums["entropy"] / tokens,
-        }
+        """Loss terms and KL per sequence; KL and entropy per token; nats."""
+        sums = dict(self.sums)
+        rows, tokens, entropy = sums.pop("rows"), max(1.0, sums.pop("tokens")), sums.pop("entropy")
+        kl = sums["distillation"]
+        terms = {f"loss/{name}": value / rows for name, value in sums.items()}
+        return terms | {"kl": kl / rows, "kl_per_token": kl / tokens, "entropy": entropy / tokens}
 
 
 class GradientNorms:
@@ -56,39 +53,39 @@ class GradientNorms:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.measured = not is_sharded(accelerator)
-        self._diversity: list[torch.Tensor] | None = None
+        self._parts: dict[str, list[torch.Tensor]] = {}
 
-    def add(self, model: torch.nn.Module, diversity: torch.Tensor, forwards: int) -> None:
-        """Adds the diversity term's gradient of one of the update's `forwards` on this process."""
-        if not self.measured:
-            return
+    def add(self, model: torch.nn.Module, losses: dict[str, torch.Tensor], forwards: int) -> None:
+        """Adds the gradients of the terms beside the distillation, of one of the update's `forwards` here."""
         parameters = [p for p in model.parameters() if p.requires_grad]
-        gradient = torch.autograd.grad(
-            diversity / forwards, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        before = self._diversity
-        self._diversity = list(gradient) if before is None else [a + b for a, b in zip(before, gradient, strict=True)]
+        for name, loss in losses.items():
+            gradient = torch.autograd.grad(
+                loss / forwards, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            before = self._parts.get(name)
+            self._parts[name] = (
+                list(gradient) if before is None else [a + b for a, b in zip(before, gradient, strict=True)]
+            )
 
     def measure(self, model: torch.nn.Module) -> dict[str, float]:
-        """The norms, once the update's gradient is in `grad`; what is not the diversity term's is distillation's."""
-        if not self.measured:
-            return {}
+        """The norms, once the update's gradient is in `grad`; what is none of the other terms' is distillation's."""
+        parts, self._parts = self._parts, {}
         parameters = [p for p in model.parameters() if p.requires_grad]
-        diversity: list[Any] = self._diversity or [None] * len(parameters)
-        self._diversity = None
-        if all(parameter.grad is None for parameter in parameters):  # the update was left out
+        if not self.measured or all(parameter.grad is None for parameter in parameters):  # the update was skipped
             return {}
-        norms: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        for parameter, part in zip(parameters, diversity, strict=True):
-            rest = parameter.grad
-            if part is not None:  # on all processes alike
-                part = self.accelerator.reduce(part, reduction="mean")
-                rest = -part if rest is None else rest - part
-            for values, of in zip((rest, part), norms, strict=True):
-                if values is not None:
-                    of.append(values.to(torch.promote_types(values.dtype, torch.float32)).norm())
-        names = "grad_norm/distillation", "grad_norm/diversity"
-        return {name: float(torch.stack(of).norm()) if of else 0.0 for name, of in zip(names, norms, strict=True)}
+        rest = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        norms = {"grad_norm/diversity": 0.0}
+        for name, part in parts.items():
+            part = [self.accelerator.reduce(values, reduction="mean") for values in part]  # on all processes alike
+            rest = [a - b for a, b in zip(rest, part, strict=True)]
+            norms[f"grad_norm/{name}"] = _norm(part)
+        return {"grad_norm/distillation": _norm(rest)} | norms
+
+
+def _norm(tensors: list[torch.Tensor]) -> float:
+    """Of all of them together, taken in float32 at least."""
+    norms = [values.to(torch.promote_types(values.dtype, torch.float32)).norm() for values in tensors]
+    return float(torch.stack(norms).norm()) if norms else 0.0
 
 
 class Stopwatch:

@@ -1,15 +1,17 @@
 """
 Diversity-rewarded CFG distillation as a subclass of TRL's RLOO trainer.
 
-What is TRL's: samplers, generation, reward functions, logging, checkpoints. What changes: the loss, the unbiased
-baseline of the diversity reward, the guided teacher, and no pass for `old_logps` when there is one update per rollout.
+What is TRL's: samplers, extra reward functions, logging, checkpoints. What differs, in the order of a step:
+completions are sampled without guidance; the guided teacher reads them; their diversity gets an unbiased advantage;
+the loss is Eq. (5), from one student forward.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,48 +20,29 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel
+from trl import RLOOTrainer
 from trl.models import unwrap_model_for_generation
-from trl.models.utils import _ForwardRedirection
-from trl.trainer.utils import get_config_model_id, use_adapter
 
 from trl_drcd.callbacks import SampleCallback
+from trl_drcd.compat.torch_distributed import set_group_timeout
+from trl_drcd.compat.trl_private import get_config_model_id
 from trl_drcd.config import CFGDistillDiversityConfig
-from trl_drcd.distributed import check_sharding, frozen_copy, shard, whole_heads, whole_weights
-from trl_drcd.diversity import DiversityReward, diversity_advantages, group_diversity
+from trl_drcd.distributed import InsideForward, check_sharding, frozen_copy, shard, whole_heads, whole_weights
+from trl_drcd.diversity import DiversityReward
 from trl_drcd.guidance import ancestral_generation_config, left_pad
-from trl_drcd.losses import (
-    TokenTerms,
-    WeightedTerms,
-    guided_logits,
-    policy_gradient_loss,
-    sum_per_sequence,
-    token_terms,
-    weighted_terms,
-)
+from trl_drcd.losses import BatchTerms, batch_log_probs, batch_terms, policy_gradient_losses
 from trl_drcd.monitoring import GradientNorms, RunningMeans, Stopwatch
 from trl_drcd.policies import Policy, policy_class
-from trl_drcd.reliability.guard import GuardedRLOOTrainer
-from trl_drcd.validation.training import (
-    check_adapter,
-    check_codec,
-    check_datasets,
-    check_family,
-    check_finite_weights,
-    check_lengths,
-    check_longest,
-    check_names,
-    check_null_prompt,
-    check_rewards,
-    check_rollout_size,
-    check_vocabulary,
-)
+from trl_drcd.reliability.batches import BadBatchError
+from trl_drcd.reliability.guard import BatchGuard
+from trl_drcd.reliability.processes import is_lost_process, last_statuses
+from trl_drcd.reliability.sampler import EpochSampler
+from trl_drcd.reliability.snapshot import Snapshot, load_rollout, save_rollout, set_random_states
+from trl_drcd.reliability.writer import CheckpointWriter, resolve_checkpoint
+from trl_drcd.teacher import GuidedTeacher
+from trl_drcd.validation.training import check_before_loading, check_lengths, check_once_loaded, check_skipping
 
 logger = get_logger(__name__)
-
-
-def _no_reward(prompts: list, **kwargs) -> list[float]:
-    """Stands in for reward functions where distillation is all there is: RLOO asks for one."""
-    return [0.0] * len(prompts)
 
 
 def diversity_coef_at(step: int, diversity_coef: float, warmup_steps: int) -> float:
@@ -77,7 +60,7 @@ def diversity_coef_at(step: int, diversity_coef: float, warmup_steps: int) -> fl
     return diversity_coef * min(1.0, step / warmup_steps) if warmup_steps else diversity_coef
 
 
-class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
+class CFGDistillDiversityTrainer(RLOOTrainer):
     """
     Trainer of *Diversity-Rewarded CFG Distillation* (https://huggingface.co/papers/2410.06084).
 
@@ -137,103 +120,93 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
         codec: Any = None,
         **kwargs,
     ):
-        peft_config = kwargs.get("peft_config")
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = CFGDistillDiversityConfig(f"{name.rstrip('/').split('/')[-1]}-DRCD")
-        check_datasets(train_dataset, eval_dataset)
-        check_rollout_size(train_dataset, args)
-        check_names(model, args, processing_class, peft_config)
-        check_adapter(model, peft_config)
-        extra_rewards = (
-            [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        extra_rewards = [] if reward_funcs is None else reward_funcs
+        extra_rewards = extra_rewards if isinstance(extra_rewards, list) else [extra_rewards]
+        check_before_loading(
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            kwargs.get("peft_config"),
+            extra_rewards,
+            embedder,
         )
-        check_rewards(args, extra_rewards, embedder)
         if isinstance(model, str):
             args.model_init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})
         revision = (args.model_init_kwargs or {}).get("revision")
         family = policy_class(model, revision)
-        check_family(family, args)
-        self._inside_trl = family.inside_trl
-        self.diversity_reward = None if embedder is None else DiversityReward(embedder, args.num_generations, codec)
-        self.has_extra_rewards = bool(extra_rewards)
-        # RLOO rewards the extra functions; the diversity reward stands there only where nothing else does, for its log
-        if not extra_rewards:
-            extra_rewards = [self.diversity_reward or _no_reward]
-
-        with self._inside_trl():
+        with family.in_trl.patched():
             super().__init__(
                 model=model,
                 reward_funcs=extra_rewards,
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=family.processing_class(model, processing_class, revision),
+                processing_class=family.in_trl.processing_class(model, processing_class, revision),
                 **kwargs,
             )
-        updates_per_rollout = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
-        self._needs_old_logps = updates_per_rollout > 1
-        check_sharding(self.accelerator, updates_per_rollout, family.frozen is not None)
+        self._updates_per_rollout = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
+        check_sharding(self.accelerator, self._updates_per_rollout, family.frozen is not None)
+        check_skipping(args, self.is_deepspeed_enabled)
+        set_group_timeout(args.ddp_timeout)
         student = self.accelerator.unwrap_model(self.model)
         self.policy: Policy = family(self._tokenizer, student.config, self.chat_template_kwargs)
         self.policy.check_length(args.max_completion_length)
         self.policy.prepare(student)
         # What is sampled is what is scored, whatever the model came with; saved models sample as they were trained to
         student.generation_config = ancestral_generation_config(student.generation_config, args.temperature)
-        check_vocabulary(self.policy, student, self._tokenizer)
-        check_finite_weights(student)
-        check_codec(codec, self.policy, student)
-        check_longest(self.policy, self.train_dataset, args, student, self._tokenize_prompts)
-        if args.guidance_scale != 1:
-            check_null_prompt(self.policy, self.train_dataset, args.negative_prompt)
-        if any(head.softcap is not None for head in self.policy.heads(student)):
-            logger.warning(
-                "This model caps its logits: guidance is applied to the logits, one more projection per token."
-            )
-        sharded_here = self.is_fsdp_enabled and family.frozen is not None
-        if sharded_here:
-            self.accelerator.state.fsdp_plugin.ignored_modules = family.frozen
-        self.teacher = None if is_peft_model(student) else frozen_copy(student, self.accelerator)
-        if sharded_here:
-            shard(student, self.accelerator)
+        check_once_loaded(
+            self.policy, student, self._tokenizer, self.train_dataset, args, codec, self._tokenize_prompts
+        )
         self.codec = self.policy.codec(student) if codec is None else codec
-        if self.diversity_reward is not None:
-            self.diversity_reward.codec = self.codec
-        self._forward_redirection = _ForwardRedirection()
+        self.diversity_reward = (
+            None if embedder is None else DiversityReward(embedder, args.num_generations, self.codec)
+        )
+        self.teacher = GuidedTeacher(self.policy, self._make_teacher(student), args.guidance_scale, self.accelerator)
+        self._inside_forward = InsideForward(self.accelerator)
+        self._guard = BatchGuard(args.on_bad_batch, self._tokenizer, self.accelerator)
+        self.reward_funcs = self._guard.checked_rewards(self.reward_funcs)
+        self._checkpoints = CheckpointWriter(args, self.accelerator)
+        self._snapshot: Snapshot | None = None  # after the last update
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._gradient_norms = GradientNorms(self.accelerator)
         self._stopwatch = Stopwatch(self.accelerator)
         if args.sample_steps:
             self.add_callback(SampleCallback(self, self.codec))
 
+    def _make_teacher(self, student: PreTrainedModel) -> PreTrainedModel | None:
+        """The frozen copy, or `None` where the adapter's base teaches; with FSDP2 the student is sharded here too."""
+        parts_stay_whole = self.is_fsdp_enabled and self.policy.frozen is not None
+        if parts_stay_whole:
+            self.accelerator.state.fsdp_plugin.ignored_modules = self.policy.frozen
+        copy = None if is_peft_model(student) else frozen_copy(student, self.accelerator)
+        if parts_stay_whole:
+            shard(student, self.accelerator)
+        return copy
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         if "negative_prompt" not in self._signature_columns:
             self._signature_columns.append("negative_prompt")
 
-    def train(self, *args, **kwargs):
-        with self._inside_trl():  # transformers aligns the special tokens of tokenizer and model
-            result = super().train(*args, **kwargs)
-        self.policy.restore_special_tokens(self.accelerator.unwrap_model(self.model).generation_config)
-        return result
-
-    def _save(self, output_dir: str | None = None, state_dict=None):
-        student = self.accelerator.unwrap_model(self.model)
-        self.policy.restore_special_tokens(student.generation_config)
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            self.policy.save_extras(student, output_dir or self.args.output_dir)
-
-    # ---------------------------------------------------------------- rollouts and rewards
+    # ---------------------------------------------------------------- rollouts
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
         self._check_lengths(prompt_ids, "a prompt")
+        student = self.accelerator.unwrap_model(self.model)
+        watched = self._guard.watched_sampling(self.policy.sampled_from(student), prompt_ids)
         # Autocast around the whole rollout casts the weights once, not once per token
-        watched = self._watched_sampling(prompt_ids)
         with self._stopwatch.timed("rollout"), self.accelerator.autocast(), watched:
             if not self.policy.rolls_out_with_trl:
                 return self._sample(prompt_ids)
-            student = self.accelerator.unwrap_model(self.model)
             with nullcontext() if self.use_vllm else whole_weights(student):
                 completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
         # RLOO looks at the last token of each completion; one that is empty stands as a single eos
@@ -264,226 +237,176 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
             )
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        if not (self._needs_old_logps and self.model.training):
-            # With one update per rollout the ratio to the sampling policy is 1: nobody reads this forward's result
-            return torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device), None, None
-        if not self.policy.rolls_out_with_trl:
-            return self._log_probs(model, input_ids, attention_mask, logits_to_keep, *args[:1]), None, None
-        return super()._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-        )
-
-    @torch.no_grad()
-    def _log_probs(
-        self, model, input_ids: torch.Tensor, mask: torch.Tensor, length: int, batch_size: int | None = None
-    ) -> torch.Tensor:
-        """
-        Log-probability of each id of the completions, nats, shape `(B, length)`; 0 where none is scored.
-
-        Args:
-            model: Perhaps wrapped.
-            input_ids, mask (`torch.Tensor`): Prompt and completion in one row, int64 `(B, P + length)`.
-            length (`int`): Ids of a completion.
-            batch_size (`int`, *optional*): Sequences at one time; all if `None`.
-        """
-        student, rows = self.accelerator.unwrap_model(model), []
-
-        def forward():
-            with self.accelerator.autocast():
-                return self.policy.hidden_states(student, *prompt, *completion), self.policy.heads(student)
-
-        size = batch_size or len(input_ids)
-        for ids, part in zip(input_ids.split(size), mask.split(size), strict=True):
-            prompt, completion = (ids[:, :-length], part[:, :-length]), (ids[:, -length:], part[:, -length:])
-            hidden, heads = self._inside_forward(model, student, forward)
-            tokens, valid = self.policy.ids_and_mask(*completion)
-            log_probs = torch.zeros(tokens.shape, device=hidden.device)
-            for k, head in enumerate(heads):
-                scored = valid[..., k]
-                log_p = (head.logits(hidden[scored]) / self.temperature).log_softmax(-1)
-                log_probs[..., k][scored] = log_p.gather(-1, tokens[..., k][scored][:, None]).squeeze(-1).float()
-            flat = log_probs.flatten(1)
-            rows.append(torch.nn.functional.pad(flat, (0, length - flat.shape[1])))
-        return torch.cat(rows)
+        # TRL asks for the log-probabilities at sampling; `_old_log_probs` computes them, where somebody reads them
+        return torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device), None, None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        mode = "train" if self.model.training else "eval"
-        with self._stopwatch.timed("reward"):
-            if self.diversity_reward is not None:
-                self.diversity_reward.num_generations = (
-                    self.num_generations if mode == "train" else self.num_generations_eval
-                )
+        with self._stopwatch.timed("reward"), self._guard.watched_rewards():
+            if not self.reward_funcs:  # TRL sums over the functions' columns: none, then, of one column
+                rows = len(prompts) * self.accelerator.num_processes
+                return torch.zeros(rows, 1, device=self.accelerator.device)
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-            if self.diversity_reward is not None and self.has_extra_rewards:
-                self.diversity_reward(prompts=prompts, completions=completions, completion_ids=completion_ids_list)
+            start = self.accelerator.process_index * len(prompts)
+            own = rewards[start : start + len(prompts)]
+            self._guard.check_model_rewards(self.reward_func_names, self.reward_funcs, own, prompts)
         return rewards
 
     def _generate_and_score_completions(self, inputs):
-        mode = "train" if self.model.training else "eval"
         output = super()._generate_and_score_completions(inputs)
-        local = output["completion_ids"].shape[0]
-        if not self.has_extra_rewards:
-            output["advantages"] = torch.zeros_like(output["advantages"])
-        output["diversity_advantages"] = torch.zeros_like(output["advantages"])
+        del output["old_logps"]
+        with self._stopwatch.timed("teacher"):
+            output |= self._read_by_teacher(inputs, output)
+        if self._updates_per_rollout > 1 and self._mode == "train":
+            output["old_log_probs"] = self._old_log_probs(output)
         if self.diversity_reward is not None:
-            embeddings, group = self.diversity_reward.embeddings, self.diversity_reward.num_generations
-            advantages = diversity_advantages(embeddings, group).to(output["advantages"])
-            start = self.accelerator.process_index * local
-            output["diversity_advantages"] = advantages[start : start + local]
-            diversity = self._gather_rows(group_diversity(embeddings, group)[start : start + local])
-            self._metrics[mode]["diversity"].append(diversity.mean().item())
-        if not (self._needs_old_logps and mode == "train"):
-            del output["old_logps"]
-        if not self.has_extra_rewards and self.diversity_reward is None:
-            for name in [n for n in self._metrics[mode] if n.startswith(("reward", "frac_reward"))]:
-                del self._metrics[mode][name]
-        if self.args.guidance_scale != 1:
+            with self._stopwatch.timed("reward"):
+                output["diversity_advantages"] = self._score_diversity(inputs, output)
+        if not self.reward_funcs:
+            del output["advantages"]
+        self._log_rollout(output)
+        return output
+
+    def _read_by_teacher(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What the guided teacher makes of the completions, see [`~trl_drcd.teacher.GuidedTeacher.stored`]."""
+        negative = None
+        if self.teacher.guided:
             negative_ids = self.policy.negative_prompt_ids(inputs, self.args.negative_prompt)
             self._check_lengths(negative_ids, "a negative prompt")
             ids, mask = left_pad(negative_ids, self._tokenizer.pad_token_id)
-            output["negative_prompt_ids"] = ids.to(self.accelerator.device)
-            output["negative_prompt_mask"] = mask.to(self.accelerator.device)
-        return output
+            negative = ids.to(self.accelerator.device), mask.to(self.accelerator.device)
+        states = self.teacher.read(self.model_wrapped, output, negative, self._batch_size)
+        return self.teacher.stored(states, self.model_wrapped)
+
+    @property
+    def _batch_size(self) -> int:
+        """Sequences per forward and process."""
+        if self._mode == "train":
+            return self.args.per_device_train_batch_size
+        return self.args.per_device_eval_batch_size
+
+    @torch.no_grad()
+    def _old_log_probs(self, output: dict[str, torch.Tensor]) -> torch.Tensor:
+        """log p of each sampled token by the student as it samples, nats, `(B, S, K)`; 0 where none is scored."""
+        student, parts = self.accelerator.unwrap_model(self.model), []
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        for rows in zip(*(output[name].split(self._batch_size) for name in names), strict=True):
+
+            def forward(rows=rows):
+                with self.accelerator.autocast():
+                    return self.policy.hidden_states(student, *rows), self.policy.heads(student)
+
+            hidden, heads = self._inside_forward(self.model_wrapped, student, forward)
+            ids, mask = self.policy.ids_and_mask(*rows[2:])
+            parts.append(batch_log_probs(hidden, heads, ids, mask, self.temperature))
+        return torch.cat(parts)
+
+    def _score_diversity(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> torch.Tensor:
+        """Diversity advantages of this process's completions, `(B,)`; logs the diversity of all."""
+        mode, local = self._mode, len(inputs)
+        # Completions that `mask_truncated_completions` has masked are as long as they may be
+        lengths = [n or self.max_completion_length for n in output["completion_mask"].sum(1).tolist()]
+        ids = [row[:n] for row, n in zip(output["completion_ids"].tolist(), lengths, strict=True)]
+        texts = ids if self.codec is not None else self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        group = self.num_generations if mode == "train" else self.num_generations_eval
+        scored = self.diversity_reward.score([row["prompt"] for row in inputs], texts, ids, group)
+        own = slice(self.accelerator.process_index * local, (self.accelerator.process_index + 1) * local)
+        self._metrics[mode]["diversity"].append(self._gather_rows(scored.rewards[own]).mean().item())
+        self._logs["rewards"]["diversity"].extend(scored.rewards.tolist())
+        return scored.advantages[own].to(output["advantages"])
+
+    def _log_rollout(self, output: dict[str, torch.Tensor]) -> None:
+        """The advantages that the loss uses, in the table of completions; the reward where diversity is all of it."""
+        metrics, rows = self._metrics[self._mode], self.accelerator.num_processes * len(output["prompt_ids"])
+        total = sum(credit.mean((1, 2)) for credit in self._credits(output).values())
+        logged = self._logs["advantages"]
+        for _ in range(min(rows, len(logged))):  # those of the extra rewards alone
+            logged.pop()
+        logged.extend(self.accelerator.gather(total).tolist())
+        if self.reward_funcs:
+            return
+        for name in ("reward", "reward_std", "frac_reward_zero_std"):
+            metrics.pop(name, None)  # TRL's, of no function
+        if self.diversity_reward is not None:
+            metrics["reward"] = list(metrics["diversity"])
 
     # ---------------------------------------------------------------- the loss
 
-    def _inside_forward(self, wrapper, model, method: Callable[[], Any]) -> Any:
-        """What `method` returns, called inside the forward of `model` as wrapped for several processes."""
-        if not self.is_fsdp_enabled:
-            return self._forward_redirection(wrapper, model, method)
-        kept: list[Any] = []
+    @property
+    def _diversity_coef(self) -> float:
+        return diversity_coef_at(self.state.global_step, self.args.diversity_coef, self.args.diversity_warmup_steps)
 
-        def forward():
-            kept.append(method())
-            return kept[0]
-
-        # FSDP2 looks for gradients at what a forward returns, but then rounds it to bfloat16: take what was before
-        self._forward_redirection(wrapper, model, forward)
-        return kept[0]
-
-    def _unwrapped_teacher(self) -> PreTrainedModel:
-        return self.accelerator.unwrap_model(self.model if self.teacher is None else self.teacher)
-
-    @torch.no_grad()
-    def _teacher_logits(self, inputs: dict[str, Any]) -> Any:
-        """
-        The guided teacher on the student's completions: a function from codebook and rows to logits `(rows, V)`.
-
-        Conditional and unconditional stream run as one batch.
-        """
-        student, teacher = self.accelerator.unwrap_model(self.model), self._unwrapped_teacher()
-        completion = inputs["completion_ids"], inputs["completion_mask"]
-        prompt = inputs["prompt_ids"], inputs["prompt_mask"]
-        guided = "negative_prompt_ids" in inputs
-        if guided:
-            prompt = _stack_prompts(*prompt, inputs["negative_prompt_ids"], inputs["negative_prompt_mask"])
-            completion = completion[0].repeat(2, 1), completion[1].repeat(2, 1)
-
-        def forward():
-            with self.accelerator.autocast():
-                return self.policy.hidden_states(teacher, *prompt, *completion), self.policy.heads(teacher)
-
-        was_training = teacher.training
-        teacher.eval()
-        with use_adapter(student, None) if self.teacher is None else nullcontext():
-            hidden, heads = self._inside_forward(self.teacher or self.model_wrapped, teacher, forward)
-        teacher.train(was_training)
-
-        _, mask = self.policy.ids_and_mask(inputs["completion_ids"], inputs["completion_mask"])
-        cond, uncond = hidden.chunk(2) if guided else (hidden, None)
-
-        def logits(codebook: int):
-            valid = mask[..., codebook]
-            return guided_logits(
-                heads[codebook],
-                cond[valid],
-                None if uncond is None else uncond[valid],
-                self.args.guidance_scale,
-            )
-
-        return logits
+    def _credits(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """By how much each term beside the distillation raises log p of each token: `(B, 1, 1)`, or `(B, S, K)`."""
+        zeros = torch.zeros(len(inputs["prompt_ids"]), device=self.accelerator.device)
+        credits = {"diversity": self._diversity_coef * inputs.get("diversity_advantages", zeros)}
+        if self.reward_funcs:
+            credits["reward"] = inputs["advantages"]
+        return {name: credit[:, None, None] if credit.ndim == 1 else credit for name, credit in credits.items()}
 
     def _student_terms(
-        self,
-        student: PreTrainedModel,
-        inputs: dict[str, Any],
-        teacher_logits: Any,
-        weights: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ):
-        """
-        Token terms summed over the steps and codebooks of each sequence, `(B,)`, and the tokens of each, `(B,)`.
-
-        With `weights` of each sequence's KL and log-probability, `(B,)` each, their weighted sum and its gradient come
-        along, at less cost.
-        """
+        self, student: PreTrainedModel, inputs: dict[str, Any], log_prob_weights: torch.Tensor | None = None
+    ) -> BatchTerms:
+        """[`~trl_drcd.losses.batch_terms`] of the student's forward."""
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         with self.accelerator.autocast():
             hidden = self.policy.hidden_states(student, *(inputs[name] for name in names))
             heads = self.policy.heads(student)
         ids, mask = self.policy.ids_and_mask(inputs["completion_ids"], inputs["completion_mask"])
-        losses, sums = [], []
-        with whole_heads(*heads, *self.policy.heads(self._unwrapped_teacher())):
-            for k, head in enumerate(heads):
-                valid = mask[..., k]
-                tokens = hidden[valid], head, ids[..., k][valid], teacher_logits(k)
-                if weights is None:
-                    terms = token_terms(*tokens, self.temperature)
-                else:
-                    kl_weights, log_prob_weights = (weight[:, None].expand(valid.shape)[valid] for weight in weights)
-                    loss, *terms = weighted_terms(*tokens, kl_weights, log_prob_weights, self.temperature)
-                    losses.append(loss)
-                sums.append([sum_per_sequence(term, valid[..., None]) for term in terms])
-        terms = TokenTerms(*(torch.stack(term).sum(0) for term in zip(*sums, strict=True)))
-        return WeightedTerms(sum(losses), *terms) if losses else terms, mask.sum(dim=(1, 2))
+        teacher_heads = self.teacher.heads(self.model_wrapped)
+        with whole_heads(*heads, *teacher_heads):
+            teacher_logits = self.teacher.logits(teacher_heads, inputs, mask)
+            return batch_terms(hidden, heads, ids, mask, teacher_logits, self.temperature, log_prob_weights)
+
+    def _policy_gradient(self, terms: BatchTerms, credit: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """Policy-gradient loss of each sequence, `(B,)`; the ratio is of what the credit is of: sequence or token."""
+        log_probs, old = terms.log_probs, inputs.get("old_log_probs")
+        if credit.shape[1:] == (1, 1):
+            credit, log_probs = credit[:, 0, 0], log_probs.sum((1, 2))
+            old = None if old is None else old.sum((1, 2))
+        return policy_gradient_losses(log_probs, credit, old, self.epsilon_low, self.epsilon_high)
 
     def _compute_loss(self, model, inputs):
-        mode = "train" if self.model.training else "eval"
-        with self._stopwatch.timed("teacher"):
-            teacher_logits = self._teacher_logits(inputs)
-        coef = diversity_coef_at(self.state.global_step, self.args.diversity_coef, self.args.diversity_warmup_steps)
-        advantages = coef * inputs["diversity_advantages"] + inputs["advantages"]
+        train, credits = self._mode == "train", self._credits(inputs)
         # One by one where the gradient of one term alone is asked for, or where a weight depends on `log_probs`
-        separately = mode == "train" and self._is_logging_step() and (coef > 0 or self.has_extra_rewards)
-        separately = separately and self._gradient_norms.measured
+        separately = train and self._is_logging_step() and self._gradient_norms.measured
+        separately = separately and (self._diversity_coef > 0 or bool(self.reward_funcs))
         weights = None
-        if mode == "train" and not separately and "old_logps" not in inputs:
-            weights = torch.ones_like(advantages), -advantages
-
+        if train and not separately and "old_log_probs" not in inputs:
+            weights = -torch.stack(torch.broadcast_tensors(*credits.values())).sum(0)
         student = self.accelerator.unwrap_model(model)
-        terms, lengths = self._inside_forward(
-            model, student, lambda: self._student_terms(student, inputs, teacher_logits, weights)
-        )
-        distillation = terms.kl.mean()
-        diversity = policy_gradient_loss(
-            terms.log_probs, advantages, inputs.get("old_logps"), self.epsilon_low, self.epsilon_high
-        )
+        terms = self._inside_forward(model, student, lambda: self._student_terms(student, inputs, weights))
+        losses = {"distillation": terms.kl}
+        losses |= {name: self._policy_gradient(terms, credit, inputs) for name, credit in credits.items()}
         if separately:
-            self._gradient_norms.add(self.model, diversity, self.current_gradient_accumulation_steps)
-        means = self._log_terms(mode, inputs, terms, lengths, advantages, coef)
-        if mode == "eval":  # of the whole global batch, which Trainer would take for a mean over this process's rows
-            return means.to(distillation)
-        return distillation + diversity if weights is None else terms.loss / len(advantages)
+            parts = {name: losses[name].mean() for name in credits}
+            self._gradient_norms.add(self.model, parts, self.current_gradient_accumulation_steps)
+        means = self._log_terms(inputs, terms, losses)
+        if not train:  # of the whole global batch, which Trainer would take for a mean over this process's rows
+            return means.sum().to(terms.kl)
+        return sum(loss.mean() for loss in losses.values()) if terms.loss is None else terms.loss
 
-    def _log_terms(self, mode, inputs, terms: TokenTerms | WeightedTerms, lengths, advantages, coef: float):
+    def _log_terms(self, inputs: dict[str, Any], terms: BatchTerms, losses: dict[str, torch.Tensor]) -> torch.Tensor:
         """
-        Takes this forward's terms, of all processes, into the metrics; returns the loss, a scalar, in nats.
+        Adds this forward's terms, of all processes, to the metrics; returns their means, nats.
 
-        Raises if the loss is not finite.
+        Raises if one is not finite.
         """
-        known = [inputs["old_logps"]] if "old_logps" in inputs else []
-        columns = [terms.kl, terms.entropy, lengths, terms.log_probs, advantages, *known]
-        rows = self._gather_rows(torch.stack([column.detach().to(terms.kl) for column in columns], dim=1))
-        kl, entropy, tokens, log_probs, advantages, *known = rows.T
-        diversity = policy_gradient_loss(
-            log_probs, advantages, known[0] if known else None, self.epsilon_low, self.epsilon_high
-        )
-        self._check_losses(torch.stack([kl.mean(), diversity]), inputs, terms)
-        if "kl" not in self._metrics[mode]:  # cleared since by `log`
-            self._means[mode].reset()
-        self._means[mode].add(kl, entropy, tokens, diversity)
-        self._metrics[mode] |= {name: [value] for name, value in self._means[mode].values().items()}
-        self._metrics[mode]["diversity_coef"].append(coef)
-        return kl.mean() + diversity
+        columns = losses | {"entropy": terms.entropy, "tokens": terms.tokens}
+        rows = self._gather_rows(torch.stack([column.detach().to(terms.kl) for column in columns.values()], dim=1))
+        means = rows[:, : len(losses)].mean(0)
+        own = {
+            "student": terms.entropy + terms.log_probs.detach().sum((1, 2)),
+            "kl": terms.kl,
+            "advantages": sum(credit.sum((1, 2)) for credit in self._credits(inputs).values()),
+        }
+        self._guard.check_losses(means, own, inputs["prompt_ids"])
+        metrics, running = self._metrics[self._mode], self._means[self._mode]
+        if "kl" not in metrics:  # cleared since by `log`
+            running.reset()
+        running.add(dict(zip(columns, rows.T, strict=True)))
+        metrics |= {name: [value] for name, value in running.values().items()}
+        metrics["diversity_coef"].append(self._diversity_coef)
+        return means
 
     def _gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of all processes; in evaluation without the first ones again that fill up the last batch."""
@@ -505,25 +428,132 @@ class CFGDistillDiversityTrainer(GuardedRLOOTrainer):
                 )
         return loader
 
+    # ---------------------------------------------------------------- steps, and what stops them
+
     def training_step(self, model, inputs, num_items_in_batch):
         with self._stopwatch.timed("update"):
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            loss = self._guarded_step(model, inputs, num_items_in_batch)
         if self._step % self.current_gradient_accumulation_steps == 0:
             norms = self._gradient_norms.measure(self.model) if self._is_logging_step() else {}
             for name, value in (norms | self._stopwatch.lap()).items():
                 self._metrics["train"][name].append(value)
         return loss
 
+    def _guarded_step(self, model, inputs, num_items_in_batch):
+        if not self._guard.skips(self.state.global_step):
+            try:
+                return super().training_step(model, inputs, num_items_in_batch)
+            except BadBatchError as error:
+                self._skip_update(error)
+        self._step += 1
+        return torch.zeros((), device=self.args.device)
+
+    def _skip_update(self, problem: BadBatchError) -> None:
+        """Without gradients the optimizer changes neither weights nor its state; the rollout is not used again."""
+        self._guard.skip(self.state.global_step, problem)
+        self.model.zero_grad(set_to_none=True)
+        self._buffered_inputs = None
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        problem = self._guard.gradient_problem(grad_norm, self.args.fp16, self.is_deepspeed_enabled)
+        if problem is None:
+            return grad_norm
+        self._skip_update(BadBatchError(problem))
+        return 0.0
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
         with self._stopwatch.paused():  # evaluation is not part of the update's times
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """
+        Trains; see [`~transformers.Trainer.train`].
 
-def _stack_prompts(cond_ids, cond_mask, uncond_ids, uncond_mask) -> tuple[torch.Tensor, torch.Tensor]:
-    """Conditional rows first, then unconditional ones, both left-padded to one length: ids and mask `(2B, P)`."""
-    longest = max(cond_ids.shape[1], uncond_ids.shape[1])
+        `resume_from_checkpoint=True` is the newest complete checkpoint of `output_dir`. A bad batch that stops the run
+        leaves a checkpoint of the state before it; a process that is lost is named.
+        """
+        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir, self.accelerator)
+        done = "After {} updates"
+        try:
+            with self.policy.in_trl.patched():  # transformers aligns the special tokens of tokenizer and model
+                result = super().train(checkpoint, *args, **kwargs)
+        except BadBatchError as error:
+            remedy = "" if self.args.on_bad_batch == "skip" else "; `on_bad_batch='skip'` leaves such updates out"
+            kept = self._keep_last_state()
+            raise BadBatchError(f"{done.format(self.state.global_step)}: {error}. {kept}{remedy}") from error
+        except RuntimeError as error:
+            if not is_lost_process(error):
+                raise
+            raise RuntimeError(
+                f"{done.format(self.state.global_step)}, process {self.accelerator.process_index} has lost another "
+                f"process, which ended or did not answer for {self.args.ddp_timeout} s (`ddp_timeout`). What each did "
+                f"last: {last_statuses()}. `resume_from_checkpoint=True` goes on from the newest checkpoint"
+            ) from error
+        self._restore_special_tokens()
+        return result
 
-    def widen(tensor):
-        return torch.nn.functional.pad(tensor, (longest - tensor.shape[1], 0))
+    def _restore_special_tokens(self) -> PreTrainedModel:
+        student = self.accelerator.unwrap_model(self.model)
+        self.policy.in_trl.restore_special_tokens(student.generation_config, student.config)
+        return student
 
-    return torch.cat([widen(cond_ids), widen(uncond_ids)]), torch.cat([widen(cond_mask), widen(uncond_mask)])
+    # ---------------------------------------------------------------- checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        student = self._restore_special_tokens()
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.policy.save_extras(student, output_dir or self.args.output_dir)
+
+    def _get_output_dir(self, trial):
+        return self._checkpoints.place(super()._get_output_dir(trial))
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if not self._checkpoints.staging:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model, trial):
+        run = Path(self._get_output_dir(trial))
+        with self._checkpoints.writing(run, self.state) as folder:
+            super()._save_checkpoint(model, trial)
+            used_up = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+            if self._buffered_inputs is not None and not used_up:
+                ranks = self.accelerator.process_index, self.accelerator.num_processes
+                save_rollout(folder, self._buffered_inputs, self._step, *ranks)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run / folder.name))
+        self._checkpoints.rotate(run, self.state)
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        self._checkpoints.saved_step = self.state.global_step
+        if checkpoint is not None:
+            ranks = self.accelerator.process_index, self.accelerator.num_processes
+            batches = self.args.steps_per_generation
+            if loaded := load_rollout(Path(checkpoint), batches, *ranks, self.accelerator.device):
+                self._buffered_inputs, self._step = loaded
+
+    def _get_train_sampler(self, dataset=None):
+        return EpochSampler(super()._get_train_sampler(dataset), self)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.args.logging_strategy == "no":
+            self._metrics["train"].clear()  # what a log would have emptied
+        self._snapshot = Snapshot(self.state.global_step, self._step, self._buffered_inputs)
+
+    def _keep_last_state(self) -> str:
+        """Makes a checkpoint of the state after the last update, unless there is one; says where it is."""
+        step, last = self.state.global_step, self._snapshot
+        if self._checkpoints.saved_step != step:
+            if self.args.save_strategy == "no":
+                return "Nothing is saved, as `save_strategy='no'` says"
+            if last is not None and last.global_step == step:
+                self._step, self._buffered_inputs = last.forward, last.rollout
+                set_random_states(last.random)
+            self._save_checkpoint(self.model, None)
+        if step == 0:
+            return "Nothing was learned before"
+        folder = Path(self.args.output_dir, f"checkpoint-{step}")
+        return f"The state before is in {folder}: `resume_from_checkpoint=True` goes on from there"

@@ -22,11 +22,10 @@ from transformers import training_args
 from trl import RLOOTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from scenarios import GROUP, SCENARIOS, make_trainer, pinned_codes, pinned_completion
+from scenarios import SCENARIOS, make_trainer, pinned_codes, pinned_completion
 
 from recipes import text_drcd
 from trl_drcd import CFGDistillDiversityTrainer
-from trl_drcd.diversity import group_diversity
 
 
 def take_cpus_for_gpus() -> None:
@@ -52,7 +51,7 @@ def recording(trainer, scenario) -> dict[str, torch.Tensor]:
     """Has the trainer put global embeddings, rewards, advantages and losses, step by step, into the dictionary."""
     tensors: dict[str, torch.Tensor] = {}
     score, reward = trainer._generate_and_score_completions, trainer._calculate_rewards
-    loss = trainer._compute_loss
+    loss, score_diversity = trainer._compute_loss, trainer.diversity_reward.score
     counts = {"train": 0, "eval": 0}
 
     def put(name, values):
@@ -62,12 +61,16 @@ def recording(trainer, scenario) -> dict[str, torch.Tensor]:
         output, mode = score(inputs), "train" if trainer.model.training else "eval"
         counts[mode] += 1
         name = f"{mode}{counts[mode]}"
-        for key in ("advantages", "diversity_advantages"):
+        for key in {"advantages", "diversity_advantages"} & set(output):
             put(f"{name}/{key}", output[key])
-        embeddings = trainer.diversity_reward.embeddings
-        tensors[f"{name}/embeddings"] = embeddings.double().cpu()
-        tensors[f"{name}/diversity_rewards"] = group_diversity(embeddings, GROUP).double().cpu()
         return output
+
+    def diversity(*args):
+        result, mode = score_diversity(*args), "train" if trainer.model.training else "eval"
+        name = f"{mode}{counts[mode] + 1}"
+        tensors[f"{name}/embeddings"] = result.embeddings.double().cpu()
+        tensors[f"{name}/diversity_rewards"] = result.rewards.double().cpu()
+        return result
 
     def rewarded(*args):
         rewards, mode = reward(*args), "train" if trainer.model.training else "eval"
@@ -84,7 +87,7 @@ def recording(trainer, scenario) -> dict[str, torch.Tensor]:
         return value
 
     trainer._generate_and_score_completions, trainer._calculate_rewards = scored, rewarded
-    trainer._compute_loss = lost
+    trainer._compute_loss, trainer.diversity_reward.score = lost, diversity
     return tensors
 
 

@@ -84,7 +84,7 @@ def test_older_checkpoints_go_when_the_new_one_is_complete(tmp_path, monkeypatch
         seen.append([c.name for c in checkpoints(tmp_path)])
         commit(staged, final)
 
-    monkeypatch.setattr("trl_drcd.reliability.resume.commit", watch)
+    monkeypatch.setattr("trl_drcd.reliability.writer.commit", watch)
     make_trainer("text_lora", tmp_path, max_steps=3, save_steps=1, eval_strategy="no", save_total_limit=1).train()
     assert seen == [[], ["checkpoint-1"], ["checkpoint-2"]]
     assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-3"]

@@ -11,7 +11,7 @@ from worlds import bag_of_words, make_trainer, weights
 from trl_drcd import CFGDistillDiversityConfig, DiversityReward
 from trl_drcd.reliability.batches import BadBatchError
 from trl_drcd.reliability.checkpoints import checkpoints, why_incomplete
-from trl_drcd.reliability.guard import LEFT_OUT_IN_A_ROW
+from trl_drcd.reliability.guard import SKIPPED_IN_A_ROW
 
 SHORT = {
     "max_steps": 4, "num_iterations": 1, "eval_strategy": "no", "save_steps": 100, "max_completion_length": 4,
@@ -88,7 +88,7 @@ POISONS = {
     "embedder raises": (lambda p: p.embedder(unreachable), None, "the embedder raised TimeoutError: the embedding"),
     "teacher": (
         lambda p: {},
-        lambda p: p.hooked(lambda trainer: trainer.teacher.model.norm),
+        lambda p: p.hooked(lambda trainer: trainer.teacher.copy.model.norm),
         f"the KL to the teacher is not finite, so its logits are not,{PROMPT}",
     ),
     "student in the loss": (
@@ -159,7 +159,7 @@ def test_it_leaves_the_update_out(tmp_path, name, caplog):
 def test_a_run_that_learns_nothing_ends(tmp_path):
     trainer, poison, _ = poisoned(tmp_path, "reward raises", on_bad_batch="skip", max_steps=50)
     poison.always = True
-    message = rf"After {LEFT_OUT_IN_A_ROW} updates: {LEFT_OUT_IN_A_ROW} updates in a row were left out, and again the"
+    message = rf"After {SKIPPED_IN_A_ROW} updates: {SKIPPED_IN_A_ROW} updates in a row were left out, and again the"
     with pytest.raises(BadBatchError, match=message):
         trainer.train()
 

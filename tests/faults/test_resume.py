@@ -15,7 +15,7 @@ from trl.trainer.utils import RepeatSampler
 from worlds import PROMPTS, make_trainer, weights
 
 from trl_drcd.reliability.checkpoints import MANIFEST, STAGING, checkpoints, why_incomplete
-from trl_drcd.reliability.resume import EpochSampler
+from trl_drcd.reliability.sampler import EpochSampler
 
 SCRIPT = Path(__file__).with_name("kill_and_resume.py")
 

@@ -48,7 +48,7 @@ def main(fault: str, output: Path) -> None:
         settings |= {"on_bad_batch": "skip", "max_steps": 5}
     trainer = make_trainer("text", output, embedder=embed, **settings)
     if fault == "skip" and rank == 1:
-        trainer.teacher.model.norm.register_forward_hook(
+        trainer.teacher.copy.model.norm.register_forward_hook(
             lambda module, args, output: output * torch.nan if trainer.state.global_step == 3 else output
         )
     if fault == "disk":

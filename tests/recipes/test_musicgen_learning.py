@@ -110,7 +110,7 @@ def run(world, tmp_path, **changed):
         samples = sample_prompts(
             trainer.model, trainer.processing_class, prompts_of("test", 24), 4, max_new_tokens=FRAMES + 1
         )
-        terms = teacher_terms(trainer.model, trainer.teacher, trainer.processing_class, samples)
+        terms = teacher_terms(trainer.model, trainer.teacher.copy, trainer.processing_class, samples)
         return terms.kl.mean().item(), diversity_within_prompts(embedder(player.decode(samples.token_ids)), 4).mean()
 
     before = values()

@@ -8,13 +8,12 @@ The losses and the trainer see `hidden (B, S, H)`, `K` heads, and `ids`, `mask` 
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from trl_drcd.losses import Head
+from trl_drcd.heads import Head
 from trl_drcd.policies.causal_lm import CausalLMPolicy
 from trl_drcd.policies.musicgen import MusicgenPolicy
 
@@ -26,22 +25,13 @@ class Policy(Protocol):
     """Whether TRL samples the rollouts (`generate`, vLLM); else [`Policy.sample`] does."""
     has_own_codec: bool
     """Whether completions are made audio by a part of the model."""
+    in_trl: Any
+    """A [`~trl_drcd.compat.trl_private.FamilyInTRL`]."""
     frozen: str | None
     """Pattern of the names of parts that never train; each process keeps them whole where the rest is sharded."""
 
-    @staticmethod
-    def processing_class(model: Any, given: Any, revision: str | None = None) -> Any:
-        """The tokenizer to give to TRL, from a model or its name and what the user gave."""
-
-    @staticmethod
-    def inside_trl() -> AbstractContextManager[None]:
-        """Surrounds calls of TRL and transformers that know causal LMs alone."""
-
     def prepare(self, model: PreTrainedModel) -> None:
         """Freezes what must not train, before the teacher is copied and the optimiser is made."""
-
-    def restore_special_tokens(self, config: Any) -> None:
-        """Undoes in a generation config what TRL and transformers take from the tokenizer."""
 
     def save_extras(self, model: PreTrainedModel, folder: str | os.PathLike) -> None:
         """Writes what a saved folder needs beside model and tokenizer."""

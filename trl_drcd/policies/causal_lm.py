@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import os
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_drcd.compat.trl_private import CausalLMInTRL
 from trl_drcd.guidance import generate_guided
-from trl_drcd.losses import Head
+from trl_drcd.heads import Head
 
 
 class CausalLMPolicy:
@@ -26,6 +26,7 @@ class CausalLMPolicy:
 
     rolls_out_with_trl = True
     has_own_codec = False
+    in_trl = CausalLMInTRL
     frozen: str | None = None
 
     def __init__(
@@ -37,21 +38,8 @@ class CausalLMPolicy:
         self.tokenizer = tokenizer
         self.chat_template_kwargs = chat_template_kwargs or {}
 
-    @staticmethod
-    def processing_class(model: Any, given: Any, revision: str | None = None) -> Any:
-        """What was given; TRL loads it where there is none."""
-        return given
-
-    @staticmethod
-    def inside_trl() -> AbstractContextManager[None]:
-        """TRL is made for causal LMs."""
-        return nullcontext()
-
     def prepare(self, model: PreTrainedModel) -> None:
         """Everything trains, or what the adapter leaves."""
-
-    def restore_special_tokens(self, config: Any) -> None:
-        """The tokenizer's are right."""
 
     def save_extras(self, model: PreTrainedModel, folder: str | os.PathLike) -> None:
         """Model and tokenizer are all there is."""

@@ -8,29 +8,17 @@ which is `vocab_size`. It is undelayed only in the codec ([`~trl_drcd.audio.code
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
-from transformers import (
-    AutoTokenizer,
-    EncodecFeatureExtractor,
-    GenerationConfig,
-    MusicgenConfig,
-    MusicgenProcessor,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
-from trl.trainer.utils import get_config_model_id
+from transformers import EncodecFeatureExtractor, MusicgenProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_drcd.audio.codecs import CodebookCodec, is_coded
+from trl_drcd.compat.musicgen import MusicgenInTRL
+from trl_drcd.compat.trl_private import forget_patched_forward
 from trl_drcd.guidance import guide_logits, left_pad
-from trl_drcd.losses import Head
+from trl_drcd.heads import Head
 from trl_drcd.policies.causal_lm import _full
 from trl_drcd.policies.causal_lm import _without_peft as unwrapped
 
@@ -58,6 +46,7 @@ class MusicgenPolicy:
 
     rolls_out_with_trl = False
     has_own_codec = True
+    in_trl = MusicgenInTRL
     frozen: str | None = rf"(base_model\.model\.)?({'|'.join(FROZEN)})"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: Any, chat_template_kwargs: dict | None = None):
@@ -76,31 +65,6 @@ class MusicgenPolicy:
                 f"`model` is a stereo MusicGen (`audio_channels={config.decoder.audio_channels}`), which is not "
                 "supported; use a mono one, e.g. facebook/musicgen-small, -medium or -large"
             )
-
-    @staticmethod
-    def processing_class(model: Any, given: Any, revision: str | None = None) -> Any:
-        """The T5 tokenizer: TRL would take MusicGen's processor for that of a vision model."""
-        if given is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            given = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-        return given.tokenizer if isinstance(given, ProcessorMixin) else given
-
-    @staticmethod
-    @contextmanager
-    def inside_trl() -> Iterator[None]:
-        """
-        Makes `config.get_text_config()` work: with a text encoder and a decoder it is ambiguous, and an error.
-
-        TRL and transformers read of it what a MusicGen does not have, and write the tokenizer's pad and eos ids to it,
-        which are none of the decoder's: they get a copy.
-        """
-        own = MusicgenConfig.get_text_config
-
-        def text_config(self: Any, decoder: Any = None, encoder: Any = None) -> Any:
-            return copy.deepcopy(self.decoder) if decoder == encoder else own(self, decoder, encoder)
-
-        with mock.patch.object(MusicgenConfig, "get_text_config", text_config):
-            yield
 
     def prepare(self, model: PreTrainedModel) -> None:
         """
@@ -127,17 +91,8 @@ class MusicgenPolicy:
             for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
                 if isinstance(getattr(module, name, None), int | float):
                     setattr(module, name, 0.0)
-        musicgen.__dict__.pop("forward", None)  # TRL's fused LM head is for one head
-        self.restore_special_tokens(musicgen.generation_config)
-
-    def restore_special_tokens(self, config: GenerationConfig) -> None:
-        """The decoder begins and is padded with the mask id, whatever the tokenizer's ids are; no id ends it."""
-        config.update(
-            pad_token_id=self.mask_id,
-            bos_token_id=self.mask_id,
-            decoder_start_token_id=self.mask_id,
-            eos_token_id=None,
-        )
+        forget_patched_forward(musicgen)  # TRL's fused LM head is for one head
+        self.in_trl.restore_special_tokens(musicgen.generation_config, musicgen.config)
 
     def save_extras(self, model: PreTrainedModel, folder: str | os.PathLike) -> None:
         """Writes `preprocessor_config.json`, which processors and pipelines look for."""

@@ -1,4 +1,4 @@
-"""Batches that must not be learned from: what is wrong, of which prompt, agreed upon by all processes."""
+"""Batches that must not be learned from: what is wrong, with which prompt, agreed upon by all processes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,36 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from torch import nn
-from trl.trainer.utils import is_async_callable
 
-from trl_drcd.reliability.processes import doing
+from trl_drcd.compat.trl_private import is_async_callable
+from trl_drcd.reliability.processes import report_status
 
 SHOWN = 4  # problems that a message names
 
 
 class BadBatchError(ValueError):
     """A reward, an embedder, the teacher or the student gave what cannot be learned from."""
+
+
+class Problems:
+    """What is wrong with the batch at hand on this process; `cause` is the first exception among it."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.cause: BaseException | None = None
+
+    def add(self, *texts: str, cause: BaseException | None = None) -> None:
+        """Each text says what is wrong, with which prompt."""
+        self.texts.extend(texts)
+        self.cause = self.cause or cause
+
+    def clear(self) -> None:
+        """Before the next batch."""
+        self.texts, self.cause = [], None
+
+    def raise_together(self) -> None:
+        """Raises in every process if any process has a problem; see [`raise_together`]."""
+        raise_together(self.texts, self.cause)
 
 
 def raise_together(problems: list[str], cause: BaseException | None = None) -> None:
@@ -35,7 +56,7 @@ def raise_together(problems: list[str], cause: BaseException | None = None) -> N
     """
     state = PartialState()
     if state.num_processes > 1:
-        doing("it waits for the others' rewards")
+        report_status("it waits for the others' rewards")
         count = reduce(torch.tensor(len(problems), device=state.device), reduction="sum")
         problems = gather_object(problems) if count else []
     if problems:
@@ -43,19 +64,19 @@ def raise_together(problems: list[str], cause: BaseException | None = None) -> N
         raise BadBatchError("; ".join(problems[:SHOWN]) + more) from cause
 
 
-def about_rows(what: str, bad: torch.Tensor, prompts: list) -> list[str]:
+def row_problems(what: str, bad: torch.Tensor, prompts: list) -> list[str]:
     """One problem for each row that is bad: `bad` has shape `(b,)`, `prompts` are those of the rows."""
-    return [what + for_the_prompt(prompts[row]) for row in bad.nonzero().flatten().tolist()]
+    return [what + for_prompt(prompts[row]) for row in bad.nonzero().flatten().tolist()]
 
 
-def for_the_prompt(prompt: Any) -> str:
-    """Its beginning, at the end of a problem."""
+def for_prompt(prompt: Any) -> str:
+    """The beginning of a prompt, as it stands at the end of a problem."""
     return f" for the prompt {str(prompt)[:80]!r}"
 
 
-def guarded(reward: Callable, problems: list[str]) -> Callable:
+def checked_reward(reward: Callable, problems: Problems) -> Callable:
     """
-    The reward function, which instead of raising, or of giving NaN or an infinite value, adds to `problems`.
+    The reward function, which adds to `problems` instead of raising or of giving NaN or an infinite value.
 
     `None` stays what it is for TRL: this function does not judge that completion.
     """
@@ -65,15 +86,17 @@ def guarded(reward: Callable, problems: list[str]) -> Callable:
         values = [None if value is None else float(value) for value in values]
         if len(values) != len(prompts):
             return values  # TRL says so
-        problems.extend(
-            f"the reward `{name}` is {value}{for_the_prompt(prompt)}"
-            for value, prompt in zip(values, prompts, strict=True)
-            if value is not None and not math.isfinite(value)
+        problems.add(
+            *(
+                f"the reward `{name}` is {value}{for_prompt(prompt)}"
+                for value, prompt in zip(values, prompts, strict=True)
+                if value is not None and not math.isfinite(value)
+            )
         )
         return values
 
     def failed(prompts: list, error: Exception) -> list:
-        problems.append(f"the reward `{name}` raised {type(error).__name__}: {error}")
+        problems.add(f"the reward `{name}` raised {type(error).__name__}: {error}", cause=error)
         return [0.0] * len(prompts)
 
     if is_async_callable(reward):
@@ -89,8 +112,6 @@ def guarded(reward: Callable, problems: list[str]) -> Callable:
     def call(prompts: list, **kwargs: Any) -> list:
         try:
             return checked(prompts, reward(prompts=prompts, **kwargs))
-        except BadBatchError:
-            raise  # every process does
         except Exception as error:
             return failed(prompts, error)
 
@@ -98,11 +119,11 @@ def guarded(reward: Callable, problems: list[str]) -> Callable:
 
 
 @contextmanager
-def sampled_from_finite_values(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+def finite_sampling(module: nn.Module) -> Iterator[list[torch.Tensor]]:
     """
     While it lasts, sequences whose logits are not finite are sampled from uniformly, and remembered.
 
-    On a GPU sampling from them would end the process without a word of which they are.
+    On a GPU sampling from them would end the process without naming them.
 
     Args:
         module (`nn.Module`): Gives logits `(b, ..., V)`, or an output with `last_hidden_state` `(b, ..., H)`.

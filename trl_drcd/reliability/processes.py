@@ -1,38 +1,29 @@
-"""What the processes of a run know of each other: who waits for whom, and for how long."""
+"""What the processes of a run know of each other: what each does, and how long it waits for the others."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
-KEY = "trl_drcd/doing/"
+from trl_drcd.compat.torch_distributed import default_store
 
-
-def limit_waiting(seconds: float) -> None:
-    """
-    How long a process waits for the others in an exchange before it raises.
-
-    transformers leaves `ddp_timeout` out on the CPU, and where the process group is there already.
-    """
-    if dist.is_initialized():
-        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+KEY = "trl_drcd/status/"
 
 
-def doing(what: str) -> None:
+def report_status(what: str) -> None:
     """Tells the other processes what this one does now."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        store = distributed_c10d._get_default_store()
-        if store is not None:  # MPI has none
+        store = default_store()
+        if store is not None:
             store.set(f"{KEY}{dist.get_rank()}", what)
 
 
-def what_others_did() -> str:
-    """What each process told last; for the message after an exchange that failed."""
+def last_statuses() -> str:
+    """What each process reported last; for the message after an exchange that failed."""
     told = []
     try:
-        store = distributed_c10d._get_default_store()
+        store = default_store()
         store.set_timeout(timedelta(seconds=2))  # its process may be the one that is gone
         for rank in range(dist.get_world_size()):
             key = f"{KEY}{rank}"
@@ -42,7 +33,7 @@ def what_others_did() -> str:
     return "; ".join(told)
 
 
-def lost_the_others(error: RuntimeError) -> bool:
-    """Whether an exchange between processes failed, as the backends say it."""
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether an exchange between processes failed, by what the backends say then."""
     signs = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from heapq import nlargest
 from typing import Any
 
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, PromptLearningConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -12,9 +13,57 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl_drcd.audio.codecs import SpectralCodec
 from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.diversity import DiversityReward
-from trl_drcd.policies import Policy
+from trl_drcd.policies import Policy, policy_class
 from trl_drcd.validation.model_folders import check_model
 from trl_drcd.validation.prompt_files import check_feature, empty_rows
+
+logger = get_logger(__name__)
+
+
+def check_before_loading(
+    model: Any,
+    args: CFGDistillDiversityConfig,
+    train_dataset: Any,
+    eval_dataset: Any,
+    processing_class: Any,
+    peft_config: Any,
+    extra_rewards: list,
+    embedder: Any,
+) -> None:
+    """The first pass, of what the trainer was given, before a model is loaded."""
+    check_datasets(train_dataset, eval_dataset)
+    check_rollout_size(train_dataset, args)
+    check_names(model, args, processing_class, peft_config)
+    check_adapter(model, peft_config)
+    check_rewards(args, extra_rewards, embedder)
+    init_kwargs: Any = args.model_init_kwargs or {}
+    check_family(policy_class(model, init_kwargs.get("revision")), args)
+
+
+def check_once_loaded(
+    policy: Policy,
+    student: Any,
+    tokenizer: Any,
+    train_dataset: Any,
+    args: CFGDistillDiversityConfig,
+    codec: Any,
+    tokenize_prompts: Any,
+) -> None:
+    """The second pass, of the loaded model with its tokenizer, before anything is sampled."""
+    check_vocabulary(policy, student, tokenizer)
+    check_finite_weights(student)
+    check_codec(codec, policy, student)
+    check_longest(policy, train_dataset, args, student, tokenize_prompts)
+    if args.guidance_scale != 1:
+        check_null_prompt(policy, train_dataset, args.negative_prompt)
+    if any(head.softcap is not None for head in policy.heads(student)):
+        logger.warning("This model caps its logits: guidance is applied to the logits, one more projection per token.")
+
+
+def check_skipping(args: CFGDistillDiversityConfig, deepspeed: bool) -> None:
+    """DeepSpeed updates by itself: nothing can be skipped."""
+    if deepspeed and args.on_bad_batch == "skip":
+        raise ValueError("`on_bad_batch='skip'` does not go with DeepSpeed, which updates by itself; set 'stop'")
 
 
 def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:

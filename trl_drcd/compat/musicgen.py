@@ -1,0 +1,55 @@
+"""
+MusicGen in TRL 1.16 and transformers 5: `config.get_text_config()` is ambiguous, and its processor looks like a vision
+model's.
+
+`tests/test_musicgen.py::test_trl_alone_fails_on_musicgen` says when this can go.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from transformers import AutoTokenizer, GenerationConfig, MusicgenConfig, ProcessorMixin
+
+from trl_drcd.compat.trl_private import get_config_model_id
+
+
+class MusicgenInTRL:
+    """See [`~trl_drcd.compat.trl_private.FamilyInTRL`]."""
+
+    @staticmethod
+    def processing_class(model: Any, given: Any, revision: str | None = None) -> Any:
+        """The T5 tokenizer: TRL would take MusicGen's processor for that of a vision model."""
+        if given is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            given = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return given.tokenizer if isinstance(given, ProcessorMixin) else given
+
+    @staticmethod
+    @contextmanager
+    def patched() -> Iterator[None]:
+        """
+        Makes `config.get_text_config()` work: with a text encoder and a decoder it is ambiguous, and an error.
+
+        TRL and transformers read of it what a MusicGen does not have, and write the tokenizer's pad and eos ids to it,
+        which are none of the decoder's: they get a copy.
+        """
+        own = MusicgenConfig.get_text_config
+
+        def text_config(self: Any, decoder: Any = None, encoder: Any = None) -> Any:
+            return copy.deepcopy(self.decoder) if decoder == encoder else own(self, decoder, encoder)
+
+        with mock.patch.object(MusicgenConfig, "get_text_config", text_config):
+            yield
+
+    @staticmethod
+    def restore_special_tokens(generation_config: GenerationConfig, model_config: Any) -> None:
+        """The decoder begins and is padded with the mask id, whatever the tokenizer's ids are; no id ends it."""
+        mask_id = model_config.decoder.vocab_size
+        generation_config.update(
+            pad_token_id=mask_id, bos_token_id=mask_id, decoder_start_token_id=mask_id, eos_token_id=None
+        )

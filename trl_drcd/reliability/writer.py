@@ -1,0 +1,127 @@
+"""Checkpoints of a training run: complete or not there, on any number of processes."""
+
+from __future__ import annotations
+
+import shutil
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from transformers import TrainerState, TrainingArguments
+
+from trl_drcd.reliability.checkpoints import STAGING, checkpoints, commit, find_checkpoint, rotate
+from trl_drcd.reliability.processes import report_status
+
+
+class CheckpointWriter:
+    """
+    Has a trainer write its checkpoints into `<output_dir>/.incomplete`.
+
+    When the files of all processes are there, they are listed with their checksums, and the folder is renamed to
+    `checkpoint-<step>`; only then are older ones deleted.
+
+    Args:
+        args (`TrainingArguments`): Of the run.
+        accelerator (`Accelerator`): Of the launch.
+
+    Attributes:
+        saved_step (`int`): Of the newest checkpoint that this run wrote or started from.
+    """
+
+    def __init__(self, args: TrainingArguments, accelerator: Accelerator) -> None:
+        self.args, self.accelerator = args, accelerator
+        self.saved_step = 0
+        self.staging = False
+
+    def place(self, folder: str) -> str:
+        """Where the trainer is to write what belongs into `folder`."""
+        return str(Path(folder, STAGING)) if self.staging else folder
+
+    @contextmanager
+    def writing(self, run: Path, state: TrainerState) -> Iterator[Path]:
+        """
+        While it lasts, the trainer writes a checkpoint into the folder that this yields; then it is there as
+        `run / "checkpoint-<step>"`.
+
+        Raises:
+            OSError: If the disk does not take it, with the room that is left and what there is to resume from.
+        """
+        name = f"checkpoint-{state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(run / STAGING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.staging = True
+        report_status("it writes a checkpoint")
+        try:
+            yield run / STAGING / name
+            self._finish(run / STAGING / name, run / name, state)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not _is_of_the_disk(error):
+                raise
+            raise OSError(_disk_message(run, name, error)) from error
+        finally:
+            self.staging = False
+        self.saved_step = state.global_step
+
+    def _finish(self, staged: Path, final: Path, state: TrainerState) -> None:
+        """Commits the folder once all processes have written."""
+        moved = state.best_model_checkpoint == str(staged)
+        if moved:
+            state.best_model_checkpoint = str(final)
+        report_status("it has written its part of a checkpoint")
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if moved:
+                state.save_to_json(str(staged / "trainer_state.json"))
+            commit(staged, final)
+
+    def rotate(self, run: Path, state: TrainerState) -> None:
+        """Deletes what is left of staging, and the checkpoints beyond `save_total_limit`."""
+        if self.args.should_save:
+            newest = run / f"checkpoint-{self.saved_step}"
+            shutil.rmtree(run / STAGING, ignore_errors=True)
+            rotate(run, self.args.save_total_limit, {newest, Path(state.best_model_checkpoint or newest)})
+
+
+def resolve_checkpoint(wanted: str | bool | None, output_dir: str, accelerator: Accelerator) -> str | None:
+    """
+    The folder that `resume_from_checkpoint` means, on every process alike: [`find_checkpoint`].
+
+    Raises:
+        FileNotFoundError: On every process, if there is none.
+    """
+    if not wanted:
+        return None
+    found: list[str | None] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = find_checkpoint(wanted, output_dir)
+        except FileNotFoundError as error:
+            found[1] = str(error)
+    checkpoint, problem = broadcast_object_list(found)
+    if problem:
+        raise FileNotFoundError(problem)
+    return checkpoint
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """Whether writing failed; what torch raises then is a `RuntimeError` that does not say so."""
+    where = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return isinstance(error, (OSError, SafetensorError)) or where == Path(torch.serialization.__file__)
+
+
+def _disk_message(run: Path, name: str, error: Exception) -> str:
+    """What failed, how much room there was, and what there is to resume from; makes room."""
+    free = shutil.disk_usage(run).free / 2**20
+    shutil.rmtree(run / STAGING, ignore_errors=True)
+    older = checkpoints(run)
+    kept = f"{older[0].name} and older ones are untouched" if older else "there is no checkpoint yet"
+    return (
+        f"{name} could not be written to {run}, where {free:.1f} MiB were free ({type(error).__name__}: {error}); "
+        f"{kept}. Make room, or lower `save_total_limit`, and go on with `resume_from_checkpoint=True`"
+    )

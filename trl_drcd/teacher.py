@@ -1,0 +1,157 @@
+"""
+The teacher: the initial model with classifier-free guidance, Eq. (1) of https://huggingface.co/papers/2410.06084.
+
+Letters: `B` sequences, `S` steps, `K` codebooks, `V` vocabulary, `H` hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from trl_drcd.compat.trl_private import use_adapter
+from trl_drcd.distributed import InsideForward
+from trl_drcd.guidance import guide_hidden_states
+from trl_drcd.heads import Head
+from trl_drcd.losses import guided_logits
+from trl_drcd.policies import Policy
+
+
+class TeacherStates(NamedTuple):
+    """Last hidden states `(B, S, H)` of the teacher on completions: `cond`, and `uncond` where it is guided."""
+
+    cond: torch.Tensor
+    uncond: torch.Tensor | None
+
+
+class GuidedTeacher:
+    """
+    The initial model, guided: a frozen copy, or the student's own weights with the adapter off.
+
+    It reads a rollout once ([`read`]); the loss then projects what [`stored`] keeps of it, token by token.
+
+    Args:
+        policy (`Policy`): Of the model family.
+        copy (`PreTrainedModel`, *optional*): The frozen copy, as wrapped for the launch; `None` where the student is a
+            PEFT model, whose base is the teacher.
+        guidance_scale (`float`): gamma; 1 is the initial model itself.
+        accelerator (`Accelerator`): Of the launch.
+    """
+
+    def __init__(self, policy: Policy, copy: PreTrainedModel | None, guidance_scale: float, accelerator: Accelerator):
+        self.policy, self.copy, self.guidance_scale, self.accelerator = policy, copy, guidance_scale, accelerator
+        self.inside_forward = InsideForward(accelerator)
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is an unconditional stream."""
+        return self.guidance_scale != 1
+
+    def model(self, student: Any) -> PreTrainedModel:
+        """The unwrapped model that teaches `student`."""
+        model: PreTrainedModel = self.accelerator.unwrap_model(student if self.copy is None else self.copy)
+        return model
+
+    @torch.no_grad()
+    def read(
+        self,
+        student: Any,
+        batch: dict[str, torch.Tensor],
+        negative_prompt: tuple[torch.Tensor, torch.Tensor] | None,
+        batch_size: int,
+    ) -> TeacherStates:
+        """
+        The teacher's forward on completions; conditional and unconditional stream run as one batch.
+
+        Args:
+            student: The student as wrapped.
+            batch (`dict`): `prompt_ids`, `prompt_mask` `(B, P)`, left-padded, and `completion_ids`, `completion_mask`.
+            negative_prompt (`tuple`, *optional*): Ids and mask of each row's x^-, left-padded, int64 `(B, P')`; needed
+                where the teacher is guided.
+            batch_size (`int`): Sequences of a stream at one time; as many forwards on every process.
+        """
+        model, off = self.model(student), self.copy is None
+        cond: list[torch.Tensor] = []
+        uncond: list[torch.Tensor] = []
+        was_training = model.training
+        model.eval()
+        with use_adapter(self.accelerator.unwrap_model(student), None) if off else nullcontext():
+            for start in range(0, len(batch["prompt_ids"]), batch_size):
+                rows = slice(start, start + batch_size)
+                prompt = batch["prompt_ids"][rows], batch["prompt_mask"][rows]
+                completion = batch["completion_ids"][rows], batch["completion_mask"][rows]
+                if self.guided and negative_prompt is not None:
+                    prompt = _stack_prompts(*prompt, *(part[rows] for part in negative_prompt))
+                    completion = completion[0].repeat(2, 1), completion[1].repeat(2, 1)
+
+                def forward(prompt: Any = prompt, completion: Any = completion) -> torch.Tensor:
+                    with self.accelerator.autocast():
+                        return self.policy.hidden_states(model, *prompt, *completion)
+
+                hidden = self.inside_forward(student if off else self.copy, model, forward)
+                first, *second = hidden.chunk(2) if self.guided else (hidden,)
+                cond.append(first)
+                uncond += second
+        model.train(was_training)
+        return TeacherStates(torch.cat(cond), torch.cat(uncond) if uncond else None)
+
+    def heads(self, student: Any) -> list[Head]:
+        """The teacher's `K` heads; those of the base where the adapter is off."""
+        off = use_adapter(self.accelerator.unwrap_model(student), None) if self.copy is None else nullcontext()
+        with off, self.accelerator.autocast():
+            return self.policy.heads(self.model(student))
+
+    def stored(self, states: TeacherStates, student: Any) -> dict[str, torch.Tensor]:
+        """
+        What the loss needs of the teacher, by names for a batch; rows can be split and shuffled.
+
+        Guided hidden states, float32 `(B, S, H)`: one projection gives the guided logits. Both streams where a head
+        caps its logits, which then are guided themselves.
+        """
+        if states.uncond is None:
+            return {"teacher_hidden": states.cond}
+        if any(head.softcap is not None for head in self.heads(student)):
+            return {"teacher_hidden": states.cond, "teacher_hidden_uncond": states.uncond}
+        return {"teacher_hidden": guide_hidden_states(states.cond, states.uncond, self.guidance_scale)}
+
+    def logits(
+        self, heads: list[Head], batch: dict[str, torch.Tensor], mask: torch.Tensor
+    ) -> Callable[[int], Callable[[slice], torch.Tensor]]:
+        """
+        The guided logits of scored tokens, projected only for the rows that are asked for.
+
+        Args:
+            heads (`list[Head]`): [`heads`].
+            batch (`dict`): With what [`stored`] made of it.
+            mask (`torch.Tensor`): True where a token is scored, shape `(B, S, K)`.
+
+        Returns:
+            `Callable`: Maps a codebook to the function from a slice of its scored tokens to logits `(rows, V)`.
+        """
+
+        def of_codebook(k: int) -> Callable[[slice], torch.Tensor]:
+            streams = [
+                (hidden if hidden.ndim == 3 else hidden[:, :, k])[mask[..., k]]
+                for name in ("teacher_hidden", "teacher_hidden_uncond")
+                if (hidden := batch.get(name)) is not None
+            ]
+            return guided_logits(heads[k], streams[0], streams[1] if streams[1:] else None, self.guidance_scale)
+
+        return of_codebook
+
+
+def _stack_prompts(
+    cond_ids: torch.Tensor, cond_mask: torch.Tensor, uncond_ids: torch.Tensor, uncond_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Conditional rows first, then unconditional ones, both left-padded to one length: ids and mask `(2B, P)`."""
+    longest = max(cond_ids.shape[1], uncond_ids.shape[1])
+
+    def widen(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(tensor, (longest - tensor.shape[1], 0))
+
+    return torch.cat([widen(cond_ids), widen(uncond_ids)]), torch.cat([widen(cond_mask), widen(uncond_mask)])
