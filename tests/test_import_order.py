@@ -35,6 +35,7 @@ ORDER = [
     "callbacks",
     "validation.training",
     "distributed",
+    "teacher",
     "monitoring",
     "reliability",
     "trainer",

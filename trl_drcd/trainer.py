@@ -311,7 +311,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         scored = self.diversity_reward.score([row["prompt"] for row in inputs], texts, ids, group)
         own = slice(self.accelerator.process_index * local, (self.accelerator.process_index + 1) * local)
         self._metrics[mode]["diversity"].append(self._gather_rows(scored.rewards[own]).mean().item())
-        self._logs["rewards"]["diversity"].extend(scored.rewards.tolist())
+        columns: Any = self._logs["rewards"]
+        columns["diversity"].extend(scored.rewards.tolist())
         return scored.advantages[own].to(output["advantages"])
 
     def _log_rollout(self, output: dict[str, torch.Tensor]) -> None:

@@ -61,7 +61,7 @@ def recording(trainer, scenario) -> dict[str, torch.Tensor]:
         output, mode = score(inputs), "train" if trainer.model.training else "eval"
         counts[mode] += 1
         name = f"{mode}{counts[mode]}"
-        for key in {"advantages", "diversity_advantages"} & set(output):
+        for key in sorted({"advantages", "diversity_advantages"} & set(output)):
             put(f"{name}/{key}", output[key])
         return output
 
