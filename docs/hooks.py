@@ -31,7 +31,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Keep what the theme brings, and put the repository's pages in place of the files of `docs_dir`."""
     published = Files([file for file in files if file.src_dir != config.docs_dir])
     ours = pages()
-    for path in sorted({*ours, *(file for page in ours for file in linked_files(page))}):
+    styles = [path for style in config.extra_css if (path := ROOT / style).is_file()]
+    for path in sorted({*ours, *styles, *(file for page in ours for file in linked_files(page))}):
         source = path.relative_to(ROOT).as_posix()
         published.append(File(source, str(ROOT), config.site_dir, config.use_directory_urls))
     return published
