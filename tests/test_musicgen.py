@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from test_trainer import settings
+from test_trainer import rows, settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoProcessor,
@@ -277,19 +277,20 @@ def test_what_is_refused(t5_tokenizer, musicgen, tmp_path):
 
 
 def loudness(audio):
-    """A fixed random projection of the waveform: an embedder that hears what was sampled."""
-    waves = torch.stack([waveform for waveform, _ in audio])
+    """A fixed random projection of the waveform, less its level, which is nearly the same for all of a random codec."""
+    waves = torch.stack([waveform - waveform.mean() for waveform, _ in audio])
     return waves @ torch.randn(waves.shape[1], 6, generator=torch.Generator().manual_seed(0)) + 1e-3
 
 
 def make_trainer(tmp_path, tokenizer, model=None, **kwargs):
     own = {"max_completion_length": STEPS, **kwargs}
-    trainer_kwargs = {k: own.pop(k) for k in ("peft_config", "embedder", "processing_class") if k in own}
+    names = ("peft_config", "embedder", "processing_class", "eval_dataset")
+    trainer_kwargs = {k: own.pop(k) for k in names if k in own}
     arguments = {"processing_class": tokenizer, "embedder": loudness} | trainer_kwargs
     return CFGDistillDiversityTrainer(
         model=make_musicgen() if model is None else model,
         args=settings(tmp_path, **own),
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS * 4}),
+        train_dataset=rows(),
         **arguments,
     )
 
@@ -434,13 +435,14 @@ def test_learns_and_reloads_for_inference(t5_tokenizer, tmp_path):
 
 
 def test_diversity_rises_when_it_is_all_that_counts(t5_tokenizer, tmp_path):
+    """Of 512 samples before and after; over four seeds the factor was 1.5 to 2.8, their own spread is 5 %."""
     trainer = make_trainer(
-        tmp_path, t5_tokenizer, max_steps=40, learning_rate=3e-3, per_device_train_batch_size=32, guidance_scale=1.0,
-        diversity_coef=60.0,
+        tmp_path, t5_tokenizer, max_steps=30, learning_rate=1e-3, per_device_train_batch_size=64, guidance_scale=1.0,
+        diversity_coef=500.0, max_completion_length=4, per_device_eval_batch_size=256, eval_dataset=rows(32),
     )  # fmt: skip
+    before = trainer.evaluate()["eval_diversity"]
     trainer.train()
-    diversity = [entry["diversity"] for entry in trainer.state.log_history if "diversity" in entry]
-    assert sum(diversity[-10:]) > 1.1 * sum(diversity[:10])
+    assert trainer.evaluate()["eval_diversity"] > 1.2 * before
 
 
 # ------------------------------------------------------------------------------------------------ adapters
