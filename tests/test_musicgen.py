@@ -277,7 +277,7 @@ def test_what_is_refused(t5_tokenizer, musicgen, tmp_path):
 
 
 def loudness(audio):
-    """A fixed random projection of the waveform, less its level, which is nearly the same for all of a random codec."""
+    """A fixed random projection of the waveform, less its level, which is the same for all of a random codec."""
     waves = torch.stack([waveform - waveform.mean() for waveform, _ in audio])
     return waves @ torch.randn(waves.shape[1], 6, generator=torch.Generator().manual_seed(0)) + 1e-3
 

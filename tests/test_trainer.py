@@ -227,7 +227,7 @@ def test_kl_falls_and_every_promised_key_is_logged(tmp_path, tokenizer):
 
 
 def test_diversity_rises_when_it_is_rewarded(tmp_path, tokenizer):
-    """Without guidance, which pulls the other way. Of 512 samples; over six seeds 0.20 (± 0.01) became 0.30 to 0.40."""
+    """Without guidance, which pulls the other way. 512 samples; over six seeds 0.20 (± 0.01) became 0.30 to 0.40."""
     trainer = make_trainer(
         tmp_path, tokenizer, max_steps=30, learning_rate=1e-2, per_device_train_batch_size=64, guidance_scale=1.0,
         diversity_coef=200.0, per_device_eval_batch_size=256, eval_dataset=rows(32),
