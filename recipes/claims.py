@@ -1,6 +1,6 @@
 """
 The paper's claims, answered from a `results.jsonl` of `trl-drcd evaluate`, for music or text: what was measured, with
-paired 95 % bootstrap intervals over prompts (and training seeds), and whether each claim holds.
+paired 95 % intervals over prompts (and training seeds), and whether each claim holds.
 
     python recipes/claims.py results/music/results.jsonl
     python recipes/claims.py results/music/results.jsonl --omega equal --output results/music/claims.md
@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trl_drcd.evaluation.claims import claims_table
-from trl_drcd.evaluation.points import pooled, read_results, with_quality
+from trl_drcd.evaluation.claims import claims_tables
+from trl_drcd.evaluation.points import pooled, with_quality
+from trl_drcd.evaluation.results import read_results
 from trl_drcd.evaluation.tables import markdown
 from trl_drcd.files import write_text
 from trl_drcd.validation.messages import one_line_errors
@@ -32,18 +33,16 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors("claims.py"):
         results = read_results(args.results)
     points = pooled(with_quality(results, args.omega) if args.omega else results)
-    known = set.intersection(*(set(point["values"]) for point in points))
+    known = set.intersection(*(set(point.values) for point in points))
     if "preference" not in known:
         known -= {"adherence"}  # which quality then is
         args.quality = [metric for metric in args.quality if metric != "adherence"]
     if missing := sorted({*args.quality, *args.diversity} - known):
         print(f"not measured of all rows: {', '.join(missing)}")
-    parts = []
-    if (omega := points[0].get("omega")) is not None:
-        parts.append(f"quality = {omega:.4g} * adherence + preference")
-    for quality in (metric for metric in args.quality if metric in known):
-        for diversity in (metric for metric in args.diversity if metric in known):
-            parts.append(f"## {quality} and {diversity}\n\n{markdown(*claims_table(points, quality, diversity))}")
+    omega = points[0].omega
+    parts = [] if omega is None else [f"quality = {omega:.4g} * adherence + preference"]
+    metrics = ([metric for metric in asked if metric in known] for asked in (args.quality, args.diversity))
+    parts += [f"## {table.heading}\n\n{markdown(table)}" for table in claims_tables(points, *metrics)]
     text = "\n\n".join(parts) + "\n"
     print(text)
     if args.output:

@@ -27,8 +27,8 @@ from typing import Any
 from tqdm import tqdm
 
 from trl_drcd.evaluation.grid import EvaluateArguments, evaluate
-from trl_drcd.evaluation.overview import points_table
 from trl_drcd.evaluation.points import pooled
+from trl_drcd.evaluation.report_tables import points_table
 from trl_drcd.evaluation.tables import markdown
 from trl_drcd.files import write_text
 from trl_drcd.merging import interpolate_checkpoints
@@ -150,7 +150,7 @@ def main() -> None:
         shutil.rmtree(args.output, ignore_errors=True)
     train(args)
     merge(args)
-    table = markdown(*points_table(pooled(evaluate(evaluation(args)))))
+    table = markdown(points_table(pooled(evaluate(evaluation(args)))))
     write_text(args.output / "results.md", table + "\n")
     print(f"\n{table}\n")
     print(f"Look and listen: {args.output / 'report.html'}   (WAV files: {args.output / 'samples'})")

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from trl_drcd.evaluation.points import read_results
+from trl_drcd.evaluation.results import Result, read_results
 from trl_drcd.validation.messages import one_line_errors
 
 PANELS = {
@@ -35,14 +35,14 @@ JUDGED = {"kl": "kl", "diversity": "diversity", "entropy": "entropy_per_token", 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
 
 
-def judged_entries(results: list[dict], run: str) -> list[dict]:
+def judged_entries(results: list[Result], run: str) -> list[dict]:
     """The rows of a run's checkpoints as entries of its log."""
     entries = []
     for line in results:
-        name, _, step = line["name"].rpartition(" ")
+        name, _, step = line.name.rpartition(" ")
         if name == run and step.isdecimal():
-            known = {key: metric for key, metric in JUDGED.items() if metric in line["metrics"]}
-            means = {f"eval_{key}": line["metrics"][metric]["mean"] for key, metric in known.items()}
+            known = {key: metric for key, metric in JUDGED.items() if metric in line.metrics}
+            means = {f"eval_{key}": line.metrics[metric]["mean"] for key, metric in known.items()}
             entries.append({"step": int(step), **means})
     return entries
 

@@ -1,22 +1,13 @@
-"""Sampling, metrics and the page of `trl_drcd.evaluation`, against exact values."""
+"""Sampling, likelihoods and diversity of `trl_drcd.evaluation`, against exact values."""
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 
-from trl_drcd.evaluation.metrics import (
-    bootstrap_interval,
-    diversity_between_prompts,
-    diversity_within_prompts,
-    interval_of,
-    per_prompt,
-    resampled_means,
-    teacher_terms,
-)
-from trl_drcd.evaluation.report import comparison_page
+from trl_drcd.evaluation.likelihood import teacher_terms
 from trl_drcd.evaluation.sampling import Samples, sample_prompts
+from trl_drcd.evaluation.variety import diversity_between_prompts, diversity_within_prompts, per_prompt
 from trl_drcd.policies.causal_lm import cut_after_eos
 
 TEMPERATURE = 0.9
@@ -89,48 +80,6 @@ def test_completions_end_with_their_first_eos():
     assert cut_after_eos(ids, None) == ids.tolist()
 
 
-def test_bootstrap_interval_of_a_known_distribution():
-    values = np.random.default_rng(0).normal(3.0, 2.0, 400)
-    interval = bootstrap_interval(values)
-    # The interval of a mean: 1.96 * s / sqrt(n) to each side
-    half = 1.96 * values.std() / 20
-    assert interval["mean"] == pytest.approx(values.mean())
-    assert interval["low"] == pytest.approx(values.mean() - half, abs=0.03)
-    assert interval["high"] == pytest.approx(values.mean() + half, abs=0.03)
-    assert bootstrap_interval([2.0] * 9 + [np.nan]) == {"mean": 2.0, "low": 2.0, "high": 2.0}
-    with pytest.raises(ValueError, match="empty"):
-        bootstrap_interval([])
-
-
-def test_bootstrap_intervals_are_paired():
-    before = np.random.default_rng(1).normal(10.0, 5.0, 50)
-    shift = bootstrap_interval((before - 1) - before)
-    assert (shift["low"], shift["high"]) == pytest.approx((-1, -1))
-    halved = bootstrap_interval(np.stack([before / 2, before], 1), lambda v: 1 - v[:, 0].mean() / v[:, 1].mean())
-    assert list(halved.values()) == pytest.approx([0.5, 0.5, 0.5])
-
-
-def test_means_over_training_seeds_and_prompts():
-    generator = np.random.default_rng(0)
-    one = generator.normal(size=(1, 60))
-    # One training: the interval over prompts
-    assert interval_of(resampled_means(one)) == pytest.approx(bootstrap_interval(one[0]))
-    # Prompts without noise: only the seeds are drawn, 27 of 3 ** 3, so the ends are those of all-the-lowest
-    seeds = np.array([[0.0], [1.0], [5.0]]) * np.ones((3, 60))
-    interval = interval_of(resampled_means(seeds))
-    assert (interval["mean"], interval["low"], interval["high"]) == pytest.approx((2, 0, 5))
-    # The variance of a crossed mean: that of the prompts / P, and that of the seeds / R, by their empirical values
-    both = generator.normal(size=(8, 1)) + generator.normal(size=(1, 60))
-    expected = both.mean(1).var() / 8 + both.mean(0).var() / 60
-    assert resampled_means(both, resamples=20000)[1:].var() == pytest.approx(expected, rel=0.05)
-    # What is missing is left out
-    gap = one.copy()
-    gap[0, 0] = np.nan
-    assert resampled_means(gap)[0] == pytest.approx(one[0, 1:].mean())
-    with pytest.raises(ValueError, match=r"shape \(R, P\), none of them 0, got \(60,\)"):
-        resampled_means(one[0])
-
-
 def test_diversity_within_and_between_prompts():
     # prompt 1: two equal vectors; prompt 2: two at right angles; cosines between them: (1 + 0) / 2
     embeddings = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
@@ -139,20 +88,3 @@ def test_diversity_within_and_between_prompts():
     assert per_prompt(torch.tensor([1.0, 3.0, 5.0, 5.0]), 2).tolist() == [2.0, 5.0]
     with pytest.raises(ValueError, match="two prompts"):
         diversity_between_prompts(embeddings, 4)
-
-
-def test_the_page_escapes_text_and_holds_sound_and_images():
-    pytest.importorskip("soundfile")
-    pytest.importorskip("matplotlib")
-    tone = torch.sin(torch.arange(4000) / 5)
-    evil = "<script>alert('&')</script>"
-    table = (["", evil], [[evil, evil]])
-    page = comparison_page(
-        evil, evil, {"": table, evil: table}, [evil, "b"], {evil: [evil, "text"], "music": [(tone, 8000)] * 2}
-    )
-    assert "<script" not in page
-    assert page.count("&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;") >= 8
-    assert page.count("data:audio/wav;base64,UklGR") == 2  # "RIFF"
-    assert page.count("data:image/png;base64,iVBORw0KGgo") == 2
-    with pytest.raises(ValueError, match="one for each of 2"):
-        comparison_page("", "", {"": table}, ["a", "b"], {"short": ["x"]})

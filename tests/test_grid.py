@@ -10,13 +10,16 @@ import torch
 from conftest import make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from trl_drcd.evaluation import grid
+from trl_drcd.evaluation import grid, measuring
 from trl_drcd.evaluation.grid import EvaluateArguments, evaluate
 from trl_drcd.evaluation.information import forward_information
-from trl_drcd.evaluation.judging import Judges, distinct_n, import_function, judge_samples
-from trl_drcd.evaluation.metrics import diversity_between_prompts
+from trl_drcd.evaluation.judging import Judges, import_function
+from trl_drcd.evaluation.metrics import Drawn, measure
+from trl_drcd.evaluation.models import Models
+from trl_drcd.evaluation.results import read_results
 from trl_drcd.evaluation.sampling import Samples
-from trl_drcd.evaluation.strategies import Models, Row, expand
+from trl_drcd.evaluation.strategies import Row, expand
+from trl_drcd.evaluation.variety import distinct_n, diversity_between_prompts
 
 # ---------------------------------------------------------------- strategies
 
@@ -130,17 +133,18 @@ def test_judged_by_hand():
     samples = Samples(["p", "q"], [[1], [2], [3], [4]], 2, seconds=1.0)
     vectors = {"a b": [1.0, 0.0], "a c": [0.0, 1.0], "b": [1.0, 1.0], "b b": [2.0, 2.0]}
     judges = Judges(
-        embedder=lambda items: torch.tensor([vectors[item] for item in items]),
+        embedders={"diversity": lambda items: torch.tensor([vectors[item] for item in items])},
         adherence={"adherence": lambda prompts, items: torch.tensor([1.0, 2.0, 3.0, 5.0])},
         preference=lambda items: torch.tensor([0.0, 1.0, 2.0, 4.0]),
         rewards={"length": lambda prompts, completions, **kwargs: [float(len(c)) for c in completions]},
     )
-    values, overall = judge_samples(samples, list(vectors), judges)
+    intervals, values = measure(Drawn(samples, list(vectors), judges))
     np.testing.assert_allclose(values["diversity"], [1.0, 0.0], atol=1e-6)
     np.testing.assert_allclose(values["adherence"], [1.5, 4])
     np.testing.assert_allclose(values["preference"], [0.5, 3])
     np.testing.assert_allclose(values["length"], [3, 2])
-    assert overall["diversity_between_prompts"]["mean"] == pytest.approx(1 - 0.5**0.5)
+    assert intervals["diversity_between_prompts"]["mean"] == pytest.approx(1 - 0.5**0.5)
+    assert {"diversity_second", "kl", "frechet", "adherence_clap"}.isdisjoint(intervals)
 
 
 def test_distance_between_prompts_is_the_mean_over_pairs():
@@ -161,7 +165,7 @@ def test_self_bleu_of_equal_and_of_different_texts():
     pytest.importorskip("sacrebleu")
     samples = Samples(["p", "q"], [[1]] * 4, 2, seconds=1.0)
     texts = ["the slow old harp played a tune"] * 2 + ["one two three four five", "six seven eight nine ten"]
-    values, _ = judge_samples(samples, texts, Judges())
+    _, values = measure(Drawn(samples, texts, Judges()))
     assert values["self_bleu"][0] == pytest.approx(100) and values["self_bleu"][1] < 5
 
 
@@ -172,10 +176,10 @@ def length(prompts, completions, **kwargs):
 
 def test_a_metric_is_imported_by_its_name(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent)
-    assert import_function("test_grid.length")(prompts=[], completions=["ab"]) == [2.0]
+    assert import_function("metrics", "test_grid.length")(prompts=[], completions=["ab"]) == [2.0]
     for name in ("length", "test_grid.nothing", "no_such_module.f"):
         with pytest.raises(ValueError, match="is no importable"):
-            import_function(name)
+            import_function("metrics", name)
 
 
 @torch.no_grad()
@@ -225,38 +229,39 @@ def judged(monkeypatch):
         words = ["slow", "fast", "harp", "drum", "flute", "tune"]
         return torch.tensor([[1.0] + [float(text.split().count(word)) for word in words] for text in texts])
 
-    judges = Judges(embed, embed, {"adherence": lambda p, c: torch.tensor([float(len(text)) for text in c])})
+    embedders = {"diversity": embed, "diversity_second": embed}
+    judges = Judges(embedders, {"adherence": lambda p, c: torch.tensor([float(len(text)) for text in c])})
     monkeypatch.setattr(Judges, "load", classmethod(lambda cls, args, rewards: judges))
 
 
 def test_evaluation_writes_everything_and_does_nothing_twice(args, judged, tmp_path, monkeypatch):
     results = evaluate(args)
     output = tmp_path / "out"
-    assert [row["name"] for row in results][-2:] == ["LERP (lambda 1)", "diversity"]
+    assert [row.name for row in results][-2:] == ["LERP (lambda 1)", "diversity"]
     # The end of a sweep is the model that it is, and measured once
-    assert results[-1]["samples"] == results[-2]["samples"] and results[-1]["diversity_coef"] == 5
+    assert results[-1].samples == results[-2].samples and results[-1].diversity_coef == 5
     assert len(list((tmp_path / "out" / "samples").glob("*.safetensors"))) == 6
     lines = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
-    assert lines == results
+    assert lines == [result.to_json() for result in results] and read_results(output / "results.jsonl") == results
     needed = {"quality", "adherence", "diversity", "diversity_second", "entropy_per_token", "tokens_per_second", "kl"}
-    assert needed <= set(results[0]["metrics"])
-    by_name = {row["name"]: row for row in results}
-    assert by_name["CFG (gamma 3)"]["metrics"]["kl"]["mean"] == pytest.approx(0, abs=1e-5)
-    assert by_name["CFG (gamma 3)"]["passes_per_token"] == 2 and results[0]["passes_per_token"] == 1
+    assert needed <= set(results[0].metrics)
+    by_name = {row.name: row for row in results}
+    assert by_name["CFG (gamma 3)"].metrics["kl"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert by_name["CFG (gamma 3)"].passes_per_token == 2 and results[0].passes_per_token == 1
     # lambda 0 is the base: the same draws, the same samples
-    assert by_name["LERP (lambda 0)"]["per_prompt"] == by_name["base"]["per_prompt"]
+    assert by_name["LERP (lambda 0)"].per_prompt == by_name["base"].per_prompt
     for name in ("front.png", "front.svg", "lambda.png", "lambda.svg", "entropy.png", "summary.csv", "report.html"):
         assert (output / name).stat().st_size > 0
     tables = (output / "report.md").read_text()
     assert "\n| CFG (gamma 3) | " in tables and "| CFG buys quality | " in tables and "## Along lambda\n" in tables
-    assert "### fast &lt;drum&gt; &amp; flute\n\n~~~text\nbase: " in tables and "\nCFG (gamma 3): " in tables
+    assert "### fast \\<drum\\> \\& flute\n\n~~~text\nbase: " in tables and "\nCFG (gamma 3): " in tables
     page = (output / "report.html").read_text()
     assert "fast &lt;drum&gt; &amp; flute" in page and "<drum>" not in page and "CFG buys quality" in page
     assert len((output / "summary.csv").read_text().splitlines()) == 1 + len(results)
 
     with open(output / "results.jsonl", "a") as file:
         file.write('{"torn')  # as after a crash
-    monkeypatch.setattr(grid.Worker, "__call__", lambda *a: pytest.fail("measured twice"))
+    monkeypatch.setattr(measuring.Worker, "__call__", lambda *a: pytest.fail("measured twice"))
     assert evaluate(args) == results
     assert (output / "results.jsonl").read_text().count("\n") == len(results)
     args.only = ["CFG"]
@@ -279,21 +284,21 @@ def test_what_changed_is_measured_anew_and_what_did_not_is_not_sampled_again(
     first = evaluate(args)
     make_model(tokenizer, 5).save_pretrained(tmp_path / "1")  # another model under the same name
     calls = []
-    sample = grid.sample_prompts
-    monkeypatch.setattr(grid, "sample_prompts", lambda *a, **k: calls.append(1) or sample(*a, **k))
+    sample = measuring.sample_prompts
+    monkeypatch.setattr(measuring, "sample_prompts", lambda *a, **k: calls.append(1) or sample(*a, **k))
     second = evaluate(args)
-    names = [row["name"] for row, old in zip(second, first, strict=True) if row["settings"] != old["settings"]]
+    names = [row.name for row, old in zip(second, first, strict=True) if row.settings != old.settings]
     assert names == ["LERP (lambda 0.5)", "LERP (lambda 1)", "diversity"] and len(calls) == 2
     kept = (tmp_path / "out" / "other_results.jsonl").read_text().splitlines()
     assert [json.loads(line)["name"] for line in kept] == names
     args.prompt_information = True  # another judge, the same samples
     third = evaluate(args)
-    assert len(calls) == 2 and "prompt_information" in third[0]["metrics"]
-    assert third[0]["per_prompt"]["diversity"] == first[0]["per_prompt"]["diversity"]
+    assert len(calls) == 2 and "prompt_information" in third[0].metrics
+    assert third[0].per_prompt["diversity"] == first[0].per_prompt["diversity"]
     args.seed, samples = 1, {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "samples").glob("*/*")}
     again = evaluate(args)
     assert all(path.stat().st_mtime_ns == time for path, time in samples.items())  # each line keeps what it plays
-    assert len(calls) == 8 and again[0]["per_prompt"] != third[0]["per_prompt"]
+    assert len(calls) == 8 and again[0].per_prompt != third[0].per_prompt
     args.seed, args.prompt_information = 0, False
     assert evaluate(args) == second and len(calls) == 8  # still there
 
@@ -304,10 +309,10 @@ def test_two_processes_measure_the_same(args, tmp_path, monkeypatch):
     one = evaluate(args)
     args.output_dir, args.num_processes = str(tmp_path / "two"), 2
     two = evaluate(args)
-    assert [row["name"] for row in two] == ["base", "CFG (gamma 2)", "CFG (gamma 3)"]
+    assert [row.name for row in two] == ["base", "CFG (gamma 2)", "CFG (gamma 3)"]
     for row, other in zip(two, one, strict=True):
         # Not the last digit: the processes may have another number of threads
-        assert row["per_prompt"] == {name: pytest.approx(v, rel=1e-4) for name, v in other["per_prompt"].items()}
+        assert row.per_prompt == {name: pytest.approx(v, rel=1e-4) for name, v in other.per_prompt.items()}
 
 
 def test_too_few_prompts(args):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from trl_drcd.evaluation.grid import EvaluateArguments, Worker
+from trl_drcd.evaluation.arguments import EvaluateArguments
 from trl_drcd.evaluation.information import FRAME, prompt_information
-from trl_drcd.evaluation.strategies import expand
+from trl_drcd.evaluation.measuring import Worker
+from trl_drcd.evaluation.plan import plan
 
 
 @pytest.fixture
@@ -51,10 +52,10 @@ def test_the_grid_asks_for_information_on_texts(tmp_path, model, frame):
         str(tmp_path / "m"), str(tmp_path / "p.jsonl"), num_prompts=2, samples_per_prompt=2, max_new_tokens=4,
         output_dir=str(tmp_path / "out"), prompt_information=True,
     )  # fmt: skip
-    (row,) = expand(args.strategies)
-    worker = Worker(args, ["slow tune", "fast harp"], {}, [row], quiet=True)
-    found = worker(row)["per_prompt"]["prompt_information"]
-    samples = worker.samples(row, model)
+    held_out, (task,) = plan(args, {})
+    worker = Worker(args, held_out, [task.row], quiet=True)
+    found = worker(task).per_prompt["prompt_information"]
+    samples = worker.samples(task, model)
     texts = frame.batch_decode(samples.token_ids, skip_special_tokens=True)
     expected = prompt_information(model, frame, samples.repeated_prompts, texts).view(2, 2).mean(1)
     assert found == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-5)

@@ -30,7 +30,7 @@ from trl import RLOOTrainer
 from trl_drcd import CFGDistillDiversityTrainer
 from trl_drcd.audio.codecs import CodebookCodec, delay, is_coded, undelay
 from trl_drcd.diversity import diversity_advantages
-from trl_drcd.evaluation.metrics import teacher_terms
+from trl_drcd.evaluation.likelihood import teacher_terms
 from trl_drcd.evaluation.sampling import sample_prompts
 from trl_drcd.guidance import guide_logits, left_pad
 from trl_drcd.losses import reverse_kl

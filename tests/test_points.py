@@ -1,12 +1,17 @@
 """Lines of results.jsonl as points: quality, training seeds, fronts, the paper's claims, plots."""
 
+import zlib
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from scipy.stats import t as student
 
-from trl_drcd.evaluation.claims import Evidence, claims
-from trl_drcd.evaluation.overview import agreement_table, fronts_table, lambda_table, points_table
+from trl_drcd.evaluation.claims import UNANSWERED, Evidence, claims, claims_tables
 from trl_drcd.evaluation.plots import agreement_plot, front_plot, lambda_plot
 from trl_drcd.evaluation.points import correlation, equal_omega, fronts_of, pooled, with_quality
+from trl_drcd.evaluation.report_tables import agreement_table, fronts_table, lambda_table, points_table
+from trl_drcd.evaluation.results import Result
 
 PROMPTS = 40
 NOISE = np.random.default_rng(0).normal(size=PROMPTS) * 0.05  # the same prompts are hard for all
@@ -15,7 +20,7 @@ NOISE = np.random.default_rng(0).normal(size=PROMPTS) * 0.05  # the same prompts
 def line(strategy, adherence, diversity, entropy=1.0, preference=None, point=None, **about):
     """A line whose metrics have the given means, with a little noise of the line's own."""
     name = point or strategy
-    own = np.random.default_rng(abs(hash((strategy, str(about)))) % 2**32).normal(size=(4, PROMPTS)) * 0.004
+    own = np.random.default_rng(zlib.crc32(f"{strategy} {about}".encode())).normal(size=(4, PROMPTS)) * 0.004
     own -= own.mean(1, keepdims=True)
     values = {"adherence": adherence + NOISE + own[0], "diversity": diversity + NOISE + own[1]}
     values["entropy_per_token"] = entropy + own[2]
@@ -23,16 +28,8 @@ def line(strategy, adherence, diversity, entropy=1.0, preference=None, point=Non
         values["preference"] = preference + own[3]
     metrics = {key: {"mean": value.mean(), "low": value.mean(), "high": value.mean()} for key, value in values.items()}
     metrics["tokens_per_second"] = dict.fromkeys(("mean", "low", "high"), 100.0)
-    defaults = {"weights": [], "guidance_scale": 1.0, "temperature": 0.99, "interpolation_weight": None}
-    defaults |= {
-        "diversity_coef": None,
-        "training_seed": None,
-        "strategy": strategy,
-        "name": name,
-        "point": name,
-        "model": name,
-    }
-    return defaults | about | {"metrics": metrics, "per_prompt": {k: v.tolist() for k, v in values.items()}}
+    given = {"strategy": strategy, "name": name, "point": name, "model": name, "prompts": PROMPTS} | about
+    return Result.from_json(given | {"metrics": metrics, "per_prompt": {k: v.tolist() for k, v in values.items()}})
 
 
 def world(bulge=0.0, quality_model=0.5):
@@ -52,17 +49,16 @@ def world(bulge=0.0, quality_model=0.5):
 def test_quality_is_made_of_its_parts():
     lines = [line("a", 0.2, 0.5, preference=-3.0), line("b", 0.4, 0.5, preference=-2.0)]
     five = with_quality(lines)
-    assert five[0]["omega"] == 5 and five[0]["metrics"]["quality"]["mean"] == pytest.approx(5 * 0.2 - 3, abs=0.1)
-    expected = 5 * np.array(lines[0]["per_prompt"]["adherence"]) + lines[0]["per_prompt"]["preference"]
-    np.testing.assert_allclose(five[0]["per_prompt"]["quality"], expected, rtol=1e-5)
-    assert "quality" not in lines[0]["metrics"]
+    assert five[0].omega == 5 and five[0].metrics["quality"]["mean"] == pytest.approx(5 * 0.2 - 3, abs=0.1)
+    expected = 5 * np.array(lines[0].per_prompt["adherence"]) + lines[0].per_prompt["preference"]
+    np.testing.assert_allclose(five[0].per_prompt["quality"], expected, rtol=1e-5)
+    assert "quality" not in lines[0].metrics
     # The preference's means span 1, those of the adherence 0.2
     assert equal_omega(lines) == pytest.approx(1 / 0.2, rel=1e-6)
-    assert with_quality(five, "equal")[1]["omega"] == pytest.approx(5)
+    assert with_quality(five, "equal")[1].omega == pytest.approx(5)
     without = with_quality([line("a", 0.2, 0.5)], "equal")
-    assert without[0]["omega"] is None and without[0]["per_prompt"]["quality"][0] == pytest.approx(
-        without[0]["per_prompt"]["adherence"][0], rel=1e-5
-    )
+    assert without[0].omega is None
+    assert without[0].per_prompt["quality"] == pytest.approx(without[0].per_prompt["adherence"], rel=1e-5)
     with pytest.raises(ValueError, match="give a number"):
         with_quality([lines[0], lines[0]], "equal")
 
@@ -70,17 +66,22 @@ def test_quality_is_made_of_its_parts():
 def test_training_seeds_are_one_point():
     lines = [line("q", at, 0.5, point="q", weights=[1.0], training_seed=i) for i, at in enumerate((0.3, 0.5, 0.4))]
     (point,) = pooled(lines)
-    assert point["runs"] == 3 and point["values"]["adherence"].shape == (3, PROMPTS)
-    interval = point["metrics"]["adherence"]
+    assert point.runs == 3 and point.values["adherence"].shape == (3, PROMPTS)
+    interval = point.metrics["adherence"]
     assert interval["mean"] == pytest.approx(0.4 + NOISE.mean(), abs=1e-6)
-    assert interval["high"] - interval["low"] > 0.08  # the seeds' spread, far above that of the prompts
-    assert point["metrics"]["tokens_per_second"]["mean"] == 100
-    assert points_table([point])[1][0][0] == "q (3 trainings)"
+    # Seeds 0.3, 0.4, 0.5: variance 0.01, standard error 0.0577; the prompts' 0.05 / sqrt(40) is a seventh of it
+    over_prompts, over_seeds = (NOISE.var(ddof=1) / PROMPTS), 0.01 / 3
+    freedom = (over_prompts + over_seeds) ** 2 / (over_prompts**2 / (PROMPTS - 1) + over_seeds**2 / 2)
+    half = student.ppf(0.975, freedom) * (over_prompts + over_seeds) ** 0.5
+    assert 2 < freedom < 2.1
+    assert (interval["high"] - interval["low"]) / 2 == pytest.approx(half, rel=0.01)
+    assert point.metrics["tokens_per_second"]["mean"] == 100
+    assert points_table([point]).rows[0][0] == "q (3 trainings)"
 
 
 def test_fronts_have_the_base_in_its_own_sweeps():
     fronts = fronts_of(pooled(world()))
-    members = {name: [p["name"] for p in group] for name, group in fronts.items()}
+    members = {name: [p.name for p in group] for name, group in fronts.items()}
     assert members == {
         "CFG": ["base", "CFG 3"], "temperature": ["base", "T 1.2"], "LERP": ["LERP 0.0", "LERP 0.5", "LERP 1.0"],
         "trained models": ["beta 5", "quality", "diversity"],
@@ -109,8 +110,8 @@ def test_the_claims_fail_where_they_are_false():
 
 def test_a_curve_that_only_moves_late_is_no_gain():
     lines = world(bulge=0.06)
-    middle = next(line for line in lines if line["name"] == "LERP 0.5")
-    middle["per_prompt"]["diversity"] = [value - 0.1 for value in middle["per_prompt"]["diversity"]]
+    middle = next(line for line in lines if line.name == "LERP 0.5")
+    middle.per_prompt["diversity"] = [value - 0.1 for value in middle.per_prompt["diversity"]]
     answer = claims(pooled(lines), "adherence", "diversity")[9]
     assert answer.numbers["quality, mean between the ends"]["low"] > 0 and answer.verdict == "fails"
 
@@ -120,13 +121,13 @@ def test_the_merged_models_are_those_of_the_trained_ends():
     other = [line("towards", 0.1, 0.1, interpolation_weight=at, weights=[1 - at, at], model="quality + base",
                   point=f"towards {at}") for at in (0.0, 0.5, 1.0)]  # fmt: skip
     first = Evidence(pooled([*other, *lines]), "adherence", "diversity")
-    assert [p["name"] for p in first.lerp] == ["LERP 0.0", "LERP 0.5", "LERP 1.0"]
-    assert {p["strategy"] for p in first.pairs} == {"LERP"}
+    assert [p.name for p in first.lerp] == ["LERP 0.0", "LERP 0.5", "LERP 1.0"]
+    assert {p.strategy for p in first.pairs} == {"LERP"}
 
 
 def test_a_front_that_only_reaches_further_is_not_above():
     lines = world(quality_model=0.36)  # merged models on the straight line from (0.29, 0.36) to (0.6, 0.4)
-    lines = [one for one in lines if one["strategy"] != "CFG"] + [
+    lines = [one for one in lines if one.strategy != "CFG"] + [
         line("CFG", 0.5, 0.3, guidance_scale=3.0, point="CFG 3"),
         line("CFG", 0.5, 0.45, guidance_scale=2.0, point="CFG 2"),
     ]  # fmt: skip
@@ -135,10 +136,9 @@ def test_a_front_that_only_reaches_further_is_not_above():
 
 
 def test_nothing_is_reached_where_guidance_does_nothing():
-    lines = [one | {} for one in world()]
-    for one in lines:
-        if one["name"] == "CFG 3":
-            one["per_prompt"] = one["per_prompt"] | {"adherence": next(iter(lines))["per_prompt"]["adherence"]}
+    lines = world()
+    of_base = {"adherence": lines[0].per_prompt["adherence"]}
+    lines = [replace(one, per_prompt=one.per_prompt | of_base) if one.name == "CFG 3" else one for one in lines]
     answers = claims(pooled(lines), "adherence", "diversity")
     assert [answers[i].verdict for i in (0, 2)] == ["undecided", "undecided"]
 
@@ -146,27 +146,33 @@ def test_nothing_is_reached_where_guidance_does_nothing():
 def test_a_front_of_mixed_settings_does_not_go_through_the_base():
     hot = [line("hot CFG", 0.4, 0.4, guidance_scale=g, temperature=1.2, point=f"hot CFG {g}") for g in (2.0, 3.0)]
     fronts = fronts_of(pooled([*world(), *hot]))
-    assert [p["name"] for p in fronts["hot CFG"]] == ["hot CFG 2.0", "hot CFG 3.0"]
+    assert [p.name for p in fronts["hot CFG"]] == ["hot CFG 2.0", "hot CFG 3.0"]
 
 
 def test_what_is_not_there_is_not_measured():
-    answers = claims(pooled([line("base", 0.3, 0.5), line("other", 0.3, 0.5)]), "adherence", "diversity")
+    points = pooled([line("base", 0.3, 0.5), line("other", 0.3, 0.5)])
+    answers = claims(points, "adherence", "diversity")
     assert {claim.verdict for claim in answers} == {"not measured"}
+    # Which is said once, however many pairs of metrics there are
+    (table,) = claims_tables(points, ["adherence"], ["diversity", "entropy_per_token"])
+    assert table.heading == UNANSWERED and len(table.rows) == 11 and table.header == ["claim"]
+    tables = claims_tables(pooled(world()[:2] + world()[2:3]), ["adherence"], ["diversity"])
+    assert [len(table.rows) for table in tables] == [3, 8]
 
 
 def test_tables():
     points = pooled(world(bulge=0.06))
-    header, rows = fronts_table(points, "adherence", "diversity")
+    rows = fronts_table(points, "adherence", "diversity").rows
     assert {row[0]: row[2] for row in rows}["CFG - LERP"] == "below" and len(rows) == 6
-    header, rows = lambda_table(points, ["adherence", "diversity"])
+    rows = lambda_table(points, ["adherence", "diversity"]).rows
     assert rows[0][0] == "LERP, λ 0.5" and rows[0][1].startswith("0.060 [0.05")
-    header, rows = agreement_table(points)
-    assert header[1:] == ["all (10)", "at temperature 0.99 (9)"] and len(rows) == 1
+    table = agreement_table(points, ["diversity"])
+    assert table.header[1:] == ["all (10)", "at temperature 0.99 (9)"] and len(table.rows) == 1
 
 
 def test_correlation_is_that_of_the_means():
     points = pooled(world())
-    means = np.array([[p["values"][m].mean() for m in ("diversity", "entropy_per_token")] for p in points])
+    means = np.array([[p.values[m].mean() for m in ("diversity", "entropy_per_token")] for p in points])
     found = correlation(points, "diversity", "entropy_per_token")
     assert found["mean"] == pytest.approx(np.corrcoef(means.T)[0, 1])
     assert found["low"] <= found["mean"] <= found["high"]
@@ -177,7 +183,7 @@ def test_correlation_is_that_of_the_means():
 def test_plots_join_sweeps():
     points = pooled(world(bulge=0.06))
     (axes,) = front_plot(points, y="adherence").axes
-    assert {"base", "CFG 3", "LERP"} <= {text.get_text() for text in axes.get_legend().get_texts()}
+    assert {"base", "CFG 3", "LERP"} <= set(axes.get_legend_handles_labels()[1])
     panels = lambda_plot(points, ("adherence", "diversity")).axes
     assert len(panels) == 4
     np.testing.assert_allclose(panels[0].lines[0].get_xdata(), [0, 0.5, 1])

@@ -25,6 +25,24 @@ def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def remove_temporaries(folder: str | Path) -> None:
+    """Removes what [`write_bytes`] has left in a folder where its process died; files of living ones stay."""
+    for path in Path(folder).glob(".*.tmp"):
+        process = path.name.split(".")[-2]
+        if process.isdecimal() and not _is_alive(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
 def plain_name(text: str, length: int = 80) -> str:
     """
     A text as a name for files and log entries: letters, digits, spaces and a few marks, at most `length` of them.

@@ -18,10 +18,11 @@ from bad_world import Bomb, World
 from datasets import Dataset
 from huggingface_hub import ModelCard
 
-from trl_drcd.evaluation.plots import front_plot, save
-from trl_drcd.evaluation.report import comparison_page
+from trl_drcd.evaluation.plots import Plot, front_plot, save
+from trl_drcd.evaluation.points import Point
+from trl_drcd.evaluation.report import Item, Page, PromptItems, Sample
 from trl_drcd.evaluation.strategies import expand
-from trl_drcd.evaluation.tables import markdown_table
+from trl_drcd.evaluation.tables import Table, markdown_table
 from trl_drcd.launch.cards import model_card
 from trl_drcd.validation.model_folders import check_model
 
@@ -189,22 +190,20 @@ class Tags(HTMLParser):
 
 
 def test_a_page_shows_what_people_write_and_runs_none_of_it():
-    page = comparison_page(
-        NASTY[0],
-        " ".join(NASTY),
-        {NASTY[1]: (NASTY, [NASTY]), NASTY[2]: (NASTY, [])},
-        NASTY,
-        dict.fromkeys(NASTY[:3], NASTY),
-        [b"png"],
-    )
+    samples = [*(Sample(text, text) for text in NASTY), *(Sample(text, None, "a.wav", "a.png") for text in NASTY)]
+    prompts = [PromptItems(text, [Item(name, samples) for name in NASTY[:3]]) for text in NASTY]
+    tables = [Table(NASTY[1], NASTY, [NASTY]), Table(NASTY[2], NASTY, [])]
+    page = Page(NASTY[0], " ".join(NASTY), tables, prompts, [Plot(text, b"png") for text in NASTY]).html()
     tags = Tags()
     tags.feed(page)
     assert tags.elements <= {
         *("html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "table", "tr", "th", "td", "div"),
-        *("figure", "figcaption", "img", "audio"),
+        *("thead", "tbody", "section", "small", "figure", "figcaption", "img", "audio", "nav", "a"),
     }
     assert not any(name.startswith("on") for name in tags.attributes)
-    assert not re.search(r'(src|href)="(?!data:)', page)
+    addresses = {one for one in re.findall(r'(?:src|href)="([^"]*)"', page) if not re.fullmatch(r"#\w+", one)}
+    assert addresses == {"a.wav", "a.png", "data:image/png;base64,cG5n"}
+    assert "default-src &#39;none&#39;" in page and "script-src" not in page
     for text in NASTY:
         assert text.replace("\x00", "") in tags.text.replace("\x00", "").replace("\ufffd", ""), text
 
@@ -215,14 +214,14 @@ def test_a_plot_shows_names_as_they_are(tmp_path):
 
     names = [*(text for text in NASTY if text.isprintable()), "costs $5 and $x", "$\\frac{1$", "_hidden"]
     points = [
-        {
-            "strategy": name, "weights": [], "guidance_scale": 1.0, "temperature": 1.0, "interpolation_weight": None,
-            "metrics": {"quality": metric(number / 10), "diversity": metric(1 - number / 10)},
-        } for number, name in enumerate(names)
+        Point(
+            strategy=name, point=name, name=name, temperature=1.0,
+            metrics={"quality": metric(number / 10), "diversity": metric(1 - number / 10)},
+        ) for number, name in enumerate(names)
     ]  # fmt: skip
     figure = front_plot(points)
     save(figure, tmp_path / "front")
-    legend = [text.get_text().strip().replace("\\$", "$") for text in figure.axes[0].get_legend().get_texts()]
+    legend = [text.get_text().strip().replace("\\$", "$") for text in figure.legends[0].get_texts()]
     assert set(names) <= set(legend)
     assert "<script>" not in (tmp_path / "front.svg").read_text()
 

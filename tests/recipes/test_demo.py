@@ -1,7 +1,6 @@
 """What the demo asks to be measured, its table, and how it watches its processes."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import demo
 
 from trl_drcd.evaluation.points import pooled
+from trl_drcd.evaluation.results import read_results
 
 RESULTS = Path(__file__).parents[2] / "results" / "music" / "results.jsonl"
 
@@ -45,7 +45,7 @@ def test_it_asks_for_a_front_in_two_processes(args):
 
 
 def test_the_table_is_printed_and_written(args, monkeypatch, capsys):
-    results = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    results = read_results(RESULTS)
     for step in ("train", "merge"):
         monkeypatch.setattr(demo, step, lambda args: None)
     monkeypatch.setattr(demo, "parse", lambda: argparse.Namespace(**vars(args), fresh=False))

@@ -26,8 +26,9 @@ from train_musicgen import build_musicgen, code_loss
 from trl_drcd import CFGDistillDiversityTrainer
 from trl_drcd.audio import MusicEmbedder
 from trl_drcd.audio.codecs import SpectralCodec, delay, undelay
-from trl_drcd.evaluation.metrics import diversity_within_prompts, teacher_terms
+from trl_drcd.evaluation.likelihood import teacher_terms
 from trl_drcd.evaluation.sampling import sample_prompts
+from trl_drcd.evaluation.variety import diversity_within_prompts
 from trl_drcd.guidance import left_pad
 from trl_drcd.policies import MusicgenPolicy
 from trl_drcd.prompts import distinct, load_prompts

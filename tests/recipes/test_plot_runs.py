@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from recipes import plot_runs
+from trl_drcd.evaluation.results import Result
 
 LOG = [{"step": 4, "kl": 20.0, "diversity": 0.4, "entropy": 1.2}, {"step": 8, "kl": 10.0, "diversity": 0.3}]
 
 
 def line(name, adherence):
     metrics = {metric: {"mean": 1.0} for metric in plot_runs.JUDGED.values()} | {"adherence": {"mean": adherence}}
-    return {"name": name, "metrics": metrics, "per_prompt": {}}
+    return Result.from_json({"name": name, "metrics": metrics, "per_prompt": {}})
 
 
 def test_rows_of_a_run_are_its_checkpoints():
@@ -36,12 +37,12 @@ def test_only_what_was_measured_is_drawn(tmp_path, monkeypatch, capsys):
     assert len(plot_runs.draw({"run": LOG}).axes) == 3
     curve, dots = figure.axes[0].lines
     assert list(curve.get_ydata()) == [20.0, 10.0] and list(dots.get_xdata()) == [8]
-    results.write_text(json.dumps(line("run 8", 0.3)) + "\n")
+    results.write_text(json.dumps(line("run 8", 0.3).to_json()) + "\n")
     file = tmp_path / "plots" / "curves.png"
     monkeypatch.setattr("sys.argv", ["plot_runs.py", str(run), "--judged", str(results), "--output", str(file)])
     plot_runs.main()
     assert file.stat().st_size > 10_000 and str(file) in capsys.readouterr().out
-    results.write_text(json.dumps(line("other 8", 0.3)) + "\n")
+    results.write_text(json.dumps(line("other 8", 0.3).to_json()) + "\n")
     for words, message in (
         ([str(tmp_path)], "no log.jsonl in"),
         ([str(run), str(run)], "folders of the same name"),

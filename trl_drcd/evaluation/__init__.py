@@ -1,7 +1,11 @@
-"""What is measured after training; none of it is ever a reward."""
+"""What is measured after training; none of it is ever a reward. From a strategy to a page, one step a module:
+
+arguments, strategies (rows) -> plan (digests) -> models, sampling -> judging, metrics -> results -> points, statistics
+-> tables, plots, report.
+"""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trl_drcd.evaluation.fronts import hypervolume, pareto_front
@@ -11,7 +15,7 @@ __all__ = ["hypervolume", "pareto_front"]
 _MODULES = {"hypervolume": "fronts", "pareto_front": "fronts"}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _MODULES:
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

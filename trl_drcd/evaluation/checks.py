@@ -1,19 +1,18 @@
-"""What an evaluation refuses before anything is sampled."""
+"""What an evaluation refuses: before anything is loaded; models of another shape before anything is sampled."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from trl_drcd.audio.codecs import SpectralCodec
+from trl_drcd.evaluation.arguments import EvaluateArguments
 from trl_drcd.evaluation.frechet import Reference
-from trl_drcd.evaluation.records import content_digest
+from trl_drcd.evaluation.judging import import_function, is_function
 from trl_drcd.evaluation.strategies import Row, is_adapter
 from trl_drcd.merging.adapters import BASE
-from trl_drcd.validation.field_types import check_types
-from trl_drcd.validation.messages import prefix_errors, short_repr
+from trl_drcd.validation.messages import prefix_errors
 from trl_drcd.validation.model_folders import check_model, check_on_hub, is_hub_name
 from trl_drcd.validation.saved_files import open_safetensors, read_json, weight_files
 
@@ -21,48 +20,24 @@ EMBED_SOUND = {"MusicEmbedder", "MusicDescriptors"}
 HEAR = EMBED_SOUND | {"TextAudioJudge"}
 
 
-def check_settings(args: Any) -> None:
+def check_parts(args: EvaluateArguments, digest: Callable[[str], str]) -> None:
     """
-    Types and ranges of an `EvaluateArguments`.
+    Checks the folders and functions that the arguments name, and whether they are what they are given as.
 
-    Raises:
-        TypeError: If a value is of another type than its field.
-        ValueError: If it is out of its range.
-    """
-    check_types(args)
-    least = {
-        "num_prompts": 2, "samples_per_prompt": 2, "max_new_tokens": 1, "batch_size": 1, "num_processes": 1,
-        "listen": 0, "seed": 0,
-    }  # fmt: skip
-    for name, value in least.items():
-        if getattr(args, name) < value:
-            raise ValueError(f"`{name}` must be at least {value}, got {getattr(args, name)}")
-    if not 0 <= args.guidance_scale < math.inf:
-        raise ValueError(f"`guidance_scale` must be finite and at least 0, got {args.guidance_scale}")
-    if args.dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {short_repr(args.dtype)}")
-    try:
-        good = args.omega == "equal" or math.isfinite(float(args.omega))
-    except ValueError:
-        good = False
-    if not good:
-        raise ValueError(f"`omega` must be a number or `equal`, got {short_repr(args.omega)}")
-
-
-def check_parts(args: Any) -> None:
-    """
-    Looks at the folders that an `EvaluateArguments` names, and whether they are what they are given as.
+    Args:
+        args ([`EvaluateArguments`]): Everything.
+        digest (`Callable`): [`~trl_drcd.evaluation.digests.content_digest`], which a reference's judge is known by.
 
     Raises:
         FileExistsError: If `output_dir` is a file.
         FileNotFoundError: If a folder is not there.
-        ValueError: If a file is broken, or the model in it is one for something else.
+        ValueError: If a file is broken, or the model in it is one for something else, or there is no such function.
     """
     if Path(args.output_dir).is_file():
         raise FileExistsError(f"`output_dir={args.output_dir}` is a file; give a folder")
     check_model("model", args.model)
     audio = args.codec is not None
-    if audio:
+    if args.codec is not None:
         with prefix_errors("codec"):
             SpectralCodec.from_pretrained(args.codec)
     config = Path(args.model) / "config.json"
@@ -70,19 +45,29 @@ def check_parts(args: Any) -> None:
     for name in ("embedder", "second_embedder", "judge"):
         if folder := getattr(args, name):
             _check_judge(name, folder, audio)
+    names = [name.rpartition(".")[2] for name in args.metrics]
+    for name in args.metrics:
+        import_function("metrics", name)
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"`metrics` has two functions `{repeated}`; their values would go under one name; rename one")
     if args.reference:
         if not (args.judge and audio):
             raise ValueError(f"`reference={args.reference}` needs a `judge` of audio, got {args.judge}")
-        Reference.load(args.reference, content_digest(args.judge))
+        Reference.load(args.reference, digest(args.judge))
 
 
 def _check_judge(argument: str, folder: str, audio: bool) -> None:
     """An embedder or a judge must be one, and of what is sampled: sounds or texts."""
     where = f"`{argument}={folder}`"
+    if argument != "judge" and is_function(folder):
+        import_function(argument, folder)
+        return
     if not Path(folder).is_dir():
         if is_hub_name(folder):
             return
-        raise FileNotFoundError(f"{where} is no folder; give an embedder's, or a hub name")
+        raise FileNotFoundError(
+            f"{where} is no folder; give an embedder's, a hub name, or the dotted path of a function"
+        )
     config = Path(folder) / "config.json"
     with prefix_errors(argument):
         fields = read_json(config) if config.is_file() else {}

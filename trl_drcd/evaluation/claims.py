@@ -1,6 +1,6 @@
 """
-The paper's claims (https://huggingface.co/papers/2410.06084), each answered from `results.jsonl` with paired bootstrap
-intervals over prompts and training seeds.
+The paper's claims (https://huggingface.co/papers/2410.06084), each answered from `results.jsonl` with paired intervals
+over prompts and training seeds.
 
 What is compared is found by what the lines say of themselves: the base, the base with guidance (the teacher's gamma),
 the trained models by their `diversity_coef`, sweeps of lambda, averages of more than two models.
@@ -10,23 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 import numpy as np
 
 from trl_drcd.evaluation.fronts import above_diagonal, curve_difference, front_difference
-from trl_drcd.evaluation.metrics import interval_of
-from trl_drcd.evaluation.points import (
-    USUAL_TEMPERATURE,
-    Line,
-    correlation,
-    draws_of,
-    is_base,
-    is_trained,
-    lambda_sweeps,
-)
-from trl_drcd.evaluation.tables import formatted, verdict
+from trl_drcd.evaluation.metrics import metric
+from trl_drcd.evaluation.points import Comparison, Point, lambda_of, lambda_sweeps
+from trl_drcd.evaluation.results import USUAL_TEMPERATURE
+from trl_drcd.evaluation.statistics import Interval
+from trl_drcd.evaluation.tables import Table, formatted, verdict
 
-Interval = dict[str, float]
+NOT_MEASURED = "not measured"
 # "As much as" allows for so much of what guidance itself changes
 MARGIN = 0.2
 
@@ -34,61 +29,63 @@ MARGIN = 0.2
 @dataclass
 class Claim:
     """
-    One claim, what was measured of it, and whether it holds: `holds`, `fails`, `undecided` (its interval has zero in
-    it) or `not measured`.
+    One claim, what was measured of it, and whether it holds.
+
+    Args:
+        text (`str`): The claim.
+        margin (`str`, *optional*): How much it is given, in words.
+        verdict (`str`, *optional*): `holds`, `fails`, `undecided` (its interval has zero in it) or `not measured`.
+        numbers (`dict`): What was measured.
     """
 
     text: str
-    verdict: str = "not measured"
+    margin: str = ""
+    verdict: str = NOT_MEASURED
     numbers: dict[str, Interval] = field(default_factory=dict)
 
 
-class Evidence:
+class Evidence(Comparison):
     """
-    The points that the claims are about, and draws of their metrics.
+    The points that the claims are about, by their roles.
 
     Args:
-        points (`list[dict]`): Of [`~trl_drcd.evaluation.points.pooled`].
+        points (`list[Point]`): Of [`~trl_drcd.evaluation.points.pooled`].
         quality, diversity (`str`): Metrics that the claims are about.
     """
 
-    def __init__(self, points: Sequence[Line], quality: str, diversity: str) -> None:
-        self.points, self.metrics = list(points), (diversity, quality)
-        plain = [p for p in points if not p["weights"]]
-        teacher = points[0].get("teacher_guidance_scale", 3.0)
-        self.base = next(filter(is_base, points), None)
-        self.cfg_front = [p for p in plain if p["guidance_scale"] != 1 and p["temperature"] == USUAL_TEMPERATURE]
-        self.cfg = next((p for p in self.cfg_front if p["guidance_scale"] == teacher), None)
-        self.temperature_front = [p for p in plain if p["guidance_scale"] == 1]
-        trained = [p for p in points if is_trained(p) and p["diversity_coef"] is not None]
-        trained.sort(key=lambda p: p["diversity_coef"])
-        self.quality = next((p for p in trained if p["diversity_coef"] == 0), None)
-        self.rewarded = [p for p in trained if p["diversity_coef"] > 0]
+    def __init__(self, points: Sequence[Point], quality: str, diversity: str) -> None:
+        super().__init__(points)
+        self.metrics = (diversity, quality)
+        plain = [p for p in points if not p.weights]
+        teacher = points[0].teacher_guidance_scale
+        self.base = next((p for p in points if p.is_base()), None)
+        self.cfg_front = [p for p in plain if p.guidance_scale != 1 and p.temperature == USUAL_TEMPERATURE]
+        self.cfg = next((p for p in self.cfg_front if p.guidance_scale == teacher), None)
+        self.temperature_front = [p for p in plain if p.guidance_scale == 1]
+        trained = [(p.diversity_coef, p) for p in points if p.is_trained() and p.diversity_coef is not None]
+        trained.sort(key=lambda pair: pair[0])
+        self.quality = next((p for coefficient, p in trained if coefficient == 0), None)
+        self.rewarded = [p for coefficient, p in trained if coefficient > 0]
         self.diversity = self.rewarded[-1] if self.rewarded else None
-        sweeps = {group[0]["model"]: group for group in lambda_sweeps(points).values()}
-        ends = [f"{self.quality['model']} + {self.diversity['model']}"] if self.quality and self.diversity else []
+        sweeps = {group[0].model: group for group in lambda_sweeps(points).values()}
+        ends = [f"{self.quality.model} + {self.diversity.model}"] if self.quality and self.diversity else []
         self.lerp = next((sweeps[end] for end in ends if end in sweeps), next(iter(sweeps.values()), []))
-        names = {point["model"] for point in trained}
+        names = {p.model for _, p in trained}
         pairs = [point for model, group in sweeps.items() if set(model.split(" + ")) <= names for point in group]
         self.pairs = pairs or self.lerp
-        self.uniform = next((p for p in points if len(p["weights"]) > 2 and len(set(p["weights"])) == 1), None)
+        self.uniform = next((p for p in points if len(p.weights) > 2 and len(set(p.weights)) == 1), None)
 
-    def difference(self, ours: Line, theirs: Line, metric: str) -> np.ndarray:
-        """Ours minus theirs, `(1 + resamples,)`."""
-        draws = draws_of([ours, theirs], metric)[..., 0]
-        return draws[0] - draws[1]
-
-    def curve(self, points: Sequence[Line]) -> np.ndarray:
-        """Diversity and quality of points, `(n, 1 + resamples, 2)`."""
-        return draws_of(points, *self.metrics)
+    def front(self, points: Sequence[Point]) -> np.ndarray:
+        """Diversity and quality of points, `(n, replicates, 2)`."""
+        return self.curve(points, *self.metrics)
 
 
-def claims(points: Sequence[Line], quality: str = "quality", diversity: str = "diversity") -> list[Claim]:
+def claims(points: Sequence[Point], quality: str = "quality", diversity: str = "diversity") -> list[Claim]:
     """
     Every claim.
 
     Args:
-        points (`list[dict]`): Of [`~trl_drcd.evaluation.points.pooled`], all on the same prompts.
+        points (`list[Point]`): Of [`~trl_drcd.evaluation.points.pooled`], all on the same prompts.
         quality, diversity (`str`, *optional*): Metrics, of those in `values`.
 
     Returns:
@@ -98,15 +95,33 @@ def claims(points: Sequence[Line], quality: str = "quality", diversity: str = "d
     return [answer(evidence) for answer in ANSWERS]
 
 
-def claims_table(
-    points: Sequence[Line], quality: str = "quality", diversity: str = "diversity"
-) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-    """Header and rows of texts."""
-    rows = []
-    for claim in claims(points, quality, diversity):
-        measured = "; ".join(f"{name} {formatted(interval)}" for name, interval in claim.numbers.items())
-        rows.append([claim.text, claim.verdict, measured])
-    return ["claim", "verdict", "measured"], rows
+def claims_tables(points: Sequence[Point], qualities: Sequence[str], diversities: Sequence[str]) -> list[Table]:
+    """
+    A table of the answered claims for each pair of a quality and a diversity, and one of those that none answers.
+
+    Args:
+        points (`list[Point]`): Of [`~trl_drcd.evaluation.points.pooled`], all on the same prompts.
+        qualities, diversities (`list[str]`): Metrics, of those in `values`.
+    """
+    tables, asked, answered = [], [], set()
+    for quality, diversity in product(qualities, diversities):
+        asked = claims(points, quality, diversity)
+        known = [claim for claim in asked if claim.verdict != NOT_MEASURED]
+        answered |= {claim.text for claim in known}
+        heading = f"The paper's claims in {metric(quality).label} and {metric(diversity).label}"
+        tables += (
+            [Table(heading, ["claim", "verdict", "measured"], [_cells(claim) for claim in known])] if known else []
+        )
+    missing = [[claim.text] for claim in asked if claim.text not in answered]
+    return [*tables, *([Table(UNANSWERED, ["claim"], missing)] if missing else [])]
+
+
+UNANSWERED = "Claims of the paper that these strategies do not answer"
+
+
+def _cells(claim: Claim) -> list[str]:
+    measured = "; ".join(f"{name} {formatted(interval)}" for name, interval in claim.numbers.items())
+    return [claim.text + claim.margin, claim.verdict, measured]
 
 
 # ---------------------------------------------------------------- one function for each
@@ -117,8 +132,8 @@ def _guidance_changes(e: Evidence, text: str, metric: str, sign: float) -> Claim
     claim = Claim(text)
     if e.base and e.cfg:
         difference = e.difference(e.cfg, e.base, metric)
-        claim.numbers["CFG - base"] = interval_of(difference)
-        claim.verdict = verdict(interval_of(sign * difference), "holds", "fails")
+        claim.numbers["CFG - base"] = e.interval(difference)
+        claim.verdict = verdict(e.interval(sign * difference), "holds", "fails")
     return claim
 
 
@@ -136,11 +151,11 @@ def _not_less(e: Evidence, text: str, metric: str, sign: float) -> Claim:
     if e.base and e.cfg and e.quality:
         guidance = e.difference(e.cfg, e.base, metric)
         difference = e.difference(e.quality, e.cfg, metric)
-        claim.text += f" (but for {MARGIN:.0%} of what CFG changes, {MARGIN * abs(guidance[0]):.3f})"
-        claim.numbers["quality model - CFG"] = interval_of(difference)
-        claim.numbers["quality model - base"] = interval_of(e.difference(e.quality, e.base, metric))
-        if verdict(interval_of(sign * guidance), "yes", "no") == "yes":
-            claim.verdict = verdict(interval_of(sign * (difference + MARGIN * guidance)), "holds", "fails")
+        claim.margin = f" (but for {MARGIN:.0%} of what CFG changes, {MARGIN * abs(guidance[0]):.3f})"
+        claim.numbers["quality model - CFG"] = e.interval(difference)
+        claim.numbers["quality model - base"] = e.interval(e.difference(e.quality, e.base, metric))
+        if verdict(e.interval(sign * guidance), "yes", "no") == "yes":
+            claim.verdict = verdict(e.interval(sign * (difference + MARGIN * guidance)), "holds", "fails")
         else:
             claim.verdict = "undecided"  # CFG changes nothing that could be reached
     return claim
@@ -158,14 +173,14 @@ def _reward_brings_diversity_back(e: Evidence) -> Claim:
     claim = Claim("the diversity reward brings diversity back")
     if e.quality and e.diversity:
         for point in e.rewarded:
-            difference = interval_of(e.difference(point, e.quality, e.metrics[0]))
-            claim.numbers[f"coefficient {point['diversity_coef']:g} - quality model"] = difference
+            difference = e.interval(e.difference(point, e.quality, e.metrics[0]))
+            claim.numbers[f"coefficient {point.diversity_coef:g} - quality model"] = difference
         claim.verdict = verdict(difference, "holds", "fails")
         for name, other in (("CFG", e.cfg), ("base", e.base)):
             if other:
-                difference = interval_of(e.difference(e.diversity, other, e.metrics[0]))
-                claim.numbers[f"coefficient {e.diversity['diversity_coef']:g} - {name}"] = difference
-        difference = interval_of(e.difference(e.diversity, e.quality, e.metrics[1]))
+                difference = e.interval(e.difference(e.diversity, other, e.metrics[0]))
+                claim.numbers[f"coefficient {e.diversity.diversity_coef:g} - {name}"] = difference
+        difference = e.interval(e.difference(e.diversity, e.quality, e.metrics[1]))
         claim.numbers["its quality - quality model's"] = difference
     return claim
 
@@ -174,33 +189,33 @@ def _merging_beats_training(e: Evidence) -> Claim:
     claim = Claim("merging beats models trained with coefficients in between, at the same diversity")
     between = [point for point in e.rewarded if point is not e.diversity]
     if e.lerp and between:
-        heights = [curve_difference(e.curve(e.lerp), e.curve([point])) for point in between]
+        heights = [curve_difference(e.front(e.lerp), e.front([point])) for point in between]
         for point, height in zip(between, heights, strict=True):
             if np.isfinite(height[0]):
-                claim.numbers[f"merged - coefficient {point['diversity_coef']:g}"] = interval_of(height)
+                claim.numbers[f"merged - coefficient {point.diversity_coef:g}"] = e.interval(height)
         known = [height for height in heights if np.isfinite(height[0]) and np.isfinite(height).mean() > 0.5]
         if known:
-            claim.verdict = verdict(interval_of(np.mean(known, axis=0)), "holds", "fails")
+            claim.verdict = verdict(e.interval(np.mean(known, axis=0)), "holds", "fails")
     return claim
 
 
-def _merging_beats(e: Evidence, text: str, others: Sequence[Line]) -> Claim:
+def _merging_beats(e: Evidence, text: str, others: Sequence[Point]) -> Claim:
     """
     The merged models' front above another at the same diversity, over the diversities that both reach. The areas that
     they dominate count reach, and more points, as well: these are told and do not decide.
     """
     claim = Claim(text)
     if e.lerp and len(others) > 1:
-        ours, theirs = e.curve(e.lerp), e.curve(others)
+        ours, theirs = e.front(e.lerp), e.front(others)
         heights = curve_difference(ours, theirs)
         claim.verdict = "undecided"
         if np.isfinite(heights[0]) and np.isfinite(heights).mean() > 0.5:
-            claim.numbers["mean difference of heights"] = interval_of(heights)
+            claim.numbers["mean difference of heights"] = e.interval(heights)
             claim.verdict = verdict(claim.numbers["mean difference of heights"], "holds", "fails")
         reach = ours[..., 0].max(0) - theirs[..., 0].max(0)
-        claim.numbers["difference of the highest diversities"] = interval_of(reach)
+        claim.numbers["difference of the highest diversities"] = e.interval(reach)
         worst = np.minimum(ours[:, 0].min(0), theirs[:, 0].min(0))
-        claim.numbers["difference of areas"] = front_difference(ours, theirs, worst)
+        claim.numbers["difference of areas"] = e.interval(front_difference(ours, theirs, worst))
     return claim
 
 
@@ -216,20 +231,20 @@ def _merging_beats_temperature(e: Evidence) -> Claim:
 def _uniform_average(e: Evidence) -> Claim:
     claim = Claim("the uniform average of all models lies above the front of merged pairs")
     if e.uniform and e.pairs:
-        height = curve_difference(e.curve([e.uniform]), e.curve(e.pairs))
+        height = curve_difference(e.front([e.uniform]), e.front(e.pairs))
         if np.isfinite(height[0]) and np.isfinite(height).mean() > 0.5:
-            claim.numbers["uniform - merged pairs, at its diversity"] = interval_of(height)
+            claim.numbers["uniform - merged pairs, at its diversity"] = e.interval(height)
             claim.verdict = verdict(claim.numbers["uniform - merged pairs, at its diversity"], "holds", "fails")
     return claim
 
 
 def _above_the_diagonal(e: Evidence) -> Claim:
     claim = Claim("along lambda quality lies above the straight line between the ends, and diversity not below it")
-    at = [point["interpolation_weight"] for point in e.lerp]
+    at = [lambda_of(point) for point in e.lerp]
     if len(at) > 2:
         for name, metric in (("quality", 1), ("diversity", 0)):
-            gap = above_diagonal(e.curve(e.lerp)[..., metric], at)[1:-1].mean(0)
-            claim.numbers[f"{name}, mean between the ends"] = interval_of(gap)
+            gap = above_diagonal(e.front(e.lerp)[..., metric], at)[1:-1].mean(0)
+            claim.numbers[f"{name}, mean between the ends"] = e.interval(gap)
         claim.verdict = verdict(claim.numbers["quality, mean between the ends"], "holds", "fails")
         # Quality above and diversity below is a curve that moves late, and no gain
         if claim.verdict == "holds" and claim.numbers["diversity, mean between the ends"]["high"] < 0:
@@ -239,12 +254,12 @@ def _above_the_diagonal(e: Evidence) -> Claim:
 
 def _entropy_disagrees(e: Evidence) -> Claim:
     claim = Claim("the rewarded model is more diverse than CFG, and its entropy per token is not higher")
-    if e.diversity and e.cfg and "entropy_per_token" in e.diversity["values"]:
-        diverse = interval_of(e.difference(e.diversity, e.cfg, e.metrics[0]))
-        entropy = interval_of(e.difference(e.diversity, e.cfg, "entropy_per_token"))
+    if e.diversity and e.cfg and "entropy_per_token" in e.diversity.values:
+        diverse = e.interval(e.difference(e.diversity, e.cfg, e.metrics[0]))
+        entropy = e.interval(e.difference(e.diversity, e.cfg, "entropy_per_token"))
         claim.numbers |= {"diversity, rewarded - CFG": diverse, "entropy, rewarded - CFG": entropy}
         if len(e.points) > 2:
-            claim.numbers["correlation over strategies"] = correlation(e.points, e.metrics[0], "entropy_per_token")
+            claim.numbers["correlation over strategies"] = e.correlation(e.points, e.metrics[0], "entropy_per_token")
         signs = {verdict(diverse, "more", "less"), verdict(entropy, "as well", "not")}
         claim.verdict = (
             "holds" if signs == {"more", "not"} else "fails" if signs & {"less", "as well"} else "undecided"

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from trl_drcd.evaluation.metrics import bootstrap_draws
+from trl_drcd.evaluation.statistics import Interval, percentile_interval, times_drawn
 from trl_drcd.files import write_bytes
 from trl_drcd.validation.messages import prefix_errors
 from trl_drcd.validation.saved_files import open_safetensors
@@ -59,7 +59,7 @@ class Reference:
         mean (`np.ndarray`): Shape `(D,)`.
         covariance (`np.ndarray`): Shape `(D, D)`.
         clips (`int`): How many they are of.
-        judge (`str`): [`~trl_drcd.evaluation.records.content_digest`] of the judge that heard them.
+        judge (`str`): [`~trl_drcd.evaluation.digests.content_digest`] of the judge that heard them.
     """
 
     mean: np.ndarray
@@ -79,9 +79,13 @@ class Reference:
         write_bytes(file, save(tensors, {"clips": str(self.clips), "judge": self.judge}))
 
     @classmethod
-    def load(cls, file: str | Path, judge: str) -> Reference:
+    def load(cls, file: str | Path, judge: str | None = None) -> Reference:
         """
         Reads what [`save`] wrote.
+
+        Args:
+            file (`str` or `Path`): The safetensors file.
+            judge (`str`, *optional*): Digest of the judge that it must be of; any if `None`.
 
         Raises:
             FileNotFoundError: If there is no file.
@@ -93,7 +97,7 @@ class Reference:
             open_safetensors(Path(file))
         with safe_open(file, "numpy") as content:
             about = content.metadata() or {}
-            if about.get("judge") != judge:
+            if judge is not None and about.get("judge") != judge:
                 raise ValueError(
                     f"`reference={file}` was made with the judge {about.get('judge')}, `judge` is {judge}; make it "
                     "anew, e.g. with recipes/tiny_music/build/reference.py"
@@ -104,7 +108,7 @@ class Reference:
 
 def frechet_to_reference(
     embeddings: np.ndarray, samples_per_prompt: int, reference: Reference, resamples: int = 200, seed: int = 0
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Interval]:
     """
     Fréchet distance of samples to the reference, with its bootstrap interval over prompts, and its bias.
 
@@ -142,17 +146,14 @@ def frechet_to_reference(
     sums, products = groups.sum(1), np.einsum("pgi,pgj->pij", groups, groups)
     count = len(embeddings)
     distances = []
-    for draw in [np.arange(len(groups)), *bootstrap_draws(len(groups), resamples, seed)]:
-        times = np.bincount(draw, minlength=len(groups)).astype(np.float64)
+    for times in times_drawn(len(groups), resamples, seed):
         mean = times @ sums / count
         second = np.tensordot(times, products, 1)
         distances.append(to_reference(mean, (second - count * np.outer(mean, mean)) / (count - 1)))
-    value, drawn = distances[0], np.array(distances[1:])
-    low, high = np.quantile(drawn - (drawn.mean() - value), [0.025, 0.975])
     own = np.random.default_rng(seed).standard_normal((20, count, size)) @ root + reference.mean
     floors = [to_reference(one.mean(0), np.cov(one, rowvar=False)) for one in own]
-    ends = np.quantile(floors, [0.025, 0.975])
+    low, high = np.quantile(floors, [0.025, 0.975])
     return {
-        "frechet": {"mean": value, "low": float(low), "high": float(high)},
-        "frechet_floor": {"mean": float(np.mean(floors)), "low": float(ends[0]), "high": float(ends[1])},
+        "frechet": percentile_interval(distances, centred=True),
+        "frechet_floor": {"mean": float(np.mean(floors)), "low": float(low), "high": float(high)},
     }

@@ -1,7 +1,8 @@
 """
-Quality-diversity fronts: which points no other beats in both, the area they dominate, and intervals for both.
+Quality-diversity fronts: which points no other beats in both, the area they dominate, the difference of two.
 
-Letters: `n` points, `P` prompts.
+Letters: `n` points, `P` prompts. What is computed replicate by replicate gets its interval from
+[`~trl_drcd.evaluation.statistics.Resampling.interval`].
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-
-from trl_drcd.evaluation.metrics import interval_of
 
 
 def _checked(points: np.ndarray) -> np.ndarray:
@@ -78,33 +77,30 @@ def hypervolumes(points: np.ndarray, reference: Sequence[float] | np.ndarray) ->
     return (widths * (np.maximum.accumulate(y, 1) - low[1])).sum(1)
 
 
-def front_difference(
-    ours: np.ndarray, theirs: np.ndarray, reference: Sequence[float] | np.ndarray
-) -> dict[str, float]:
+def front_difference(ours: np.ndarray, theirs: np.ndarray, reference: Sequence[float] | np.ndarray) -> np.ndarray:
     """
-    Difference of the areas that two fronts dominate, with its bootstrap interval.
+    Difference of the areas that two fronts dominate.
 
-    Ours lies above theirs at 95 % where `low` is above 0. Choosing the best of many noisy points favours the longer
-    front a little: compare fronts of like numbers of points.
+    Choosing the best of many noisy points favours the longer front a little: compare fronts of like numbers of points.
 
     Args:
-        ours, theirs (array): Points of the fronts and their bootstrap draws, shapes `(n, 1 + resamples, 2)` and
-            `(m, 1 + resamples, 2)`, each coordinate of [`~trl_drcd.evaluation.metrics.resampled_means`] on the same
-            prompts.
+        ours, theirs (array): Points of the fronts, replicate by replicate, shapes `(n, replicates, 2)` and
+            `(m, replicates, 2)`, each coordinate of [`~trl_drcd.evaluation.statistics.Resampling.means`].
         reference (`Sequence[float]`): Of [`hypervolume`].
 
     Returns:
-        `dict[str, float]`: `mean`, `low`, `high`.
+        `np.ndarray`: Shape `(replicates,)`, the unit of [`hypervolume`].
 
     Raises:
-        ValueError: If the draws differ in number.
+        ValueError: If the replicates differ in number.
     """
     ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     if ours.ndim != 3 or theirs.ndim != 3 or ours.shape[1:] != theirs.shape[1:]:
         raise ValueError(
-            f"`ours` and `theirs` must have shapes (n, draws, 2) and (m, draws, 2), got {ours.shape}, {theirs.shape}"
+            "`ours` and `theirs` must have shapes (n, replicates, 2) and (m, replicates, 2), got "
+            f"{ours.shape}, {theirs.shape}"
         )
-    return interval_of(hypervolumes(ours.swapaxes(0, 1), reference) - hypervolumes(theirs.swapaxes(0, 1), reference))
+    return hypervolumes(ours.swapaxes(0, 1), reference) - hypervolumes(theirs.swapaxes(0, 1), reference)
 
 
 def curve_difference(ours: np.ndarray, theirs: np.ndarray, steps: int = 33) -> np.ndarray:
@@ -115,12 +111,12 @@ def curve_difference(ours: np.ndarray, theirs: np.ndarray, steps: int = 33) -> n
     best that the curve has at that diversity or above counts, so that a curve that turns back does not harm itself.
 
     Args:
-        ours, theirs (array): Diversity and quality of the points, shapes `(n, draws, 2)` and `(m, draws, 2)`, see
-            [`front_difference`]; one point alone is compared at its own diversity.
+        ours, theirs (array): Diversity and quality of the points, shapes `(n, replicates, 2)` and
+            `(m, replicates, 2)`, see [`front_difference`]; one point alone is compared at its own diversity.
         steps (`int`, *optional*, defaults to 33): Places of the shared range at which the curves are compared.
 
     Returns:
-        `np.ndarray`: Shape `(draws,)`, the unit of quality; NaN where the curves share no diversity.
+        `np.ndarray`: Shape `(replicates,)`, the unit of quality; NaN where the curves share no diversity.
     """
     a, b = _envelopes(ours), _envelopes(theirs)
     low, high = np.maximum(a[:, 0, 0], b[:, 0, 0]), np.minimum(a[:, -1, 0], b[:, -1, 0])

@@ -1,266 +1,250 @@
 """
-What is measured of samples: distance to the guided teacher, entropy, diversity, and bootstrap intervals over prompts.
+The table of all metrics: what each is called, its unit, which way is better, and how it is measured.
 
-Letters: `P` prompts, `B` sequences, `S` steps, `K` codebooks, `V` vocabulary, `D` embedding size. KL and entropy are
-in nats.
+Judging, `results.jsonl`, CSV, tables, plots and pages read this table; a new metric is one more entry of [`METRICS`].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from trl_drcd.diversity import group_diversity
-from trl_drcd.evaluation.sampling import Samples, tokenize_prompts
-from trl_drcd.guidance import left_pad
-from trl_drcd.losses import LOGITS_PER_CHUNK, guided_logits, reverse_kl, sum_per_sequence
-from trl_drcd.policies import Policy, policy_for
+from trl_drcd.evaluation.frechet import frechet_to_reference
+from trl_drcd.evaluation.judging import Judges, RewardFunction
+from trl_drcd.evaluation.likelihood import SequenceTerms
+from trl_drcd.evaluation.sampling import Completion, Samples
+from trl_drcd.evaluation.statistics import Interval, bootstrap_interval
+from trl_drcd.evaluation.variety import (
+    distinct_2,
+    diversity_between_prompts,
+    diversity_within_prompts,
+    per_prompt,
+    self_bleu,
+)
 
 
-def bootstrap_interval(
-    values: Any,
-    statistic: Callable[[np.ndarray], Any] | None = None,
-    resamples: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> dict[str, float]:
+@dataclass
+class Drawn:
     """
-    A statistic and its percentile bootstrap interval over prompts.
-
-    Prompts are drawn with replacement. The draws depend on the seed and on `P` alone, so that intervals of several
-    models on the same prompts are paired; several columns are drawn together, for differences and ratios:
-    `bootstrap_interval(np.stack([after, before], 1), lambda v: 1 - v[:, 0].mean() / v[:, 1].mean())`.
+    The samples of a row and what they are measured by; what several metrics need is computed once.
 
     Args:
-        values (array): Shape `(P,)` or `(P, columns)`, one row per prompt.
-        statistic (`Callable`, *optional*): Maps rows to a number; the mean over what is not NaN if `None`.
-        resamples (`int`, *optional*, defaults to 2000): Bootstrap draws.
-        level (`float`, *optional*, defaults to 0.95): Coverage, between 0 and 1.
-        seed (`int`, *optional*, defaults to 0): Of the draws.
+        samples ([`Samples`]): Prompts and token ids.
+        completions (`list`): The same samples as texts or sounds.
+        judges ([`Judges`]): By whom.
+        seed (`int`, *optional*, defaults to 0): Of bootstraps.
+        score (`Callable`, *optional*): Gives KL and entropy of each sample under the model and its teacher.
+        inform (`Callable`, *optional*): Gives what each sample tells about its prompt under the base, nats, `(B,)`.
+    """
+
+    samples: Samples
+    completions: list[Completion]
+    judges: Judges
+    seed: int = 0
+    score: Callable[[], SequenceTerms] | None = None
+    inform: Callable[[], torch.Tensor] | None = None
+    _embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The completions, where they are texts; else none."""
+        return [item for item in self.completions if isinstance(item, str)]
+
+    @cached_property
+    def terms(self) -> SequenceTerms | None:
+        """KL and entropy of each sample."""
+        return self.score and self.score()
+
+    @cached_property
+    def frechet(self) -> dict[str, Interval]:
+        """The Fréchet distance to the judge's reference, and its floor; empty where there is no reference."""
+        judges = self.judges
+        if judges.hear is None or judges.reference is None:
+            return {}
+        heard = judges.hear(self.completions).double().numpy()
+        return frechet_to_reference(heard, self.samples.samples_per_prompt, judges.reference, seed=self.seed)
+
+    def embeddings(self, name: str) -> torch.Tensor | None:
+        """Embeddings `(B, D)` by the embedder of that name; `None` where there is none."""
+        embed = self.judges.embedders.get(name)
+        if embed is not None and name not in self._embeddings:
+            self._embeddings[name] = embed(self.completions)
+        return self._embeddings.get(name)
+
+    def of_prompts(self, values: torch.Tensor | list[float]) -> np.ndarray:
+        """Values of the samples, `(B,)`, as means over those of each prompt, `(P,)`."""
+        return per_prompt(values, self.samples.samples_per_prompt)
+
+
+Measured = np.ndarray | Interval | None
+"""A value of each prompt, `(P,)`; or of all prompts together, with its interval; `None` where it is not measured."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """
+    A metric.
+
+    Args:
+        key (`str`): What `results.jsonl` calls it.
+        label (`str`): What people read.
+        unit (`str`, *optional*): Of its values; empty if it has none.
+        better (`str`, *optional*): `"higher"` or `"lower"`; `None` where neither is.
+        measure (`Callable`, *optional*): Measures it of a row's samples; `None` where it is made of other metrics.
+        role (`str`, *optional*): `"quality"` or `"diversity"`: an axis of the fronts.
+        column (`bool`, *optional*, defaults to `True`): Whether it is a column of the report's table.
+    """
+
+    key: str
+    label: str
+    unit: str = ""
+    better: Literal["higher", "lower"] | None = None
+    measure: Callable[[Drawn], Measured] | None = None
+    role: Literal["quality", "diversity"] | None = None
+    column: bool = True
+
+    @property
+    def heading(self) -> str:
+        """Label and unit, for columns and axes."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+
+# ---------------------------------------------------------------- how each is measured
+
+
+def _within(drawn: Drawn, embedder: str) -> Measured:
+    embeddings = drawn.embeddings(embedder)
+    return None if embeddings is None else diversity_within_prompts(embeddings, drawn.samples.samples_per_prompt)
+
+
+def _between(drawn: Drawn, embedder: str) -> Measured:
+    embeddings = drawn.embeddings(embedder)
+    count = drawn.samples.samples_per_prompt
+    return None if embeddings is None else diversity_between_prompts(embeddings, count, drawn.seed)
+
+
+def _adherence(drawn: Drawn, judge: str) -> Measured:
+    adherence = drawn.judges.adherence.get(judge)
+    return adherence and drawn.of_prompts(adherence(drawn.samples.repeated_prompts, drawn.completions))
+
+
+def _preference(drawn: Drawn) -> Measured:
+    preference = drawn.judges.preference
+    return preference and drawn.of_prompts(preference(drawn.completions))
+
+
+def _reward(drawn: Drawn, function: RewardFunction) -> Measured:
+    return drawn.of_prompts(function(prompts=drawn.samples.repeated_prompts, completions=drawn.completions))
+
+
+def _information(drawn: Drawn) -> Measured:
+    return drawn.inform and drawn.of_prompts(drawn.inform())
+
+
+def _kl(drawn: Drawn) -> Measured:
+    return drawn.terms and drawn.of_prompts(drawn.terms.kl)
+
+
+def _entropy(drawn: Drawn) -> Measured:
+    return drawn.terms and drawn.of_prompts(drawn.terms.entropy / drawn.terms.tokens)
+
+
+def _frechet(drawn: Drawn) -> Measured:
+    return drawn.frechet.get("frechet")
+
+
+def _frechet_floor(drawn: Drawn) -> Measured:
+    return drawn.frechet.get("frechet_floor")
+
+
+def _distinct_2(drawn: Drawn) -> Measured:
+    return distinct_2(drawn.texts, drawn.samples.samples_per_prompt) if drawn.texts else None
+
+
+def _self_bleu(drawn: Drawn) -> Measured:
+    return self_bleu(drawn.texts, drawn.samples.samples_per_prompt) if drawn.texts else None
+
+
+def _speed(drawn: Drawn) -> Measured:
+    speed = drawn.samples.tokens_per_second
+    return {"mean": speed, "low": speed, "high": speed}
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("quality", "quality", better="higher", role="quality"),  # of adherence and preference: `with_quality`
+    Metric("adherence", "text adherence", "cosine", "higher", partial(_adherence, judge="adherence"), "quality"),
+    Metric("adherence_clap", "adherence by CLAP", "cosine", "higher", partial(_adherence, judge="adherence_clap")),
+    Metric("adherence_cross_encoder", "adherence by the cross-encoder", better="higher",
+           measure=partial(_adherence, judge="adherence_cross_encoder")),
+    Metric("preference", "preference", "nats", "higher", _preference),
+    Metric("prompt_information", "information on the prompt", "nats", "higher", _information, "quality"),
+    Metric("diversity", "diversity", "1 - cosine", "higher", partial(_within, embedder="diversity"), "diversity"),
+    Metric("diversity_between_prompts", "its upper bound", measure=partial(_between, embedder="diversity")),
+    Metric("diversity_second", "diversity, second embedding", "1 - cosine", "higher",
+           partial(_within, embedder="diversity_second"), "diversity"),
+    Metric("diversity_second_between_prompts", "its upper bound, second embedding", column=False,
+           measure=partial(_between, embedder="diversity_second")),
+    Metric("entropy_per_token", "entropy", "nats per token", measure=_entropy),
+    Metric("kl", "KL to the guided teacher", "nats", "lower", _kl),
+    Metric("frechet", "Fréchet distance", better="lower", measure=_frechet),
+    Metric("frechet_floor", "floor of the Fréchet distance", measure=_frechet_floor, column=False),
+    Metric("distinct_2", "distinct-2", better="higher", measure=_distinct_2),
+    Metric("self_bleu", "self-BLEU", better="lower", measure=_self_bleu),
+    Metric("tokens_per_second", "tokens per second", better="higher", measure=_speed, column=False),
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------- who reads the table
+
+
+def metric(key: str) -> Metric:
+    """The metric of that key; a user's own is called by its key."""
+    return next((known for known in METRICS if known.key == key), Metric(key, key.replace("_", " "), better="higher"))
+
+
+def in_order(keys: Iterable[str]) -> list[Metric]:
+    """The metrics with these keys in the order of the table, a user's own after them."""
+    given = dict.fromkeys(keys)
+    known = [one for one in METRICS if one.key in given]
+    return [*known, *(metric(key) for key in given if key not in {one.key for one in known})]
+
+
+def axes(keys: Iterable[str], role: Literal["quality", "diversity"]) -> list[str]:
+    """The keys of the metrics, of those given, that are axes of the fronts in that role."""
+    return [one.key for one in in_order(keys) if one.role == role]
+
+
+def measured(drawn: Drawn) -> Iterator[tuple[str, np.ndarray | Interval]]:
+    """Key and value of every metric that can be measured of the samples, a user's rewards among them."""
+    rewards = [Metric(key, key, measure=partial(_reward, function=f)) for key, f in drawn.judges.rewards.items()]
+    for one in [*METRICS, *rewards]:
+        value = one.measure(drawn) if one.measure else None
+        if value is not None:
+            yield one.key, value
+
+
+def measure(drawn: Drawn) -> tuple[dict[str, Interval], dict[str, np.ndarray]]:
+    """
+    Measures everything.
+
+    Args:
+        drawn ([`Drawn`]): Samples and judges.
 
     Returns:
-        `dict[str, float]`: `mean` (the statistic of the values as they are), `low`, `high`; the unit of the values.
+        `tuple`: Every metric with its interval, and the values on each prompt, `(P,)`, of those that have them.
 
     Raises:
-        ValueError: If there are no values.
+        ValueError: If a metric has not one value for each prompt.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if len(values) == 0:
-        raise ValueError("`values` is empty; expected one row per prompt")
-    statistic = statistic or np.nanmean
-    draws = bootstrap_draws(len(values), resamples, seed)
-    tail = (1 - level) / 2
-    low, high = np.nanquantile([statistic(values[draw]) for draw in draws], [tail, 1 - tail])
-    return {"mean": float(statistic(values)), "low": float(low), "high": float(high)}
-
-
-def bootstrap_draws(prompts: int, resamples: int = 2000, seed: int = 0) -> np.ndarray:
-    """Prompts drawn with replacement, int, shape `(resamples, prompts)`; the same for the same arguments."""
-    return np.random.default_rng(seed).integers(0, prompts, (resamples, prompts))
-
-
-def resampled_means(values: Any, resamples: int = 2000, seed: int = 0) -> np.ndarray:
-    """
-    The mean over training seeds and prompts, followed by its bootstrap draws.
-
-    Prompts and seeds are drawn with replacement, crossed; the draws depend on `seed`, `P` and `R` alone, so that what
-    is computed of the means of several models, draw by draw, is paired. With a single seed only prompts are drawn.
-    Few seeds make the interval too narrow: drawing from R of them has `(R - 1) / R` of their variance.
-
-    Args:
-        values (array): Shape `(R, P)`: training seeds by prompts; what is NaN is left out.
-        resamples (`int`, *optional*, defaults to 2000): Bootstrap draws.
-        seed (`int`, *optional*, defaults to 0): Of the draws.
-
-    Returns:
-        `np.ndarray`: Shape `(1 + resamples,)`, the mean first; see [`interval_of`].
-
-    Raises:
-        ValueError: If the shape is another, or there are no values.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 2 or values.size == 0:
-        raise ValueError(f"`values` must have shape (R, P), none of them 0, got {values.shape}")
-    runs, prompts = values.shape
-    times = _times_drawn(prompts, resamples, seed)
-    known = np.isfinite(values)
-    with np.errstate(invalid="ignore"):
-        means = (times @ np.where(known, values, 0).T) / (times @ known.T)
-    chosen = np.concatenate([np.arange(runs)[None], bootstrap_draws(runs, resamples, seed + 1)])
-    return np.take_along_axis(means, chosen, 1).mean(1)
-
-
-@lru_cache(maxsize=4)
-def _times_drawn(prompts: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each prompt is drawn, `(1 + resamples, prompts)`; once in the first row."""
-    drawn = [np.bincount(draw, minlength=prompts) for draw in bootstrap_draws(prompts, resamples, seed)]
-    return np.concatenate([np.ones((1, prompts)), drawn])
-
-
-def interval_of(draws: np.ndarray, level: float = 0.95) -> dict[str, float]:
-    """A statistic of [`resampled_means`], shape `(1 + resamples,)`, as `mean` (the first), `low` and `high`."""
-    tail = (1 - level) / 2
-    low, high = np.nanquantile(draws[1:], [tail, 1 - tail])
-    return {"mean": float(draws[0]), "low": float(low), "high": float(high)}
-
-
-def per_prompt(values: Any, samples_per_prompt: int) -> np.ndarray:
-    """Mean over the samples of each prompt: `(P * samples_per_prompt,)` to `(P,)`."""
-    return np.asarray(values, dtype=np.float64).reshape(-1, samples_per_prompt).mean(1)
-
-
-def diversity_within_prompts(embeddings: torch.Tensor, samples_per_prompt: int) -> np.ndarray:
-    """
-    Eq. (3) and (7) of https://huggingface.co/papers/2410.06084 for each prompt: mean cosine distance of its samples.
-
-    Its floor is 0 (all samples equal); [`diversity_between_prompts`] is what a model reaches that ignores its prompt.
-
-    Args:
-        embeddings (`torch.Tensor`): Shape `(B, D)`, the samples of one prompt contiguous.
-        samples_per_prompt (`int`): At least 2.
-
-    Returns:
-        `np.ndarray`: Shape `(P,)`, no unit, in `[0, 2]`.
-    """
-    return per_prompt(group_diversity(embeddings, samples_per_prompt), samples_per_prompt)
-
-
-def diversity_between_prompts(embeddings: torch.Tensor, samples_per_prompt: int, seed: int = 0) -> dict[str, float]:
-    """
-    Mean cosine distance of samples of different prompts, the ceiling of the diversity within prompts, with its
-    bootstrap interval over prompts.
-
-    Args:
-        embeddings (`torch.Tensor`): Shape `(B, D)`, the samples of a prompt contiguous; at least two prompts.
-        samples_per_prompt (`int`): Samples of each.
-        seed (`int`, *optional*, defaults to 0): Of the draws.
-
-    Returns:
-        `dict[str, float]`: `mean`, `low`, `high`; no unit, in `[0, 2]`.
-
-    Raises:
-        ValueError: If there is only one prompt.
-    """
-    if len(embeddings) <= samples_per_prompt:
-        raise ValueError(
-            f"`embeddings` holds {len(embeddings)} samples of one prompt; at least two prompts are needed"
-        )
-    unit = torch.nn.functional.normalize(embeddings.double(), dim=-1)
-    means = unit.unflatten(0, (-1, samples_per_prompt)).mean(1)
-    distances = (1 - means @ means.T).numpy()
-
-    def mean(rows: np.ndarray) -> float:
-        chosen = rows.astype(int)
-        different = chosen[:, None] != chosen
-        # A draw of one prompt alone says nothing
-        return float(distances[np.ix_(chosen, chosen)][different].mean()) if different.any() else np.nan
-
-    return bootstrap_interval(np.arange(len(distances)), mean, resamples=500, seed=seed)
-
-
-class SequenceTerms(NamedTuple):
-    """Sums over the tokens of each sequence, shape `(B,)`: `kl`, `entropy` (nats), and the number of `tokens`."""
-
-    kl: torch.Tensor
-    entropy: torch.Tensor
-    tokens: torch.Tensor
-
-
-def right_pad(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Completion ids and mask, int64 `(B, S)`."""
-    rows = [torch.tensor(sequence) for sequence in sequences]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return ids, (torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])).long()
-
-
-def completion_logits(
-    policy: Policy, model: Any, streams: list[list[list[int]]], completion: Any, guidance_scale: float
-) -> list[Callable[[slice], torch.Tensor]]:
-    """For each codebook, a function from rows of its valid tokens to (guided) logits `(rows, V)`."""
-    hidden = []
-    for stream in streams if guidance_scale != 1 else streams[:1]:
-        prompt = (tensor.to(model.device) for tensor in left_pad(stream, 0))
-        hidden.append(policy.hidden_states(model, *prompt, *completion))
-    _, mask = policy.ids_and_mask(*completion)
-
-    cond, uncond = hidden if len(hidden) == 2 else (hidden[0], None)
-    return [
-        guided_logits(head, cond[mask[..., k]], None if uncond is None else uncond[mask[..., k]], guidance_scale)
-        for k, head in enumerate(policy.heads(model))
-    ]
-
-
-@torch.no_grad()
-def teacher_terms(
-    model: Any,
-    teacher: Any,
-    tokenizer: Any,
-    samples: Samples,
-    guidance_scale: float = 3.0,
-    negative_prompt: Any = None,
-    temperature: float = 0.99,
-    model_guidance_scale: float = 1.0,
-    batch_size: int = 64,
-    description: str | None = None,
-) -> SequenceTerms:
-    """
-    KL(model || guided teacher) along the given completions, Eq. (2) of https://huggingface.co/papers/2410.06084.
-
-    Its mean over completions that the model itself sampled at this temperature is an unbiased estimate of the KL of
-    the two distributions over whole sequences.
-
-    Args:
-        model (`PreTrainedModel`): The student, a causal LM or a MusicGen.
-        teacher (`PreTrainedModel`): The teacher's model, of the same vocabulary.
-        tokenizer (`PreTrainedTokenizerBase`): Of both.
-        samples ([`Samples`]): Prompts and completions, at least one token each.
-        guidance_scale (`float`, *optional*, defaults to 3.0): gamma of the teacher.
-        negative_prompt (*optional*): x^- of Eq. (1); `None` is the null prompt.
-        temperature (`float`, *optional*, defaults to 0.99): T of both.
-        model_guidance_scale (`float`, *optional*, defaults to 1.0): Guidance of the model itself, where it sampled
-            with guidance.
-        batch_size (`int`, *optional*, defaults to 64): Sequences at one time.
-        description (`str`, *optional*): Name of the progress bar; `None` shows none.
-
-    Returns:
-        [`SequenceTerms`]: Each of shape `(B,)`, float32 on the CPU.
-
-    Raises:
-        ValueError: If the vocabularies differ.
-    """
-    policy = policy_for(model, tokenizer)
-    rows = [{"prompt": prompt} for prompt in samples.repeated_prompts]
-    streams = [tokenize_prompts(policy, samples.repeated_prompts), policy.negative_prompt_ids(rows, negative_prompt)]
-    model.eval(), teacher.eval()
-    parts = []
-    starts = range(0, len(rows), batch_size)
-    for first in tqdm(starts, desc=description, unit="batch", disable=description is None):
-        part = slice(first, first + batch_size)
-        completion = tuple(tensor.to(model.device) for tensor in right_pad(samples.token_ids[part]))
-        inputs = [stream[part] for stream in streams], completion
-        ours = completion_logits(policy, model, *inputs, model_guidance_scale)
-        theirs = completion_logits(policy, teacher, *inputs, guidance_scale)
-        _, mask = policy.ids_and_mask(*completion)
-        sums = [_summed(ours[k], theirs[k], mask[..., k], temperature) for k in range(len(ours))]
-        kl, entropy = (torch.stack(term).sum(0).cpu() for term in zip(*sums, strict=True))
-        parts.append((kl, entropy, mask.sum((1, 2)).float().cpu()))
-    return SequenceTerms(*(torch.cat(term) for term in zip(*parts, strict=True)))
-
-
-def _summed(ours: Any, theirs: Any, mask: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL and entropy of one codebook, summed over the steps of each sequence, each `(B,)`; logits exist in chunks."""
-    count = int(mask.sum())
-    rows = max(1, LOGITS_PER_CHUNK // ours(slice(0, 1)).shape[-1])
-    kl, entropy = [], []
-    for first in range(0, count, rows):
-        chunk = slice(first, first + rows)
-        logits = ours(chunk)
-        log_p = (logits / temperature).log_softmax(-1)
-        kl.append(reverse_kl(logits, theirs(chunk), temperature))
-        entropy.append(-torch.where(log_p.isneginf(), 0.0, log_p.exp() * log_p).sum(-1))
-    return sum_per_sequence(torch.cat(kl), mask[..., None]), sum_per_sequence(torch.cat(entropy), mask[..., None])
+    values = dict(measured(drawn))
+    by_prompt = {key: value for key, value in values.items() if isinstance(value, np.ndarray)}
+    for key, value in by_prompt.items():
+        if value.shape != (len(drawn.samples.prompts),):
+            raise ValueError(f"metric `{key}` has the shape {value.shape}; expected one value for each prompt")
+    intervals = {k: bootstrap_interval(v) if isinstance(v, np.ndarray) else v for k, v in values.items()}
+    return intervals, by_prompt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +12,34 @@ import numpy as np
 
 from trl_drcd.compat.extras import require
 from trl_drcd.evaluation.fronts import above_diagonal, pareto_front
-from trl_drcd.evaluation.metrics import interval_of
-from trl_drcd.evaluation.points import Line, correlation, draws_of, is_base, lambda_sweeps, sweeps_base
+from trl_drcd.evaluation.metrics import metric
+from trl_drcd.evaluation.points import Comparison, Point, by_strategy, lambda_of, lambda_sweeps, sweeps_base
 from trl_drcd.files import write_bytes
+
+# Of matplotlib, an optional dependency
+Figure = Any
+Axes = Any
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; yellow is too light for lines on white
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "osD^vph*<>"
 # Where labels stand, one sweep after the other: offset in points and alignment
 PLACES = (((6, 5), "left"), ((-6, -11), "right"), ((6, -11), "left"))
-LABELS = {
-    "quality": "quality",
-    "prompt_information": "information on the prompt (nats)",
-    "adherence": "text adherence (cosine)",
-    "preference": "preference (nats)",
-    "diversity": "diversity (1 - cosine)",
-    "diversity_second": "diversity, second embedding (1 - cosine)",
-    "entropy_per_token": "entropy (nats per token)",
-    "kl": "KL to the guided teacher (nats)",
-}
 SWEPT = {"guidance_scale": "γ", "temperature": "T", "interpolation_weight": "λ"}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """
+    A plot in files.
+
+    Args:
+        heading (`str`): What it shows.
+        png (`bytes`): The picture.
+    """
+
+    heading: str
+    png: bytes
 
 
 def _plain(name: str) -> str:
@@ -38,100 +47,112 @@ def _plain(name: str) -> str:
     return f" {name}".replace("$", r"\$") if name.startswith("_") else name.replace("$", r"\$")
 
 
-def _label(metric: str) -> str:
-    return LABELS.get(metric, metric.replace("_", " "))
+def _axis(key: str) -> str:
+    """A metric's heading, with an arrow to where it is better."""
+    arrow = {"higher": "  →", "lower": "  ←", None: ""}
+    return metric(key).heading + arrow[metric(key).better]
 
 
-def _by_strategy(rows: Sequence[Line]) -> dict[str, list[Line]]:
-    groups: dict[str, list[Line]] = {}
-    for row in rows:
-        groups.setdefault(row["strategy"], []).append(row)
-    return groups
+def _style(number: int) -> dict[str, Any]:
+    """Colour and marker of a strategy; a colour that is taken comes back hollow."""
+    colour, again = COLOURS[number % len(COLOURS)], number >= len(COLOURS)
+    return {
+        "color": colour, "marker": MARKERS[number % len(MARKERS)], "markeredgewidth": 1.2 if again else 0.7,
+        "markeredgecolor": colour if again else "white", "markerfacecolor": "white" if again else colour,
+    }  # fmt: skip
 
 
-def swept(rows: Sequence[Line]) -> str | None:
-    """What differs among the rows of a strategy: `guidance_scale`, `temperature` or `interpolation_weight`."""
-    return next((name for name in SWEPT if len({row[name] for row in rows}) > 1), None)
+def swept(group: Sequence[Point]) -> str | None:
+    """What differs among the points of a strategy: `guidance_scale`, `temperature` or `interpolation_weight`."""
+    return next((name for name in SWEPT if len({getattr(point, name) for point in group}) > 1), None)
 
 
-def _new_axes(width: float = 7.0, height: float = 5.0) -> tuple[Any, Any]:
-    figure = require("matplotlib.figure", "plot").Figure((width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    return figure, axes
+def _panels(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes, `(rows, columns)`."""
+    figure = require("matplotlib.figure", "plot").Figure(size, layout="constrained")
+    panels: np.ndarray = figure.subplots(rows, columns, squeeze=False, **options)
+    for axes in panels.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    return figure, panels
 
 
-def _interval(rows: Sequence[Line], metric: str) -> tuple[np.ndarray, np.ndarray]:
+def _interval(points: Sequence[Point], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Means `(n,)`, and distances `(2, n)` to the low and the high end of their intervals."""
-    mean, low, high = (np.array([row["metrics"][metric][part] for row in rows]) for part in ("mean", "low", "high"))
+    ends = [point.metrics[key] for point in points]
+    mean, low, high = np.array([(end["mean"], end["low"], end["high"]) for end in ends]).T
     return mean, np.stack([mean - low, high - mean])
 
 
-def front_plot(points: Sequence[Line], x: str = "diversity", y: str = "quality") -> Any:
+def front_plot(points: Sequence[Point], x: str = "diversity", y: str = "quality") -> Figure:
     """
     Every point with its 95 % intervals, those of a sweep joined: Fig. 1 and 3 of the paper.
 
     Args:
-        points (`list[dict]`): Lines of `results.jsonl`, or of [`~trl_drcd.evaluation.points.pooled`].
+        points (`list[Point]`): Of [`~trl_drcd.evaluation.points.pooled`].
         x, y (`str`, *optional*): Metrics; both are better the higher.
 
     Returns:
         `matplotlib.figure.Figure`: See [`save`].
     """
-    figure, axes = _new_axes()
-    at = np.array([[point["metrics"][m]["mean"] for m in (x, y)] for point in points])
-    front = at[pareto_front(at)]
-    axes.plot(*front.T, color="0.85", linewidth=7, solid_capstyle="round", zorder=0, label="front of all")
-    base = [point for point in points if is_base(point)]
-    sweeps, labels = 0, []
-    for number, (strategy, group) in enumerate(_by_strategy(points).items()):
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        again = number >= len(COLOURS)  # a colour that is taken comes back hollow and dashed
-        parameter = swept(group)
-        # A sweep of the base goes through the base, which has a marker of its own
-        joined = [*group, *(base if parameter and sweeps_base(group) else [])]
+    figure, ((axes,),) = _panels(1, 1, (9.0, 5.2))
+    at = np.array([[point.metrics[key]["mean"] for key in (x, y)] for point in points])
+    axes.plot(
+        *at[pareto_front(at)].T, color="0.85", linewidth=7, solid_capstyle="round", zorder=0, label="front of all"
+    )
+    base = [point for point in points if point.is_base()]
+    labels: list[_Label] = []
+    sweeps = 0
+    for number, (strategy, group) in enumerate(by_strategy(points).items()):
+        style, parameter = _style(number), swept(group)
+        joined = group
         if parameter:
-            group, joined = (sorted(part, key=lambda point: point[parameter]) for part in (group, joined))
-        own = {id(point) for point in group}
-        (at_x, bars_x), (at_y, bars_y) = _interval(group, x), _interval(group, y)
-        axes.errorbar(
-            at_x, at_y, xerr=bars_x, yerr=bars_y, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.3, zorder=1
-        )
-        axes.plot(
-            *(_interval(joined, metric)[0] for metric in (x, y)),
-            linestyle=("--" if again else "-") if parameter else "none", linewidth=1.6, marker=marker,
-            markevery=[i for i, point in enumerate(joined) if id(point) in own],
-            color=colour, markersize=7, markeredgewidth=1.2 if again else 0.7,
-            markeredgecolor=colour if again else "white", markerfacecolor="white" if again else colour,
-            zorder=2 + number + (0 if parameter else 20),
-            label=_plain(strategy if len(group) > 1 else group[0].get("point", strategy)),
-        )  # fmt: skip
-        if parameter:
-            place = PLACES[sweeps % len(PLACES)]
+            # A sweep of the base goes through the base, which has a marker of its own
+            joined = sorted([*group, *(base if sweeps_base(group) else [])], key=lambda p: getattr(p, parameter))
+            ends_first = [group[0], group[-1], *group[1:-1]]
+            labels += [_Label(point, parameter, style["color"], sweeps) for point in ends_first]
             sweeps += 1
-            steps = [0, len(group) - 1, *range(1, len(group) - 1)]  # the ends come first where there is little room
-            labels += [
-                ((at_x[i], at_y[i]), f"{SWEPT[parameter]} {group[i][parameter]:g}", colour, place) for i in steps
-            ]
-    _annotate(axes, labels, at)
-    axes.set_xlabel(_label(x) + "  →")
-    axes.set_ylabel(_label(y) + "  →")
-    axes.set_title("means and 95 % bootstrap intervals; lines join the points of a sweep", fontsize=8, color="0.4")
-    axes.legend(frameon=False, fontsize=8.5)
+        (at_x, bars_x), (at_y, bars_y) = _interval(group, x), _interval(group, y)
+        bars = {"fmt": "none", "ecolor": style["color"], "elinewidth": 0.7, "alpha": 0.22, "zorder": 1}
+        axes.errorbar(at_x, at_y, xerr=bars_x, yerr=bars_y, **bars)
+        line = "--" if number >= len(COLOURS) else "-"
+        axes.plot(
+            *(_interval(joined, key)[0] for key in (x, y)), linestyle=line if parameter else "none", linewidth=1.4,
+            markersize=6, markevery=[i for i, point in enumerate(joined) if point.strategy == strategy], **style,
+            zorder=2 + number + (0 if parameter else 20), label=_plain(strategy if len(group) > 1 else group[0].point),
+        )  # fmt: skip
+    _annotate(axes, labels, at, x, y)
+    axes.set(xlabel=_axis(x), ylabel=_axis(y))
+    axes.set_title("means and 95 % intervals; lines join the points of a sweep", fontsize=8, color="0.4")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8.5)
     return figure
 
 
-def _annotate(axes: Any, labels: Sequence[tuple[Any, str, str, tuple[Any, str]]], points: np.ndarray) -> None:
+@dataclass(frozen=True)
+class _Label:
+    """What is swept at a point, in the colour of its sweep, which has a number."""
+
+    point: Point
+    parameter: str
+    colour: str
+    sweep: int
+
+    @property
+    def text(self) -> str:
+        return f"{SWEPT[self.parameter]} {getattr(self.point, self.parameter):g}"
+
+
+def _annotate(axes: Axes, labels: Sequence[_Label], points: np.ndarray, x: str, y: str) -> None:
     """
-    Labels beside points (position, text, colour, place), in their place or the first free one, but for those that
-    would lie on an earlier label or on one of the points, `(n, 2)`, everywhere.
+    Labels beside their points, in the sweep's place or the first free one, but for those that would lie on an earlier
+    label or on one of the points, `(n, 2)`, everywhere.
     """
     axes.autoscale_view()
     dots = axes.transData.transform(points)
     taken: list[np.ndarray] = []
-    for at, label, colour, own in labels:
-        for offset, side in dict.fromkeys((own, *PLACES)):
+    for label in labels:
+        at = label.point.metrics[x]["mean"], label.point.metrics[y]["mean"]
+        for offset, side in dict.fromkeys((PLACES[label.sweep % len(PLACES)], *PLACES)):
             shift = np.array(offset) * axes.figure.dpi / 72
             middle = axes.transData.transform(at) + shift + (17 if side == "left" else -17, 4)
             on_dot = (np.abs(dots - middle) < (21, 10)).all(1).any()
@@ -141,88 +162,78 @@ def _annotate(axes: Any, labels: Sequence[tuple[Any, str, str, tuple[Any, str]]]
             continue
         taken.append(middle)
         text = axes.annotate(
-            label, at, textcoords="offset points", xytext=offset, ha=side, fontsize=7.5, color=colour, zorder=1.5
-        )
-        text.set_path_effects([_effects().withStroke(linewidth=2.5, foreground="white")])
+            label.text, at, textcoords="offset points", xytext=offset, ha=side, fontsize=7.5, color=label.colour,
+            zorder=1.5,
+        )  # fmt: skip
+        outline = require("matplotlib.patheffects", "plot").withStroke(linewidth=2.5, foreground="white")
+        text.set_path_effects([outline])
 
 
-def lambda_plot(points: Sequence[Line], metrics: tuple[str, ...] = ("quality", "diversity")) -> Any:
+def lambda_plot(points: Sequence[Point], metrics: Sequence[str] = ("quality", "diversity")) -> Figure | None:
     """
     Metrics along lambda beside the straight line between the ends (Fig. 4, left, of the paper), and below them how far
     they lie above that line, paired over prompts; with 95 % bands.
 
     Args:
-        points (`list[dict]`): Of [`~trl_drcd.evaluation.points.pooled`]; what is no sweep of lambda is left out.
-        metrics (`tuple[str, ...]`, *optional*): One column each.
+        points (`list[Point]`): Of [`~trl_drcd.evaluation.points.pooled`]; what is no sweep of lambda is left out.
+        metrics (`Sequence[str]`, *optional*): One column each.
 
     Returns:
         `matplotlib.figure.Figure` or `None`: `None` where no lambda goes from 0 to 1.
     """
-    sweeps = lambda_sweeps(points)
+    sweeps, comparison = lambda_sweeps(points), Comparison(points)
     if not sweeps:
         return None
-    figure = require("matplotlib.figure", "plot").Figure((4.2 * len(metrics), 5.6), layout="constrained")
-    panels = figure.subplots(2, len(metrics), sharex=True, squeeze=False, height_ratios=(3, 2))
-    for metric, (above, below) in zip(metrics, panels.T, strict=True):
-        for number, (strategy, group) in enumerate(sweeps.items()):
-            colour, marker = COLOURS[(number + 1) % len(COLOURS)], MARKERS[(number + 1) % len(MARKERS)]
-            at = [point["interpolation_weight"] for point in group]
-            mean, bars = _interval(group, metric)
-            above.plot(at, mean, "-", marker=marker, color=colour, markersize=5, label=_plain(strategy))
-            above.fill_between(at, mean - bars[0], mean + bars[1], color=colour, alpha=0.15, linewidth=0)
-            above.plot([0, 1], mean[[0, -1]], "--", color=colour, linewidth=1)
-            gaps = [interval_of(gap) for gap in above_diagonal(draws_of(group, metric)[..., 0], at)]
-            gap, low, high = (np.array([one[part] for one in gaps]) for part in ("mean", "low", "high"))
-            below.plot(at, gap, "-", marker=marker, color=colour, markersize=4)
-            below.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+    size = (4.4 * len(metrics), 5.8)
+    figure, panels = _panels(2, len(metrics), size, sharex=True, height_ratios=(3, 2))
+    for key, (above, below) in zip(metrics, panels.T, strict=True):
+        for number, (strategy, group) in enumerate(sweeps.items(), 1):
+            style, at = _style(number), [lambda_of(point) for point in group]
+            mean, bars = _interval(group, key)
+            above.plot(at, mean, "-", markersize=5, label=_plain(strategy), **style)
+            above.plot([0, 1], mean[[0, -1]], "--", color=style["color"], linewidth=1)
+            if len(sweeps) <= 2:  # of more, bands on bands hide everything; their ends are in the table
+                above.fill_between(at, mean - bars[0], mean + bars[1], color=style["color"], alpha=0.15, linewidth=0)
+            gaps = above_diagonal(comparison.curve(group, key)[..., 0], at)
+            ends = [comparison.interval(gap) for gap in gaps]
+            gap, low, high = np.array([(end["mean"], end["low"], end["high"]) for end in ends]).T
+            below.plot(at, gap, "-", markersize=4, **style)
+            below.fill_between(at, low, high, color=style["color"], alpha=0.12, linewidth=0)
         below.axhline(0, color="0.4", linestyle="--", linewidth=1)
-        above.set_ylabel(_label(metric))
+        above.set_ylabel(metric(key).heading)
         below.set(xlabel="λ, from the first model to the second", ylabel="above the straight line")
-        for axes in (above, below):
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(alpha=0.25)
-    panels[0, -1].legend(frameon=False, fontsize=8.5, loc="upper left")
+    handles = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=len(sweeps), frameon=False, fontsize=8.5)
     return figure
 
 
-def agreement_plot(points: Sequence[Line], diversities: Sequence[str]) -> Any:
+def agreement_plot(points: Sequence[Point], diversities: Sequence[str]) -> Figure:
     """
     Embedding diversity against entropy per token, one dot for each strategy, with their correlation: Fig. 7 of the
     paper.
 
     Args:
-        points (`list[dict]`): Of [`~trl_drcd.evaluation.points.pooled`], at least 3.
-        diversities (`list[str]`): One panel each.
+        points (`list[Point]`): Of [`~trl_drcd.evaluation.points.pooled`], at least 3.
+        diversities (`Sequence[str]`): One panel each.
     """
-    figure = require("matplotlib.figure", "plot").Figure((5.2 * len(diversities), 4.4), layout="constrained")
-    for axes, metric in zip(figure.subplots(1, len(diversities), squeeze=False)[0], diversities, strict=True):
-        for number, (strategy, group) in enumerate(_by_strategy(points).items()):
-            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-            (at_x, bars_x), (at_y, bars_y) = _interval(group, "entropy_per_token"), _interval(group, metric)
-            axes.errorbar(
-                at_x, at_y, xerr=bars_x, yerr=bars_y, fmt=marker, color=colour, ecolor=(*_rgb(colour), 0.3),
-                elinewidth=0.8, markersize=7, markeredgecolor="white", markeredgewidth=0.7, label=_plain(strategy),
-                zorder=2 if len(group) > 1 else 3,
-            )  # fmt: skip
-        r = correlation(points, "entropy_per_token", metric)
-        axes.set(xlabel=_label("entropy_per_token"), ylabel=_label(metric))
+    comparison = Comparison(points)
+    figure, panels = _panels(1, len(diversities), (4.6 * len(diversities) + 1.6, 4.4))
+    for axes, key in zip(panels[0], diversities, strict=True):
+        for number, (strategy, group) in enumerate(by_strategy(points).items()):
+            (at_x, bars_x), (at_y, bars_y) = _interval(group, "entropy_per_token"), _interval(group, key)
+            style = _style(number)
+            bars = {"fmt": "none", "ecolor": style["color"], "elinewidth": 0.7, "alpha": 0.22, "zorder": 1}
+            axes.errorbar(at_x, at_y, xerr=bars_x, yerr=bars_y, **bars)
+            order = 2 if len(group) > 1 else 3
+            axes.plot(at_x, at_y, linestyle="none", markersize=6, label=_plain(strategy), zorder=order, **style)
+        r = comparison.correlation(points, "entropy_per_token", key)
+        axes.set(xlabel=metric("entropy_per_token").heading, ylabel=metric(key).heading)
         axes.set_title(f"correlation {r['mean']:.2f} [{r['low']:.2f}, {r['high']:.2f}]", fontsize=9, color="0.3")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 
-def _rgb(colour: str) -> tuple[float, ...]:
-    return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-
-
-def _effects() -> Any:
-    """Outlines of texts."""
-    return require("matplotlib.patheffects", "plot")
-
-
-def save(figure: Any, path: Path) -> bytes:
+def save(figure: Figure, path: Path) -> bytes:
     """Writes `path` with `.png` and with `.svg`, each in one piece; returns the PNG."""
     written = {}
     for kind in ("png", "svg"):
@@ -231,3 +242,24 @@ def save(figure: Any, path: Path) -> bytes:
         write_bytes(path.with_suffix(f".{kind}"), file.getvalue())
         written[kind] = file.getvalue()
     return written["png"]
+
+
+def write_plots(
+    points: Sequence[Point], qualities: Sequence[str], diversities: Sequence[str], folder: Path
+) -> list[Plot]:
+    """The plots that what was measured allows, as PNG and SVG files in a folder."""
+    figures: dict[str, tuple[str, Figure]] = {}
+    for diversity in diversities:
+        for quality in qualities:
+            names = [quality] if quality != "quality" else []
+            names += [diversity.removeprefix("diversity_")] if diversity != "diversity" else []
+            heading = f"{metric(quality).label} against {metric(diversity).label}"
+            figures["_".join(["front", *names])] = heading, front_plot(points, diversity, quality)
+    if diversities and qualities and (curves := lambda_plot(points, (*qualities, *diversities[:1]))):
+        figures["lambda"] = "along lambda, from one model to the other", curves
+    if diversities and len(points) > 2 and all("entropy_per_token" in point.values for point in points):
+        figures["entropy"] = "embedding diversity and entropy", agreement_plot(points, diversities)
+    return [
+        Plot(heading[:1].upper() + heading[1:], save(figure, folder / name))
+        for name, (heading, figure) in figures.items()
+    ]

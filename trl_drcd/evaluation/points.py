@@ -1,5 +1,5 @@
 """
-Lines of `results.jsonl` as points to be compared: quality made of its parts, training seeds pooled, paired draws.
+Lines of `results.jsonl` as points to be compared: quality made of its parts, training seeds pooled, paired replicates.
 
 Letters: `n` points, `R` training seeds of a point, `P` prompts.
 """
@@ -7,30 +7,32 @@ Letters: `n` points, `R` training seeds of a point, `P` prompts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from trl_drcd.evaluation.metrics import bootstrap_interval, interval_of, resampled_means
-from trl_drcd.evaluation.records import parse_lines
-
-Line = dict[str, Any]
-# What everything is sampled at unless it says otherwise, as in the paper
-USUAL_TEMPERATURE = 0.99
+from trl_drcd.evaluation.results import USUAL_TEMPERATURE, Result, with_metrics
+from trl_drcd.evaluation.statistics import Interval, Resampling, bootstrap_interval, t_interval, variance_of
 
 
-def read_results(file: str | Path) -> list[Line]:
+@dataclass(frozen=True, kw_only=True)
+class Point(Result):
     """
-    All lines of a `results.jsonl`.
+    Rows that differ in their training seed alone; what it says is the first's, with `name` the point's.
 
-    Raises:
-        ValueError: If one is no result.
+    Args:
+        runs (`int`): `R`, how many they are.
+        values (`dict`): Metric to its values, shape `(R, P)`, of those metrics that all rows have by prompt.
     """
-    return parse_lines(file, Path(file).read_text(), {"metrics", "per_prompt"})
+
+    runs: int = 1
+    values: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def with_quality(results: Sequence[Line], omega: str | float = 5.0) -> list[Line]:
+# ---------------------------------------------------------------- quality
+
+
+def with_quality(results: Sequence[Result], omega: str | float = 5.0) -> list[Result]:
     """
     Lines with `quality = omega * adherence + preference` of each prompt, its interval, and the `omega` used.
 
@@ -39,135 +41,185 @@ def with_quality(results: Sequence[Line], omega: str | float = 5.0) -> list[Line
     preferences over that of the mean adherences, training seeds pooled.
 
     Args:
-        results (`list[dict]`): Lines; stored as they were measured, so that another omega needs no measuring.
+        results (`list[Result]`): Lines; stored as they were measured, so that another omega needs no measuring.
         omega (`str` or `float`, *optional*, defaults to 5.0): A number, or `"equal"`.
 
     Returns:
-        `list[dict]`: New lines, in order; without adherence as they were.
+        `list[Result]`: New lines, in order; without adherence as they were.
 
     Raises:
         ValueError: If `omega="equal"` and the mean adherences are all one.
     """
-    has = [{"adherence", "preference"} <= set(line["per_prompt"]) for line in results]
+    has = [{"adherence", "preference"} <= set(line.per_prompt) for line in results]
     weight = None if not all(has) else equal_omega(results) if omega == "equal" else float(omega)
-    lines = []
-    for line in results:
-        if "adherence" not in line["per_prompt"]:
-            lines.append(line)
-            continue
-        adherence = np.array(line["per_prompt"]["adherence"])
-        quality = adherence if weight is None else weight * adherence + np.array(line["per_prompt"]["preference"])
-        rounded = [float(f"{value:.6g}") for value in quality]
-        lines.append(
-            line
-            | {"omega": weight, "per_prompt": line["per_prompt"] | {"quality": rounded}}
-            | {"metrics": line["metrics"] | {"quality": bootstrap_interval(quality)}}
-        )
-    return lines
+    return [_with_quality(line, weight) if "adherence" in line.per_prompt else line for line in results]
 
 
-def equal_omega(results: Sequence[Line]) -> float:
+def _with_quality(line: Result, omega: float | None) -> Result:
+    adherence = np.array(line.per_prompt["adherence"])
+    quality = adherence if omega is None else omega * adherence + np.array(line.per_prompt["preference"])
+    rounded = [float(f"{value:.6g}") for value in quality]
+    return with_metrics(line, {"quality": bootstrap_interval(quality)}, {"quality": rounded}, omega)
+
+
+def equal_omega(results: Sequence[Result]) -> float:
     """The omega with which `omega * adherence` has the range of the preference over the points' means."""
     points = pooled(results)
-    adherence, preference = (np.ptp([p["values"][m].mean() for p in points]) for m in ("adherence", "preference"))
+    adherence, preference = (np.ptp([p.values[m].mean() for p in points]) for m in ("adherence", "preference"))
     if adherence == 0:
         raise ValueError("`omega=equal` needs strategies that differ in adherence; all have one mean; give a number")
     return float(preference / adherence)
 
 
-def pooled(results: Iterable[Line]) -> list[Line]:
+# ---------------------------------------------------------------- training seeds
+
+
+def pooled(results: Iterable[Result]) -> list[Point]:
     """
-    One line for each point: rows that differ in their training seed alone are one, with an interval over both.
+    One point for the rows that differ in their training seed alone, with intervals over prompts and seeds.
 
     Args:
-        results (`list[dict]`): Lines.
+        results (`list[Result]`): Lines.
 
     Returns:
-        `list[dict]`: In order of first appearance; what a line says is the first seed's, with `name` the point's,
-        `runs` the number of seeds, and `values`, metric to its values, shape `(R, P)`. Metrics that are not prompt by
-        prompt are means over the seeds, and so are their ends.
+        `list[Point]`: In order of first appearance.
     """
-    groups: dict[str, list[Line]] = {}
+    groups: dict[str, list[Result]] = {}
     for line in results:
-        groups.setdefault(str(line.get("point", line["name"])), []).append(line)
-    points = []
-    for name, lines in groups.items():
-        shared = [metric for metric in lines[0]["per_prompt"] if all(metric in line["per_prompt"] for line in lines)]
-        values = {metric: np.array([line["per_prompt"][metric] for line in lines]) for metric in shared}
+        groups.setdefault(line.point, []).append(line)
+    return [_pool(name, lines) for name, lines in groups.items()]
+
+
+def _pool(name: str, lines: Sequence[Result]) -> Point:
+    first = lines[0]
+    by_prompt = [key for key in first.per_prompt if all(key in line.per_prompt for line in lines)]
+    values = {key: np.array([line.per_prompt[key] for line in lines]) for key in by_prompt}
+    metrics = {key: one for key, one in first.metrics.items() if all(key in line.metrics for line in lines)}
+    if len(lines) > 1:
         metrics = {
-            metric: {end: float(np.mean([line["metrics"][metric][end] for line in lines])) for end in one}
-            for metric, one in lines[0]["metrics"].items()
-            if all(metric in line["metrics"] for line in lines)
+            key: _mean_of(values[key]) if key in values else _mean_of_intervals([x.metrics[key] for x in lines], first)
+            for key in metrics
         }
-        if len(lines) > 1:
-            metrics |= {metric: interval_of(resampled_means(value)) for metric, value in values.items()}
-        points.append(lines[0] | {"name": name, "runs": len(lines), "metrics": metrics, "values": values})
-    return points
+    kept = {one.name: getattr(first, one.name) for one in fields(Result)}
+    return Point(**kept | {"name": name, "metrics": metrics}, runs=len(lines), values=values)
 
 
-def draws_of(points: Sequence[Line], *metrics: str) -> np.ndarray:
-    """Means and their paired bootstrap draws, see `resampled_means`: `(n, 1 + resamples, len(metrics))`."""
-    return np.array([np.stack([resampled_means(p["values"][metric]) for metric in metrics], -1) for p in points])
+def _mean_of(values: np.ndarray) -> Interval:
+    """The mean of `(R, P)`, with its interval over both."""
+    resampling = Resampling.of([values])
+    return resampling.interval(resampling.means(values))
+
+
+def _mean_of_intervals(intervals: Sequence[Interval], about: Result) -> Interval:
+    """
+    The mean over training seeds of a metric that is not prompt by prompt; its variance over prompts, which the seeds
+    share, is told from the width of their intervals.
+    """
+    means = np.array([one["mean"] for one in intervals])
+    half = float(np.mean([one["high"] - one["low"] for one in intervals])) / 2
+    over_prompts = (half / NORMAL) ** 2
+    freedom = [max(1, about.prompts - 1), len(means) - 1]
+    return t_interval(float(means.mean()), [over_prompts, variance_of(means)], freedom)
+
+
+NORMAL = 1.959964
+"""Standard errors to the end of a normal distribution's interval at 95 %."""
+
+
+# ---------------------------------------------------------------- comparisons
+
+
+class Comparison:
+    """
+    Points on the same prompts, to compare statistics of them replicate by replicate.
+
+    Args:
+        points (`Sequence[Point]`): At least one.
+    """
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        self.points = list(points)
+        self.resampling = Resampling.of(next(iter(point.values.values())) for point in self.points)
+        self._means: dict[tuple[str, str], np.ndarray] = {}
+
+    def means(self, point: Point, metric: str) -> np.ndarray:
+        """Mean and replicates of a metric of a point, `(replicates,)`."""
+        key = point.name, metric
+        if key not in self._means:
+            self._means[key] = self.resampling.means(point.values[metric])
+        return self._means[key]
+
+    def curve(self, points: Sequence[Point], *metrics: str) -> np.ndarray:
+        """Means and replicates of metrics of points, `(n, replicates, len(metrics))`."""
+        return np.array([np.stack([self.means(point, metric) for metric in metrics], -1) for point in points])
+
+    def difference(self, ours: Point, theirs: Point, metric: str) -> np.ndarray:
+        """Ours minus theirs, `(replicates,)`."""
+        return self.means(ours, metric) - self.means(theirs, metric)
+
+    def interval(self, statistic: np.ndarray) -> Interval:
+        """The interval of a statistic, `(replicates,)`."""
+        return self.resampling.interval(statistic)
+
+    def correlation(self, points: Sequence[Point], x: str, y: str) -> Interval:
+        """
+        Pearson's correlation of two metrics over points.
+
+        Raises:
+            ValueError: If there are fewer than three points.
+        """
+        if len(points) < 3:
+            raise ValueError(f"a correlation needs at least 3 points, got {len(points)}")
+        both = self.curve(points, x, y)
+        both = both - both.mean(0)
+        a, b = both[..., 0], both[..., 1]
+        with np.errstate(invalid="ignore"):
+            return self.interval((a * b).sum(0) / np.sqrt((a**2).sum(0) * (b**2).sum(0)))
+
+
+def correlation(points: Sequence[Point], x: str, y: str) -> Interval:
+    """[`Comparison.correlation`] of points alone."""
+    return Comparison(points).correlation(points, x, y)
 
 
 # ---------------------------------------------------------------- which points belong together
 
 
-def is_base(point: Line) -> bool:
-    """The base model without guidance at the usual temperature."""
-    return not point["weights"] and point["guidance_scale"] == 1 and point["temperature"] == USUAL_TEMPERATURE
+def by_strategy(points: Iterable[Point]) -> dict[str, list[Point]]:
+    """The points of each strategy, in order."""
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        groups.setdefault(point.strategy, []).append(point)
+    return groups
 
 
-def is_trained(point: Line) -> bool:
-    """One trained model as it is, without guidance at the usual temperature."""
-    return len(point["weights"]) == 1 and point["guidance_scale"] == 1 and point["temperature"] == USUAL_TEMPERATURE
+def sweeps_base(group: Sequence[Point]) -> bool:
+    """Whether points of a strategy differ from the base in one thing alone, guidance or temperature."""
+    usual = all(p.temperature == USUAL_TEMPERATURE for p in group) or all(p.guidance_scale == 1 for p in group)
+    return usual and not any(point.weights for point in group)
 
 
-def sweeps_base(group: Sequence[Line]) -> bool:
-    """Whether rows of a strategy differ from the base in one thing alone, guidance or temperature."""
-    usual = all(p["temperature"] == USUAL_TEMPERATURE for p in group) or all(p["guidance_scale"] == 1 for p in group)
-    return usual and not any(point["weights"] for point in group)
-
-
-def fronts_of(points: Sequence[Line]) -> dict[str, list[Line]]:
+def fronts_of(points: Sequence[Point]) -> dict[str, list[Point]]:
     """
     Points that make a front together, at least two: each sweep (of the base model with the base in it), and the single
     trained models as one.
     """
-    base = [point for point in points if is_base(point)]
-    groups: dict[str, list[Line]] = {}
-    for point in points:
-        if not is_base(point) and not is_trained(point):
-            groups.setdefault(point["strategy"], []).append(point)
+    base = [point for point in points if point.is_base()]
+    groups = by_strategy(point for point in points if not point.is_base() and not point.is_trained())
     fronts = {name: [*(base if sweeps_base(group) else []), *group] for name, group in groups.items()}
-    fronts["trained models"] = [point for point in points if is_trained(point)]
+    fronts["trained models"] = [point for point in points if point.is_trained()]
     return {name: group for name, group in fronts.items() if len(group) > 1}
 
 
-def lambda_sweeps(points: Sequence[Line]) -> dict[str, list[Line]]:
+def lambda_of(point: Point) -> float:
+    """The interpolation weight of a point that has one."""
+    if point.interpolation_weight is None:
+        raise ValueError(f"`{point.name}` has no interpolation weight")
+    return point.interpolation_weight
+
+
+def lambda_sweeps(points: Sequence[Point]) -> dict[str, list[Point]]:
     """The points of each strategy along lambda that goes from 0 to 1, by rising lambda."""
-    groups: dict[str, list[Line]] = {}
-    for point in points:
-        if point["interpolation_weight"] is not None:
-            groups.setdefault(point["strategy"], []).append(point)
-    sweeps = {name: sorted(group, key=lambda p: p["interpolation_weight"]) for name, group in groups.items()}
-    ends = {
-        name: (group[0]["interpolation_weight"], group[-1]["interpolation_weight"]) for name, group in sweeps.items()
-    }
-    return {name: group for name, group in sweeps.items() if ends[name] == (0, 1)}
-
-
-def correlation(points: Sequence[Line], x: str, y: str) -> dict[str, float]:
-    """
-    Pearson's correlation of two metrics over the points, with its bootstrap interval over prompts.
-
-    Raises:
-        ValueError: If there are fewer than three points.
-    """
-    if len(points) < 3:
-        raise ValueError(f"a correlation needs at least 3 points, got {len(points)}")
-    draws = draws_of(points, x, y)
-    draws = draws - draws.mean(0)
-    a, b = draws[..., 0], draws[..., 1]
-    with np.errstate(invalid="ignore"):
-        return interval_of((a * b).sum(0) / np.sqrt((a**2).sum(0) * (b**2).sum(0)))
+    groups = by_strategy(point for point in points if point.interpolation_weight is not None)
+    sweeps = {name: sorted(group, key=lambda_of) for name, group in groups.items()}
+    return {name: group for name, group in sweeps.items() if (lambda_of(group[0]), lambda_of(group[-1])) == (0, 1)}

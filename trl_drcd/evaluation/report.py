@@ -1,150 +1,237 @@
-"""One HTML page to listen to (or read) several models' completions of the same prompts side by side."""
+"""What a reader gets of `results.jsonl`: `summary.csv`, plots, a page of tables and samples in HTML and Markdown."""
 
 from __future__ import annotations
 
 import base64
-import html
+import csv
 import io
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
 
-import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
-from trl_drcd.compat.extras import require
-from trl_drcd.files import wav_bytes
+from trl_drcd.evaluation.claims import claims_tables
+from trl_drcd.evaluation.listening import Clip, read_clips
+from trl_drcd.evaluation.metrics import axes, in_order
+from trl_drcd.evaluation.plots import Plot, write_plots
+from trl_drcd.evaluation.points import Point, pooled
+from trl_drcd.evaluation.report_tables import agreement_table, fronts_table, lambda_table, points_table
+from trl_drcd.evaluation.results import Result
+from trl_drcd.evaluation.sampling import Prompt
+from trl_drcd.evaluation.tables import Table, markdown, markdown_text
+from trl_drcd.files import write_text
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1500px; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .35rem .7rem; text-align: left }
-tr { border-bottom: 1px solid #ddd } td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-.grid { display: grid; gap: .4rem 1rem; margin: 1.5rem 0 } .grid > h3 { grid-column: 1 / -1; margin: .8rem 0 0 }
-figure { margin: 0 } figcaption { font-size: 13px; color: #555 } audio { width: 100%; height: 2.2rem }
-img { width: 100%; height: 150px; image-rendering: auto; display: block } .text { white-space: pre-wrap }
-.long { text-align: left; white-space: normal } .wide { overflow-x: auto }
-.plot { width: auto; height: auto; max-width: 100% }
-"""
+if TYPE_CHECKING:
+    from trl_drcd.evaluation.arguments import EvaluateArguments
+
+# Nothing is loaded from elsewhere, and nothing runs
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data: 'self' file:; media-src 'self' file:; base-uri 'none'; form-action 'none'"  # noqa: E501
 
 
-def spectrogram_png(waveform: torch.Tensor, sampling_rate: int, max_hertz: float = 4000.0) -> bytes:
+@dataclass(frozen=True)
+class Sample:
     """
-    A PNG image of a spectrogram: time from left to right, frequency from bottom to top, 60 dB from dark to bright.
+    A completion on the page.
 
     Args:
-        waveform (`torch.Tensor`): Shape `(T,)`, float samples.
-        sampling_rate (`int`): In Hz.
-        max_hertz (`float`, *optional*, defaults to 4000.0): Frequency of the upper edge.
-
-    Returns:
-        `bytes`: The file.
-
-    Raises:
-        ImportError: If matplotlib is missing; it comes with the extra `plot`.
+        label (`str`): Which it is, in words.
+        text (`str`, *optional*): The completion, of a text.
+        sound, picture (`str`, *optional*): Addresses of a WAV file and its spectrogram, relative to the page.
     """
-    n_fft = 2048
-    window = torch.hann_window(n_fft)
-    spectrum = torch.stft(waveform, n_fft, n_fft // 4, window=window, pad_mode="constant", return_complex=True)
-    bins = max(1, min(n_fft // 2, round(max_hertz * n_fft / sampling_rate)))
-    decibels = 20 * spectrum[:bins].abs().clamp(min=1e-5).log10()
-    file = io.BytesIO()
-    require("matplotlib.image", "plot").imsave(
-        file, decibels.numpy(), cmap="magma", origin="lower", vmin=decibels.max() - 60, vmax=decibels.max()
-    )
-    return file.getvalue()
+
+    label: str
+    text: str | None = None
+    sound: str = ""
+    picture: str = ""
 
 
-def _completion(item: Any) -> str:
-    """Player and spectrogram of a `(waveform, sampling_rate)` pair; a text as it is."""
-    if isinstance(item, str):
-        return f'<div class="text">{html.escape(item)}</div>'
-    sound = base64.b64encode(wav_bytes(*item)).decode()
-    image = base64.b64encode(spectrogram_png(*item)).decode()
-    return (
-        f'<img src="data:image/png;base64,{image}" alt="spectrogram">'
-        f'<audio controls preload="none" src="data:audio/wav;base64,{sound}"></audio>'
-    )
+@dataclass
+class Item:
+    """The completions of one strategy for one prompt."""
+
+    name: str
+    samples: list[Sample] = field(default_factory=list)
 
 
-def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts, escaped; the first column names the row."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+@dataclass
+class PromptItems:
+    """A prompt and the completions of every strategy."""
 
-    def filled(cell: str) -> str:
-        return f"<td{' class=long' if len(cell) > 40 else ''}>{html.escape(cell)}</td>"
-
-    body = "".join(f"<tr><th>{html.escape(row[0])}</th>{''.join(map(filled, row[1:]))}</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    text: str
+    items: list[Item] = field(default_factory=list)
 
 
-def comparison_markdown(prompts: Sequence[str], completions: Mapping[str, Sequence[str]]) -> str:
+@dataclass
+class Page:
     """
-    Each prompt with every model's completion, in Markdown; texts are one paragraph each, and shown as they are.
+    What is on a page.
 
     Args:
-        prompts (`list[str]`): The `n` prompts.
-        completions (`dict`): Name of each model to its `n` texts.
-
-    Returns:
-        `str`: A section for each prompt.
+        title, introduction (`str`): Above everything.
+        tables (`list[Table]`): The first of all points, above the plots; the others below them.
+        prompts (`list[PromptItems]`): What can be heard or read.
+        plots (`list[Plot]`): Pictures.
     """
-    parts = []
-    for index, prompt in enumerate(prompts):
-        texts = [f"{name}: {' '.join(items[index].split())}" for name, items in completions.items()]
-        lines = "\n".join(textwrap.fill(text, 110, subsequent_indent="    ") for text in texts)
-        fence = "~" * (3 + max(map(len, re.findall("~+", lines)), default=0))
-        parts.append(f"### {html.escape(' '.join(prompt.split()))}\n\n{fence}text\n{lines}\n{fence}")
-    return "\n\n".join(parts)
+
+    title: str
+    introduction: str
+    tables: list[Table]
+    prompts: list[PromptItems] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
+
+    @property
+    def sounds(self) -> bool:
+        """Whether there is something to hear."""
+        return any(sample.sound for prompt in self.prompts for item in prompt.items for sample in item.samples)
+
+    def html(self) -> str:
+        """The page; every text in it is escaped."""
+        return TEMPLATES.get_template("report.html.j2").render(page=self, policy=POLICY)
+
+    def markdown(self) -> str:
+        """Introduction, tables and texts; every prompt is shown letter by letter."""
+        parts = [self.introduction]
+        for table in self.tables:
+            parts.append((f"## {table.heading}\n\n" if table.heading else "") + markdown(table))
+        if self.prompts and not self.sounds:
+            parts += ["## Completions", *map(_fenced, self.prompts)]
+        return "\n\n".join(parts) + "\n"
 
 
-def comparison_page(
-    title: str,
-    introduction: str,
-    tables: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]],
-    prompts: Sequence[str],
-    completions: Mapping[str, Sequence[Any]],
-    figures: Sequence[bytes] = (),
-) -> str:
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _with_small_interval(cell: str) -> Markup | str:
+    """`mean [low, high]` with the interval small and below; any other cell as it is."""
+    match = re.fullmatch(r"(\S+) (\[\S+ \S+\])", cell)
+    return Markup("{}<small>{}</small>").format(*match.groups()) if match else escape(cell)
+
+
+TEMPLATES = Environment(
+    loader=PackageLoader("trl_drcd.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+)
+TEMPLATES.filters |= {"data_uri": _data_uri, "interval": _with_small_interval}
+
+
+def _fenced(prompt: PromptItems) -> str:
+    """A prompt's completions as a section of Markdown, each one paragraph, in a fence that none of them closes."""
+    texts = [f"{item.name}: {' '.join((s.text or '').split())}" for item in prompt.items for s in item.samples]
+    lines = "\n".join(textwrap.fill(text, 110, subsequent_indent="    ") for text in texts)
+    fence = "~" * (3 + max(map(len, re.findall("~+", lines)), default=0))
+    return f"### {markdown_text(prompt.text)}\n\n{fence}text\n{lines}\n{fence}"
+
+
+# ---------------------------------------------------------------- what is on it
+
+
+def write_report(results: Sequence[Result], args: EvaluateArguments) -> None:
     """
-    A self-contained page: an introduction, tables of results, and for each prompt every model's completion.
+    Writes `summary.csv`, plots, `report.html`, its tables and texts as `report.md`.
 
     Args:
-        title (`str`): Heading.
-        introduction (`str`): Text below it.
-        tables (`dict`): Heading to header, and rows of texts; the first above the completions, the others below.
-        prompts (`list[str]`): The `n` prompts.
-        completions (`dict`): Name of each model to its `n` completions: texts, or `(waveform, sampling_rate)` pairs,
-            which get a player and a spectrogram.
-        figures (`Sequence[bytes]`, *optional*): PNG images above the tables.
-
-    Returns:
-        `str`: HTML; every text in it is escaped, sound and images are inside.
-
-    Raises:
-        ValueError: If a model has not as many completions as there are prompts.
+        results (`list[Result]`): The lines, in order.
+        args ([`EvaluateArguments`]): Whose `output_dir` it goes to.
     """
-    for name, items in completions.items():
-        if len(items) != len(prompts):
-            raise ValueError(
-                f"`completions` has {len(items)} of {name!r}; expected one for each of {len(prompts)} prompts"
-            )
-    cells = []
-    for index, prompt in enumerate(prompts):
-        players = (
-            f"<figure><figcaption>{html.escape(name)}</figcaption>{_completion(items[index])}</figure>"
-            for name, items in completions.items()
+    folder, points = Path(args.output_dir), pooled(results)
+    write_text(folder / "summary.csv", summary(results))
+    known = set.intersection(*(set(point.values) for point in points))
+    qualities, diversities = axes(known, "quality"), axes(known, "diversity")
+    if "quality" in qualities and points[0].omega is None:
+        qualities = [key for key in qualities if key != "adherence"]  # which it is
+    tables = report_tables(points, qualities, diversities)
+    plots = write_plots(points, qualities, diversities, folder)
+    page = Page("Quality and diversity", about(points, args), tables, kept_samples(results, folder), plots)
+    write_text(folder / "report.html", page.html())
+    write_text(folder / "report.md", page.markdown())
+
+
+def report_tables(points: Sequence[Point], qualities: Sequence[str], diversities: Sequence[str]) -> list[Table]:
+    """The table of all points, then those of the comparisons that there are."""
+    pairs = [(quality, diversity) for quality in qualities for diversity in diversities]
+    others = [
+        *(fronts_table(points, *pair) for pair in pairs),
+        *([lambda_table(points, [*qualities, *diversities])] if pairs else []),
+        *([agreement_table(points, diversities)] if diversities else []),
+        *claims_tables(points, qualities, diversities),
+    ]
+    return [points_table(points), *(table for table in others if table.rows)]
+
+
+def kept_samples(results: Sequence[Result], folder: Path) -> list[PromptItems]:
+    """The kept completions of all rows by prompt, each under the prompt that its own folder says."""
+    prompts: dict[str, PromptItems] = {}
+    for result in results:
+        numbers: dict[str, int] = {}
+        for clip in read_clips(folder / "samples" / result.samples):
+            text = request_of(clip.prompt)
+            of_prompt = prompts.setdefault(repr(clip.prompt), PromptItems(text))
+            number = numbers[repr(clip.prompt)] = numbers.get(repr(clip.prompt), 0) + 1
+            if number == 1:
+                of_prompt.items.append(Item(result.name))
+            of_prompt.items[-1].samples.append(_sample(clip, f"{result.name}, sample {number}: {text}", folder))
+    return list(prompts.values())
+
+
+def _sample(clip: Clip, label: str, folder: Path) -> Sample:
+    if clip.is_text:
+        return Sample(label, clip.text())
+    sound, picture = (quote(file.relative_to(folder).as_posix()) for file in (clip.file, clip.spectrogram()))
+    return Sample(label, None, sound, picture)
+
+
+def request_of(prompt: Prompt) -> str:
+    """A prompt as it stands above its completions: the text, or the last turn of a conversation."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def about(points: Sequence[Point], args: EvaluateArguments) -> str:
+    """What the numbers are, in words."""
+    first = points[0].metrics
+    parts = [
+        f"{args.num_prompts} held-out prompts x {args.samples_per_prompt} samples, seed {args.seed}; mean and 95 % "
+        "bootstrap interval over prompts; where a point has several training seeds, Student's t interval over prompts "
+        "and seeds."
+    ]
+    if "quality" in first:
+        omega = points[0].omega
+        parts.append(
+            "Quality: text adherence." if omega is None else f"Quality: {omega:.4g} x adherence + preference."
         )
-        cells.append(f"<h3>{html.escape(prompt)}</h3>{''.join(players)}")
-    images = (base64.b64encode(figure).decode() for figure in figures)
-    plots = "".join(f'<img class="plot" src="data:image/png;base64,{image}" alt="plot">' for image in images)
-    columns = f"grid-template-columns: repeat({len(completions)}, minmax(11rem, 1fr))"
-    first, *others = (
-        (f"<h2>{html.escape(head)}</h2>" if head else "") + html_table(*table) for head, table in tables.items()
-    )
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1><p>{html.escape(introduction)}</p>"
-        f'{plots}<div class="wide">{first}</div>'
-        f'<div class="wide"><div class="grid" style="{columns}">{"".join(cells)}</div></div>'
-        f'<div class="wide">{"".join(others)}</div></body></html>\n'
-    )
+    if "diversity" in first:
+        parts.append(
+            "Diversity: mean cosine distance of the samples of a prompt; 0 if they are equal, and its upper bound is "
+            "that of samples of different prompts."
+        )
+    if "frechet" in first:
+        parts.append(
+            "Fréchet distance: to held-out recordings under the judge; as many draws of their own normal distribution "
+            f"score {first['frechet_floor']['mean']:.3f}, for so few samples are biased upwards."
+        )
+    parts.append("Time per token: the first row's is 1; it tells little where other jobs ran beside it.")
+    return " ".join(parts)
+
+
+ABOUT_ROW = (
+    "name", "strategy", "model", "guidance_scale", "temperature", "interpolation_weight", "diversity_coef",
+    "training_seed", "omega",
+)  # fmt: skip
+
+
+def summary(results: Sequence[Result]) -> str:
+    """All rows as CSV: what they are, and mean, low and high of every metric."""
+    keys = [one.key for one in in_order(key for row in results for key in row.metrics)]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([*ABOUT_ROW, *(f"{key}{end}" for key in keys for end in ("", "_low", "_high"))])
+    for row in results:
+        intervals = [row.metrics.get(key) for key in keys]
+        ends = [(one["mean"], one["low"], one["high"]) if one else ("", "", "") for one in intervals]
+        writer.writerow([*(getattr(row, name) for name in ABOUT_ROW), *(cell for end in ends for cell in end)])
+    return file.getvalue()

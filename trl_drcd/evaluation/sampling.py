@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from trl_drcd.policies import Policy, policy_for
+from trl_drcd.policies import Policy, policy_class
+
+Prompt = str | list[dict[str, str]]
+"""A text, or the turns of a conversation, each with `role` and `content`."""
+Completion = str | tuple[torch.Tensor, int]
+"""A text, or a waveform, float32 `(T,)` on the CPU, and its sampling rate in Hz."""
 
 
 @dataclass
@@ -18,19 +24,23 @@ class Samples:
     Completions of `P` prompts, `samples_per_prompt` of each, those of a prompt contiguous.
 
     Args:
-        prompts (`list`): The `P` prompts.
+        prompts (`list`): The `P` prompts, texts or conversations.
         token_ids (`list[list[int]]`): The `P * samples_per_prompt` completions, each up to and with its eos.
         samples_per_prompt (`int`): Completions of each prompt.
         seconds (`float`): Time spent sampling.
+        negative_prompts (`list`, *optional*): Each prompt's own x^- of Eq. (1), `None` where it has none.
+        chat_template_kwargs (`dict`, *optional*): How conversations were rendered.
     """
 
-    prompts: list[Any]
+    prompts: list[Prompt]
     token_ids: list[list[int]]
     samples_per_prompt: int
     seconds: float
+    negative_prompts: list[Prompt | None] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @property
-    def repeated_prompts(self) -> list[Any]:
+    def repeated_prompts(self) -> list[Prompt]:
         """The prompt of each completion."""
         return [prompt for prompt in self.prompts for _ in range(self.samples_per_prompt)]
 
@@ -43,8 +53,22 @@ class Samples:
         """
         return sum(map(len, self.token_ids)) / self.seconds
 
+    def policy(self, model: Any, tokenizer: Any) -> Policy:
+        """The policy of a model, which renders prompts as these were rendered."""
+        return policy_class(model)(tokenizer, model.config, self.chat_template_kwargs)
 
-def tokenize_prompts(policy: Policy, prompts: list[Any]) -> list[list[int]]:
+    def prompt_ids(self, policy: Policy) -> list[list[int]]:
+        """Token ids of each completion's prompt."""
+        return tokenize_prompts(policy, self.repeated_prompts)
+
+    def negative_prompt_ids(self, policy: Policy, default: Prompt | None) -> list[list[int]]:
+        """Token ids of each completion's x^-: the prompt's own, else the default, whose `None` is the null prompt."""
+        own = self.negative_prompts or [None] * len(self.prompts)
+        rows = [{"prompt": p, "negative_prompt": n} for p, n in zip(self.prompts, own, strict=True)]
+        return policy.negative_prompt_ids([row for row in rows for _ in range(self.samples_per_prompt)], default)
+
+
+def tokenize_prompts(policy: Policy, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of prompts, texts or conversations, as the trainer renders them."""
     # A prompt reads as a negative prompt does, template and generation marker included
     return policy.negative_prompt_ids([{"prompt": p, "negative_prompt": p} for p in prompts], None)
@@ -53,15 +77,17 @@ def tokenize_prompts(policy: Policy, prompts: list[Any]) -> list[list[int]]:
 def sample_prompts(
     model: Any,
     tokenizer: Any,
-    prompts: list[Any],
+    prompts: Sequence[Prompt],
     samples_per_prompt: int = 1,
     guidance_scale: float = 1.0,
-    negative_prompt: Any = None,
+    negative_prompt: Prompt | None = None,
     temperature: float = 0.99,
     max_new_tokens: int = 200,
     batch_size: int = 64,
     seed: int = 0,
     description: str | None = None,
+    negative_prompts: Sequence[Prompt | None] | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Samples:
     """
     Sample completions of every prompt, without truncation or penalties.
@@ -75,42 +101,48 @@ def sample_prompts(
         samples_per_prompt (`int`, *optional*, defaults to 1): Completions of each prompt.
         guidance_scale (`float`, *optional*, defaults to 1.0): gamma of Eq. (1) of
             https://huggingface.co/papers/2410.06084; 1 is off.
-        negative_prompt (*optional*): x^- of Eq. (1); `None` is the null prompt.
+        negative_prompt (*optional*): x^- of Eq. (1) for prompts without their own; `None` is the null prompt.
         temperature (`float`, *optional*, defaults to 0.99): Above 0.
         max_new_tokens (`int`, *optional*, defaults to 200): Largest number of completion tokens; for MusicGen,
             decoder steps.
         batch_size (`int`, *optional*, defaults to 64): Sequences at one time (twice as many rows with guidance).
         seed (`int`, *optional*, defaults to 0): Of the draws.
         description (`str`, *optional*): Name of the progress bar; `None` shows none.
+        negative_prompts (`list`, *optional*): Each prompt's own x^-, `None` where it has none.
+        chat_template_kwargs (`dict`, *optional*): Passed to the chat template of conversations.
 
     Returns:
         [`Samples`]: `len(prompts) * samples_per_prompt` completions.
 
     Raises:
-        ValueError: If there is no prompt, or `samples_per_prompt` is not at least 1.
+        ValueError: If there is no prompt, `samples_per_prompt` is not at least 1, or there are more or fewer
+            `negative_prompts` than prompts.
     """
     if not prompts or samples_per_prompt < 1:
         raise ValueError(
             f"`prompts` must not be empty and `samples_per_prompt` at least 1, got {len(prompts)} prompts and "
             f"{samples_per_prompt}"
         )
-    policy = policy_for(model, tokenizer)
-    rows = [{"prompt": prompt} for prompt in prompts for _ in range(samples_per_prompt)]
-    ids = tokenize_prompts(policy, [row["prompt"] for row in rows])
-    negative_ids = policy.negative_prompt_ids(rows, negative_prompt) if guidance_scale != 1 else None
-    was_training, completions = model.training, []
+    if negative_prompts is not None and len(negative_prompts) != len(prompts):
+        raise ValueError(f"`negative_prompts` has {len(negative_prompts)} entries for {len(prompts)} prompts")
+    negatives = None if negative_prompts is None else list(negative_prompts)
+    samples = Samples(list(prompts), [], samples_per_prompt, 0.0, negatives, chat_template_kwargs)
+    policy = samples.policy(model, tokenizer)
+    ids = samples.prompt_ids(policy)
+    negative_ids = samples.negative_prompt_ids(policy, negative_prompt) if guidance_scale != 1 else None
+    was_training = model.training
     model.eval()
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        with tqdm(total=len(rows), desc=description, unit="sample", disable=description is None) as bar:
-            for first in range(0, len(rows), batch_size):
+        with tqdm(total=len(ids), desc=description, unit="sample", disable=description is None) as bar:
+            for first in range(0, len(ids), batch_size):
                 part = slice(first, first + batch_size)
                 output = policy.sample(
                     model, ids[part], negative_ids and negative_ids[part], guidance_scale, temperature, max_new_tokens
                 )
-                completions += output
+                samples.token_ids += output
                 bar.update(len(output))
-    seconds = time.perf_counter() - start
+    samples.seconds = time.perf_counter() - start
     model.train(was_training)
-    return Samples(list(prompts), completions, samples_per_prompt, seconds)
+    return samples

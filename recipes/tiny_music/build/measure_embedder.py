@@ -30,7 +30,7 @@ from trl_drcd.evaluation.tables import markdown_table
 from trl_drcd.audio.codecs import SpectralCodec
 from trl_drcd.audio import MusicDescriptors, MusicEmbedder
 from trl_drcd.audio import TextAudioJudge
-from trl_drcd.evaluation.metrics import bootstrap_interval
+from trl_drcd.evaluation.statistics import bootstrap_interval
 from trl_drcd.evaluation.tables import formatted
 
 Embed = Callable[[list], torch.Tensor]

@@ -31,8 +31,10 @@ from trl_drcd.evaluation.tables import markdown_table
 from trl_drcd.audio.codecs import CodebookCodec, SpectralCodec, delay
 from trl_drcd.audio import MusicEmbedder
 from trl_drcd.audio import TextAudioJudge
-from trl_drcd.evaluation.metrics import bootstrap_interval, per_prompt, teacher_terms
+from trl_drcd.evaluation.likelihood import teacher_terms
 from trl_drcd.evaluation.sampling import sample_prompts
+from trl_drcd.evaluation.statistics import bootstrap_interval
+from trl_drcd.evaluation.variety import per_prompt
 from trl_drcd.policies import policy_for
 
 COLUMNS = {

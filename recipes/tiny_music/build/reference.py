@@ -19,7 +19,7 @@ from scores import HERE
 from trl_drcd.audio.codecs import SpectralCodec
 from trl_drcd.audio import TextAudioJudge
 from trl_drcd.evaluation.frechet import Reference, frechet_to_reference
-from trl_drcd.evaluation.records import content_digest
+from trl_drcd.evaluation.digests import content_digest
 from trl_drcd.evaluation.tables import formatted
 
 

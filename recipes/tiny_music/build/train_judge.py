@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from trl_drcd.audio.codecs import SpectralCodec
 from trl_drcd.audio import TextAudioJudge
-from trl_drcd.evaluation.metrics import bootstrap_interval, per_prompt
+from trl_drcd.evaluation.statistics import bootstrap_interval
+from trl_drcd.evaluation.variety import per_prompt
 
 LABELS = {"instrument": list(INSTRUMENTS), "tempo": list(TEMPI), "kind": list(KINDS), "mode": MODES}
 

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_drcd.files import write_text
 from trl_drcd.audio.codecs import SpectralCodec
 from trl_drcd.audio.judges import PreferenceModel, bradley_terry_loss
-from trl_drcd.evaluation.metrics import bootstrap_interval
+from trl_drcd.evaluation.statistics import bootstrap_interval
 from trl_drcd.evaluation.sampling import sample_prompts
 
 DEGRADATIONS = ("noise", "clipping", "wobble", "gaps", "overlay")

@@ -1,0 +1,77 @@
+"""The models of rows, in memory: the base, trained models, and mixtures of several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from trl_drcd.evaluation.strategies import Row, is_adapter
+from trl_drcd.merging import hold_checkpoints, set_interpolation_weight
+from trl_drcd.merging.adapters import BASE
+from trl_drcd.validation.model_folders import load_model
+
+
+class Models:
+    """
+    The models of the rows, one set of ends in memory at a time: a sweep of lambda loads two checkpoints once.
+
+    Args:
+        base (`str`): Folder or hub name of the base model.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of all.
+        device (`torch.device`, *optional*): The accelerator, where there is one, if `None`.
+
+    Raises:
+        ValueError: If the base has a weight that is not finite.
+    """
+
+    def __init__(self, base: str, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
+        self.base_name, self.dtype = base, dtype
+        self.device = device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        self.base = self._load(base)
+        _check_finite(self.base, f"`model={base}`")
+        self._loaded: tuple[tuple[str, ...], Any] = ((), self.base)
+
+    def __call__(self, row: Row) -> Any:
+        """
+        The row's model, in evaluation mode; good until the next call.
+
+        Raises:
+            ValueError: If it has a weight that is not finite.
+        """
+        if not row.models:
+            return self.base
+        if self._loaded[0] != row.models:
+            self._loaded = ((), self.base)  # frees the memory before more is loaded
+            self._loaded = (row.models, self._assemble(row.models))
+        model = self._loaded[1]
+        if len(row.models) > 1:
+            weights: float | list[float] = list(row.weights)
+            if isinstance(model, PeftModel) and BASE in row.models:
+                weights = row.weights[row.models.index(BASE)]  # lambda of one adapter is the base's share
+            set_interpolation_weight(model, weights)
+        _check_finite(model, f"`strategies` ({row.strategy}): {' + '.join(row.models)}")
+        return model
+
+    def _assemble(self, names: tuple[str, ...]) -> Any:
+        if adapters := [name for name in names if name != BASE and is_adapter(name)]:
+            model: Any = PeftModel.from_pretrained(self._load(self.base_name), adapters[0], adapter_name="end0")
+            for index, name in enumerate(adapters[1:], 1):
+                model.load_adapter(name, f"end{index}")
+            return model.eval()
+        ends = [self.base_name if name == BASE else name for name in names]
+        model = self._load(ends[0])
+        if len(ends) > 1:
+            hold_checkpoints(model, ends)
+        return model
+
+    def _load(self, name: str) -> Any:
+        return load_model(name, dtype=self.dtype).eval().to(self.device)
+
+
+def _check_finite(model: Any, where: str) -> None:
+    """Refuses a model with a weight that is NaN or infinite, whose samples would be noise that looks like samples."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{where} has a weight that is not finite, in {name}; train it again, or leave it out")

@@ -1,0 +1,190 @@
+"""From arguments to work: held-out prompts and rows, each row with the digests of all that its numbers depend on."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from trl_drcd.evaluation.arguments import EvaluateArguments
+from trl_drcd.evaluation.checks import check_parts
+from trl_drcd.evaluation.digests import content_digest, settings_digest
+from trl_drcd.evaluation.judging import RewardFunction, is_function, source_file
+from trl_drcd.evaluation.results import Result
+from trl_drcd.evaluation.sampling import Prompt
+from trl_drcd.evaluation.strategies import Row, chosen, expand
+from trl_drcd.files import local_name
+from trl_drcd.merging.adapters import BASE
+from trl_drcd.prompts import load_prompts
+
+JUDGES = (
+    "codec", "embedder", "second_embedder", "judge", "reference", "clap", "cross_encoder", "reward_model",
+    "preference",
+)  # fmt: skip
+"""Arguments that name what hears or judges."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """
+    The prompts of an evaluation.
+
+    Args:
+        prompts (`list`): All different, texts or conversations.
+        negative_prompts (`list`, *optional*): Each prompt's own x^-, `None` where it has none.
+    """
+
+    prompts: list[Prompt]
+    negative_prompts: list[Prompt | None] | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    A row to be measured.
+
+    Args:
+        row ([`Row`]): How it is sampled.
+        drawn (`str`): Digest of what its samples depend on.
+        settings (`str`): Digest of what its numbers depend on.
+    """
+
+    row: Row
+    drawn: str
+    settings: str
+
+    @property
+    def tokens_file(self) -> str:
+        """Name of the file of its token ids, in `samples/`."""
+        return f"{self.row.slug}_{self.drawn}.safetensors"
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of its kept samples, in `samples/`."""
+        return f"{self.row.slug}_{self.settings}"
+
+    def about(self, args: EvaluateArguments) -> Result:
+        """Its line of `results.jsonl`, but for what is measured."""
+        row = self.row
+        return Result(
+            strategy=row.strategy,
+            point=row.point,
+            name=row.name,
+            model=" + ".join(map(local_name, row.models or (args.model,))),
+            weights=row.weights,
+            guidance_scale=row.guidance_scale,
+            temperature=row.temperature,
+            diversity_coef=row.diversity_coef,
+            interpolation_weight=row.interpolation_weight,
+            training_seed=row.training_seed,
+            seed=args.seed,
+            prompts=args.num_prompts,
+            samples_per_prompt=args.samples_per_prompt,
+            teacher_guidance_scale=args.guidance_scale,
+            passes_per_token=1 if row.guidance_scale == 1 else 2,
+            settings=self.settings,
+        )
+
+
+def plan(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction]) -> tuple[HeldOut, list[Task]]:
+    """
+    Parses and checks everything that can be checked before a model is loaded.
+
+    Args:
+        args ([`EvaluateArguments`]): Everything.
+        extra_metrics (`dict`): Name of a metric to a callable with TRL's reward signature.
+
+    Returns:
+        `tuple`: The prompts, and the rows in the order of the strategies.
+
+    Raises:
+        FileNotFoundError: If a folder or file is not there.
+        ValueError: If a strategy is not well-formed, or there are fewer prompts than asked for.
+    """
+    rows = expand(chosen(args.strategies, args.only))
+    if args.omega == "equal" and args.preference and len({row.point for row in rows}) < 2:
+        raise ValueError(f"`omega=equal` compares strategies, and `{rows[0].point}` is the only one; give a number")
+    digest = functools.cache(content_digest)
+    check_parts(args, digest)
+    held_out = held_out_prompts(args)
+    judged = [
+        [_judge_digest(name, digest) if (name := getattr(args, judge)) else None for judge in JUDGES],
+        [args.guidance_scale, args.negative_prompt, args.prompt_information, args.metrics],
+        [_source_digest(name, digest) for name in args.metrics],
+        [[name, _function_digest(function, digest)] for name, function in extra_metrics.items()],
+        [args.listen, args.listen_samples],
+    ]
+    tasks = []
+    for row in rows:
+        drawn = sampling_digest(row, args, held_out, digest)
+        tasks.append(Task(row, drawn, settings_digest([drawn, judged])))
+    return held_out, tasks
+
+
+def held_out_prompts(args: EvaluateArguments) -> HeldOut:
+    """
+    The first different prompts of the data set, each with its own negative prompt where there is that column.
+
+    Raises:
+        ValueError: If there are too few.
+    """
+    data = load_prompts("dataset", args.dataset, args.dataset_split)
+    first: dict[str, tuple[Prompt, Prompt | None]] = {}
+    negatives = data["negative_prompt"] if "negative_prompt" in data.column_names else [None] * len(data)
+    for prompt, negative in zip(data["prompt"], negatives, strict=True):
+        if len(first) < args.num_prompts:
+            first.setdefault(json.dumps(prompt), (prompt, negative))
+    if len(first) < args.num_prompts:
+        raise ValueError(
+            f"`dataset={args.dataset}` has {len(first)} different prompts, `num_prompts` is {args.num_prompts}"
+        )
+    prompts, own = (list(column) for column in zip(*first.values(), strict=True))
+    return HeldOut(prompts, own if any(own) else None)
+
+
+def sampling_digest(row: Row, args: EvaluateArguments, held_out: HeldOut, digest: Callable[[str], str]) -> str:
+    """
+    Names what the samples of a row depend on: the contents of the models, not their names; those of weight 0 do not
+    count, nor does the base, so that the ends of a sweep are the models that they are.
+    """
+    mixed = zip(row.models, row.weights, strict=True)
+    models = [digest(args.model), *((digest(name), weight) for name, weight in mixed if weight and name != BASE)]
+    guided = row.guidance_scale != 1
+    guidance = [row.guidance_scale, row.negative_prompt] if guided else None
+    how = [args.samples_per_prompt, args.max_new_tokens, args.batch_size, args.dtype, args.seed]
+    settings: list[object] = [models, [row.temperature, guidance], how, held_out.prompts]
+    if guided and held_out.negative_prompts:
+        settings.append(held_out.negative_prompts)
+    if args.chat_template_kwargs:
+        settings.append(args.chat_template_kwargs)
+    return settings_digest(settings)
+
+
+def _judge_digest(name: str, digest: Callable[[str], str]) -> str:
+    return _source_digest(name, digest) if is_function(name) else digest(name)
+
+
+def _source_digest(name: str, digest: Callable[[str], str]) -> str:
+    """Of a function `module.function`: its name and the module's source."""
+    file = source_file(name)
+    return f"{name} {digest(str(file)) if file else ''}"
+
+
+def _function_digest(function: RewardFunction, digest: Callable[[str], str]) -> str:
+    """Of a callable: the source of the module that it is from, where there is one."""
+    try:
+        file = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
+    except TypeError:
+        file = None
+    return digest(file) if file else ""
+
+
+def unmeasured(tasks: Iterable[Task], done: Mapping[str, Result]) -> list[Task]:
+    """The first task of each settings that is not done."""
+    waiting: dict[str, Task] = {}
+    for task in tasks:
+        if task.settings not in done:
+            waiting.setdefault(task.settings, task)
+    return list(waiting.values())

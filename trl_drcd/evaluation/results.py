@@ -1,0 +1,245 @@
+"""
+`results.jsonl`: its lines as typed rows, and how they are read, appended and rewritten.
+
+This file alone knows the format. Every writer holds the folder's lock and reads the file anew before it rewrites it,
+so that several evaluations into one folder lose nothing of each other's.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from filelock import FileLock
+
+from trl_drcd.evaluation.statistics import Interval
+from trl_drcd.files import remove_temporaries, write_text
+
+USUAL_TEMPERATURE = 0.99
+"""What everything is sampled at unless it says otherwise, as in the paper."""
+FULL, FORBIDDEN = {errno.ENOSPC, errno.EDQUOT}, {errno.EROFS, errno.EACCES, errno.EPERM}
+ROOM = 2**20
+"""Bytes that the results and kept samples of a row take, about."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """
+    A line of `results.jsonl`: one way to sample, and what was measured of its samples.
+
+    Args:
+        strategy (`str`): What a sweep is called; the rows of one strategy are one curve.
+        point (`str`): The strategy with what is swept in it; the same for all training seeds.
+        name (`str`): The point, with the training seed where there are several.
+        model (`str`): The models, joined by ` + `.
+        weights (`tuple[float, ...]`): Of the models; empty for the base alone.
+        guidance_scale, temperature (`float`): Of the sampling.
+        diversity_coef, interpolation_weight, training_seed (*optional*): As the strategy says.
+        seed (`int`): Of the draws.
+        prompts, samples_per_prompt (`int`): How many.
+        teacher_guidance_scale (`float`): gamma of the teacher that the KL is taken to.
+        passes_per_token (`int`): 2 with guidance.
+        kind (`str`): `"text"` or `"music"`.
+        metrics (`dict`): Every metric with its interval.
+        per_prompt (`dict`): Values on each prompt, of the metrics that have them.
+        samples (`str`): Folder of the kept samples, inside `samples/`.
+        settings (`str`): Digest of everything that the numbers depend on.
+        omega (`float`, *optional*): `quality = omega * adherence + preference`; `None` where quality is adherence.
+        more (`dict`): What other versions have written beside these.
+    """
+
+    strategy: str
+    point: str
+    name: str
+    model: str = ""
+    weights: tuple[float, ...] = ()
+    guidance_scale: float = 1.0
+    temperature: float = USUAL_TEMPERATURE
+    diversity_coef: float | None = None
+    interpolation_weight: float | None = None
+    training_seed: int | None = None
+    seed: int = 0
+    prompts: int = 0
+    samples_per_prompt: int = 0
+    teacher_guidance_scale: float = 3.0
+    passes_per_token: int = 1
+    kind: Literal["text", "music"] = "text"
+    metrics: dict[str, Interval] = field(default_factory=dict)
+    per_prompt: dict[str, list[float]] = field(default_factory=dict)
+    samples: str = ""
+    settings: str = ""
+    omega: float | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any]) -> Self:
+        """
+        The row that a line holds; what is missing, as in lines of earlier versions, has its default.
+
+        Raises:
+            ValueError: If it is no line of results: without a name, metrics and values by prompt.
+        """
+        name = line.get("name")
+        if not isinstance(name, str) or not all(isinstance(line.get(key), dict) for key in ("metrics", "per_prompt")):
+            raise ValueError("no result of an evaluation")
+        known = {one.name for one in fields(Result)} - {"more"}
+        given = {"strategy": name, "point": name} | {key: line[key] for key in known & line.keys()}
+        if "passes_per_token" not in line:
+            given["passes_per_token"] = 1 if given.get("guidance_scale", 1) == 1 else 2
+        given["weights"] = tuple(given.get("weights", ()))
+        return cls(**given, more={key: value for key, value in line.items() if key not in known})
+
+    def to_json(self) -> dict[str, Any]:
+        """The line of this row."""
+        line = {one.name: getattr(self, one.name) for one in fields(Result)}
+        line["weights"] = list(self.weights)
+        if "quality" not in self.metrics:
+            del line["omega"]
+        return line | line.pop("more")
+
+    def is_base(self) -> bool:
+        """The base model without guidance at the usual temperature."""
+        return not self.weights and self.guidance_scale == 1 and self.temperature == USUAL_TEMPERATURE
+
+    def is_trained(self) -> bool:
+        """One trained model as it is, without guidance at the usual temperature."""
+        return len(self.weights) == 1 and self.guidance_scale == 1 and self.temperature == USUAL_TEMPERATURE
+
+
+# ---------------------------------------------------------------- the file
+
+
+def read_results(file: str | Path) -> list[Result]:
+    """
+    All lines of a `results.jsonl`.
+
+    Raises:
+        ValueError: If one is no result.
+    """
+    return _parse(file, Path(file).read_text(encoding="utf-8"))
+
+
+def _parse(file: str | Path, text: str) -> list[Result]:
+    results = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            results.append(Result.from_json(json.loads(line)))
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{file}, line {number} is no result of an evaluation; remove that line, or the file"
+            ) from error
+    return results
+
+
+class ResultsFolder:
+    """
+    The results in an output folder: `results.jsonl`, and `other_results.jsonl` with those that the last evaluation had
+    not asked for.
+
+    Args:
+        folder (`str` or `Path`): Made where it is not there.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.file, self.others = self.folder / "results.jsonl", self.folder / "other_results.jsonl"
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Says what to do where the folder cannot be written to."""
+        try:
+            yield
+        except OSError as error:
+            full, here = error.errno in FULL, str(error.filename or "").startswith(str(self.folder))
+            if not full and not (here and error.errno in FORBIDDEN):
+                raise
+            remedy = "free some room" if full else "give a folder that you may write to"
+            raise OSError(
+                error.errno,
+                f"`output_dir={self.folder}` cannot be written to ({error.strerror}): {remedy} and call this again; "
+                "what results.jsonl has is not measured again",
+            ) from error
+
+    def check_room(self, rows: int) -> None:
+        """
+        Checks that so many rows more can be written; temporary files of processes that have died are removed.
+
+        Raises:
+            OSError: If they cannot.
+        """
+        for folder in (self.folder, self.folder / "samples", *(self.folder / "samples").glob("*/")):
+            remove_temporaries(folder)
+        if (free := shutil.disk_usage(self.folder).free) < rows * ROOM:
+            needed = f"{free >> 20} MiB are free, and {rows} rows take about {rows * ROOM >> 20} MiB"
+            raise OSError(errno.ENOSPC, needed)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from writing."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".results.lock"):
+            yield
+
+    def read(self) -> dict[str, Result]:
+        """
+        What is there already, by its settings; a last line that is torn is taken off.
+
+        Raises:
+            ValueError: If another line is no result.
+        """
+        with self.locked():
+            return {result.settings: result for result in self._read()}
+
+    def append(self, result: Result) -> None:
+        """One line more, on the disk before this returns."""
+        with self.locked(), open(self.file, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(result.to_json()) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def arrange(self, results: Sequence[Result]) -> None:
+        """Rewrites `results.jsonl` as these results; whatever else is there goes to `other_results.jsonl`."""
+        with self.locked():
+            asked = {result.settings for result in results}
+            others = {(one.settings, one.name): one for one in self._read() if one.settings not in asked}
+            if others or self.others.exists():
+                _write(self.others, others.values())
+            _write(self.file, results)
+
+    def _read(self) -> list[Result]:
+        return [result for file in (self.others, self.file) for result in _read_whole_lines(file)]
+
+
+def _read_whole_lines(file: Path) -> list[Result]:
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    if text and not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]
+        write_text(file, text)
+    results = _parse(file, text)
+    if unsettled := next((number for number, one in enumerate(results, 1) if not one.settings), None):
+        raise ValueError(f"{file}, line {unsettled} is no result of an evaluation; remove that line, or the file")
+    return results
+
+
+def _write(file: Path, results: Iterable[Result]) -> None:
+    """The whole file, in one piece."""
+    write_text(file, "".join(json.dumps(result.to_json()) + "\n" for result in results))
+
+
+def with_metrics(
+    result: Result, metrics: Mapping[str, Interval], per_prompt: Mapping[str, list[float]], omega: float | None
+) -> Result:
+    """The row with these metrics more, and the `omega` that its quality is made with."""
+    return replace(
+        result,
+        metrics={**result.metrics, **metrics},
+        per_prompt={**result.per_prompt, **per_prompt},
+        omega=omega,
+    )

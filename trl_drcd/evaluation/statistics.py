@@ -1,0 +1,232 @@
+"""
+Intervals at 95 %: over prompts by bootstrap; over prompts and training seeds by Student's t.
+
+Letters: `P` prompts, `R` training seeds. A statistic of several models is computed once for each *replicate* of their
+means ([`Resampling.means`]), so that whatever is compared is paired: replicate by replicate, the same prompts are
+drawn and the same training seed is left out for all.
+
+With training seeds the variance of a statistic has two parts, over prompts and over seeds, each estimated by leaving
+out one at a time (jackknife; of a mean it is the squared standard error). A bootstrap over three seeds would be too
+narrow by far: it draws from `(R - 1) / R` of their variance and ignores how uncertain that is. So the interval is
+Student's t with the degrees of freedom of Satterthwaite (https://doi.org/10.2307/3002019) for the sum of the two
+parts, which counts the interaction of prompts and seeds twice and so is rather too wide than too narrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import t as student
+
+LEVEL = 0.95
+RESAMPLES = 2000
+
+
+class Interval(TypedDict):
+    """A value with both ends of its interval; the unit is the value's."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def times_drawn(prompts: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """
+    How often a bootstrap draws each prompt; the same for the same arguments.
+
+    Args:
+        prompts (`int`): `P`, drawn with replacement `P` at a time.
+        resamples (`int`, *optional*, defaults to 2000): Draws.
+        seed (`int`, *optional*, defaults to 0): Of the random numbers.
+
+    Returns:
+        `np.ndarray`: Shape `(1 + resamples, P)`, float; the first row, of the prompts as they are, is ones.
+    """
+    return _times_drawn(prompts, resamples, seed).copy()
+
+
+@lru_cache(maxsize=4)
+def _times_drawn(prompts: int, resamples: int, seed: int) -> np.ndarray:
+    draws = np.random.default_rng(seed).integers(0, prompts, (resamples, prompts))
+    return np.concatenate([np.ones((1, prompts)), [np.bincount(draw, minlength=prompts) for draw in draws]])
+
+
+def percentile_interval(replicates: ArrayLike, level: float = LEVEL, centred: bool = False) -> Interval:
+    """
+    The bootstrap interval of a statistic.
+
+    Args:
+        replicates (array): Shape `(1 + resamples,)`: the statistic of the prompts as they are, then of each draw.
+        level (`float`, *optional*, defaults to 0.95): Coverage, between 0 and 1.
+        centred (`bool`, *optional*, defaults to `False`): Move the draws so that their mean is the statistic; for one
+            that a draw's repeated prompts bias.
+    """
+    value, drawn = float(np.asarray(replicates)[0]), np.asarray(replicates, dtype=np.float64)[1:]
+    drawn = drawn - (drawn.mean() - value) if centred else drawn
+    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return {"mean": value, "low": float(low), "high": float(high)}
+
+
+def bootstrap_interval(
+    values: ArrayLike,
+    statistic: Callable[[np.ndarray], float] | None = None,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Interval:
+    """
+    A statistic and its percentile bootstrap interval over prompts.
+
+    Prompts are drawn with replacement. The draws depend on the seed and on `P` alone, so that intervals of several
+    models on the same prompts are paired; several columns are drawn together, for differences and ratios:
+    `bootstrap_interval(np.stack([after, before], 1), lambda v: 1 - v[:, 0].mean() / v[:, 1].mean())`.
+
+    Args:
+        values (array): Shape `(P,)` or `(P, columns)`, one row per prompt.
+        statistic (`Callable`, *optional*): Maps rows to a number; the mean over what is not NaN if `None`.
+        resamples (`int`, *optional*, defaults to 2000): Bootstrap draws.
+        level (`float`, *optional*, defaults to 0.95): Coverage, between 0 and 1.
+        seed (`int`, *optional*, defaults to 0): Of the draws.
+
+    Returns:
+        `Interval`: `mean` (the statistic of the values as they are), `low`, `high`; the unit of the values.
+
+    Raises:
+        ValueError: If there are no values.
+    """
+    rows = np.asarray(values, dtype=np.float64)
+    if len(rows) == 0:
+        raise ValueError("`values` is empty; expected one row per prompt")
+    draws = np.random.default_rng(seed).integers(0, len(rows), (resamples, len(rows)))
+    if statistic is None:
+        flat = rows.reshape(len(rows), -1)
+        return percentile_interval([np.nanmean(flat), *np.nanmean(flat[draws], axis=(1, 2))], level)
+    return percentile_interval([statistic(rows), *(statistic(rows[draw]) for draw in draws)], level)
+
+
+def t_interval(
+    mean: float, variances: Sequence[float], degrees_of_freedom: Sequence[float], level: float = LEVEL
+) -> Interval:
+    """
+    Student's t interval of a value whose variance is a sum of independent estimates.
+
+    The degrees of freedom are Satterthwaite's: `(sum v_i)^2 / sum(v_i^2 / f_i)`.
+
+    Args:
+        mean (`float`): The value.
+        variances (`Sequence[float]`): The parts `v_i` of its variance (squared standard errors), each at least 0.
+        degrees_of_freedom (`Sequence[float]`): Of each part, `f_i`.
+        level (`float`, *optional*, defaults to 0.95): Coverage, between 0 and 1.
+
+    Returns:
+        `Interval`: Without ends (infinite) where a part is not finite.
+    """
+    parts, freedom = np.asarray(variances, dtype=np.float64), np.asarray(degrees_of_freedom, dtype=np.float64)
+    variance = parts.sum()
+    if not np.isfinite(variance):
+        return {"mean": float(mean), "low": -np.inf, "high": np.inf}
+    if variance == 0:
+        return {"mean": float(mean), "low": float(mean), "high": float(mean)}
+    shares = parts / variance  # divided first: squares of small variances underflow
+    half = float(student.ppf((1 + level) / 2, 1 / (shares**2 / freedom).sum()) * np.sqrt(variance))
+    return {"mean": float(mean), "low": float(mean) - half, "high": float(mean) + half}
+
+
+def variance_of(values: np.ndarray) -> float:
+    """The squared standard error of the mean of independent values, `(n,)`, at least 2."""
+    return float(np.var(values, ddof=1) / len(values))
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """
+    How a statistic of several models is resampled: bootstrap draws of the prompts; where there are training seeds,
+    also each prompt left out, and each seed.
+
+    Models with equally many training seeds share them: the first seed of one is left out with the first of the others.
+
+    Args:
+        prompts (`int`): `P`, the same prompts for all models.
+        seeds (`tuple[int, ...]`): The numbers of training seeds that occur, of those above 1, each once.
+        resamples (`int`, *optional*, defaults to 2000): Bootstrap draws.
+        seed (`int`, *optional*, defaults to 0): Of the draws.
+    """
+
+    prompts: int
+    seeds: tuple[int, ...] = ()
+    resamples: int = RESAMPLES
+    seed: int = 0
+
+    @classmethod
+    def of(cls, values: Iterable[np.ndarray]) -> Resampling:
+        """
+        For models with these values of a metric, each of shape `(R, P)`.
+
+        Raises:
+            ValueError: If a shape is another, there are no values, or the models differ in their number of prompts.
+        """
+        shapes = {np.shape(value) for value in values}
+        if any(len(shape) != 2 or 0 in shape for shape in shapes) or len({shape[-1] for shape in shapes}) != 1:
+            raise ValueError(f"`values` must have shapes (R, P) with one P and none of them 0, got {sorted(shapes)}")
+        return cls(shapes.copy().pop()[1], tuple(sorted({shape[0] for shape in shapes} - {1})))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Replicates of each kind: the statistic itself, draws, prompts left out, seeds left out."""
+        return (1, self.resamples, *((self.prompts, *self.seeds) if self.seeds else ()))
+
+    def means(self, values: ArrayLike) -> np.ndarray:
+        """
+        The mean over training seeds and prompts, followed by its replicates.
+
+        Args:
+            values (array): Shape `(R, P)`; what is NaN is left out.
+
+        Returns:
+            `np.ndarray`: Shape `(sum(sizes),)`.
+
+        Raises:
+            ValueError: If the shape is another.
+        """
+        given = np.asarray(values, dtype=np.float64)
+        if given.ndim != 2 or given.shape[1] != self.prompts or given.shape[0] not in (1, *self.seeds):
+            raise ValueError(
+                f"`values` must have shape (R, {self.prompts}) with R in {[1, *self.seeds]}, got {given.shape}"
+            )
+        times, known = _times_drawn(self.prompts, self.resamples, self.seed), np.isfinite(given)
+        if self.seeds:
+            times = np.concatenate([times, 1 - np.eye(self.prompts)])
+        with np.errstate(invalid="ignore"):
+            of_seeds = (times @ np.where(known, given, 0).T) / (times @ known.T)  # (replicates, R)
+        means = [of_seeds.mean(1)]
+        for seeds in self.seeds:
+            own = len(given) == seeds
+            means.append(np.array([np.delete(of_seeds[0], r).mean() if own else means[0][0] for r in range(seeds)]))
+        return np.concatenate(means)
+
+    def interval(self, replicates: np.ndarray, level: float = LEVEL) -> Interval:
+        """
+        The interval of a statistic of means: percentiles of the draws, or Student's t where training seeds matter.
+
+        Args:
+            replicates (`np.ndarray`): Shape `(sum(sizes),)`: a function of [`means`], replicate by replicate.
+            level (`float`, *optional*, defaults to 0.95): Coverage, between 0 and 1.
+
+        Returns:
+            `Interval`: Without ends (infinite) where the statistic is NaN without one of the prompts or seeds.
+
+        Raises:
+            ValueError: If there are more or fewer replicates.
+        """
+        if replicates.shape != (sum(self.sizes),):
+            raise ValueError(f"`replicates` must have shape ({sum(self.sizes)},), got {replicates.shape}")
+        value, draws, *left_out = np.split(replicates, np.cumsum(self.sizes)[:-1])
+        if all(np.allclose(block, value, rtol=1e-12, atol=0, equal_nan=True) for block in left_out[1:]):
+            return percentile_interval(np.concatenate([value, draws]), level)
+        variances = [(len(block) - 1) * block.var() for block in left_out]  # of the jackknife
+        return t_interval(float(value[0]), variances, [len(block) - 1 for block in left_out], level)
