@@ -1,79 +1,59 @@
 """The critic's advantages against exact enumeration of all groups of a toy autoregressive policy."""
 
 import itertools
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trl_drcd.credit import (
-    generalized_advantages,
-    minus_others,
-    per_codebook,
-    predicted_cosines,
-    subtract_other_prompts,
-)
-from trl_drcd.critic import (
-    CALIBRATION_KNOTS,
-    KNOTS,
-    PrefixCritic,
-    critic_advantages,
-    feature_size,
-    orthogonal_projection,
-    running_mean,
-)
+from trl_drcd.audio.codecs import CodebookCodec, delay
+from trl_drcd.credit import generalized_advantages, per_code, predicted_cosines, subtract_other_prompts
+from trl_drcd.critic import PrefixCritic, critic_advantages, embed_prefixes, prefix_steps
 from trl_drcd.diversity import diversity_advantages
 
-STEPS, HIDDEN, SIZE = 3, 5, 4
+STEPS, SIZE = 3, 4
 
 
 class ToyPolicy:
     """
-    Tokens 0 .. `tokens - 1`; with `eos`, token 0 ends a completion. Logits, hidden states and embeddings are tables.
+    A policy whose logits, and an embedder whose vectors, are tables by prefix.
 
     Args:
-        tokens, eos: The vocabulary.
-        codebooks: Tokens drawn at each step, each from the steps before; those in `undrawn` (step, codebook) are
-        fixed.
+        tokens, eos: Tokens 0 .. `tokens - 1`; with `eos`, token 0 ends a completion.
+        codebooks, undrawn: Tokens of each step, each drawn from the steps before; those (step, codebook) are fixed.
     """
 
     def __init__(self, tokens=2, eos=False, codebooks=1, undrawn=(), steps=STEPS):
         torch.manual_seed(1)
-        self.eos = eos
-        action = list(itertools.product(range(tokens), repeat=codebooks))
-        self.sequences = []
-        for sequence in itertools.product(action, repeat=steps):
+        actions = list(itertools.product(range(tokens), repeat=codebooks))
+        self.sequences, self.starts = [], list(range(1, steps))
+        for sequence in itertools.product(actions, repeat=steps):
             cut = next((n for n, a in enumerate(sequence) if a[0] == 0), steps - 1) + 1 if eos else steps
-            if any(sequence[n][k] for n, k in undrawn):
-                continue
-            if sequence[:cut] not in self.sequences:
+            if sequence[:cut] not in self.sequences and not any(sequence[n][k] for n, k in undrawn):
                 self.sequences.append(sequence[:cut])
         prefixes = sorted({s[:n] for s in self.sequences for n in range(steps + 1)})
-        self.index = {prefix: i for i, prefix in enumerate(prefixes)}
+        index = {prefix: i for i, prefix in enumerate(prefixes)}
         self.theta = torch.randn(len(prefixes), codebooks, tokens, dtype=torch.float64, requires_grad=True)
-        hidden = torch.randn(len(prefixes), HIDDEN, dtype=torch.float64)
+        vectors = torch.randn(len(prefixes), SIZE, dtype=torch.float64) + 1
         count = len(self.sequences)
-        self.embeddings = torch.randn(count, SIZE, dtype=torch.float64) + 1
-        self.mask = torch.zeros(count, steps, dtype=torch.bool)
-        self.code_mask = torch.zeros(count, steps, codebooks, dtype=torch.bool)
-        self.hidden = torch.full((count, steps, HIDDEN), torch.nan, dtype=torch.float64)  # padding is never read
-        self.peeking = self.hidden.clone()
-        log_probs, code = self.theta.log_softmax(-1), []
+        self.embeddings = torch.stack([vectors[index[s]] for s in self.sequences])
+        self.prefixes = torch.full((count, steps - 1, SIZE), torch.nan, dtype=torch.float64)  # where none is, not read
+        self.peeking, self.reached = self.prefixes.clone(), torch.zeros(count, steps - 1, dtype=torch.bool)
+        self.mask = torch.zeros(count, steps, codebooks, dtype=torch.bool)
+        log_probs, rows = self.theta.log_softmax(-1), []
         for row, sequence in enumerate(self.sequences):
-            self.mask[row, : len(sequence)] = True
             parts = torch.zeros(steps, codebooks, dtype=torch.float64)
-            for n in range(len(sequence)):
-                here = self.index[sequence[:n]]
-                self.hidden[row, n] = hidden[here]
-                self.peeking[row, n] = hidden[self.index[sequence[: n + 1]]]
+            for n, action in enumerate(sequence):
+                if n > 0:
+                    self.reached[row, n - 1] = True
+                    self.prefixes[row, n - 1] = vectors[index[sequence[:n]]]
+                    self.peeking[row, n - 1] = vectors[index[sequence[: n + 1]]]
                 for k in range(codebooks):
                     if (n, k) not in undrawn:
-                        self.code_mask[row, n, k] = True
-                        parts[n, k] = log_probs[here, k, sequence[n][k]]
-            code.append(parts)
-        self.code_log_probs = torch.stack(code)  # (sequences, S, K)
+                        self.mask[row, n, k] = True
+                        parts[n, k] = log_probs[index[sequence[:n]], k, action[k]]
+            rows.append(parts)
+        self.code_log_probs = torch.stack(rows)  # (sequences, S, K)
         self.log_probs = self.code_log_probs.sum((1, 2))
 
     def exact(self):
@@ -84,9 +64,8 @@ class ToyPolicy:
 
     def expected(self, group, advantages_of, prompts=1):
         """`E[mean_j sum_n sum_k A_jnk grad log p(y_jnk)]` over all batches; `advantages_of(rows) -> (B, S, K)`."""
-        count = len(self.sequences)
-        batches = torch.cartesian_prod(*[torch.arange(count)] * (group * prompts))
-        if prompts == 1:  # each group is a batch of its own: no term of another prompt
+        batches = torch.cartesian_prod(*[torch.arange(len(self.sequences))] * (group * prompts))
+        if prompts == 1:  # many groups in one batch, for what takes nothing from other prompts
             advantages = advantages_of(batches.flatten()).unflatten(0, batches.shape)
         else:
             advantages = torch.stack([advantages_of(batch) for batch in batches])
@@ -95,32 +74,29 @@ class ToyPolicy:
         return torch.autograd.grad((weight * surrogate).sum(), self.theta, retain_graph=True)[0]
 
 
-def wrong_critic(seed=0):
-    """Weights that have nothing to do with the policy."""
-    critic, generator = PrefixCritic(HIDDEN, SIZE, STEPS), torch.Generator().manual_seed(seed)
-    state = {n: torch.randn(t.shape, generator=generator).double() for n, t in critic.state_dict().items()}
-    state["second_moments"] = torch.eye(HIDDEN).expand(KNOTS, -1, -1) / 5
-    state["calibration_moments"][:, :-1] = torch.eye(2 * CALIBRATION_KNOTS)
-    state["sequences"] = state["calibration_sequences"] = torch.tensor([1e6])
-    critic.load_state_dict(state)
-    assert critic.weights().abs().mean() > 1 and critic.calibration().abs().mean() > 0.3
+def wrong_critic(prefixes):
+    """Prefixes of random vectors say nothing of the end; these factors believe them."""
+    critic = PrefixCritic(prefixes)
+    factors = torch.linspace(0.9, 0.4, prefixes)
+    critic.load_state_dict({"sums": torch.stack([factors, torch.ones(prefixes), torch.full((prefixes,), 1e12)])})
+    torch.testing.assert_close(critic.factors().float(), factors)
     return critic
 
 
-def advantages_of(policy, group, critic, gae_lambda=1.0, kernel="pairs", hidden=None):
-    hidden = policy.hidden if hidden is None else hidden
+def advantages_of(policy, group, gae_lambda=1.0, kernel="pairs", prefixes=None):
+    prefixes = policy.prefixes if prefixes is None else prefixes
+    critic = wrong_critic(len(policy.starts))
 
     def make(rows):
-        output = critic_advantages(
-            critic, hidden[rows], policy.mask[rows], policy.embeddings[rows], group, gae_lambda, kernel, fit=False
-        )
-        return per_codebook(output.advantages, policy.code_mask[rows])
+        found = prefixes[rows], policy.reached[rows], policy.embeddings[rows]
+        output = critic_advantages(critic, *found, group, gae_lambda, kernel, fit=False)
+        return per_code(output.advantages, policy.starts, policy.mask[rows])
 
     return make
 
 
 def one_by_one(make, group):
-    """As `make`, but each group alone: at G = 2 a batch of one prompt has no other prompts."""
+    """As `make`, but each group alone: in a batch of one prompt there are no other prompts."""
     return lambda rows: torch.cat([make(part) for part in rows.split(group)])
 
 
@@ -130,10 +106,10 @@ TOYS += [(2, True, 2), (2, True, 3), (2, True, 4), (3, True, 2), (3, True, 3), (
 
 
 @pytest.mark.parametrize(("tokens", "eos", "group"), TOYS)
-def test_unbiased_for_any_weights(tokens, eos, group):
-    """At `gae_lambda` 1 the expected gradient is one half of the exact one, however wrong the critic is."""
+def test_unbiased_however_wrong(tokens, eos, group):
+    """At `gae_lambda` 1 the expected gradient is one half of the exact one, whatever the prefixes say."""
     policy = ToyPolicy(tokens, eos)
-    make = advantages_of(policy, group, wrong_critic())
+    make = advantages_of(policy, group)
     expected = policy.expected(group, one_by_one(make, group) if group == 2 else make)
     torch.testing.assert_close(expected, policy.exact(), rtol=0, atol=1e-10)
 
@@ -141,84 +117,85 @@ def test_unbiased_for_any_weights(tokens, eos, group):
 def test_unbiased_with_another_prompt():
     """Two prompts a batch: at G = 2 each takes its level from the other one."""
     policy = ToyPolicy(2, eos=True)
-    make = advantages_of(policy, 2, wrong_critic())
-    torch.testing.assert_close(policy.expected(2, make, prompts=2), policy.exact(), rtol=0, atol=1e-10)
+    expected = policy.expected(2, advantages_of(policy, 2), prompts=2)
+    torch.testing.assert_close(expected, policy.exact(), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(("steps", "undrawn"), [(2, ()), (3, ((0, 1), (2, 0)))], ids=["parallel", "delayed"])
 def test_unbiased_with_codebooks(steps, undrawn):
     """Two codes a step; delayed by one step, codebook 1 begins late and codebook 0 ends early."""
     policy = ToyPolicy(codebooks=2, undrawn=undrawn, steps=steps)
-    make = advantages_of(policy, 3, wrong_critic())
-    torch.testing.assert_close(policy.expected(3, make), policy.exact(), rtol=0, atol=1e-10)
+    expected = policy.expected(3, advantages_of(policy, 3))
+    torch.testing.assert_close(expected, policy.exact(), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("group", [2, 3])
 def test_a_critic_that_peeks_is_found(group):
-    """Hidden states that have read the very token of the step: the enumeration must not pass."""
+    """Prefixes that hold the first token of their own block: the enumeration must not pass."""
     policy = ToyPolicy(eos=True)
-    make = advantages_of(policy, group, wrong_critic(), hidden=policy.peeking)
+    make = advantages_of(policy, group, prefixes=policy.peeking)
     expected = policy.expected(group, one_by_one(make, group) if group == 2 else make)
-    assert (expected - policy.exact()).abs().max() > 0.01
+    assert (expected - policy.exact()).abs().max() > 0.005
 
 
 def test_below_one_a_wrong_critic_is_biased():
     policy = ToyPolicy(eos=True)
-    expected = policy.expected(3, advantages_of(policy, 3, wrong_critic(), gae_lambda=0.5))
-    assert (expected - policy.exact()).abs().max() > 0.01
+    expected = policy.expected(3, advantages_of(policy, 3, gae_lambda=0.5))
+    assert (expected - policy.exact()).abs().max() > 0.005
 
 
-def rollout(prompts=4, group=4, steps=12, seed=0):
-    """Completions of unequal length, whose embeddings are what the mean of their hidden states says, plus noise."""
+def rollout(prompts=4, group=4, blocks=5, seed=0, shortest=2):
+    """Completions of unequal length: the embedding of a prefix is the sum of what its blocks say."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    count = prompts * group
-    hidden = draw(prompts, 1, 1, HIDDEN).expand(prompts, group, steps, HIDDEN).flatten(0, 1) + draw(
-        count, steps, HIDDEN
-    )
-    lengths = torch.randint(steps // 2, steps + 1, (count, 1), generator=generator)
-    mask = torch.arange(steps) < lengths
-    reads = torch.randn(HIDDEN, SIZE, generator=torch.Generator().manual_seed(99))
-    embeddings = running_mean(hidden, mask)[:, -1] @ reads + 0.05 * draw(count, SIZE) + 1
-    return hidden.masked_fill(~mask[..., None], torch.nan), mask, embeddings
+    of_prompt = 2 * torch.randn(prompts, 1, 1, SIZE, generator=generator)
+    parts = torch.randn(prompts, group, blocks, SIZE, generator=generator)
+    sums = (of_prompt + parts.cumsum(2)).flatten(0, 1)
+    last = torch.randint(shortest, blocks, (prompts * group, 1), generator=generator)
+    embeddings = sums.take_along_dim(last[..., None], dim=1)[:, 0]
+    return sums[:, :-1], torch.arange(blocks - 1) < last, embeddings
 
 
 @pytest.mark.parametrize(("prompts", "group"), [(1, 2), (3, 2), (1, 3), (3, 3), (2, 8)])
 def test_an_empty_critic_is_the_sequence_level(prompts, group):
-    hidden, mask, embeddings = rollout(prompts, group)
-    lengths = torch.full_like(mask, True)
-    hidden = hidden.nan_to_num()
-    output = critic_advantages(PrefixCritic(HIDDEN, SIZE, 12), hidden, lengths, embeddings, group)
-    expected = diversity_advantages(embeddings, group)[:, None].expand(-1, 12)
+    prefixes, reached, embeddings = rollout(prompts, group)
+    everywhere = torch.ones_like(reached)
+    output = critic_advantages(PrefixCritic(4), prefixes, everywhere, embeddings, group)
+    expected = diversity_advantages(embeddings, group)[:, None].expand(-1, 5)
     torch.testing.assert_close(output.advantages, expected, atol=1e-6, rtol=1e-5)
     assert output.metrics["critic/squared_advantage"] == pytest.approx(1)
     assert output.metrics["critic/r2_q4"] == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize(("group", "least"), [(2, 0.1), (4, 0.3)])
-def test_learns_and_explains_more_along_the_completion(group, least):
-    """On held-out prompts; at G = 2 the one other sample has to give the level, which is noise."""
-    critic = PrefixCritic(HIDDEN, SIZE, 12)
-    for seed in range(60):
-        critic_advantages(critic, *rollout(group=group, seed=seed), group)
-    held_out = rollout(64, group, seed=100)
+@pytest.mark.parametrize("group", [2, 4])
+def test_learns_and_explains_more_along_the_completion(group):
+    critic = PrefixCritic(4)
+    for seed in range(20):
+        critic_advantages(critic, *rollout(group=group, seed=seed, shortest=4), group)
+    factors = critic.factors().tolist()
+    assert 1 >= factors[3] > factors[0] > 0.1
+    held_out = rollout(64, group, seed=100, shortest=4)
     metrics = critic_advantages(critic, *held_out, group, fit=False).metrics
     r2 = [metrics[f"critic/r2_q{q}"] for q in (1, 2, 3, 4)]
-    assert r2[3] == max(r2) > least and r2[0] > 0, r2
-    assert metrics["critic/squared_advantage"] < 0.95
+    assert r2 == sorted(r2) and r2[3] > 0.5 and r2[0] > 0
+    assert metrics["critic/squared_advantage"] < 0.8
     short = critic_advantages(critic, *held_out, group, gae_lambda=0.0, fit=False)
-    assert short.metrics["critic/squared_advantage"] < metrics["critic/squared_advantage"] / 2
-    assert (short.advantages[~held_out[1]] == 0).all()
+    assert short.metrics["critic/squared_advantage"] < 0.7 * metrics["critic/squared_advantage"]
+
+
+def test_blocks_past_the_end_have_no_advantage():
+    prefixes, reached, embeddings = rollout()
+    advantages = critic_advantages(PrefixCritic(4), prefixes, reached, embeddings, 4, 0.5).advantages
+    assert (advantages[:, 1:][~reached] == 0).all() and (advantages[:, 0] != 0).all() and not reached.all()
 
 
 def test_a_rollout_is_never_used_for_its_own_advantages():
-    rollouts = [rollout(seed=seed) for seed in range(3)]
-    learning, frozen = PrefixCritic(HIDDEN, SIZE, 12), PrefixCritic(HIDDEN, SIZE, 12)
-    for one in rollouts:
+    learning, frozen = PrefixCritic(4), PrefixCritic(4)
+    for seed in range(3):
         frozen.load_state_dict(learning.state_dict())
-        before = critic_advantages(frozen, *one, 4, fit=False).advantages
-        torch.testing.assert_close(critic_advantages(learning, *one, 4).advantages, before, rtol=0, atol=0)
-    assert not torch.equal(frozen.weights(), learning.weights())
+        before = critic_advantages(frozen, *rollout(seed=seed), 4, fit=False).advantages
+        after = critic_advantages(learning, *rollout(seed=seed), 4).advantages
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+        assert not torch.equal(frozen.factors(), learning.factors())
 
 
 def test_generalized_advantages_by_hand():
@@ -231,68 +208,84 @@ def test_generalized_advantages_by_hand():
         torch.testing.assert_close(found, torch.tensor(advantages, dtype=torch.float32))
 
 
-def test_running_mean_and_leave_one_out_by_hand():
-    hidden = torch.tensor([[[2.0], [4.0], [torch.nan]], [[1.0], [3.0], [5.0]]])
-    mask = torch.tensor([[True, True, False], [True, True, True]])
-    means = running_mean(hidden, mask)
-    torch.testing.assert_close(means[..., 0], torch.tensor([[2.0, 3.0, 3.0], [1.0, 2.0, 3.0]]))
-    torch.testing.assert_close(minus_others(means, 0)[..., 0], torch.tensor([[1.0, 1.0, 0.0], [-1.0, -1.0, 0.0]]))
-
-
 def test_predicted_cosines_against_loops():
     torch.manual_seed(0)
     for group in (2, 3, 5):
         raw, cosines = torch.randn(2, group, 3, group), torch.randn(2, group, group)
         found = predicted_cosines(raw, cosines)
-        for p, j, n, i in itertools.product(range(2), range(group), range(3), range(group)):
+        for p, j, m, i in itertools.product(range(2), range(group), range(3), range(group)):
             if i != j:
                 others = [k for k in range(group) if k not in (i, j)] or [i]
-                level = sum(cosines[p, k, i] - raw[p, k, n, i] for k in others) / len(others)
-                torch.testing.assert_close(found[p, j, n, i], raw[p, j, n, i] + level)
+                level = sum(cosines[p, k, i] - raw[p, k, m, i] for k in others) / len(others)
+                torch.testing.assert_close(found[p, j, m, i], raw[p, j, m, i] + level)
 
 
 def test_other_prompts_by_hand():
     advantages = torch.tensor([[1.0, 3.0], [2.0, 0.0], [5.0, 7.0], [6.0, 9.0]])
     mask = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
-    # The first prompt's steps have means 1.5 and 3 (one sample alive), the second's 5.5 and 8
+    # The first prompt's blocks have means 1.5 and 3 (one sample alive), the second's 5.5 and 8
     expected = torch.tensor([[1 - 5.5, 3 - 8.0], [2 - 5.5, 0.0], [5 - 1.5, 7 - 3.0], [6 - 1.5, 9 - 3.0]])
     torch.testing.assert_close(subtract_other_prompts(advantages, mask, 2), expected)
     torch.testing.assert_close(subtract_other_prompts(advantages[:2], mask[:2], 2), advantages[:2])
 
 
-@pytest.mark.parametrize("shards", [2, 4])
-@pytest.mark.parametrize(("group", "kernel"), [(2, "pairs"), (4, "pairs"), (4, "logdet")])
-def test_shards_give_the_same(shards, group, kernel):
-    """Threads stand for processes: each has groups of its own, and sums meet in `reduce`."""
-    one = PrefixCritic(HIDDEN, SIZE, 12)
-    many = [PrefixCritic(HIDDEN, SIZE, 12) for _ in range(shards)]
-    barrier, box = Barrier(shards), [None] * shards
+def test_per_code_by_hand():
+    mask = torch.tensor([[[1, 0], [1, 1], [1, 1], [0, 1]], [[1, 0], [1, 1], [0, 1], [0, 0]]]).bool()
+    found = per_code(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), [2], mask)
+    expected = torch.tensor([[[1, 0], [1, 1], [2, 2], [0, 2]], [[3, 0], [3, 3], [0, 4], [0, 0]]])
+    torch.testing.assert_close(found, expected.float())
 
-    def run(rank, part):
-        def reduce(tensor):
-            box[rank] = tensor
-            barrier.wait()
-            total = sum(box)
-            barrier.wait()
-            return total
 
-        return critic_advantages(many[rank], *part, group, 0.9, kernel, reduce)
+def test_prefix_steps_are_parts_of_the_longest_completion():
+    assert prefix_steps(200, 9) == list(range(20, 200, 20))
+    assert prefix_steps(7, 9) == [1, 2, 3, 4, 5, 6]  # rounded together
+    assert prefix_steps(40, 9, least=8) == [8, 12, 16, 20, 24, 28, 32, 36]
+    for wrong, message in [((1, 3), "at most 1 steps have no prefix"), ((8, 0), "`num_prefixes` must be at least 1")]:
+        with pytest.raises(ValueError, match=message):
+            prefix_steps(*wrong)
 
-    for seed in range(3):
-        whole = rollout(8, group, seed=seed)
-        expected = critic_advantages(one, *whole, group, 0.9, kernel)
-        parts = list(zip(*(tensor.chunk(shards) for tensor in whole), strict=True))
-        with ThreadPoolExecutor(shards) as pool:
-            outputs = list(pool.map(run, range(shards), parts))
-        torch.testing.assert_close(torch.cat([o.advantages for o in outputs]), expected.advantages, atol=1e-6, rtol=0)
-        assert all(o.metrics == pytest.approx(expected.metrics, abs=1e-6) for o in outputs)
-    for critic in many:
-        for name, tensor in critic.state_dict().items():
-            torch.testing.assert_close(tensor, one.state_dict()[name], rtol=1e-6, atol=1e-6)
+
+def test_prefixes_are_decoded_for_themselves():
+    """Two codes a step; a prefix as long as the completion is none, and an empty call is never made."""
+    asked = []
+
+    def embed(ids):
+        asked.append(ids)
+        return torch.tensor([[float(sum(row)), 1.0] for row in ids])
+
+    completions = [[1, 2, 3, 4, 5, 6], [1, 1, 2, 2], [7, 7]]
+    vectors, reached = embed_prefixes(embed, completions, [1, 2, 3], 2, ids_per_step=2)
+    assert asked == [[[1, 2], [1, 1]], [[1, 2, 3, 4]]]
+    assert reached.tolist() == [[True, True, False], [True, False, False], [False, False, False]]
+    torch.testing.assert_close(vectors[..., 0], torch.tensor([[3.0, 10, 0], [2, 0, 0], [0, 0, 0]]))
+
+
+def test_a_prefix_of_delayed_codebooks_is_its_whole_frames():
+    """After n steps the frames before n - K + 1 are whole; the codes of later ones are not read."""
+    codes = torch.randint(0, 9, (1, 10, 4), generator=torch.Generator().manual_seed(0))
+    ids, codec = delay(codes, mask_id=9).flatten().tolist(), CodebookCodec(None, num_codebooks=4, mask_id=9)
+    for step in prefix_steps(13, 5, least=4):
+        assert torch.equal(codec.to_codes(ids[: step * 4]), codes[0, : step - 3])
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_shards_give_the_same(shards):
+    """Each process embeds its own prefixes; gathered, they are those of one process, a group split or not."""
+    completions = [[row + 1] * (row % 5 + 1) for row in range(8)]
+
+    def embed(ids):
+        return torch.tensor([[float(sum(row)), len(row), 1.0] for row in ids])
+
+    whole = embed_prefixes(embed, completions, [1, 2, 3], 3)
+    size = len(completions) // shards
+    parts = [embed_prefixes(embed, completions[i : i + size], [1, 2, 3], 3) for i in range(0, 8, size)]
+    gathered = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    for found, expected in zip(gathered, whole, strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_state_goes_through_a_file(tmp_path):
-    critic, resumed = PrefixCritic(HIDDEN, SIZE, 12), PrefixCritic(HIDDEN, SIZE, 12)
+    critic, resumed = PrefixCritic(4), PrefixCritic(4)
     for seed in range(2):
         critic_advantages(critic, *rollout(seed=seed), 4)
     save_file(critic.state_dict(), tmp_path / "critic.safetensors")
@@ -300,48 +293,27 @@ def test_state_goes_through_a_file(tmp_path):
     for seed in (2, 3):  # bit for bit, in what comes out and in what is learnt
         outputs = [critic_advantages(c, *rollout(seed=seed), 4, 0.9) for c in (critic, resumed)]
         assert torch.equal(outputs[0].advantages, outputs[1].advantages) and outputs[0].metrics == outputs[1].metrics
-    with pytest.raises(ValueError, match=r"`second_moments` of shape \(3, 5, 5\), this run's needs \(3, 7, 7\)"):
-        PrefixCritic(7, SIZE, 12).load_state_dict(critic.state_dict())
-    with pytest.raises(ValueError, match="`cross_moments` of shape nothing"):
-        critic.load_state_dict({"second_moments": critic.state_dict()["second_moments"]})
+    for state, found in [(critic.state_dict(), r"\(3, 4\)"), ({}, "nothing")]:
+        with pytest.raises(ValueError, match=rf"sums of shape {found}, this run's needs \(3, 7\)"):
+            PrefixCritic(7).load_state_dict(state)
 
 
-def test_features_that_are_not_finite_are_not_learnt():
-    critic = PrefixCritic(HIDDEN, SIZE, 12)
-    hidden, mask, embeddings = rollout()
-    hidden[0, 0, 0] = torch.inf
-    critic_advantages(critic, hidden, mask, embeddings, 4)
-    assert not any(tensor.any() for tensor in critic.state_dict().values())
-
-
-def test_projection_is_orthogonal_and_the_same_everywhere():
-    for width, size in [(64, 16), (70, 16), (16, 16)]:
-        rows = orthogonal_projection(torch.eye(width), size).T  # (size, width)
-        gram = rows @ rows.T
-        assert gram.shape == (size, size)
-        torch.testing.assert_close(gram, torch.diag(gram.diagonal()))
-        assert torch.equal(rows.T, orthogonal_projection(torch.eye(width), size))
-        assert ((rows != 0).sum(0) == 1).all()
-
-
-@pytest.mark.parametrize(("hidden", "embedding"), [(4096, 384), (4096, 1024), (8192, 4096), (576, 384), (256, 192)])
-def test_memory_stays_below_64_mib(hidden, embedding):
-    critic = PrefixCritic(hidden, embedding, 256)
-    tensors = [*critic.state_dict().values(), critic.weights()]
-    assert sum(t.numel() * t.element_size() for t in tensors) < 64 * 2**20
-    assert critic.size == feature_size(hidden, embedding) >= 64
-    assert critic.size == hidden or hidden > 256
+def test_a_prefix_without_direction_says_nothing_of_itself():
+    prefixes, reached, embeddings = rollout()
+    reached[:, 0] = True
+    prefixes[0, 0], prefixes[1, 0] = 0.0, torch.nan
+    output = critic_advantages(wrong_critic(4), prefixes, reached, embeddings, 4, 0.5)
+    assert output.advantages.isfinite().all()
 
 
 def test_what_cannot_be_right_is_refused():
-    hidden, mask, embeddings = rollout()
-    critic = PrefixCritic(HIDDEN, SIZE, 12)
+    prefixes, reached, embeddings = rollout()
     with pytest.raises(ValueError, match=r"`gae_lambda` must be in \[0, 1\], got 1.5"):
-        critic_advantages(critic, hidden, mask, embeddings, 4, gae_lambda=1.5)
-    with pytest.raises(ValueError, match=r"must agree, got \(16, 12, 5\), \(16, 11\)"):
-        critic_advantages(critic, hidden, mask[:, 1:], embeddings, 4)
+        critic_advantages(PrefixCritic(4), prefixes, reached, embeddings, 4, gae_lambda=1.5)
+    with pytest.raises(ValueError, match=r"the critic's M = 3, got \(16, 4, 4\) and \(16, 4\)"):
+        critic_advantages(PrefixCritic(3), prefixes, reached, embeddings, 4)
     with pytest.raises(ValueError, match="`diversity_kernel` must be one of"):
-        critic_advantages(critic, hidden, mask, embeddings, 4, kernel="volume")
-    for name, value in [("hidden_size", 0), ("ridge", 0.0), ("forget", 1.5)]:
+        critic_advantages(PrefixCritic(4), prefixes, reached, embeddings, 4, kernel="volume")
+    for name, value in [("num_prefixes", 0), ("forget", 1.5), ("prior", 0.0)]:
         with pytest.raises(ValueError, match=f"`{name}` must be"):
-            PrefixCritic(**({"hidden_size": 2, "embedding_size": 2, "max_steps": 2} | {name: value}))
+            PrefixCritic(**({"num_prefixes": 2} | {name: value}))

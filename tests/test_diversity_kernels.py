@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_critic import ToyPolicy, advantages_of, one_by_one, wrong_critic
+from test_critic import ToyPolicy, advantages_of, one_by_one
 
 from trl_drcd.diversity import diversity_advantages, group_diversity, unit_groups
 from trl_drcd.kernels import KERNELS, LOGDET_EPSILON, diversity_shares, kernel_advantages
@@ -70,7 +70,7 @@ def test_sequence_level_is_unbiased(kernel, group):
 
     def make(rows):
         advantages = torch.cat([kernel_advantages(policy.embeddings[r], group, kernel) for r in rows.split(group)])
-        return advantages[:, None, None].expand(-1, *policy.code_mask.shape[1:])
+        return advantages[:, None, None].expand(-1, *policy.mask.shape[1:])
 
     torch.testing.assert_close(policy.expected(group, make), expected_of(policy, kernel, group), rtol=0, atol=1e-10)
 
@@ -81,7 +81,7 @@ def test_sequence_level_is_unbiased_with_other_prompts(kernel):
 
     def make(rows):
         advantages = kernel_advantages(policy.embeddings[rows], 2, kernel)
-        return advantages[:, None, None].expand(-1, *policy.code_mask.shape[1:])
+        return advantages[:, None, None].expand(-1, *policy.mask.shape[1:])
 
     torch.testing.assert_close(policy.expected(2, make, 2), expected_of(policy, kernel, 2), rtol=0, atol=1e-10)
 
@@ -90,7 +90,7 @@ def test_sequence_level_is_unbiased_with_other_prompts(kernel):
 @pytest.mark.parametrize(("group", "prompts"), [(2, 1), (3, 1), (4, 1), (2, 2)])
 def test_a_wrong_critic_leaves_them_unbiased(kernel, group, prompts):
     policy = ToyPolicy(2, eos=True)
-    make = advantages_of(policy, group, wrong_critic(), kernel=kernel)
+    make = advantages_of(policy, group, kernel=kernel)
     expected = policy.expected(group, make if prompts > 1 else one_by_one(make, group), prompts)
     torch.testing.assert_close(expected, expected_of(policy, kernel, group), rtol=0, atol=1e-10)
 

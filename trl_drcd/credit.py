@@ -1,48 +1,34 @@
 """
 Credit of steps: from predicted and true rewards of completions to the advantage of each step. Pure functions.
 
-Letters: `P` prompts, `G` generations per prompt, `B = P * G` completions (groups whole and contiguous), `S` steps, `K`
-codebooks. Cosines, rewards, values and advantages have no unit.
+Letters: `P` prompts, `G` generations per prompt, `B = P * G` completions (groups whole and contiguous), `M` prefixes
+of a completion, `S` steps, `K` codebooks. Cosines, rewards, values and advantages have no unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 
-from .kernels import diversity_shares
-
-Reduce = Callable[[torch.Tensor], torch.Tensor]
-
-
-def identity(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over one process."""
-    return tensor
-
-
-def minus_others(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """Each entry less the mean of the other entries along `dim`, the samples of a group; the shape stays."""
-    group = values.shape[dim]
-    return group / (group - 1) * (values - values.mean(dim, keepdim=True))
+from trl_drcd.kernels import diversity_shares
 
 
 def predicted_cosines(raw: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:
     """
-    Predicted cosine of sample j, of which n steps are known, to each sample i of its group.
+    Predicted cosine of sample j, of which a prefix is known, to each sample i of its group.
 
-    The regression knows cosines up to a level that depends on the prompt. The other members of the group give it:
-    `c_ji(n) = raw_ji(n) + mean_{k != i, j} (cos_ki - raw_ki(n))`. With a critic that knows nothing this is the mean
-    cosine of i to the samples that are not j. At `G = 2` there is no k; i itself stands for it, and the level is
-    corrected by the other prompts ([`subtract_other_prompts`]).
+    Cosines of prefixes have a level of their own. The other members of the group tell how far it is from that of whole
+    completions: `c_ji(m) = raw_ji(m) + mean_{k != i, j} (cos_ki - raw_ki(m))`. Where raw cosines are all alike this is
+    the mean cosine of i to the samples that are not j. At `G = 2` there is no k; i itself stands for it, and the level
+    is corrected by the other prompts ([`subtract_other_prompts`]).
 
     Args:
-        raw (`torch.Tensor`): What the regression says of j at step n in the direction of i, shape `(P, G, S, G)` with
-            indices p, j, n, i.
-        cosines (`torch.Tensor`): True cosines, shape `(P, G, G)`.
+        raw (`torch.Tensor`): Cosine of prefix m of j to i, shape `(P, G, M, G)` with indices p, j, m, i.
+        cosines (`torch.Tensor`): Of the completions, shape `(P, G, G)`.
 
     Returns:
-        `torch.Tensor`: Shape `(P, G, S, G)`; entries with `i = j` have no meaning.
+        `torch.Tensor`: Shape `(P, G, M, G)`; entries with `i = j` have no meaning.
     """
     group = cosines.shape[-1]
     error = cosines[:, :, None, :] - raw  # of k about i
@@ -87,9 +73,7 @@ def generalized_advantages(
     return (delta @ weights).masked_fill(~mask, 0.0)
 
 
-def subtract_other_prompts(
-    advantages: torch.Tensor, mask: torch.Tensor, num_generations: int, reduce: Reduce = identity
-) -> torch.Tensor:
+def subtract_other_prompts(advantages: torch.Tensor, mask: torch.Tensor, num_generations: int) -> torch.Tensor:
     """
     Advantages less the mean advantage of the other prompts at the same step.
 
@@ -100,20 +84,19 @@ def subtract_other_prompts(
         advantages (`torch.Tensor`): Shape `(B, S)`, 0 where `mask` is False.
         mask (`torch.Tensor`): True where a step counts, shape `(B, S)`.
         num_generations (`int`): Group size `G`.
-        reduce (`Callable`): Sums a tensor over the processes.
 
     Returns:
         `torch.Tensor`: Shape `(B, S)`; unchanged where no other prompt has a sample of that length.
     """
     sums = torch.stack([advantages, mask.to(advantages)]).unflatten(1, (-1, num_generations)).sum(2)  # (2, P, S)
-    total, count = (reduce(sums.sum(1))[:, None] - sums).unbind()
+    total, count = (sums.sum(1, keepdim=True) - sums).unbind()
     level = torch.where(count > 0, total / count.clamp(min=1), 0.0)
     return (advantages - level.repeat_interleave(num_generations, 0)).masked_fill(~mask, 0.0)
 
 
-def per_codebook(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def per_code(advantages: torch.Tensor, steps: Sequence[int], mask: torch.Tensor) -> torch.Tensor:
     """
-    The advantage of each code: that of the step at which it is drawn.
+    The advantage of each code: that of the block of the step at which it is drawn.
 
     A step draws its `K` codes at once, each from the steps before it, so that `log p(step) = sum_k log p(code_k |
     steps before)`: one action, one advantage. With delayed codebooks the codes of one frame are drawn at K different
@@ -122,10 +105,13 @@ def per_codebook(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     codes that are drawn later. So the step decides, delayed or not, and the layout of the frames does not matter.
 
     Args:
-        advantages (`torch.Tensor`): Of steps, shape `(B, S)`.
+        advantages (`torch.Tensor`): Of blocks, shape `(B, M + 1)`.
+        steps (`Sequence[int]`): First steps of the blocks after the first one, rising; `M` of them.
         mask (`torch.Tensor`): True where a code is scored, shape `(B, S, K)`; False in delays and padding.
 
     Returns:
         `torch.Tensor`: Shape `(B, S, K)`, 0 where `mask` is False.
     """
-    return advantages[..., None].expand(mask.shape).masked_fill(~mask, 0.0)
+    step = torch.arange(mask.shape[1], device=mask.device)
+    block = torch.searchsorted(torch.as_tensor(steps, device=mask.device), step, right=True)
+    return advantages[:, block, None].expand(mask.shape).masked_fill(~mask, 0.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .diversity import diversity_advantages, unit_groups
+from trl_drcd.diversity import diversity_advantages, unit_groups
 
 KERNELS = ("pairs", "logdet", "vendi")
 # Added to the diagonal of the kernel, so that the share of a copy of another completion is not -infinity

@@ -1,0 +1,369 @@
+"""
+How much of the diversity term's gradient is signal, for each estimator of it.
+
+The gradient of one group (a prompt and its completions) is `g = mean_j sum_n A_j(n) grad log p(token n of j)`; of it,
+over groups of different prompts:
+
+- signal: the squared length of the mean, `mean over pairs p != q of g_p . g_q`, which noise does not inflate;
+- noise: the trace of the covariance, `mean |g_p|^2 - signal`;
+- SNR: signal over the noise of the mean of as many groups as 128 sequences are;
+- cosine: between the means of this estimator and of the unbiased one with least noise, that with `gae_lambda` 1.
+
+Standard errors are jackknife ones over groups. Estimators: `sequence`, one advantage for all tokens of a completion;
+`critic M L`, those of `trl_drcd.critic` with M prefixes at `gae_lambda` L, with a critic that has learnt, rollout by
+rollout, from the groups of three folds and is used on the fourth; a word before these names the kernel. `distillation`
+is the gradient of the KL to the guided teacher, for the cosine between an update of `--update-groups` groups, its two
+terms clipped in different ways, and the mean distillation gradient of the groups that are not in it.
+
+Inner products of gradients are those of their sketches (random signs, sums of every 65,536th entry), whose error is
+far below the noise. Samples and sketches go to `--folder` one by one, and a second start goes on where the first one
+ended.
+
+    OMP_NUM_THREADS=1 nice python benchmarks/gradient_noise.py --output results/gradient/music
+    OMP_NUM_THREADS=1 nice python benchmarks/gradient_noise.py --lora --output results/gradient/music_lora
+    python recipes/text/get_smollm2.py
+    OMP_NUM_THREADS=1 nice python benchmarks/gradient_noise.py --model text --lora --output results/gradient/text_lora
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_drcd.audio import MusicEmbedder, SpectralCodec
+from trl_drcd.compat.glibc import keep_freed_memory
+from trl_drcd.credit import per_code
+from trl_drcd.critic import PrefixCritic, critic_advantages, embed_prefixes, prefix_steps
+from trl_drcd.evaluation.tables import markdown_table
+from trl_drcd.files import write_bytes, write_text
+from trl_drcd.guidance import left_pad
+from trl_drcd.kernels import kernel_advantages
+from trl_drcd.losses import guided_logits, reverse_kl
+from trl_drcd.policies import Policy, policy_for
+from trl_drcd.text import SentenceEmbedder
+
+ROOT = Path(__file__).parents[1]
+ESTIMATORS = ["sequence", "critic 9 1", "critic 9 0.9", "critic 9 0.7", "critic 9 0.4", "critic 9 0", "critic 4 0.4"]
+ESTIMATORS += ["critic 19 0.7"]
+KERNELS = ["logdet sequence", "logdet critic 9 0.4", "vendi sequence", "vendi critic 9 0.4"]
+PREFIXES = 19  # that are embedded; 9 and 4 of them are among these
+SKETCH = 2**16
+CHUNK = 8  # prompts that are sampled together
+FOLDS = 4
+ROLLOUT = 4  # groups of a rollout that the critic learns from
+
+
+@dataclass
+class World:
+    """A base, its prompts and what embeds its completions."""
+
+    model: Any
+    tokenizer: Any
+    policy: Policy
+    embed: Callable[[list[list[int]]], torch.Tensor]
+    prompts: list[dict[str, Any]]
+    steps: int
+    temperature: float = 0.99
+    guidance_scale: float = 3.0
+
+    def prompt_ids(self, row: dict[str, Any]) -> list[int]:
+        if isinstance(row["prompt"], str):
+            return list(self.tokenizer(row["prompt"])["input_ids"])
+        encoding = self.tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)
+        return list(encoding["input_ids"])
+
+    def batch(self, prompt: list[int], completions: list[list[int]]) -> tuple[torch.Tensor, ...]:
+        """Ids and masks of a prompt and of its completions, padded to `steps`."""
+        prompts, mask = left_pad([prompt] * len(completions), 0)
+        flipped, flipped_mask = left_pad([c[::-1] for c in completions] + [[0] * self.steps], 0)
+        return prompts, mask, flipped[:-1].flip(1), flipped_mask[:-1].flip(1)
+
+
+def load_world(name: str, lora: bool, prompts: int) -> World:
+    """The shipped base of the music recipe or SmolLM2 of the text recipe, with the first prompts in a seeded order."""
+    if name == "music":
+        models = ROOT / "recipes/tiny_music/models"
+        folder, data, steps = models / "musiclm", ROOT / "recipes/tiny_music/data/train_prompts.jsonl", 200
+        codec, embedder = (
+            SpectralCodec.from_pretrained(models / "codec"),
+            MusicEmbedder.from_pretrained(models / "embedder"),
+        )
+    else:
+        folder, data, steps = ROOT / "outputs/smollm2", ROOT / "recipes/text/prompts/train.jsonl", 40
+        sentences = SentenceEmbedder(str(ROOT / "outputs/minilm"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    policy = policy_for(model, tokenizer)
+    if lora:
+        targets: Any = ["q_proj", "v_proj"] if name == "music" else "all-linear"
+        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
+
+    def embed(completions: list[list[int]]) -> torch.Tensor:
+        if name == "music":
+            return torch.as_tensor(embedder(codec.decode(completions))).float()
+        return torch.as_tensor(sentences(tokenizer.batch_decode(completions, skip_special_tokens=True))).float()
+
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).tolist()
+    return World(model, tokenizer, policy, embed, [rows[i] for i in order[:prompts]], steps)
+
+
+# ---------------------------------------------------------------- samples
+
+
+@torch.no_grad()
+def sample_chunk(world: World, start: int, group: int) -> list[dict[str, Any]]:
+    """Groups of the prompts from `start` on: prompt, completions, embeddings."""
+    torch.manual_seed(start)
+    prompts = [world.prompt_ids(row) for row in world.prompts[start : start + CHUNK]]
+    rows = [prompt for prompt in prompts for _ in range(group)]
+    completions = world.policy.sample(world.model, rows, temperature=world.temperature, max_new_tokens=world.steps)
+    embeddings, groups = world.embed(completions).split(group), []
+    for i, prompt in enumerate(prompts):
+        own = completions[i * group : (i + 1) * group]
+        row = {"row": world.prompts[start + i], "prompt": prompt, "completions": own}
+        groups.append(row | {"embeddings": embeddings[i], "mask": world.batch(prompt, own)[3].bool()})
+    return groups
+
+
+def samples(world: World, folder: Path, group: int) -> list[dict[str, Any]]:
+    """All groups, from `folder` where they are there."""
+    groups = []
+    for start in tqdm(range(0, len(world.prompts), CHUNK), desc="samples", unit="chunk"):
+        file = folder / f"samples_{group}_{start:04d}.pt"
+        if not file.exists():
+            save(sample_chunk(world, start, group), file)
+        groups += torch.load(file)
+    steps = prefix_steps(world.steps, PREFIXES)
+    for index, row in enumerate(tqdm(groups, desc="prefixes", unit="group")):
+        file = folder / f"prefixes_{group}_{index:04d}.pt"
+        if not file.exists():
+            save(embed_prefixes(world.embed, row["completions"], steps, row["embeddings"].shape[1]), file)
+        row["prefixes"], row["reached"] = torch.load(file)
+    return groups[: len(world.prompts)]
+
+
+def save(what: Any, file: Path) -> None:
+    torch.save(what, file.with_suffix(".part"))
+    file.with_suffix(".part").rename(file)
+
+
+# ---------------------------------------------------------------- advantages
+
+
+def kernel_of(name: str) -> str:
+    """The kernel of an estimator."""
+    return name.split()[0] if name.split()[0] in ("logdet", "vendi") else "pairs"
+
+
+def cross_fitted(
+    data: dict[str, torch.Tensor], steps: list[int], gae_lambda: float, kernel: str
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Advantages `(P, G, S)` from a critic that has learnt from the other folds, and its metrics, mean over folds."""
+    groups, size, length = data["mask"].shape
+    result, metrics = torch.zeros(groups, size, length), {}
+    for fold in range(FOLDS):
+        held_out, critic = torch.arange(groups) % FOLDS == fold, PrefixCritic(len(steps))
+        rollouts = [(rows, True) for rows in (~held_out).nonzero().flatten().split(ROLLOUT)]
+        for rows, fit in [*rollouts, (held_out.nonzero().flatten(), False)]:
+            found = (data[key][rows].flatten(0, 1) for key in ("prefixes", "reached", "embeddings"))
+            output = critic_advantages(critic, *found, size, gae_lambda, kernel, fit)
+        mask = data["mask"][held_out].flatten(0, 1)
+        result[held_out] = per_code(output.advantages, steps, mask[..., None]).view(-1, size, length).float()
+        metrics |= {key: metrics.get(key, 0.0) + value / FOLDS for key, value in output.metrics.items()}
+    return result, metrics
+
+
+def all_advantages(
+    groups: list[dict[str, Any]], names: list[str], max_steps: int
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
+    """Advantages `(P, G, S)` and metrics of the critic, by estimator."""
+    data = {
+        key: torch.stack([group[key] for group in groups]) for key in ("embeddings", "mask", "prefixes", "reached")
+    }
+    all_steps, (count, size) = prefix_steps(max_steps, PREFIXES), data["mask"].shape[:2]
+    result, metrics = {}, {}
+    for name in names:
+        if name.endswith("sequence"):
+            plain = kernel_advantages(data["embeddings"].flatten(0, 1), size, kernel_of(name))
+            result[name] = (plain.view(count, size, 1) * data["mask"]).float()
+            continue
+        number, gae_lambda = name.split()[-2:]
+        steps = prefix_steps(max_steps, int(number))
+        kept = [all_steps.index(step) for step in steps]
+        part = data | {key: data[key][:, :, kept] for key in ("prefixes", "reached")}
+        result[name], metrics[name] = cross_fitted(part, steps, float(gae_lambda), kernel_of(name))
+    return result, metrics
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def gradients(
+    world: World, group: dict[str, Any], advantages: dict[str, torch.Tensor], signs: torch.Tensor
+) -> dict[str, Any]:
+    """Sketch and squared length of one group's gradient, by estimator, and of the distillation term."""
+    parameters = [p for p in world.model.parameters() if p.requires_grad]
+    batch, head = world.batch(group["prompt"], group["completions"]), world.policy.heads(world.model)[0]
+    ids, mask = (t[..., 0] for t in world.policy.ids_and_mask(*batch[2:]))
+    hidden = world.policy.hidden_states(world.model, *batch)
+    logits = head.logits(hidden[mask])
+    log_probs = torch.zeros(mask.shape)
+    log_probs[mask] = (logits / world.temperature).log_softmax(-1).gather(-1, ids[mask][:, None])[:, 0]
+    with torch.no_grad():  # the base is its own teacher
+        null = world.policy.negative_prompt_ids([{"prompt": group["row"]["prompt"]}], None)[0]
+        uncond = world.policy.hidden_states(world.model, *world.batch(null, group["completions"])[:2], *batch[2:])
+        teacher = guided_logits(head, hidden[mask].detach(), uncond[mask], world.guidance_scale)(slice(None))
+    kl = reverse_kl(logits, teacher, world.temperature).sum() / len(mask)
+    terms = {name: -(a * log_probs).sum() / len(mask) for name, a in advantages.items()} | {"distillation": kl}
+    result = {}
+    for name, term in terms.items():
+        gradient = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+        flat = torch.cat([g.flatten() for g in gradient])
+        padded = torch.nn.functional.pad(flat * signs, (0, -len(flat) % SKETCH))
+        result[name] = {"sketch": padded.view(-1, SKETCH).sum(0), "square": float(flat.square().sum())}
+    return result
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def leave_one_out(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of all rows and of all but each one; shapes `(...)` and `(P, ...)`."""
+    total = values.sum(0)
+    return total, total - values
+
+
+def pair_means(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Mean over p != q of `a_p . b_q`, of all groups first, then without each group; shape `(1 + P,)`."""
+    count = len(a)
+    (sum_a, rest_a), (sum_b, rest_b) = leave_one_out(a), leave_one_out(b)
+    own, rest_own = leave_one_out((a * b).sum(-1))
+    whole = (sum_a @ sum_b - own) / (count * (count - 1))
+    rest = ((rest_a * rest_b).sum(-1) - rest_own) / ((count - 1) * (count - 2))
+    return torch.cat([whole[None], rest])
+
+
+def with_error(values: torch.Tensor) -> tuple[float, float]:
+    """The first, of all groups, and its jackknife standard error from the others."""
+    rest = values[1:]
+    return float(values[0]), float(((len(rest) - 1) * (rest - rest.mean()).square().mean()).sqrt())
+
+
+def statistics(found: list[dict[str, Any]], size: int) -> dict[str, dict[str, float]]:
+    """Rows of the table by estimator."""
+    rows = {}
+    for name in found[0]:
+        sketches = torch.stack([f[name]["sketch"] for f in found]).double()
+        squares = torch.tensor([f[name]["square"] for f in found], dtype=torch.float64)
+        signal = pair_means(sketches, sketches)
+        total, rest = leave_one_out(squares)
+        mean_square = torch.cat([total[None] / len(found), rest / (len(found) - 1)])
+        noise = mean_square - signal
+        row = dict(zip(("noise", "noise se"), with_error(noise), strict=True))
+        row |= dict(zip(("signal", "signal se"), with_error(signal), strict=True))
+        row |= dict(zip(("SNR", "SNR se"), with_error(signal / noise * 128 / size), strict=True))
+        kernel = kernel_of(name)
+        if (unbiased := "critic 9 1" if kernel == "pairs" else f"{kernel} sequence") in found[0]:
+            other = torch.stack([f[unbiased]["sketch"] for f in found]).double()
+            scale = (signal * pair_means(other, other)).clamp(min=1e-30).sqrt()
+            row |= dict(zip(("cosine", "cosine se"), with_error(pair_means(sketches, other) / scale), strict=True))
+        rows[name] = row
+    return rows
+
+
+def clippings(found: list[dict[str, Any]], name: str, coef: float, groups: int) -> dict[str, float]:
+    """
+    Mean cosine between an update of `groups` groups and the mean distillation gradient of the others.
+
+    `sum`: the sum of both terms, which clipping its length does not turn; `apart`: each clipped to length 1 for
+    itself; `bounded`: diversity no longer than distillation; `distillation`: no diversity at all.
+    """
+    distillation = torch.stack([f["distillation"]["sketch"] for f in found])
+    diversity = coef * torch.stack([f[name]["sketch"] for f in found])
+    cosines: dict[str, list[float]] = {}
+    for start in range(0, len(found) - groups + 1, groups):
+        here = torch.zeros(len(found), dtype=torch.bool)
+        here[start : start + groups] = True
+        d, g, reference = distillation[here].mean(0), diversity[here].mean(0), distillation[~here].mean(0)
+        updates = {
+            "distillation": d,
+            "sum": d + g,
+            "apart": d / d.norm().clamp(min=1) + g / g.norm().clamp(min=1),
+            "bounded": d + g * (d.norm() / g.norm()).clamp(max=1),
+        }
+        for way, update in updates.items():
+            cosines.setdefault(way, []).append(float(torch.cosine_similarity(update, reference, dim=0)))
+    return {way: sum(values) / len(values) for way, values in cosines.items()}
+
+
+def plot(rows: dict[str, dict[str, float]], path: Path) -> None:
+    """SNR against cosine to the unbiased gradient, with standard errors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for name, row in rows.items():
+        if "cosine" in row and name != "distillation":
+            axes.errorbar(row["cosine"], row["SNR"], row["SNR se"], row["cosine se"], fmt="o", capsize=2, label=name)
+    axes.set(xlabel="cosine to the unbiased mean gradient", ylabel="SNR at 128 sequences", yscale="log")
+    axes.legend(fontsize=8)
+    figure.savefig(path.with_suffix(".part"), format="png", dpi=120, bbox_inches="tight")
+    write_bytes(path, path.with_suffix(".part").read_bytes())
+    path.with_suffix(".part").unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["music", "text"], default="music", help="shipped base, or SmolLM2")
+    parser.add_argument("--lora", action="store_true", help="gradients of a fresh adapter, not of all weights")
+    parser.add_argument("--prompts", type=int, default=96, help="groups")
+    parser.add_argument("--num-generations", type=int, default=8, help="completions of a group")
+    parser.add_argument("--estimators", nargs="+", default=ESTIMATORS + KERNELS, metavar="NAME", help="as above")
+    parser.add_argument("--coef", type=float, default=100.0, help="diversity_coef of the clipped updates")
+    parser.add_argument("--update-groups", type=int, default=4, help="groups of an update")
+    parser.add_argument("--folder", type=Path, help="of samples and sketches; outputs/gradient_noise/... by default")
+    parser.add_argument("--output", type=Path, help="path of a .json and a .png, without the ending")
+    args = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    keep_freed_memory()
+    folder = args.folder or ROOT / "outputs/gradient_noise" / args.model
+    folder.mkdir(parents=True, exist_ok=True)
+
+    world = load_world(args.model, args.lora, args.prompts)
+    groups = samples(world, folder, args.num_generations)
+    advantages, metrics = all_advantages(groups, args.estimators, world.steps)
+    entries = sum(p.numel() for p in world.model.parameters() if p.requires_grad)
+    signs = 2 * torch.randint(0, 2, (entries,), generator=torch.Generator().manual_seed(0), dtype=torch.int8) - 1
+    found = []
+    for i, group in enumerate(tqdm(groups, desc="gradients", unit="group")):
+        file = folder / f"gradients{'_lora' * args.lora}_{args.num_generations}_{len(groups)}_{i:04d}.pt"
+        if not file.exists():
+            save(gradients(world, group, {name: a[i] for name, a in advantages.items()}, signs), file)
+        found.append(torch.load(file))
+    rows = statistics(found, args.num_generations)
+    clips = {n: clippings(found, n, args.coef, args.update_groups) for n in args.estimators if n in ESTIMATORS}
+    print(markdown_table(rows), markdown_table(clips), markdown_table(metrics), sep="\n\n")
+    if args.output:
+        settings = {"model": args.model, "lora": args.lora, "groups": len(groups), "size": args.num_generations}
+        report = settings | {"estimators": rows, "clipping": clips, "critic": metrics}
+        write_text(args.output.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
+        plot(rows, args.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
