@@ -42,11 +42,13 @@ ORDER = [
     "merging",
     "evaluation",
     "launch",
+    "ratings",
+    "app",
     "scripts",
     "cli",
 ]
 # Not installed with the package alone: `trl_drcd.compat.extras.require` imports them where they are used.
-OPTIONAL = {"torchaudio", "soundfile", "sentence_transformers", "matplotlib", "tensorboard"}
+OPTIONAL = {"torchaudio", "soundfile", "sentence_transformers", "matplotlib", "tensorboard", "gradio", "evalica"}
 # Never imported by the library: its own surroundings, what only builds the recipes' data, and mergekit, which is run
 # as a program because its licence is the LGPL.
 FOREIGN = {"mergekit", "recipes", "benchmarks", "tests", "music21", "sklearn", "pytorch_metric_learning"}

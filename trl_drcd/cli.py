@@ -147,7 +147,14 @@ def evaluate(argv: list[str]) -> None:
     print(f"Report: {arguments.output_dir}/report.html   (its tables: report.md; numbers: results.jsonl, summary.csv)")
 
 
-COMMANDS = {"train": train, "merge": merge, "evaluate": evaluate}
+def ratings(argv: list[str]) -> None:
+    """People's ratings of an evaluation's samples: design, report and more; `trl-drcd ratings --help` lists them."""
+    from trl_drcd.ratings.commands import main
+
+    main(argv)
+
+
+COMMANDS = {"train": train, "merge": merge, "evaluate": evaluate, "ratings": ratings}
 
 
 def main(argv: list[str] | None = None) -> None:

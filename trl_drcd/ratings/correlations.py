@@ -1,0 +1,107 @@
+"""Do the metrics of an evaluation agree with its raters? Appendix C.2 of https://huggingface.co/papers/2410.06084."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from trl_drcd.evaluation.metrics import interval_of
+from trl_drcd.ratings.comparisons import Comparisons
+from trl_drcd.ratings.statistics import Weights, bradley_terry_scores, crossed
+
+Line = Mapping[str, Any]
+
+
+def metric_values(lines: Sequence[Line], models: Sequence[str], kept: int) -> dict[str, np.ndarray]:
+    """
+    Every metric that all models have, on the prompts whose samples were rated.
+
+    Args:
+        lines (`Sequence[Mapping]`): Lines of `results.jsonl`.
+        models (`Sequence[str]`): The `M` names.
+        kept (`int`): `P`, number of prompts whose samples are kept: every n-th of those measured.
+
+    Returns:
+        `dict[str, np.ndarray]`: Name of a metric to its values, `(M, P)`.
+    """
+    of_model = {line["name"]: line["per_prompt"] for line in lines}
+    shared = [m for m in of_model[models[0]] if all(m in of_model[name] for name in models)]
+    values = {}
+    for metric in shared:
+        every = np.array([of_model[name][metric] for name in models], dtype=float)
+        values[metric] = every[:, :: max(1, every.shape[1] // kept)][:, :kept]
+    return values
+
+
+def correlations(
+    comparisons: Comparisons, weights: Weights, metrics: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, dict[str, float] | None]]:
+    """
+    Agreement of each metric with the ratings of one question.
+
+    Args:
+        comparisons ([`Comparisons`]): The `N` comparisons.
+        weights ([`Weights`]): Of `draw_weights`.
+        metrics (`Mapping[str, np.ndarray]`): Of [`metric_values`], `(M, P)`.
+
+    Returns:
+        `dict`: Metric to `over_models`, Pearson's correlation of its means with the Bradley-Terry scores (`None` with
+        fewer than 3 models), and `over_comparisons`, that of the difference A - B on the prompt with the outcome; each
+        with `mean`, `low`, `high`. A metric's value on a prompt is its mean over all samples, not that of the two that
+        were heard.
+    """
+    scores = bradley_terry_scores(comparisons, weights.prompts)
+    found: dict[str, dict[str, dict[str, float] | None]] = {}
+    for metric, values in metrics.items():
+        difference = values[comparisons.a, comparisons.prompt] - values[comparisons.b, comparisons.prompt]
+        single = crossed(partial(correlation_of_differences, difference, comparisons.outcome), weights)
+        found[metric] = {
+            "over_models": _over_models(scores, values, comparisons, weights.prompts),
+            "over_comparisons": _interval(np.clip(single, -1, 1)),
+        }
+    return found
+
+
+def _interval(draws: np.ndarray) -> dict[str, float] | None:
+    return interval_of(draws) if np.isfinite(draws[1:]).any() else None
+
+
+def _over_models(
+    scores: np.ndarray, values: np.ndarray, comparisons: Comparisons, weights: np.ndarray
+) -> dict[str, float] | None:
+    """Correlation over models, prompts drawn for the metric as they are for the ratings."""
+    if scores.shape[1] < 3:
+        return None
+    one_hot = np.zeros((len(comparisons), values.shape[1]))
+    one_hot[np.arange(len(comparisons)), comparisons.prompt] = 1
+    of_prompt = weights @ one_hot  # (1 + D, P)
+    with np.errstate(invalid="ignore"):
+        means = of_prompt @ values.T / of_prompt.sum(1, keepdims=True)
+        draws = _pearson(scores, means)
+    return _interval(draws)
+
+
+def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Row by row: `(D, M)` and `(D, M)` to `(D,)`; NaN where one does not vary."""
+    x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
+    return (x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1))
+
+
+def correlation_of_differences(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """
+    Pearson's correlation through the origin: both sides of a comparison may be swapped, so neither has a mean.
+
+    Args:
+        x (`np.ndarray`): Differences of a metric, A - B, `(N,)`.
+        y (`np.ndarray`): Outcomes for A in [0, 1], `(N,)`; they count from 0.5.
+        weights (`np.ndarray`): Shape `(1 + D, N)`.
+
+    Returns:
+        `np.ndarray`: Shape `(1 + D,)`.
+    """
+    y = y - 0.5
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (weights @ (x * y)) / np.sqrt((weights @ x**2) * (weights @ y**2))

@@ -1,0 +1,98 @@
+"""How many ratings decide a win rate: the paper reports 0.57 and 0.51 of at most 300 each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from statistics import NormalDist
+
+from trl_drcd.ratings.statistics import outcome_variance
+from trl_drcd.validation.arguments import check_types
+
+NORMAL = NormalDist()
+
+
+@dataclass
+class PowerArguments:
+    """What `trl-drcd ratings power` takes."""
+
+    win_rate: float = field(default=0.57, metadata={"help": "The win rate to tell from 0.5, between 0 and 1."})
+    ties: float = field(default=0.2, metadata={"help": "Share of ties."})
+    design_effect: float = field(
+        default=1.0,
+        metadata={"help": "How much the ratings of one prompt and rater depend on each other; a report measures it."},
+    )
+    power: float = field(default=0.8, metadata={"help": "Chance to find the difference."})
+    level: float = field(default=0.95, metadata={"help": "Of the interval that must not hold 0.5."})
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not 0 < self.win_rate < 1 or self.win_rate == 0.5:
+            raise ValueError(f"`win_rate` must be between 0 and 1 and not 0.5, got {self.win_rate}")
+        most = 2 * min(self.win_rate, 1 - self.win_rate)
+        if not 0 <= self.ties < most:
+            raise ValueError(f"`ties` must be at least 0 and below {most:g} at this win rate, got {self.ties}")
+        if self.design_effect < 1:
+            raise ValueError(f"`design_effect` must be at least 1, got {self.design_effect}")
+        for name in ("power", "level"):
+            if not 0.5 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 0.5 and below 1, got {getattr(self, name)}")
+
+
+def ratings_needed(
+    win_rate: float, ties: float = 0.0, power: float = 0.8, level: float = 0.95, design_effect: float = 1.0
+) -> int:
+    """
+    Ratings of one pair of models after which a true win rate is told from 0.5, by a two-sided normal test.
+
+    `n = design_effect * ((z_level * s0 + z_power * s1) / (win_rate - 0.5)) ** 2`, with `s0` and `s1` the standard
+    deviations of an outcome (1, 0.5 or 0) at 0.5 and at the win rate.
+
+    Args:
+        win_rate (`float`): In (0, 1), not 0.5.
+        ties (`float`, *optional*, defaults to 0.0): Share of ties, which make outcomes vary less.
+        power (`float`, *optional*, defaults to 0.8): Chance to find it.
+        level (`float`, *optional*, defaults to 0.95): Of the interval.
+        design_effect (`float`, *optional*, defaults to 1.0): Variance over that of independent ratings.
+
+    Returns:
+        `int`: Rounded up.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+    PowerArguments(win_rate, ties, design_effect, power, level)
+    null, true = outcome_variance(0.5, ties) ** 0.5, outcome_variance(win_rate, ties) ** 0.5
+    z = NORMAL.inv_cdf((1 + level) / 2) * null + NORMAL.inv_cdf(power) * true
+    return -int(-design_effect * (z / (win_rate - 0.5)) ** 2 // 1)
+
+
+def power_of(
+    ratings: int, win_rate: float, ties: float = 0.0, level: float = 0.95, design_effect: float = 1.0
+) -> float:
+    """
+    Chance that so many ratings tell a true win rate from 0.5; see [`ratings_needed`].
+
+    Args:
+        ratings (`int`): Of one pair of models.
+        win_rate, ties, level, design_effect (`float`): As there.
+
+    Returns:
+        `float`: In [0, 1].
+    """
+    PowerArguments(win_rate, ties, design_effect, level=level)
+    scale = (design_effect / ratings) ** 0.5
+    null, true = outcome_variance(0.5, ties) ** 0.5 * scale, outcome_variance(win_rate, ties) ** 0.5 * scale
+    edge, shift = NORMAL.inv_cdf((1 + level) / 2) * null, win_rate - 0.5
+    return 1 - NORMAL.cdf((edge - shift) / true) + NORMAL.cdf((-edge - shift) / true)
+
+
+def power_table(arguments: PowerArguments) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: ratings of a pair that are needed, and the chances of the paper's 150 and 300."""
+    settings = {"ties": arguments.ties, "level": arguments.level, "design_effect": arguments.design_effect}
+    rates = sorted({arguments.win_rate, 0.55, 0.6, 0.65}, key=lambda rate: abs(rate - 0.5))
+    rows = []
+    for rate in rates:
+        needed = ratings_needed(rate, power=arguments.power, **settings)
+        chances = [f"{power_of(count, rate, **settings):.2f}" for count in (150, 300)]
+        rows.append([f"{rate:g}", str(needed), *chances])
+    return ["win rate", f"ratings for a chance of {arguments.power:g}", "chance of 150", "chance of 300"], rows

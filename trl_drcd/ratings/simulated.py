@@ -1,0 +1,178 @@
+"""
+Simulated raters: a known truth plus noise, to try a study from end to end. Never a result about people, and labelled
+as simulated in the database, the tables, the plots and the CSV files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from trl_drcd.ratings.samples import read_evaluation
+from trl_drcd.ratings.store import Answer, Study
+from trl_drcd.validation.arguments import check_types, shown
+
+
+@dataclass
+class SimulateArguments:
+    """What `trl-drcd ratings simulate` takes."""
+
+    study: str = field(metadata={"help": "Folder of the study; it must have no persons as raters."})
+    abilities: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "True Bradley-Terry ability of each model in nats, for both questions; in the study's order."
+        },
+    )
+    judges: list[str] = field(
+        default_factory=list,
+        metadata={"help": "In place of abilities: the metrics of results.jsonl that judge quality and diversity."},
+    )
+    steepness: float = field(
+        default=2.0, metadata={"help": "Judges: nats of advantage for one standard deviation of the metric."}
+    )
+    prompt_noise: float = field(
+        default=0.5, metadata={"help": "Standard deviation, in nats, of what a prompt adds to a model's ability."}
+    )
+    ties: float = field(
+        default=0.2, metadata={"help": "Share of ties, at most; fewer where one side is clearly better."}
+    )
+    inattention: float = field(default=0.05, metadata={"help": "Share of answers that are given blindly."})
+    raters: int | None = field(default=None, metadata={"help": "How many raters; all places if not given."})
+    seed: int = field(default=0, metadata={"help": "Of the raters."})
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if bool(self.abilities) == bool(self.judges) or len(self.judges) not in (0, 2):
+            raise ValueError("give `abilities`, one for each model; or two `judges`, for quality and for diversity")
+        for name, most in {"ties": 1.0, "inattention": 1.0, "prompt_noise": np.inf, "steepness": np.inf}.items():
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"`{name}` must be between 0 and {most:g}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Truth:
+    """
+    What simulated raters think.
+
+    Args:
+        abilities (`dict[str, np.ndarray]`): Question to abilities in nats, `(P, M)`: of each model on each prompt.
+        models (`list[str]`): The `M` names.
+        ties (`float`): Share of ties where both sides are alike.
+        inattention (`float`): Share of answers that are given blindly.
+    """
+
+    abilities: dict[str, np.ndarray]
+    models: list[str]
+    ties: float = 0.2
+    inattention: float = 0.0
+
+    def outcome(self, question: str, prompt: int, a: str, b: str, rng: np.random.Generator) -> float:
+        """
+        1, 0.5 or 0 for A. The expectation is the Bradley-Terry probability `1 / (1 + exp(b - a))` whatever the share
+        of ties, as a tie is half a win: so `abilities` are the truth that a report must find.
+        """
+        ability = dict(zip(self.models, self.abilities[question][prompt], strict=True))
+        chance = 1 / (1 + np.exp(ability[b] - ability[a]))
+        tie = self.ties * 2 * min(chance, 1 - chance)
+        return float(rng.choice([1.0, 0.5, 0.0], p=[chance - tie / 2, tie, 1 - chance - tie / 2]))
+
+
+def known_truth(
+    models: Sequence[str], prompts: int, abilities: Sequence[float], arguments: SimulateArguments
+) -> Truth:
+    """
+    Abilities of the models, the same for both questions, plus noise of each prompt.
+
+    Raises:
+        ValueError: If their number is not that of the models.
+    """
+    if len(abilities) != len(models):
+        raise ValueError(f"`abilities` must be one for each of {list(models)}, got {shown(list(abilities))}")
+    noise = np.random.default_rng(arguments.seed).standard_normal((2, prompts, len(models))) * arguments.prompt_noise
+    values = np.asarray(abilities, dtype=float)
+    of_question = {"quality": values + noise[0], "diversity": values + noise[1]}
+    return Truth(of_question, list(models), arguments.ties, arguments.inattention)
+
+
+def judged_truth(study: Study, arguments: SimulateArguments) -> Truth:
+    """
+    The evaluation's own metrics as the truth, standardised over models and prompts: a judge plus noise.
+
+    Raises:
+        ValueError: If a metric was not measured.
+    """
+    evaluation = read_evaluation(study.about["evaluation"], study.about["design"]["dataset"])
+    lines = {line["name"]: line for line in evaluation.lines}
+    models, count = study.about["models"], len(evaluation.prompts)
+    of_question = {}
+    for question, metric in zip(("quality", "diversity"), arguments.judges, strict=True):
+        if missing := [name for name in models if metric not in lines[name]["per_prompt"]]:
+            raise ValueError(f"`judges` has {metric!r}, which was not measured of {missing}")
+        values = np.array([lines[name]["per_prompt"][metric] for name in models]).T
+        step = max(1, len(values) // count)
+        kept = values[::step][:count]
+        of_question[question] = arguments.steepness * (kept - kept.mean()) / max(kept.std(), 1e-12)
+    return Truth(of_question, models, arguments.ties, arguments.inattention)
+
+
+def simulate(study: Study, arguments: SimulateArguments) -> int:
+    """
+    Lets simulated raters join a study and rate all their items, by the calls that the app makes.
+
+    Args:
+        study ([`Study`]): Without persons as raters.
+        arguments ([`SimulateArguments`]): Their number and their truth.
+
+    Returns:
+        `int`: Number of new ratings.
+
+    Raises:
+        ValueError: If the study has persons as raters, all its places are taken, or the truth does not fit it.
+    """
+    models, prompts = study.about["models"], 1 + max(row["prompt"] for row in study.rows("SELECT prompt FROM items"))
+    if arguments.judges:
+        truth = judged_truth(study, arguments)
+    else:
+        truth = known_truth(models, prompts, arguments.abilities, arguments)
+    free = study.rows("SELECT count(DISTINCT book) AS n FROM slots WHERE book NOT IN (SELECT book FROM raters)")[0][
+        "n"
+    ]
+    count = free if arguments.raters is None else arguments.raters
+    if not 0 < count <= free:
+        raise ValueError(f"`raters={count}`, but {free} places of this study are free")
+    rng, new = np.random.default_rng(arguments.seed + 1), 0
+    for _ in range(count):
+        number = study.rows("SELECT count(*) AS n FROM raters")[0]["n"] + 1
+        new += _rate_all(study, study.join(f"simulated {number}", simulated=True), truth, rng)
+    return new
+
+
+def _rate_all(study: Study, link: str, truth: Truth, rng: np.random.Generator) -> int:
+    new = 0
+    items = {row["slot"]: row for row in study.rows("SELECT * FROM slots JOIN items USING (item)")}
+    while task := study.next_task(link):
+        for place in task.places:
+            study.mark_played(link, task.slot, place)
+        new += study.rate(link, task.slot, answer_to(items[task.slot], truth, rng))
+    return new
+
+
+def answer_to(item: Mapping[str, Any], truth: Truth, rng: np.random.Generator) -> Answer:
+    """What a simulated rater answers to an item as it is shown."""
+    if rng.random() < truth.inattention:
+        won: float = rng.choice([1.0, 0.5, 0.0])
+    elif item["check_kind"]:
+        won = 0.5 if item["check_kind"] == "same" else 1.0
+    else:
+        won = truth.outcome(item["question"], item["prompt"], item["model_a"], item["model_b"], rng)
+    gap = 0 if won == 0.5 else int(rng.integers(1, 3))
+    towards_a = gap if won == 1 else -gap
+    towards_left = towards_a if item["a_left"] else -towards_a
+    if item["question"] == "diversity":
+        return Answer(preference=3 - towards_left)
+    worse = int(rng.integers(1, 6 - gap))
+    return Answer(left=worse + max(0, towards_left), right=worse + max(0, -towards_left))

@@ -1,0 +1,318 @@
+"""
+What comparisons say: win rates, Bradley-Terry scores and agreement, with intervals over prompts and raters.
+
+Letters: `N` comparisons, `M` models, `D` bootstrap draws. Every statistic is computed of weights of the comparisons,
+`(1 + D, N)`: the first row is ones, the others are draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from trl_drcd.compat.extras import require
+from trl_drcd.evaluation.metrics import interval_of
+from trl_drcd.ratings.comparisons import Comparisons
+
+ELO_PER_NAT = 400 / np.log(10)
+ELO_MEAN = 1000.0
+
+
+@dataclass(frozen=True)
+class Weights:
+    """
+    Bootstrap weights of `N` comparisons, three times `(1 + D, N)`; the first row of each is ones.
+
+    Args:
+        prompts, raters, single (`np.ndarray`): Prompts, raters, or single comparisons drawn with replacement.
+    """
+
+    prompts: np.ndarray
+    raters: np.ndarray
+    single: np.ndarray
+
+
+def draw_weights(comparisons: Comparisons, draws: int = 1000, seed: int = 0) -> Weights:
+    """
+    Bootstrap weights: how often each comparison counts in each draw.
+
+    Args:
+        comparisons ([`Comparisons`]): The `N` comparisons.
+        draws (`int`, *optional*, defaults to 1000): `D`.
+        seed (`int`, *optional*, defaults to 0): Of the draws.
+
+    Returns:
+        [`Weights`]: For [`crossed`].
+
+    Raises:
+        ValueError: If there are no comparisons.
+    """
+    if not len(comparisons):
+        raise ValueError("`comparisons` is empty; there is nothing to count yet")
+    rng = np.random.default_rng(seed)
+    groups = (comparisons.prompt, comparisons.rater, np.arange(len(comparisons)))
+    ones = np.ones((1, len(comparisons)))
+    return Weights(*(np.concatenate([ones, _drawn(group, draws, rng)]) for group in groups))
+
+
+def _drawn(groups: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each comparison's group is drawn, `(draws, N)`."""
+    names, numbers = np.unique(groups, return_inverse=True)
+    times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
+    return times[:, numbers].astype(float)
+
+
+def crossed(statistic: Callable[[np.ndarray], np.ndarray], weights: Weights) -> np.ndarray:
+    """
+    A statistic and its draws over prompts and raters.
+
+    Comparisons of one prompt, or by one rater, depend on each other. The variance over both is that over prompts, plus
+    that over raters, minus that over single comparisons, which is in both (Cameron, Gelbach and Miller, "Robust
+    inference with multiway clustering", 2011). So the draws over prompts are spread about the statistic until they
+    have that variance, and never drawn together. (Weights of prompts times weights of raters would give independent
+    comparisons three times their variance.)
+
+    Args:
+        statistic (`Callable`): Maps weights `(1 + D, N)` to values `(1 + D, ...)`.
+        weights ([`Weights`]): Of [`draw_weights`].
+
+    Returns:
+        `np.ndarray`: Values `(1 + D, ...)` for `interval_of`, the statistic of all comparisons first.
+    """
+    draws = statistic(weights.prompts)
+    of_prompts, of_both = variances(statistic, weights, draws)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        spread = np.sqrt(np.where(of_prompts > 0, np.fmax(of_both / of_prompts, 1), 1))
+    return draws[:1] + (draws - draws[:1]) * spread
+
+
+def variances(
+    statistic: Callable[[np.ndarray], np.ndarray], weights: Weights, draws: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Variance over prompts (of `draws`) and over prompts and raters; see [`crossed`]."""
+    of_prompts, of_raters, of_single = map(_variance, (draws, statistic(weights.raters), statistic(weights.single)))
+    return of_prompts, of_prompts + of_raters - of_single
+
+
+def _variance(draws: np.ndarray) -> np.ndarray:
+    """Of the draws `(1 + D, ...)` that have a value; NaN where none has."""
+    known = np.isfinite(draws[1:])
+    count = known.sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(known, draws[1:], 0).sum(0) / count
+        return np.where(known, (draws[1:] - mean) ** 2, 0).sum(0) / count
+
+
+def win_and_tie_counts(comparisons: Comparisons, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Weighted counts of wins and ties.
+
+    Args:
+        comparisons ([`Comparisons`]): The `N` comparisons.
+        weights (`np.ndarray`): Shape `(1 + D, N)`.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: Wins of the row's model over the column's, and ties (symmetric), each `(1 + D,
+        M, M)`.
+    """
+    size = len(comparisons.models)
+    forth, back = comparisons.a * size + comparisons.b, comparisons.b * size + comparisons.a
+    wins = np.zeros((len(weights), size * size))
+    ties = np.zeros_like(wins)
+    for cells, table, chosen in (
+        (forth, wins, comparisons.outcome == 1),
+        (back, wins, comparisons.outcome == 0),
+        (forth, ties, comparisons.outcome == 0.5),
+        (back, ties, comparisons.outcome == 0.5),
+    ):
+        one_hot = np.zeros((int(chosen.sum()), size * size))
+        one_hot[np.arange(len(one_hot)), cells[chosen]] = 1
+        table += weights[:, chosen] @ one_hot
+    return wins.reshape(-1, size, size), ties.reshape(-1, size, size)
+
+
+def win_rates(comparisons: Comparisons, weights: np.ndarray) -> np.ndarray:
+    """
+    `(W + T / 2) / (W + L + T)` of the row's model against the column's, Fig. 5 of
+    https://huggingface.co/papers/2410.06084.
+
+    Args:
+        comparisons ([`Comparisons`]): The `N` comparisons.
+        weights (`np.ndarray`): Shape `(1 + D, N)`.
+
+    Returns:
+        `np.ndarray`: Shape `(1 + D, M, M)`; NaN where a pair was not compared.
+    """
+    wins, ties = win_and_tie_counts(comparisons, weights)
+    total = wins + wins.transpose(0, 2, 1) + ties
+    with np.errstate(invalid="ignore"):
+        return (wins + ties / 2) / total
+
+
+def bradley_terry_scores(comparisons: Comparisons, weights: np.ndarray) -> np.ndarray:
+    """
+    Bradley-Terry scores by evalica (their draws by the same iteration), a tie half a win for each; on Elo's scale with
+    mean 1000.
+
+    The win rate of A over B is modelled as `1 / (1 + 10 ** ((b - a) / 400))`.
+
+    Args:
+        comparisons ([`Comparisons`]): The `N` comparisons.
+        weights (`np.ndarray`): Shape `(1 + D, N)`.
+
+    Returns:
+        `np.ndarray`: Shape `(1 + D, M)`; NaN in the draws that have no finite scores, since some model (or group of
+        models) has won nothing, or lost nothing, against the others.
+
+    Raises:
+        ImportError: If evalica is missing; it comes with the extra `app`.
+    """
+    wins, ties = win_and_tie_counts(comparisons, weights)
+    beats = wins + ties / 2
+    log_strengths = np.log(_strengths(beats))
+    log_strengths[0] = np.log(_strengths_by_evalica(wins[0], ties[0]))
+    log_strengths[~_is_connected(beats)] = np.nan
+    return ELO_MEAN + ELO_PER_NAT * (log_strengths - log_strengths.mean(1, keepdims=True))
+
+
+def _strengths_by_evalica(wins: np.ndarray, ties: np.ndarray) -> np.ndarray:
+    """Strengths `(M,)` of one table of wins and ties."""
+    evalica = require("evalica", "app")
+    a, b = np.nonzero(wins)
+    c, d = np.nonzero(np.triu(ties))
+    result = evalica.bradley_terry(
+        [*a, *c], [*b, *d], [evalica.Winner.X] * len(a) + [evalica.Winner.Draw] * len(c),
+        index=pd.Index(range(len(wins))), weights=[*wins[a, b], *ties[c, d]], tolerance=1e-8, limit=10_000,
+    )  # fmt: skip
+    return result.scores.sort_index().to_numpy()
+
+
+def _strengths(beats: np.ndarray, tolerance: float = 1e-6, limit: int = 2000) -> np.ndarray:
+    """
+    What evalica computes, of many tables at once, a hundred times faster; a test compares them.
+
+    Newman's iteration, `p_i = sum_j(w_ij p_j / (p_i + p_j)) / sum_j(w_ji / (p_i + p_j))`.
+
+    Args:
+        beats (`np.ndarray`): Wins plus half the ties, `(D, M, M)`.
+        tolerance (`float`, *optional*, defaults to 1e-6): Largest relative change after which it ends.
+        limit (`int`, *optional*, defaults to 2000): Largest number of steps.
+
+    Returns:
+        `np.ndarray`: Strengths `(D, M)`; of no meaning where there are no finite ones.
+    """
+    strengths = np.ones(beats.shape[:2])
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        for _ in range(limit):
+            shares = 1 / (strengths[:, :, None] + strengths[:, None, :])
+            new = (beats * shares * strengths[:, None, :]).sum(2) / (beats.transpose(0, 2, 1) * shares).sum(2)
+            new = np.clip(new / np.exp(np.log(new).mean(1, keepdims=True)), 1e-12, 1e12)
+            change = np.abs(new / strengths - 1)
+            strengths = new
+            if not (change > tolerance).any():
+                break
+    return strengths
+
+
+def _is_connected(beats: np.ndarray) -> np.ndarray:
+    """
+    Of each table, `(D, M, M)`, whether every model reaches every other by wins or ties: else there are no finite
+    scores (Ford, 1957).
+    """
+    reach = (beats > 0) | np.eye(beats.shape[1], dtype=bool)
+    for middle in range(beats.shape[1]):
+        reach |= reach[:, :, [middle]] & reach[:, [middle]]
+    return np.asarray(reach.all(axis=(1, 2)))
+
+
+def krippendorff_alpha(units: np.ndarray, distance: str = "ordinal") -> float:
+    """
+    Krippendorff's alpha: 1 for perfect agreement, 0 for what chance gives.
+
+    Args:
+        units (`np.ndarray`): Raters by units, NaN where there is no rating.
+        distance (`str`, *optional*, defaults to `"ordinal"`): Of two ratings: `"nominal"`, `"ordinal"`, `"interval"`.
+
+    Returns:
+        `float`: NaN if no unit has two ratings.
+    """
+    compared = units[:, (~np.isnan(units)).sum(0) > 1]
+    if compared.size == 0:
+        return float("nan")
+    frame = pd.DataFrame(compared)
+    return float(require("evalica", "app").alpha(frame, distance).alpha)
+
+
+def agreement(comparisons: Comparisons, draws: int = 200, seed: int = 0) -> dict[str, float]:
+    """
+    Krippendorff's alpha (ordinal) of who won, the units being items, with its bootstrap interval over prompts.
+
+    Args:
+        comparisons ([`Comparisons`]): The `N` comparisons.
+        draws (`int`, *optional*, defaults to 200): Bootstrap draws.
+        seed (`int`, *optional*, defaults to 0): Of the draws.
+
+    Returns:
+        `dict[str, float]`: `mean`, `low`, `high`.
+    """
+    items, columns = np.unique(comparisons.item, return_inverse=True)
+    units = np.full((comparisons.rater.max() + 1, len(items)), np.nan)
+    units[comparisons.rater, columns] = comparisons.outcome
+    prompt = np.zeros(len(items), dtype=int)
+    prompt[columns] = comparisons.prompt
+    prompts = np.unique(prompt)
+    of_prompt = [np.flatnonzero(prompt == number) for number in prompts]
+    rng = np.random.default_rng(seed)
+    values = [krippendorff_alpha(units)]
+    for draw in rng.integers(0, len(prompts), (draws, len(prompts))):
+        values.append(krippendorff_alpha(units[:, np.concatenate([of_prompt[i] for i in draw])]))
+    return interval_of(np.array(values))
+
+
+def design_effect(comparisons: Comparisons, weights: Weights) -> float:
+    """
+    How much larger the variance of a win rate is than that of as many independent ratings; median over the pairs.
+
+    Args:
+        comparisons ([`Comparisons`]): The `N` comparisons.
+        weights ([`Weights`]): Of [`draw_weights`].
+
+    Returns:
+        `float`: At least 1; NaN if no pair has a variance.
+    """
+
+    def rates(of: np.ndarray) -> np.ndarray:
+        return win_rates(comparisons, of)
+
+    _, of_both = variances(rates, weights, rates(weights.prompts))
+    of_single = _variance(rates(weights.single))
+    known = np.triu(of_single, 1) > 0
+    return max(1.0, float(np.median(of_both[known] / of_single[known]))) if known.any() else float("nan")
+
+
+def outcome_variance(win_rate: float, ties: float = 0.0) -> float:
+    """Variance of a single outcome (1, 0.5 or 0): `p (1 - p) - t / 4` for a win rate `p` and a share of ties `t`."""
+    return win_rate * (1 - win_rate) - ties / 4
+
+
+def interval_table(draws: np.ndarray) -> list[list[dict[str, float] | None]]:
+    """Every cell of `(1 + D, M, M)` as `mean`, `low`, `high`; `None` where nothing was compared."""
+    size = draws.shape[1]
+    return [
+        [None if np.isnan(draws[0, i, j]) else interval_of(draws[:, i, j]) for j in range(size)] for i in range(size)
+    ]
+
+
+def named(draws: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Every column of `(1 + D, M)` by its name, as `mean`, `low`, `high` and the share of draws with no value."""
+    return {
+        name: (
+            interval_of(column) if np.isfinite(column[1:]).any() else dict.fromkeys(("mean", "low", "high"), np.nan)
+        )
+        | {"undefined_draws": float(np.isnan(column[1:]).mean())}
+        for name, column in zip(names, draws.T, strict=True)
+    }

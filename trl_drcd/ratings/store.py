@@ -1,0 +1,462 @@
+"""
+A study in SQLite: its items, who has which book, and the ratings.
+
+The file is in WAL mode and every rating is one transaction on the disk before the rater sees the next item. Unique
+keys, not the code above them, see to it that nobody rates an item twice and no slot is rated twice; to send the same
+rating again changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl_drcd.ratings.design import Item, Slot
+from trl_drcd.validation.arguments import shown
+
+FILE = "study.sqlite"
+SCHEMA = """
+CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE items (
+    item INTEGER PRIMARY KEY,
+    question TEXT NOT NULL CHECK (question IN ('quality', 'diversity')),
+    prompt INTEGER NOT NULL, prompt_text TEXT NOT NULL,
+    model_a TEXT NOT NULL, model_b TEXT NOT NULL,
+    clips_a TEXT NOT NULL, clips_b TEXT NOT NULL,
+    check_kind TEXT CHECK (check_kind IN ('same', 'worse'))
+);
+CREATE TABLE slots (
+    slot INTEGER PRIMARY KEY,
+    book INTEGER NOT NULL, position INTEGER NOT NULL,
+    item INTEGER NOT NULL REFERENCES items, a_left INTEGER NOT NULL CHECK (a_left IN (0, 1)),
+    UNIQUE (book, position), UNIQUE (book, item)
+);
+CREATE TABLE raters (
+    rater INTEGER PRIMARY KEY, link TEXT NOT NULL UNIQUE, pseudonym TEXT NOT NULL UNIQUE,
+    book INTEGER UNIQUE, simulated INTEGER NOT NULL CHECK (simulated IN (0, 1)), joined REAL NOT NULL
+);
+CREATE TABLE shown (
+    rater INTEGER NOT NULL REFERENCES raters, slot INTEGER NOT NULL REFERENCES slots, at REAL NOT NULL,
+    PRIMARY KEY (rater, slot)
+);
+CREATE TABLE played (
+    rater INTEGER NOT NULL REFERENCES raters, slot INTEGER NOT NULL REFERENCES slots, clip TEXT NOT NULL,
+    PRIMARY KEY (rater, slot, clip)
+);
+CREATE TABLE ratings (
+    slot INTEGER PRIMARY KEY REFERENCES slots,
+    rater INTEGER NOT NULL REFERENCES raters, item INTEGER NOT NULL REFERENCES items,
+    score_left INTEGER CHECK (score_left BETWEEN 1 AND 5),
+    score_right INTEGER CHECK (score_right BETWEEN 1 AND 5),
+    preference INTEGER CHECK (preference BETWEEN 1 AND 5),
+    seconds REAL, at REAL NOT NULL,
+    UNIQUE (rater, item),
+    CHECK ((preference IS NULL) = (score_left IS NOT NULL) AND (preference IS NULL) = (score_right IS NOT NULL))
+);
+"""
+MAX_PSEUDONYM = 40
+
+
+@dataclass(frozen=True)
+class Answer:
+    """
+    What a rater says of the two sides as shown.
+
+    Args:
+        left, right (`int`, *optional*): Quality: each side from 1 (bad) to 5 (excellent).
+        preference (`int`, *optional*): Diversity: from 1 (the left pair is much more diverse) over 3 (alike) to 5 (the
+            right pair is).
+    """
+
+    left: int | None = None
+    right: int | None = None
+    preference: int | None = None
+
+    def check(self, question: str) -> None:
+        """
+        Raises:
+            ValueError: If it does not answer the question, from 1 to 5.
+        """
+        needed = ("left", "right") if question == "quality" else ("preference",)
+        for name in ("left", "right", "preference"):
+            value = getattr(self, name)
+            good = type(value) is int and 1 <= value <= 5 if name in needed else value is None
+            if not good:
+                wanted = "a whole number from 1 to 5" if name in needed else "left out"
+                raise ValueError(f"`{name}` must be {wanted} for {question}, got {shown(value)}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    What a rater sees next, blind.
+
+    Args:
+        slot (`int`): Its number, for [`Study.rate`].
+        question (`str`): `"quality"` or `"diversity"`.
+        prompt (`str`): The prompt's text.
+        left, right (`list[str]`): Names of clips in the study's folder `clips/`; the names tell nothing.
+        played (`set[str]`): The clips' places (`"left0"`, `"right1"`) that this rater has played.
+    """
+
+    slot: int
+    question: str
+    prompt: str
+    left: list[str]
+    right: list[str]
+    played: frozenset[str]
+
+    @property
+    def places(self) -> list[str]:
+        """The places of all clips: `"left0"`, ..., `"right0"`, ..."""
+        sides = {"left": self.left, "right": self.right}
+        return [f"{side}{number}" for side, clips in sides.items() for number in range(len(clips))]
+
+    def clip(self, place: str) -> str | None:
+        """The clip at a place."""
+        return dict(zip(self.places, [*self.left, *self.right], strict=True)).get(place)
+
+
+class Study:
+    """
+    An existing study; safe to use from several threads and processes at once.
+
+    Args:
+        folder (`str` or `Path`): What `trl-drcd ratings design` has made.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / FILE).is_file():
+            raise FileNotFoundError(f"`study={folder}` has no {FILE}; make a study with `trl-drcd ratings design`")
+        with self._connection() as database:
+            self.about = {name: json.loads(value) for name, value in database.execute("SELECT name, value FROM about")}
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | Path,
+        items: Sequence[Item],
+        slots: Sequence[Slot],
+        prompts: Sequence[str],
+        names: dict[Any, str],
+        about: dict[str, Any],
+    ) -> Study:
+        """
+        Writes a new study.
+
+        Args:
+            folder (`str` or `Path`): Its folder.
+            items, slots: See [`~trl_drcd.ratings.design.Design`].
+            prompts (`Sequence[str]`): Text of each prompt.
+            names (`dict`): Each clip to the name of its file.
+            about (`dict`): What else is to be known: models, kind, settings.
+
+        Raises:
+            FileExistsError: If there is one already.
+        """
+        path = Path(folder) / FILE
+        if path.exists():
+            raise FileExistsError(f"`out={folder}` has a study already; ratings may be in it, so it is left alone")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        database = sqlite3.connect(path, isolation_level=None)
+        try:
+            database.execute("PRAGMA journal_mode = WAL")
+            database.executescript(f"BEGIN; {SCHEMA}")
+            database.executemany("INSERT INTO about VALUES (?, ?)", [(k, json.dumps(v)) for k, v in about.items()])
+            database.executemany(
+                "INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (
+                        item.number,
+                        item.question,
+                        item.prompt,
+                        prompts[item.prompt],
+                        *item.models,
+                        *(json.dumps([names[clip] for clip in clips]) for clips in item.clips),
+                        item.check,
+                    )
+                    for item in items
+                ],
+            )
+            database.executemany(
+                "INSERT INTO slots (book, position, item, a_left) VALUES (?, ?, ?, ?)",
+                [(slot.book, slot.position, slot.item, slot.a_left) for slot in slots],
+            )
+            database.execute("COMMIT")
+        finally:
+            database.close()
+        return cls(folder)
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        """A connection of its own for each call: no thread has another's, and nothing is open when a process dies."""
+        database = sqlite3.connect(self.folder / FILE, timeout=30, isolation_level=None)
+        try:
+            database.execute("PRAGMA foreign_keys = ON")
+            database.execute("PRAGMA synchronous = FULL")  # a rating that was acknowledged survives a power cut too
+            yield database
+        finally:
+            database.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All or nothing, and nobody else writes in between."""
+        with self._connection() as database:
+            database.execute("BEGIN IMMEDIATE")
+            try:
+                yield database
+            except BaseException:
+                database.execute("ROLLBACK")
+                raise
+            database.execute("COMMIT")
+
+    # ---------------------------------------------------------------- raters
+
+    def join(self, pseudonym: str, simulated: bool = False) -> str:
+        """
+        Gives a new rater the next free book.
+
+        A pseudonym that has rated nothing yet gets its link again, so that a double click or a lost answer takes no
+        second book.
+
+        Args:
+            pseudonym (`str`): Not a real name; at most 40 printable characters.
+            simulated (`bool`, *optional*, defaults to `False`): Not a person. A study has persons or simulated raters.
+
+        Returns:
+            `str`: The rater's personal link, a secret.
+
+        Raises:
+            ValueError: If the pseudonym is not usable or taken, all books are given, or the study is of the
+                other kind.
+        """
+        name = pseudonym.strip() if isinstance(pseudonym, str) else ""
+        if not 0 < len(name) <= MAX_PSEUDONYM or not name.isprintable():
+            raise ValueError(f"a pseudonym has 1 to {MAX_PSEUDONYM} printable characters, got {shown(pseudonym)}")
+        with self._transaction() as database:
+            self._check_kind(database, simulated)
+            known = database.execute(
+                "SELECT link, (SELECT count(*) FROM ratings WHERE ratings.rater = raters.rater) FROM raters "
+                "WHERE pseudonym = ?", (name,)
+            ).fetchone()  # fmt: skip
+            if known and known[1] == 0:
+                return str(known[0])
+            if known:
+                raise ValueError(
+                    f"the pseudonym {shown(name)} is taken; go on by your personal link, or choose another"
+                )
+            (book,) = database.execute(
+                "SELECT min(book) FROM slots WHERE book NOT IN (SELECT book FROM raters WHERE book IS NOT NULL)"
+            ).fetchone()
+            if book is None:
+                raise ValueError("all places of this study are taken; thank you")
+            return self._add_rater(database, name, book, simulated)
+
+    def _check_kind(self, database: sqlite3.Connection, simulated: bool) -> None:
+        other = database.execute("SELECT 1 FROM raters WHERE simulated != ?", (simulated,)).fetchone()
+        if other:
+            has, wanted = ("persons", "simulated raters") if simulated else ("simulated raters", "persons")
+            raise ValueError(f"this study has {has}; make another one for {wanted}")
+
+    def _add_rater(self, database: sqlite3.Connection, name: str, book: int | None, simulated: bool) -> str:
+        link = secrets.token_urlsafe(16)
+        database.execute(
+            "INSERT INTO raters (link, pseudonym, book, simulated, joined) VALUES (?, ?, ?, ?, ?)",
+            (link, name, book, simulated, time.time()),
+        )
+        return link
+
+    def _rater(self, database: sqlite3.Connection, link: str) -> tuple[int, int | None]:
+        row = database.execute("SELECT rater, book FROM raters WHERE link = ?", (str(link),)).fetchone()
+        if row is None:
+            raise ValueError("this personal link is not known here; ask who gave it to you, or begin anew")
+        return row[0], row[1]
+
+    def pseudonym(self, link: str) -> str:
+        """
+        Whose link it is.
+
+        Raises:
+            ValueError: If it is nobody's.
+        """
+        with self._connection() as database:
+            rater, _ = self._rater(database, link)
+            return str(database.execute("SELECT pseudonym FROM raters WHERE rater = ?", (rater,)).fetchone()[0])
+
+    def release(self, pseudonym: str) -> int:
+        """
+        Puts what a rater has not rated into a new book, for the next who joins.
+
+        Returns:
+            `int`: Number of items.
+
+        Raises:
+            ValueError: If there is no such rater, or nothing is left.
+        """
+        with self._transaction() as database:
+            row = database.execute("SELECT book FROM raters WHERE pseudonym = ?", (pseudonym,)).fetchone()
+            if row is None:
+                raise ValueError(f"`pseudonym={pseudonym}` is no rater of this study")
+            (new,) = database.execute("SELECT max(book) + 1 FROM slots").fetchone()
+            moved = database.execute(
+                "UPDATE slots SET book = ? WHERE book = ? AND slot NOT IN (SELECT slot FROM ratings)", (new, row[0])
+            ).rowcount
+            if not moved:
+                raise ValueError(f"`pseudonym={pseudonym}` has rated everything; nothing is left to release")
+            return int(moved)
+
+    # ---------------------------------------------------------------- rating
+
+    def next_task(self, link: str) -> Task | None:
+        """The first item of a rater's book that is not rated; `None` if all are."""
+        with self._transaction() as database:
+            rater, book = self._rater(database, link)
+            row = database.execute(
+                "SELECT slot FROM slots WHERE book = ? AND slot NOT IN (SELECT slot FROM ratings) "
+                "ORDER BY position LIMIT 1", (book,)
+            ).fetchone()  # fmt: skip
+            if row is None:
+                return None
+            database.execute("INSERT OR IGNORE INTO shown VALUES (?, ?, ?)", (rater, row[0], time.time()))
+            return self._task(database, rater, book, row[0])
+
+    def task(self, link: str, slot: int) -> Task:
+        """
+        One item of a rater's own book, rated or not.
+
+        Raises:
+            ValueError: If it is not in the book.
+        """
+        with self._connection() as database:
+            rater, book = self._rater(database, link)
+            return self._task(database, rater, book, slot)
+
+    def _task(self, database: sqlite3.Connection, rater: int, book: int | None, slot: int) -> Task:
+        row = database.execute(
+            "SELECT question, prompt_text, clips_a, clips_b, a_left FROM slots JOIN items USING (item) "
+            "WHERE slot = ? AND book = ?", (slot, book)
+        ).fetchone()  # fmt: skip
+        if row is None:
+            raise ValueError(f"`slot={shown(slot)}` is not in this rater's book")
+        question, prompt, *clips, a_left = row
+        left, right = map(json.loads, clips if a_left else reversed(clips))
+        played = database.execute("SELECT clip FROM played WHERE rater = ? AND slot = ?", (rater, slot))
+        return Task(slot, question, prompt, left, right, frozenset(clip for (clip,) in played))
+
+    def mark_played(self, link: str, slot: int, place: str) -> None:
+        """
+        Notes that a clip was played.
+
+        Raises:
+            ValueError: If the rater has no such clip.
+        """
+        if self.task(link, slot).clip(place) is None:
+            raise ValueError(f"`place={shown(place)}` is no clip of this item")
+        with self._transaction() as database:
+            rater, _ = self._rater(database, link)
+            database.execute("INSERT OR IGNORE INTO played VALUES (?, ?, ?)", (rater, slot, place))
+
+    def rate(self, link: str, slot: int, answer: Answer, must_play: bool = True) -> bool:
+        """
+        Stores a rating; on the disk before this returns.
+
+        Args:
+            link (`str`): The rater's.
+            slot (`int`): Of [`Study.next_task`].
+            answer ([`Answer`]): Of the sides as shown.
+            must_play (`bool`, *optional*, defaults to `True`): Refuse while a clip of music was not played.
+
+        Returns:
+            `bool`: `False` if this slot was rated before: then nothing is changed.
+
+        Raises:
+            ValueError: If the slot is not the rater's, the answer is none, or a clip was not played.
+        """
+        task = self.task(link, slot)
+        answer.check(task.question)
+        if must_play and self.about["kind"] == "music" and (unheard := set(task.places) - task.played):
+            raise ValueError(f"play every clip first: {len(unheard)} of {len(task.places)} were not played")
+        with self._transaction() as database:
+            rater, book = self._rater(database, link)
+            return self._store(database, rater, book, slot, answer)
+
+    def _store(self, database: sqlite3.Connection, rater: int, book: int | None, slot: int, answer: Answer) -> bool:
+        item = database.execute("SELECT item FROM slots WHERE slot = ? AND book = ?", (slot, book)).fetchone()
+        if item is None:
+            raise ValueError(f"`slot={shown(slot)}` is not in this rater's book")
+        began = database.execute("SELECT at FROM shown WHERE rater = ? AND slot = ?", (rater, slot)).fetchone()
+        now = time.time()
+        return bool(
+            database.execute(
+                "INSERT INTO ratings VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                (slot, rater, item[0], answer.left, answer.right, answer.preference,
+                 now - began[0] if began else None, now),
+            ).rowcount
+        )  # fmt: skip
+
+    def import_rating(self, pseudonym: str, slot: int, answer: Answer, simulated: bool = False) -> bool:
+        """
+        Stores a rating that was made elsewhere; its rater is added when new, and may have slots of any books.
+
+        Returns:
+            `bool`: `False` if this slot was rated before, or the rater has rated this item: nothing is changed.
+
+        Raises:
+            ValueError: If there is no such slot, or the answer is none.
+        """
+        with self._transaction() as database:
+            self._check_kind(database, simulated)
+            row = database.execute(
+                "SELECT question, book FROM slots JOIN items USING (item) WHERE slot = ?", (slot,)
+            ).fetchone()
+            if row is None:
+                raise ValueError(f"`slot={shown(slot)}` is none of this study")
+            answer.check(row[0])
+            known = database.execute("SELECT rater FROM raters WHERE pseudonym = ?", (pseudonym,)).fetchone()
+            if known is None:
+                self._add_rater(database, pseudonym, None, simulated)
+                known = database.execute("SELECT rater FROM raters WHERE pseudonym = ?", (pseudonym,)).fetchone()
+            return self._store(database, known[0], row[1], slot, answer)
+
+    # ---------------------------------------------------------------- reading
+
+    def progress(self, link: str) -> tuple[int, int]:
+        """Rated items and all items of a rater."""
+        with self._connection() as database:
+            rater, book = self._rater(database, link)
+            (done,) = database.execute("SELECT count(*) FROM ratings WHERE rater = ?", (rater,)).fetchone()
+            (left,) = database.execute(
+                "SELECT count(*) FROM slots WHERE book = ? AND slot NOT IN (SELECT slot FROM ratings)", (book,)
+            ).fetchone()
+            return done, done + left
+
+    def rows(self, sql: str) -> list[dict[str, Any]]:
+        """What a SELECT finds, each row by the names of its columns."""
+        with self._connection() as database:
+            database.row_factory = sqlite3.Row
+            return [dict(row) for row in database.execute(sql)]
+
+    def ratings(self) -> list[dict[str, Any]]:
+        """All ratings in the order of their slots, with items, sides and raters; what has no answer is not there."""
+        return self.rows(
+            "SELECT ratings.slot, question, prompt, prompt_text, model_a, model_b, clips_a, clips_b, check_kind, "
+            "a_left, ratings.item, pseudonym, simulated, score_left, score_right, preference, seconds, at "
+            "FROM ratings JOIN slots USING (slot) JOIN items ON items.item = ratings.item JOIN raters USING (rater) "
+            "ORDER BY ratings.slot"
+        )
+
+    @property
+    def simulated(self) -> bool:
+        """Whether its raters are no people."""
+        return bool(self.rows("SELECT 1 FROM raters WHERE simulated = 1 LIMIT 1"))

@@ -1,0 +1,101 @@
+"""From an evaluation to a study: the design, the clips under names that tell nothing, the database."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trl_drcd.compat.extras import require
+from trl_drcd.evaluation.records import content_digest
+from trl_drcd.files import wav_bytes, write_bytes, write_text
+from trl_drcd.ratings.design import Clip, Design, DesignArguments, make_design, strategies_of
+from trl_drcd.ratings.samples import Evaluation, read_evaluation
+from trl_drcd.ratings.store import FILE, Study
+
+CLIPS_FOLDER = "clips"
+NOISE = 1.0  # power of the noise over that of the clip, in a degraded one
+
+
+def create_study(arguments: DesignArguments) -> tuple[Study, Design]:
+    """
+    Makes a study: `study.sqlite` and `clips/` in `arguments.out`. Nothing else in it is needed to run it, and no name
+    in it tells a rater which model a clip is of.
+
+    Args:
+        arguments ([`DesignArguments`]): Everything.
+
+    Returns:
+        `tuple`: The study, and its design.
+
+    Raises:
+        FileExistsError: If the folder has a study.
+        FileNotFoundError, ValueError: As [`read_evaluation`] and [`make_design`] do.
+    """
+    out = Path(arguments.out)
+    if (out / FILE).exists():
+        raise FileExistsError(f"`out={out}` has a study already; ratings may be in it, so it is left alone")
+    evaluation = read_evaluation(arguments.evaluation, arguments.dataset)
+    models = strategies_of(arguments, list(evaluation.files))
+    design = make_design(
+        models, len(evaluation.prompts), evaluation.samples, prompts_of(arguments, evaluation), arguments.raters,
+        arguments.raters_per_item, arguments.checks, arguments.seed,
+    )  # fmt: skip
+    clips = dict.fromkeys(clip for item in design.items for side in item.clips for clip in side)
+    names = copy_clips(clips, evaluation, out / CLIPS_FOLDER)
+    about = {
+        "kind": evaluation.kind,
+        "models": models,
+        "evaluation": str(evaluation.folder.resolve()),
+        "salt": secrets.token_hex(16),
+        "evaluation_digest": content_digest(evaluation.folder / "results.jsonl"),
+        "design": asdict(arguments),
+    }
+    return Study.create(out, design.items, design.slots, evaluation.prompts, names, about), design
+
+
+def prompts_of(arguments: DesignArguments, evaluation: Evaluation) -> dict[str, int]:
+    """The number of prompts of each question; what is not given is all, and none for diversity with single samples."""
+    every = len(evaluation.prompts)
+    quality, diversity = arguments.quality_prompts, arguments.diversity_prompts
+    return {
+        "quality": every if quality is None else quality,
+        "diversity": (every if evaluation.samples > 1 else 0) if diversity is None else diversity,
+    }
+
+
+def copy_clips(clips: Iterable[Clip], evaluation: Evaluation, folder: Path) -> dict[Clip, str]:
+    """The clips in a folder, under names by chance."""
+    names = {}
+    for clip in clips:
+        model, prompt, sample, degraded = clip
+        source = evaluation.files[model][prompt][sample]
+        names[clip] = f"{secrets.token_hex(8)}{source.suffix}"
+        target = folder / names[clip]
+        if not degraded:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+        elif source.suffix == ".txt":
+            write_text(target, degraded_text(source.read_text()))
+        else:
+            waveform, rate = require("soundfile", "audio").read(source, dtype="float32")
+            write_bytes(target, wav_bytes(degraded_audio(torch.from_numpy(waveform)), rate))
+    return names
+
+
+def degraded_audio(waveform: torch.Tensor) -> torch.Tensor:
+    """A clip, shape `(T,)`, under white noise of its own power: what nobody who listens calls the better one."""
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal(waveform.shape[0]).astype(np.float32))
+    power = max(float(waveform.square().mean()), 1e-4)
+    return (waveform + noise * (NOISE * power) ** 0.5).clamp(-1, 1)
+
+
+def degraded_text(text: str) -> str:
+    """A text with its words in another order."""
+    words = text.split()
+    return " ".join(words[i] for i in np.random.default_rng(0).permutation(len(words)))
