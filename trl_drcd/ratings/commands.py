@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trl_drcd.files import write_text
-from trl_drcd.validation.arguments import check_types, parse
+from trl_drcd.validation.command_line import parse_command_line
+from trl_drcd.validation.field_types import check_types
 
 
 @dataclass
@@ -145,5 +146,7 @@ def main(argv: Sequence[str]) -> None:
     rest = words[1:]
     if rest and rest[0].endswith((".yaml", ".yml")):
         rest = ["--config", *rest]
-    (arguments,) = parse(TrlParser(kind, prog=f"trl-drcd ratings {words[0]}", description=run.__doc__), rest)
+    (arguments,) = parse_command_line(
+        TrlParser(kind, prog=f"trl-drcd ratings {words[0]}", description=run.__doc__), rest
+    )
     run(arguments)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from trl_drcd.validation.arguments import check_types
+from trl_drcd.validation.field_types import check_types
 
 QUESTIONS = ("quality", "diversity")
 CLIPS = {"quality": 1, "diversity": 2}  # on each side

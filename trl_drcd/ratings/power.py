@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from statistics import NormalDist
 
 from trl_drcd.ratings.statistics import outcome_variance
-from trl_drcd.validation.arguments import check_types
+from trl_drcd.validation.field_types import check_types
 
 NORMAL = NormalDist()
 

@@ -33,7 +33,7 @@ from trl_drcd.ratings.statistics import (
 )
 from trl_drcd.ratings.store import Study
 from trl_drcd.ratings.tabular import ratings_csv
-from trl_drcd.validation.arguments import check_types
+from trl_drcd.validation.field_types import check_types
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 PAPERS_WIN_RATE = 0.57

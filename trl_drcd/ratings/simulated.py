@@ -13,7 +13,8 @@ import numpy as np
 
 from trl_drcd.ratings.samples import read_evaluation
 from trl_drcd.ratings.store import Answer, Study
-from trl_drcd.validation.arguments import check_types, shown
+from trl_drcd.validation.field_types import check_types
+from trl_drcd.validation.messages import short_repr
 
 
 @dataclass
@@ -91,7 +92,7 @@ def known_truth(
         ValueError: If their number is not that of the models.
     """
     if len(abilities) != len(models):
-        raise ValueError(f"`abilities` must be one for each of {list(models)}, got {shown(list(abilities))}")
+        raise ValueError(f"`abilities` must be one for each of {list(models)}, got {short_repr(list(abilities))}")
     noise = np.random.default_rng(arguments.seed).standard_normal((2, prompts, len(models))) * arguments.prompt_noise
     values = np.asarray(abilities, dtype=float)
     of_question = {"quality": values + noise[0], "diversity": values + noise[1]}
@@ -133,6 +134,7 @@ def simulate(study: Study, arguments: SimulateArguments) -> int:
     Raises:
         ValueError: If the study has persons as raters, all its places are taken, or the truth does not fit it.
     """
+    study = Study(study.folder, power_safe=False)
     models, prompts = study.about["models"], 1 + max(row["prompt"] for row in study.rows("SELECT prompt FROM items"))
     if arguments.judges:
         truth = judged_truth(study, arguments)
@@ -155,9 +157,7 @@ def _rate_all(study: Study, link: str, truth: Truth, rng: np.random.Generator) -
     new = 0
     items = {row["slot"]: row for row in study.rows("SELECT * FROM slots JOIN items USING (item)")}
     while task := study.next_task(link):
-        for place in task.places:
-            study.mark_played(link, task.slot, place)
-        new += study.rate(link, task.slot, answer_to(items[task.slot], truth, rng))
+        new += study.rate(link, task.slot, answer_to(items[task.slot], truth, rng), must_play=False)
     return new
 
 

@@ -268,6 +268,8 @@ def agreement(comparisons: Comparisons, draws: int = 200, seed: int = 0) -> dict
     of_prompt = [np.flatnonzero(prompt == number) for number in prompts]
     rng = np.random.default_rng(seed)
     values = [krippendorff_alpha(units)]
+    if np.isnan(values[0]):  # no item has two raters yet
+        return dict.fromkeys(("mean", "low", "high"), float("nan"))
     for draw in rng.integers(0, len(prompts), (draws, len(prompts))):
         values.append(krippendorff_alpha(units[:, np.concatenate([of_prompt[i] for i in draw])]))
     return interval_of(np.array(values))

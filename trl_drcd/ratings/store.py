@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_drcd.ratings.design import Item, Slot
-from trl_drcd.validation.arguments import shown
+from trl_drcd.validation.messages import short_repr
 
 FILE = "study.sqlite"
 SCHEMA = """
@@ -90,7 +90,7 @@ class Answer:
             good = type(value) is int and 1 <= value <= 5 if name in needed else value is None
             if not good:
                 wanted = "a whole number from 1 to 5" if name in needed else "left out"
-                raise ValueError(f"`{name}` must be {wanted} for {question}, got {shown(value)}")
+                raise ValueError(f"`{name}` must be {wanted} for {question}, got {short_repr(value)}")
 
 
 @dataclass(frozen=True)
@@ -130,15 +130,21 @@ class Study:
 
     Args:
         folder (`str` or `Path`): What `trl-drcd ratings design` has made.
+        power_safe (`bool`, *optional*, defaults to `True`): Ratings survive a power cut too; without, only the death
+            of the process, which is enough for simulated raters and many times faster.
 
     Raises:
         FileNotFoundError: If there is none.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, power_safe: bool = True) -> None:
         self.folder = Path(folder)
+        self.power_safe = power_safe
         if not (self.folder / FILE).is_file():
             raise FileNotFoundError(f"`study={folder}` has no {FILE}; make a study with `trl-drcd ratings design`")
+        # Never used again, only open: the last connection that closes would copy the log into the database each time
+        self._open = sqlite3.connect(self.folder / FILE, timeout=30, check_same_thread=False)
+        self._open.execute("SELECT count(*) FROM about").fetchone()
         with self._connection() as database:
             self.about = {name: json.loads(value) for name, value in database.execute("SELECT name, value FROM about")}
 
@@ -199,20 +205,20 @@ class Study:
         return cls(folder)
 
     @contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
+    def _connection(self, sync: bool = False) -> Iterator[sqlite3.Connection]:
         """A connection of its own for each call: no thread has another's, and nothing is open when a process dies."""
         database = sqlite3.connect(self.folder / FILE, timeout=30, isolation_level=None)
         try:
             database.execute("PRAGMA foreign_keys = ON")
-            database.execute("PRAGMA synchronous = FULL")  # a rating that was acknowledged survives a power cut too
+            database.execute(f"PRAGMA synchronous = {'FULL' if sync and self.power_safe else 'NORMAL'}")
             yield database
         finally:
             database.close()
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """All or nothing, and nobody else writes in between."""
-        with self._connection() as database:
+    def _transaction(self, sync: bool = True) -> Iterator[sqlite3.Connection]:
+        """All or nothing, and nobody else writes in between; `sync`: on the disk before it returns."""
+        with self._connection(sync) as database:
             database.execute("BEGIN IMMEDIATE")
             try:
                 yield database
@@ -243,7 +249,7 @@ class Study:
         """
         name = pseudonym.strip() if isinstance(pseudonym, str) else ""
         if not 0 < len(name) <= MAX_PSEUDONYM or not name.isprintable():
-            raise ValueError(f"a pseudonym has 1 to {MAX_PSEUDONYM} printable characters, got {shown(pseudonym)}")
+            raise ValueError(f"a pseudonym has 1 to {MAX_PSEUDONYM} printable characters, got {short_repr(pseudonym)}")
         with self._transaction() as database:
             self._check_kind(database, simulated)
             known = database.execute(
@@ -254,7 +260,7 @@ class Study:
                 return str(known[0])
             if known:
                 raise ValueError(
-                    f"the pseudonym {shown(name)} is taken; go on by your personal link, or choose another"
+                    f"the pseudonym {short_repr(name)} is taken; go on by your personal link, or choose another"
                 )
             (book,) = database.execute(
                 "SELECT min(book) FROM slots WHERE book NOT IN (SELECT book FROM raters WHERE book IS NOT NULL)"
@@ -320,7 +326,7 @@ class Study:
 
     def next_task(self, link: str) -> Task | None:
         """The first item of a rater's book that is not rated; `None` if all are."""
-        with self._transaction() as database:
+        with self._transaction(sync=False) as database:
             rater, book = self._rater(database, link)
             row = database.execute(
                 "SELECT slot FROM slots WHERE book = ? AND slot NOT IN (SELECT slot FROM ratings) "
@@ -348,7 +354,7 @@ class Study:
             "WHERE slot = ? AND book = ?", (slot, book)
         ).fetchone()  # fmt: skip
         if row is None:
-            raise ValueError(f"`slot={shown(slot)}` is not in this rater's book")
+            raise ValueError(f"`slot={short_repr(slot)}` is not in this rater's book")
         question, prompt, *clips, a_left = row
         left, right = map(json.loads, clips if a_left else reversed(clips))
         played = database.execute("SELECT clip FROM played WHERE rater = ? AND slot = ?", (rater, slot))
@@ -362,8 +368,8 @@ class Study:
             ValueError: If the rater has no such clip.
         """
         if self.task(link, slot).clip(place) is None:
-            raise ValueError(f"`place={shown(place)}` is no clip of this item")
-        with self._transaction() as database:
+            raise ValueError(f"`place={short_repr(place)}` is no clip of this item")
+        with self._transaction(sync=False) as database:
             rater, _ = self._rater(database, link)
             database.execute("INSERT OR IGNORE INTO played VALUES (?, ?, ?)", (rater, slot, place))
 
@@ -394,7 +400,7 @@ class Study:
     def _store(self, database: sqlite3.Connection, rater: int, book: int | None, slot: int, answer: Answer) -> bool:
         item = database.execute("SELECT item FROM slots WHERE slot = ? AND book = ?", (slot, book)).fetchone()
         if item is None:
-            raise ValueError(f"`slot={shown(slot)}` is not in this rater's book")
+            raise ValueError(f"`slot={short_repr(slot)}` is not in this rater's book")
         began = database.execute("SELECT at FROM shown WHERE rater = ? AND slot = ?", (rater, slot)).fetchone()
         now = time.time()
         return bool(
@@ -421,7 +427,7 @@ class Study:
                 "SELECT question, book FROM slots JOIN items USING (item) WHERE slot = ?", (slot,)
             ).fetchone()
             if row is None:
-                raise ValueError(f"`slot={shown(slot)}` is none of this study")
+                raise ValueError(f"`slot={short_repr(slot)}` is none of this study")
             answer.check(row[0])
             known = database.execute("SELECT rater FROM raters WHERE pseudonym = ?", (pseudonym,)).fetchone()
             if known is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from trl_drcd.ratings.comparisons import advantage_of, scores_of
 from trl_drcd.ratings.store import Answer, Study
-from trl_drcd.validation.arguments import shown
+from trl_drcd.validation.messages import short_repr
 
 # Columns of what comes back, by the names that MTurk, Prolific and survey tools give them
 SLOT = ("slot", "Input.slot")
@@ -154,7 +154,7 @@ def _whole(text: str) -> int:
     try:
         return int(text)
     except (TypeError, ValueError):
-        raise ValueError(f"{shown(text)} is no whole number") from None
+        raise ValueError(f"{short_repr(text)} is no whole number") from None
 
 
 def _hashed(study: Study, worker: str) -> str:
