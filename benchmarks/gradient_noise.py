@@ -48,6 +48,7 @@ from trl_drcd.credit import per_code
 from trl_drcd.critic import PrefixCritic, critic_advantages, embed_prefixes, prefix_steps
 from trl_drcd.evaluation.tables import markdown_table
 from trl_drcd.files import write_bytes, write_text
+from trl_drcd.gradient_snr import sketch
 from trl_drcd.guidance import left_pad
 from trl_drcd.kernels import kernel_advantages
 from trl_drcd.losses import guided_logits, reverse_kl
@@ -211,9 +212,7 @@ def all_advantages(
 # ---------------------------------------------------------------- gradients
 
 
-def gradients(
-    world: World, group: dict[str, Any], advantages: dict[str, torch.Tensor], signs: torch.Tensor
-) -> dict[str, Any]:
+def gradients(world: World, group: dict[str, Any], advantages: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Sketch and squared length of one group's gradient, by estimator, and of the distillation term."""
     parameters = [p for p in world.model.parameters() if p.requires_grad]
     batch, head = world.batch(group["prompt"], group["completions"]), world.policy.heads(world.model)[0]
@@ -231,9 +230,7 @@ def gradients(
     result = {}
     for name, term in terms.items():
         gradient = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
-        flat = torch.cat([g.flatten() for g in gradient])
-        padded = torch.nn.functional.pad(flat * signs, (0, -len(flat) % SKETCH))
-        result[name] = {"sketch": padded.view(-1, SKETCH).sum(0), "square": float(flat.square().sum())}
+        result[name] = {"sketch": sketch(gradient, SKETCH), "square": sum(float(g.square().sum()) for g in gradient)}
     return result
 
 
@@ -347,13 +344,11 @@ def main() -> None:
     world = load_world(args.model, args.lora, args.prompts)
     groups = samples(world, folder, args.num_generations)
     advantages, metrics = all_advantages(groups, args.estimators, world.steps)
-    entries = sum(p.numel() for p in world.model.parameters() if p.requires_grad)
-    signs = 2 * torch.randint(0, 2, (entries,), generator=torch.Generator().manual_seed(0), dtype=torch.int8) - 1
     found = []
     for i, group in enumerate(tqdm(groups, desc="gradients", unit="group")):
         file = folder / f"gradients{'_lora' * args.lora}_{args.num_generations}_{len(groups)}_{i:04d}.pt"
         if not file.exists():
-            save(gradients(world, group, {name: a[i] for name, a in advantages.items()}, signs), file)
+            save(gradients(world, group, {name: a[i] for name, a in advantages.items()}), file)
         found.append(torch.load(file))
     rows = statistics(found, args.num_generations)
     clips = {n: clippings(found, n, args.coef, args.update_groups) for n in args.estimators if n in ESTIMATORS}

@@ -36,6 +36,7 @@ ORDER = [
     "validation.training",
     "distributed",
     "teacher",
+    "gradient_snr",
     "monitoring",
     "reliability",
     "trainer",

@@ -1,0 +1,58 @@
+"""Sketches of gradients, and the signal and noise that they tell apart."""
+
+import pytest
+import torch
+
+from trl_drcd.gradient_snr import GradientSNR, signal_and_noise, sketch
+
+
+def test_a_sketch_keeps_inner_products():
+    torch.manual_seed(0)
+    a, b = torch.randn(60_000), torch.randn(60_000)
+    b = 0.5 * a + b
+    parts = [[v[:25_000].view(250, 100), v[25_000:]] for v in (a, b)]
+    short = [sketch(part, 4096) for part in parts]
+    exact, length = a @ b, a.norm() * b.norm()
+    assert short[0].shape == (4096,)
+    assert abs(short[0] @ short[1] - exact) < 4 / 4096**0.5 * length
+    assert abs(short[0] @ short[0] - a @ a) < 4 / 4096**0.5 * (a @ a)
+    assert torch.equal(short[0], sketch(parts[0], 4096))
+
+
+def test_signal_and_noise_by_hand():
+    gradients = torch.tensor([[3.0, 1.0], [3.0, -1.0]])  # inner product 8, squares 10
+    assert signal_and_noise(gradients, gradients.square().sum(1)) == pytest.approx((8.0, 2.0))
+
+
+def test_finds_the_ratio_of_known_signal_and_noise():
+    """Signal of length 1, noise of variance 4 in 20,000 directions; the coefficient drops out."""
+    generator = torch.Generator().manual_seed(0)
+    signal = torch.nn.functional.normalize(torch.randn(20_000, generator=generator), dim=0)
+    snr = GradientSNR(window=30, size=2048)
+    assert snr.value() is None
+    for step in range(40):
+        noise = 2 * torch.randn(20_000, generator=generator) / 20_000**0.5
+        coef = 1.0 + step
+        snr.add([coef * (signal + noise)[:5000], coef * (signal + noise)[5000:]], coef)
+    assert len(snr.state_dict()["sketches"]) == 30
+    assert snr.value() == pytest.approx(0.25, rel=0.05)
+
+
+def test_pure_noise_has_no_ratio():
+    generator = torch.Generator().manual_seed(0)
+    snr = GradientSNR(size=2048)
+    for _ in range(32):
+        snr.add([torch.randn(20_000, generator=generator)])
+    assert abs(snr.value()) < 0.005
+
+
+def test_state_and_what_is_left_out():
+    snr, resumed = GradientSNR(size=64), GradientSNR(size=64)
+    snr.add([torch.ones(3)], 0.0)  # without the term there is nothing to measure
+    snr.add([torch.tensor([torch.nan])])
+    assert len(snr.state_dict()["squares"]) == 0
+    snr.add([torch.tensor([1.0, 2.0])])
+    resumed.load_state_dict(snr.state_dict())
+    for both in (snr, resumed):
+        both.add([torch.tensor([2.0, 2.0])])
+    assert snr.value() == resumed.value() is not None
