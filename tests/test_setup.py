@@ -14,10 +14,16 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import trl_drcd
+from trl_drcd.compat import torchaudio_wheel
 from trl_drcd.compat.extras import require
 
 ROOT = Path(__file__).parents[1]
-FIX = ROOT / "trl_drcd" / "compat" / "torchaudio_wheel.py"
+MEND = ["-m", "trl_drcd.compat.torchaudio_wheel"]
+HIDDEN = """
+import trl_drcd, sys, importlib.util
+print(importlib.util.find_spec("torchaudio"), sys.modules["torchaudio"] is None)
+"""
+REQUIRE = "from trl_drcd.compat.extras import require; require('torchaudio.transforms', 'audio')"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -53,33 +59,36 @@ def make_pair(folder: Path, torch_cuda: str | None, torchaudio_version: str, com
 def test_fitting_torchaudio_is_accepted_and_left_alone(tmp_path, torch_cuda, torchaudio_version, compiled):
     make_pair(tmp_path, torch_cuda, torchaudio_version, compiled)
     assert run_python("-c", "import trl_drcd", path=tmp_path).returncode == 0
-    assert run_python(str(FIX), path=tmp_path).returncode == 0
+    assert run_python(*MEND, path=tmp_path).returncode == 0
     assert len(list(tmp_path.rglob("*.so"))) == compiled
 
 
-def test_cuda_torchaudio_beside_cpu_torch_is_refused_until_the_named_command_has_run(tmp_path):
+def test_cuda_torchaudio_beside_cpu_torch_is_hidden_until_the_named_command_has_run(tmp_path):
     make_pair(tmp_path, None, "2.11.0+cu130")
-    before = run_python("-c", "import trl_drcd", path=tmp_path)
-    assert "ImportError: The installed torch has no CUDA" in before.stderr
-    command = before.stderr.strip().splitlines()[-1].split()
-    assert command == [sys.executable, str(FIX)]
+    assert run_python("-c", HIDDEN, path=tmp_path).stdout == "None True\n"  # transformers would look so
+    before = run_python("-c", REQUIRE, path=tmp_path)
+    assert "ImportError: torchaudio is needed here, and the installed torch has no CUDA" in before.stderr
+    command = before.stderr.strip().rpartition("removes the rest: ")[2].split()
+    assert command == [sys.executable, *MEND]
     assert run_python(*command[1:], path=tmp_path).stdout == "torchaudio: removed 1 compiled files that need CUDA\n"
-    assert run_python("-c", "import trl_drcd", path=tmp_path).returncode == 0
+    assert run_python(*command[1:], path=tmp_path).stdout == "torchaudio: fits torch\n"
+    assert "torchaudio was imported" in run_python("-c", REQUIRE, path=tmp_path).stderr  # the stand-in's own words
 
 
-def test_torchaudio_of_another_cuda_is_refused_and_not_touched(tmp_path):
+def test_torchaudio_of_another_cuda_is_hidden_and_not_touched(tmp_path):
     make_pair(tmp_path, "13.2", "2.11.0+cu130")
-    result = run_python("-c", "import trl_drcd", path=tmp_path)
-    assert "torch was made with CUDA 13.2, but the installed torchaudio with CUDA 13.0" in result.stderr
-    assert '"torch>=2.11,<2.15"' in result.stderr
-    assert run_python(str(FIX), path=tmp_path).returncode == 0
+    assert run_python("-c", HIDDEN, path=tmp_path).stdout == "None True\n"
+    for result in (run_python("-c", REQUIRE, path=tmp_path), run_python(*MEND, path=tmp_path)):
+        assert result.returncode == 1
+        assert "torch was made with CUDA 13.2, but the installed torchaudio with CUDA 13.0" in result.stderr
+        assert '"torch>=2.11,<2.15"' in result.stderr
     assert len(list(tmp_path.rglob("*.so"))) == 1
 
 
 def test_missing_torchaudio_is_accepted(monkeypatch):
     monkeypatch.setattr("trl_drcd.compat.torchaudio_wheel._package_dir", lambda name: None)
-    trl_drcd.compat.torchaudio_wheel.check_torchaudio()
-    assert trl_drcd.compat.torchaudio_wheel.remove_cuda_extensions() == []
+    assert torchaudio_wheel.torchaudio_problem() is None
+    assert torchaudio_wheel.remove_cuda_extensions() == []
 
 
 def test_the_remedy_named_for_another_cuda_is_what_the_package_requires():

@@ -7,7 +7,7 @@ The public names are imported on first use, so that `import trl_drcd` costs no i
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from trl_drcd.compat.torchaudio_wheel import check_torchaudio
+from trl_drcd.compat.torchaudio_wheel import hide_unusable_torchaudio
 
 if TYPE_CHECKING:
     from trl_drcd.config import CFGDistillDiversityConfig
@@ -30,9 +30,8 @@ _MODULES = {
     "TeacherCFGLogitsProcessor": "guidance",
 }
 
-# Here, since every module below imports transformers, which a broken torchaudio would fail with a message about a
-# missing shared library.
-check_torchaudio()
+# Here, since every module below imports transformers, which imports torchaudio wherever it is installed
+hide_unusable_torchaudio()
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,8 @@
 from importlib import import_module
 from types import ModuleType
 
+from trl_drcd.compat.torchaudio_wheel import torchaudio_problem
+
 
 def require(module: str, extra: str) -> ModuleType:
     """
@@ -16,7 +18,7 @@ def require(module: str, extra: str) -> ModuleType:
         `types.ModuleType`: The imported module.
 
     Raises:
-        ImportError: If the package is not installed; the message names the extra.
+        ImportError: If the package is not installed, or cannot be used; the message says what to do.
     """
     try:
         return import_module(module)
@@ -24,4 +26,6 @@ def require(module: str, extra: str) -> ModuleType:
         package = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != package:
             raise  # the package is there, and something that it needs is not
+        if package == "torchaudio" and (problem := torchaudio_problem()):
+            raise ImportError(f"torchaudio is needed here, and {problem}") from error
         raise ImportError(f'{package} is needed here. Install it with: pip install "trl-drcd[{extra}]"') from error
