@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,19 +13,24 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import RLOOConfig
 
 from trl_drcd.validation.field_types import check_types
-from trl_drcd.validation.messages import short_repr
+from trl_drcd.validation.settings import check_settings
 
-# Fields of `generation_kwargs` that leave the sampled distribution as it is
-_HARMLESS_GENERATION_KWARGS = frozenset({"cache_implementation", "cache_config", "compile_config", "disable_compile"})
+logger = logging.getLogger(__name__)
 
-_LEAST = {
-    "diversity_warmup_steps": 0,
-    "sample_steps": 0,
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "max_completion_length": 1,
-    "ddp_timeout": 1,
-}
+
+def diversity_coef_at(step: int, diversity_coef: float, warmup_steps: int) -> float:
+    """
+    Diversity coefficient of an update: rises linearly from 0 and stays at `diversity_coef` from `warmup_steps` on.
+
+    Args:
+        step (`int`): Updates already done.
+        diversity_coef (`float`): beta of Eq. (5).
+        warmup_steps (`int`): Updates until the full value.
+
+    Returns:
+        `float`: In `[0, diversity_coef]`.
+    """
+    return diversity_coef * min(1.0, step / warmup_steps) if warmup_steps else diversity_coef
 
 
 @dataclass
@@ -43,8 +49,9 @@ class CFGDistillDiversityConfig(RLOOConfig):
             x^- of Eq. (1) for rows without a `negative_prompt` of their own. `None` is the unconditional prompt.
         diversity_coef (`float`, *optional*, defaults to 0.0):
             beta of Eq. (5); the paper uses 0, 5, 10 and 15.
-        diversity_warmup_steps (`int`, *optional*, defaults to 1000):
-            Steps over which `diversity_coef` rises linearly from 0.
+        diversity_warmup_steps (`float`, *optional*, defaults to 1000):
+            Steps over which `diversity_coef` rises linearly from 0; below 1, the share of the run's steps. The paper's
+            1000 are too many for a short run, which then ends below `diversity_coef`: 0.1 to 0.3 is a good share.
         on_bad_batch (`str`, *optional*, defaults to `"stop"`):
             What happens where a reward, an embedder, the teacher, the student or a gradient gives NaN or infinity, or
             an embedder or a reward raises: `"stop"` saves a checkpoint of the state before that update and raises,
@@ -86,8 +93,9 @@ class CFGDistillDiversityConfig(RLOOConfig):
         default=None, metadata={"help": "Negative prompt of the teacher; None is the unconditional prompt."}
     )
     diversity_coef: float = field(default=0.0, metadata={"help": "beta of the paper: weight of the diversity reward."})
-    diversity_warmup_steps: int = field(
-        default=1000, metadata={"help": "Steps over which diversity_coef rises linearly from 0."}
+    diversity_warmup_steps: float = field(
+        default=1000,
+        metadata={"help": "Steps over which diversity_coef rises linearly from 0; below 1, a share of the run."},
     )
     on_bad_batch: str = field(
         default="stop",
@@ -102,10 +110,18 @@ class CFGDistillDiversityConfig(RLOOConfig):
     sample_prompts: list[str] | None = field(default=None, metadata={"help": "Prompts of these samples."})
 
     def __post_init__(self) -> None:
+        if isinstance(self.resume_from_checkpoint, bool):  # as YAML has it
+            self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower()
+        if str(self.resume_from_checkpoint).lower() in ("false", "none", "no"):
+            self.resume_from_checkpoint = None
+        self.lr_scheduler_kwargs = _with_numbers(self.lr_scheduler_kwargs)
         check_types(self)
-        self._check_sampling()
-        self._check_ranges()
-        self._check_texts()
+        check_settings(self)
+        if (self.negative_prompt or "").strip().lower() in ("none", "null"):
+            logger.warning(
+                f"`negative_prompt={self.negative_prompt!r}` is that text; for the unconditional prompt leave the "
+                "argument out, or write `null` in YAML"
+            )
         if self.bf16 is None and not self.fp16 and not self.use_cpu and not is_torch_bf16_gpu_available():
             self.bf16 = False  # TRL's default would be an error on a machine without a GPU
         super().__post_init__()
@@ -114,89 +130,35 @@ class CFGDistillDiversityConfig(RLOOConfig):
         """What `training_args.bin` holds: everything but the user's token."""
         return self.__dict__ | {"hub_token": None}
 
-    def _check_sampling(self) -> None:
-        """Refuse what would make the sampled distribution another one than the scored one."""
-        neutral = {
-            "top_k": (0, -1, None),
-            "top_p": (1.0, None),
-            "min_p": (None, 0.0),
-            "repetition_penalty": (1.0, None),
-        }
-        for name, allowed in neutral.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"`{name}={getattr(self, name)}` samples from another distribution than the one that the KL and "
-                    f"the policy gradient score; set `{name}={allowed[0]}`"
-                )
-        kwargs = self._generation_kwargs()
-        if changed := sorted(set(kwargs) - _HARMLESS_GENERATION_KWARGS):
-            raise ValueError(
-                f"`generation_kwargs` has {changed}, which may change the sampled distribution or the length behind "
-                f"the trainer's back; allowed are {sorted(_HARMLESS_GENERATION_KWARGS)}"
-            )
-        if not self.disable_dropout:
-            raise ValueError(
-                "`disable_dropout=False` would score other networks than the one that sampled; set it to True"
-            )
+    def diversity_warmup(self, max_steps: int) -> int:
+        """
+        Updates until `diversity_coef` has its full value.
 
-    def _generation_kwargs(self) -> dict[str, Any]:
-        """The field, which may be a mapping in JSON."""
-        try:
-            kwargs = json.loads(given) if isinstance(given := self.generation_kwargs or {}, str) else given
-        except ValueError:
-            kwargs = None
-        if not isinstance(kwargs, dict):
-            raise ValueError(f"`generation_kwargs={short_repr(given)}` must be a mapping, or one in JSON")
+        Args:
+            max_steps (`int`): Of the whole run, for a `diversity_warmup_steps` that is a share of it.
+        """
+        steps = self.diversity_warmup_steps
+        return math.ceil(steps * max_steps) if 0 < steps < 1 else int(steps)
+
+    def diversity_coef_at(self, step: int, max_steps: int) -> float:
+        """[`diversity_coef_at`] of this configuration, after `step` of `max_steps` updates."""
+        return diversity_coef_at(step, self.diversity_coef, self.diversity_warmup(max_steps))
+
+
+def _with_numbers(kwargs: Any) -> Any:
+    """A mapping, perhaps in JSON, whose texts that are numbers are numbers: YAML reads 1e-5 as a text."""
+    try:
+        given = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
+    except ValueError:
+        return kwargs  # transformers says what is wrong
+    if not isinstance(given, dict):
         return kwargs
+    return {name: _number(value) if isinstance(value, str) else value for name, value in given.items()}
 
-    def _check_ranges(self) -> None:
-        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 1):
-            raise ValueError(
-                f"`guidance_scale` must be finite and at least 1 (the paper's is 3), got {self.guidance_scale}"
-            )
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"`temperature` must be finite and above 0 (the paper's is 0.99), got {self.temperature}")
-        if not (math.isfinite(self.diversity_coef) and self.diversity_coef >= 0):
-            raise ValueError(f"`diversity_coef` must be finite and at least 0, got {self.diversity_coef}")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
-            raise ValueError(f"`learning_rate` must be finite and at least 0, got {self.learning_rate}")
-        if not all(map(math.isfinite, self.reward_weights or [])):
-            raise ValueError(f"`reward_weights` must be finite, got {self.reward_weights}")
-        for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
-        if self.on_bad_batch not in ("stop", "skip"):
-            raise ValueError(f"`on_bad_batch` must be 'stop' or 'skip', got {self.on_bad_batch!r}")
-        if self.on_bad_batch == "skip" and self.fp16:
-            raise ValueError("`on_bad_batch='skip'` does not go with the gradient scaler of `fp16=True`; use `bf16`")
-        if self.num_generations < 2:
-            raise ValueError(
-                f"`num_generations` must be at least 2 (diversity compares generations of one prompt, and TRL's "
-                f"sampler asks for it also without), got {self.num_generations}"
-            )
-        if self.beta != 0:
-            raise ValueError(
-                f"`beta={self.beta}` is TRL's KL penalty to the base without guidance, which pulls against the guided "
-                "teacher; set `beta=0` (the paper's beta is `diversity_coef`)"
-            )
-        if self.generation_batch_size is None and self.steps_per_generation is None:
-            processes = int(os.environ.get("WORLD_SIZE", 1))  # transformers has not started its own yet
-            rollout = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
-            if rollout % self.num_generations:
-                raise ValueError(
-                    f"`per_device_train_batch_size={self.per_device_train_batch_size}` x `gradient_accumulation_steps="
-                    f"{self.gradient_accumulation_steps}` x {processes} processes are {rollout} sequences, which "
-                    f"must be a multiple of `num_generations={self.num_generations}`; change one of them"
-                )
 
-    def _check_texts(self) -> None:
-        if self.sample_prompts is not None and not (self.sample_prompts and all(map(str.strip, self.sample_prompts))):
-            raise ValueError(
-                f"`sample_prompts` must hold at least one prompt, and texts that are not empty, got "
-                f"{self.sample_prompts}; leave it out for the first prompts of the data"
-            )
-        texts = [("negative_prompt", self.negative_prompt or "")]
-        texts += [("sample_prompts", text) for text in self.sample_prompts or []]
-        for name, text in texts:
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise ValueError(f"`{name}` must be valid Unicode, got {short_repr(text)}, which has half a character")
+def _number(text: str) -> float | str:
+    """The number that a text is, else the text."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text

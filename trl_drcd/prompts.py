@@ -1,25 +1,33 @@
-"""Prompts of a file or of the Hub."""
+"""Prompts of a file or of the Hub, from the columns that data sets have for them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from pathlib import Path
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from trl_drcd.validation.prompt_files import check_feature, empty_rows, read_file, read_from_hub
+from datasets import Dataset, IterableDataset
 
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+from trl_drcd.validation.prompt_files import read_rows
+from trl_drcd.validation.rows import check_rows
+
+logger = logging.getLogger(__name__)
+
+Turn = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def load_prompts(argument: str, name: str, split: str, streaming: bool = False) -> Any:
     """
-    Prompts of a local file or of the hub, in the columns `prompt` and, where it is there, `negative_prompt`.
+    Prompts of a local file or of the Hub, in the columns `prompt` and, where it is there, `negative_prompt`; checked.
 
     Args:
         argument (`str`): What the user calls it, for the messages.
-        name (`str`): A JSONL, CSV or Parquet file, or the name of a data set on the hub.
-        split (`str`): Split of the data set on the hub.
+        name (`str`): A JSONL, CSV or Parquet file, or the name of a data set on the Hub.
+        split (`str`): Split of the data set on the Hub.
         streaming (`bool`, *optional*, defaults to `False`): Read rows as they are needed, without a look at all.
 
     Returns:
@@ -29,32 +37,85 @@ def load_prompts(argument: str, name: str, split: str, streaming: bool = False) 
         FileNotFoundError: If the name is that of a file, and there is none.
         ValueError: If the format is not known, there is no row, no column `prompt`, or a row without a prompt.
     """
-    suffix = Path(name).suffix
-    if suffix in FORMATS or Path(name).exists():
-        if not Path(name).is_file():
-            raise FileNotFoundError(
-                f"`{argument}={name}` is no file; give a JSONL, CSV or Parquet file, or a hub name"
-            )
-        if suffix not in FORMATS:
-            raise ValueError(f"`{argument}={name}` has an unknown format; expected one of {sorted(FORMATS)}")
-        if Path(name).stat().st_size == 0:
-            raise ValueError(f"`{argument}={name}` is empty; it must have at least one row with a `prompt`")
-        dataset = read_file(f"`{argument}={name}`", name, FORMATS[suffix], streaming)
-    else:
-        dataset = read_from_hub(f"`{argument}={name}`", name, split, streaming)
-    columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know them before its first row
-    if "prompt" not in columns:
-        raise ValueError(f"`{argument}={name}` must have a column `prompt`, got columns {columns}")
-    dataset = dataset.select_columns([c for c in ("prompt", "negative_prompt") if c in columns])
-    for column, feature in (dataset.features or {}).items():
-        check_feature(feature, f"column `{column}` of `{argument}={name}`")
-    if streaming:
-        return dataset
-    if empty := empty_rows(dataset["prompt"]):
-        raise ValueError(
-            f"`{argument}={name}` has no prompt in rows {empty[:8]} ({len(empty)} in all); give each a prompt"
-        )
+    dataset = read_prompts(argument, name, split, streaming)
+    check_rows(dataset, f"`{argument}={name}`")
     return dataset
+
+
+def read_prompts(
+    argument: str, name: str, split: str, streaming: bool = False, keep_columns: bool = False
+) -> Dataset | IterableDataset:
+    """
+    [`load_prompts`] without a look at the rows, for the trainer, which looks at them itself.
+
+    Rows in the form of chats (`messages`), ShareGPT (`conversations`) or Alpaca (`instruction`, perhaps `input`)
+    become prompts: the turns up to the last one of the user, or one turn of the user.
+
+    Args:
+        argument, name, split, streaming: See [`load_prompts`].
+        keep_columns (`bool`, *optional*, defaults to `False`): Keep the other columns, for reward functions, which TRL
+            gives them.
+    """
+    dataset = read_rows(f"`{argument}={name}`", name, split, streaming)
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    column = next((column for column in ("prompt", *CONVERSIONS) if column in columns), None)
+    if column in CONVERSIONS:
+        logger.warning(f"`{argument}={name}` has no column `prompt`: prompts are made of `{column}`")
+        dataset = dataset.map(_converted, fn_kwargs={"column": column})
+    columns = ["prompt", *columns] if column else columns
+    if column and not keep_columns:
+        columns = [name for name in ("prompt", "negative_prompt") if name in columns]
+        dataset = dataset.select_columns(columns)
+    if isinstance(dataset, Dataset) and "negative_prompt" in columns:
+        kind = dataset.features["negative_prompt"]
+        if getattr(kind, "dtype", None) == "float64" and not any(n is not None for n in dataset["negative_prompt"]):
+            dataset = dataset.remove_columns("negative_prompt")  # an empty column of a CSV file, read as numbers
+    return dataset
+
+
+def _converted(row: Row, column: str) -> dict[str, Any]:
+    """The prompt of a row that has another column for it."""
+    return {"prompt": CONVERSIONS[column](row)}
+
+
+def _from_messages(row: Row) -> list[dict[str, Any]]:
+    return _up_to_the_user(row["messages"] or [])
+
+
+def _from_sharegpt(row: Row) -> list[dict[str, Any]]:
+    turns = row["conversations"] or []
+    named = [
+        {"role": SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} if "from" in turn else turn
+        for turn in turns
+    ]
+    return _up_to_the_user(named)
+
+
+def _from_alpaca(row: Row) -> list[dict[str, Any]]:
+    parts = [part for part in (row["instruction"], row.get("input")) if part]
+    return [{"role": "user", "content": "\n\n".join(parts)}] if parts else []
+
+
+def _up_to_the_user(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """The turns with the last one of the user at the end; what is left open in some rows only is left out."""
+    last = max((number for number, turn in enumerate(turns) if turn.get("role") == "user"), default=-1)
+    return [{key: value for key, value in turn.items() if value is not None} for turn in turns[: last + 1]]
+
+
+CONVERSIONS: dict[str, Callable[[Row], list[dict[str, Any]]]] = {
+    "messages": _from_messages,
+    "conversations": _from_sharegpt,
+    "instruction": _from_alpaca,
+}
+
+
+def with_system_prompt(row: Row, system_prompt: str) -> dict[str, Any]:
+    """The row's prompt with a system turn before it, unless it has one; a text becomes a conversation."""
+    prompt = row["prompt"]
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else prompt
+    if isinstance(turns, list) and turns and turns[0].get("role") != "system":
+        turns = [{"role": "system", "content": system_prompt}, *turns]
+    return {"prompt": turns}
 
 
 def distinct(prompts: Iterable[Any], count: int) -> list[Any]:

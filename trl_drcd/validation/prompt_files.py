@@ -1,17 +1,19 @@
-"""Data sets of prompts: files read with errors that name the line, and what a column of prompts may hold."""
+"""Files and hub data sets of prompts: read with errors that name the file and, of JSON lines, the line."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
 
-from datasets import Value, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from pyarrow import ArrowInvalid
 
+from trl_drcd.validation.messages import is_valid_unicode
 from trl_drcd.validation.model_folders import is_hub_name
 
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+KINDS = "give a JSONL, CSV or Parquet file, or a Hub name"
 REMEDIES = {
     "json": "it must hold one JSON object on each line",
     "csv": "all its lines must have the same columns as the first",
@@ -19,21 +21,36 @@ REMEDIES = {
 }
 
 
-def read_file(where: str, name: str, kind: str, streaming: bool) -> Any:
+def read_rows(where: str, name: str, split: str, streaming: bool) -> Dataset | IterableDataset:
     """
-    The rows of a JSONL, CSV or Parquet file.
+    The rows of a JSONL, CSV or Parquet file, or of a data set on the Hub.
 
     Args:
         where (`str`): What the user calls it, for the messages.
-        name (`str`): The file.
-        kind (`str`): `"json"`, `"csv"` or `"parquet"`.
+        name (`str`): The file, or the name on the Hub.
+        split (`str`): Split of the data set on the Hub.
         streaming (`bool`): Read rows as they are needed, without a look at all.
 
     Raises:
-        ValueError: If it cannot be read; of JSONL the message says in which line.
+        FileNotFoundError: If there is no such file, and nothing of the name on the Hub.
+        ValueError: If the format is not known, the file is empty, or cannot be read.
     """
+    path = Path(name)
+    if path.suffix not in FORMATS and not path.exists():
+        return _read_from_hub(where, name, split, streaming)
+    if not path.is_file():
+        raise FileNotFoundError(f"{where} is not a file; {KINDS}")
+    if path.suffix not in FORMATS:
+        raise ValueError(f"{where} has an unknown format; expected one of {sorted(FORMATS)}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{where} is empty; it must have at least one row with a `prompt`")
+    return _read_file(where, name, FORMATS[path.suffix], streaming)
+
+
+def _read_file(where: str, name: str, kind: str, streaming: bool) -> Dataset | IterableDataset:
+    """The rows of a file of one of [`FORMATS`]."""
     if name.endswith(".jsonl") and not streaming:
-        check_lines(where, name)
+        _check_lines(where, name)
     try:
         return load_dataset(kind, data_files=name, split="train", streaming=streaming)
     except (DatasetGenerationError, ArrowInvalid, UnicodeDecodeError) as error:
@@ -41,72 +58,38 @@ def read_file(where: str, name: str, kind: str, streaming: bool) -> Any:
         raise ValueError(f"{where} cannot be read: {cause}; {REMEDIES[kind]}") from error
 
 
-def check_lines(where: str, name: str) -> None:
-    """
-    Refuse a JSONL file with a line that is no object, or whose prompt is neither a text nor a list of turns.
-
-    Raises:
-        ValueError: At the first such line.
-    """
-    with open(name, "rb") as file:
-        for number, line in enumerate(file, 1):
-            at = f"{where}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{at} is no text in UTF-8; save the file as JSON lines in UTF-8") from error
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{at} is no JSON ({error}); {REMEDIES['json']}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{at} holds {type(row).__name__}; {REMEDIES['json']}")
-            for column in ("prompt", "negative_prompt"):
-                if not isinstance(row.get(column), str | list | None):
-                    kind = type(row[column]).__name__
-                    raise ValueError(f"{at} has a `{column}` of type {kind}; give a text or list of turns")
-                if any("\ud800" <= character <= "\udfff" for character in str(row.get(column))):
-                    raise ValueError(f"{at} has half a character in `{column}`; it must be valid Unicode")
-
-
-def read_from_hub(where: str, name: str, split: str, streaming: bool) -> Any:
-    """
-    A data set of the hub.
-
-    Raises:
-        FileNotFoundError: If it is not there, or cannot be reached.
-    """
-    remedy = "give a JSONL, CSV or Parquet file, or a hub name"
+def _read_from_hub(where: str, name: str, split: str, streaming: bool) -> Dataset | IterableDataset:
+    """A data set of the Hub, or of its cache."""
     if not is_hub_name(name):
-        raise FileNotFoundError(f"{where} is no file; {remedy}")
+        raise FileNotFoundError(f"{where} is not a file; {KINDS}")
     try:
         return load_dataset(name, split=split, streaming=streaming)
     except OSError as error:
         cause = " ".join(str(error).split())
-        raise FileNotFoundError(f"{where} is no file, and nothing of the hub ({cause}); {remedy}") from error
+        raise FileNotFoundError(f"{where} is not a file, and not found on the Hub ({cause}); {KINDS}") from error
 
 
-def check_feature(feature: Any, where: str) -> None:
-    """
-    Prompts are texts, or lists of turns with `role` and `content`.
-
-    Args:
-        feature (`datasets.Value` or other): The type of the column.
-        where (`str`): Which column, for the message.
-
-    Raises:
-        ValueError: If they are something else.
-    """
-    if isinstance(feature, Value):
-        if feature.dtype not in ("string", "large_string", "string_view", "null"):
-            raise ValueError(f"{where} is of type {feature.dtype}; it must hold texts or lists of turns")
-        return
-    turn = getattr(feature, "feature", None)
-    keys = sorted(turn) if isinstance(turn, dict) else feature
-    if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
-        raise ValueError(f"{where} has {keys}; it must hold texts, or lists of turns with `role` and `content`")
+def _check_lines(where: str, name: str) -> None:
+    """What pyarrow refuses without saying where, or takes and writes as something else."""
+    with open(name, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if problem := line.strip() and _line_problem(line):
+                raise ValueError(f"{where}, line {number} {problem}")
 
 
-def empty_rows(prompts: Iterable[Any]) -> list[int]:
-    """The prompts that are an empty text, a conversation without turns, or nothing."""
-    return [row for row, prompt in enumerate(prompts) if not prompt]
+def _line_problem(line: bytes) -> str | None:
+    """What is wrong with a line of JSON, and what would be right."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return "is not text in UTF-8; save the file as JSON lines in UTF-8"
+    except (ValueError, RecursionError) as error:
+        return f"is not JSON ({error}); {REMEDIES['json']}"
+    if not isinstance(row, dict):
+        return f"holds {type(row).__name__}; {REMEDIES['json']}"
+    for column in ("prompt", "negative_prompt"):
+        if not isinstance(row.get(column), str | list | None):
+            return f"has a `{column}` of type {type(row[column]).__name__}; give a text or list of turns"
+        if not is_valid_unicode(str(row.get(column))):
+            return f"has an unpaired surrogate in `{column}`; it must be valid Unicode"
+    return None

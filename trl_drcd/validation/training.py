@@ -15,7 +15,7 @@ from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.diversity import DiversityReward
 from trl_drcd.policies import Policy, policy_class
 from trl_drcd.validation.model_folders import check_model
-from trl_drcd.validation.prompt_files import check_feature, empty_rows
+from trl_drcd.validation.rows import check_rows
 
 logger = get_logger(__name__)
 
@@ -74,15 +74,7 @@ def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
             continue
         if not isinstance(dataset, (Dataset, IterableDataset)):
             raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, got {type(dataset).__name__}")
-        if isinstance(dataset, Dataset) and len(dataset) == 0:
-            raise ValueError(f"`{name}` is empty; it must have at least one row with a `prompt`")
-        if dataset.column_names is not None and "prompt" not in dataset.column_names:
-            raise ValueError(f"`{name}` must have a column `prompt`, got columns {dataset.column_names}")
-        for column in ("prompt", "negative_prompt"):
-            if dataset.features is not None and column in dataset.features:
-                check_feature(dataset.features[column], f"column `{column}` of `{name}`")
-        if isinstance(dataset, Dataset) and (empty := empty_rows(dataset["prompt"])):
-            raise ValueError(f"`{name}` has no prompt in row {empty[0]}; give every row a prompt, or leave it out")
+        check_rows(dataset, f"`{name}`")
 
 
 def check_rollout_size(train_dataset: Any, args: CFGDistillDiversityConfig) -> None:

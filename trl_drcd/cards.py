@@ -1,0 +1,217 @@
+"""Model cards of training runs: what a model was made from and by, how to sample from it, what was measured."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+
+from trl_drcd.config import CFGDistillDiversityConfig
+from trl_drcd.files import local_name, write_text
+from trl_drcd.markdown import markdown_table, markdown_text
+from trl_drcd.policies import Policy
+from trl_drcd.validation.model_folders import is_hub_name
+
+logger = logging.getLogger(__name__)
+
+PAPER = "https://huggingface.co/papers/2410.06084"
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
+SETTINGS = (
+    *("guidance_scale", "negative_prompt", "temperature", "diversity_coef", "diversity_warmup_steps"),
+    *("num_generations", "learning_rate", "max_completion_length", "bf16", "seed"),
+)
+Metrics = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """
+    What a card tells of a model and of the run that made it.
+
+    Args:
+        base (`str`): Hub name or folder of the model that was trained.
+        family (`str`): `"text"`, `"audio tokens"` (a causal LM with a codec) or `"musicgen"`.
+        adapter (`bool`): Whether a PEFT adapter was trained, and not all weights.
+        steps (`int`): Updates done; after none, nothing is in the weights.
+        guidance_scale (`float`): gamma of the teacher.
+        temperature (`float`): T.
+        max_completion_length (`int`): Largest length of a completion, in tokens or, for MusicGen, decoder steps.
+        conversational (`bool`): Whether prompts are turns of a chat.
+        settings (`Mapping`): Rows of the table of settings.
+    """
+
+    base: str
+    family: str
+    adapter: bool
+    steps: int
+    guidance_scale: float
+    temperature: float
+    max_completion_length: int | None
+    conversational: bool = False
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+
+def trained_model(
+    model: PreTrainedModel | PeftModel,
+    args: CFGDistillDiversityConfig,
+    state: TrainerState,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    has_codec: bool,
+    **settings: object,
+) -> TrainedModel:
+    """
+    What a trainer knows of its model.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): Unwrapped.
+        args ([`CFGDistillDiversityConfig`]): The trainer's.
+        state (`TrainerState`): The trainer's, with the number of updates.
+        policy ([`Policy`]): Of the model's family.
+        tokenizer (`PreTrainedTokenizerBase`): With its chat template, if it has one.
+        has_codec (`bool`): Whether completions become sound.
+        **settings: Further rows for the table of settings, before the others.
+    """
+    steps, coef = state.global_step, args.diversity_coef
+    rows: dict[str, object] = {
+        "steps": steps,
+        "sequences per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+    }
+    if isinstance(model, PeftModel):
+        rows["LoRA rank"] = getattr(model.active_peft_config, "r", None)
+    rows |= settings | {name: getattr(args, name) for name in SETTINGS}
+    if coef and steps:
+        rows["diversity_coef reached"] = args.diversity_coef_at(steps - 1, state.max_steps)
+    return TrainedModel(
+        base=base_of(model),
+        family="musicgen" if policy.has_own_codec else "audio tokens" if has_codec else "text",
+        adapter=isinstance(model, PeftModel),
+        steps=steps,
+        guidance_scale=args.guidance_scale,
+        temperature=args.temperature,
+        max_completion_length=args.max_completion_length,
+        conversational=tokenizer.chat_template is not None,
+        settings=rows,
+    )
+
+
+def base_of(model: PreTrainedModel | PeftModel) -> str:
+    """Hub name or folder that a model, or the base of an adapter, was loaded from; empty where it was not loaded."""
+    if isinstance(model, PeftModel):
+        return str(model.active_peft_config.base_model_name_or_path or "")
+    return str(model.config._name_or_path or "")
+
+
+def final_metrics(log_history: Sequence[Mapping[str, float]], held_out: bool) -> dict[str, dict[str, float]]:
+    """
+    Metrics before and after, for the model card: of the held-out prompts, or of the first and the last logged steps.
+
+    Args:
+        log_history (`list[dict]`): The trainer's log.
+        held_out (`bool`): Whether the run evaluated.
+
+    Returns:
+        `dict`: `"first (step 0)"` and `"last (step 60)"` to `kl`, `kl_per_token` and `entropy` in nats, `diversity`.
+    """
+    prefix = "eval_" if held_out else ""
+    entries = [entry for entry in log_history if f"{prefix}kl" in entry]
+    chosen = {"first": entries[0], "last": entries[-1]} if entries else {}
+    return {
+        f"{which} (step {entry['step']})": {
+            name: entry[prefix + name]
+            for name in ("kl", "kl_per_token", "entropy", "diversity")
+            if prefix + name in entry
+        }
+        for which, entry in chosen.items()
+    }
+
+
+# ---------------------------------------------------------------- the base
+
+
+def base_metadata(base: str) -> dict[str, object]:
+    """
+    What the card of the base says that holds for what is made of it.
+
+    Args:
+        base (`str`): Hub name or folder.
+
+    Returns:
+        `dict`: `base_model`, a name on the hub: a folder's own `base_model`, as a bare folder name says nothing to
+        anybody else; and `license`, `license_name`, `license_link`. What is not known is left out.
+    """
+    folder = Path(base)
+    try:
+        card = ModelCard.load(folder / "README.md" if folder.is_dir() else base).data.to_dict()
+    except Exception as error:  # whatever is wrong with somebody's card must not lose a finished run
+        logger.debug(f"no model card of {base}: {error}")
+        card = {}
+    found = {name: card[name] for name in ("license", "license_name", "license_link") if card.get(name)}
+    name = card.get("base_model") if folder.is_dir() else base if is_hub_name(base) else None
+    return found | ({"base_model": name} if name else {})
+
+
+# ---------------------------------------------------------------- the card
+
+
+def write_card(folder: str | Path, model: TrainedModel, metrics: Metrics, license: str | None = None) -> None:
+    """
+    Write `README.md` of a trained model.
+
+    Args:
+        folder (`str` or `Path`): Of the model; its name is the title.
+        model ([`TrainedModel`]): What the card tells.
+        metrics (`Mapping`): See [`final_metrics`].
+        license (`str`, *optional*): Identifier of the licence; the base's if `None`.
+    """
+    folder = Path(folder)
+    extras = [name for name in ("samples", "codec") if (folder / name).is_dir()]
+    write_text(folder / "README.md", str(model_card(folder.resolve().name, model, metrics, license, extras)))
+
+
+def model_card(
+    name: str, model: TrainedModel, metrics: Metrics, license: str | None = None, extras: Sequence[str] = ()
+) -> ModelCard:
+    """
+    The README.md of a distilled model: YAML header and text.
+
+    Args:
+        name (`str`): Title, and the model's name in the example.
+        model ([`TrainedModel`]): What the card tells.
+        metrics (`Mapping`): See [`final_metrics`].
+        license (`str`, *optional*): Identifier of the licence; the base's if `None`.
+        extras (`Sequence[str]`): Folders beside the model: `"samples"`, `"codec"`.
+    """
+    header = base_metadata(model.base) | ({"license": license} if license else {})
+    if "base_model" in header:
+        header["base_model_relation"] = "adapter" if model.adapter else "finetune"
+    data = ModelCardData(
+        library_name="peft" if model.adapter else "transformers",
+        # `pipeline("text-to-audio")` would give the token ids of an audio-token model as sound
+        pipeline_tag="text-to-audio" if model.family == "musicgen" else "text-generation",
+        tags=["trl", "trl-drcd", "cfg-distillation", *(["music"] if model.family != "text" else [])],
+    )
+    for key, value in header.items():
+        data[key] = value
+    template = Environment(keep_trailing_newline=True, undefined=StrictUndefined).from_string(TEMPLATE.read_text())
+    text = template.render(
+        header=data.to_yaml(),
+        title=markdown_text(name),
+        name=json.dumps(name),
+        model=model,
+        base=f"`{local_name(model.base)}`" if model.base else "a model that was not loaded by name",
+        license_known="license" in header,
+        prompt=json.dumps("Write a short poem." if model.family == "text" else "a slow tune"),
+        paper=PAPER,
+        extras=extras,
+        settings=markdown_table({key: {"value": value} for key, value in model.settings.items()}),
+        metrics=markdown_table(metrics) if metrics else "",
+    )
+    return ModelCard(text)

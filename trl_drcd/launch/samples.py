@@ -1,0 +1,35 @@
+"""Samples of held-out prompts that a training run leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from trl_drcd.diversity import AudioDecoder
+from trl_drcd.evaluation.sampling import Samples
+from trl_drcd.files import wav_bytes, write_bytes, write_text
+
+
+def write_samples(
+    samples: Samples, folder: Path, tokenizer: PreTrainedTokenizerBase, codec: AudioDecoder | None = None
+) -> None:
+    """
+    Write completions, and `samples.jsonl`, which says of which prompt each one is.
+
+    Args:
+        samples ([`~trl_drcd.evaluation.sampling.Samples`]): Of a model without guidance.
+        folder (`Path`): Made where it is not there.
+        tokenizer (`PreTrainedTokenizerBase`): Makes texts of completions.
+        codec (`AudioDecoder`, *optional*): Makes sounds of them, which become WAV files.
+    """
+    rows = [{"prompt": prompt} for prompt in samples.repeated_prompts]
+    if codec is None:
+        texts = tokenizer.batch_decode(samples.token_ids, skip_special_tokens=True)
+        rows = [row | {"completion": text} for row, text in zip(rows, texts, strict=True)]
+    else:
+        for number, (waveform, rate) in enumerate(codec.decode(samples.token_ids)):
+            rows[number]["file"] = f"{number:02d}.wav"
+            write_bytes(folder / f"{number:02d}.wav", wav_bytes(waveform, rate))
+    write_text(folder / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,78 @@
+"""Rows of a data set of prompts: what the columns `prompt` and `negative_prompt` may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from datasets import Dataset, IterableDataset, Value
+
+TEXTS = ("string", "large_string", "string_view", "null")
+SHAPES = "it must hold texts, or lists of turns with `role` and `content`"
+CONVERTED = (
+    "rename the column that holds the prompts, or give `messages`, `conversations` (ShareGPT) or `instruction` "
+    "(Alpaca), which are converted"
+)
+
+
+def check_rows(dataset: Dataset | IterableDataset, where: str) -> None:
+    """
+    Refuse a data set without prompts, or whose prompts are neither texts nor lists of turns.
+
+    Of a stream, only the columns and their types are looked at.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): With a column `prompt`, perhaps `negative_prompt`.
+        where (`str`): What the user calls it, for the messages.
+
+    Raises:
+        ValueError: If there is no row, no column `prompt`, a row without a prompt, or a prompt of another kind.
+    """
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"{where} is empty; it must have at least one row with a `prompt`")
+    columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know them before its first row
+    if "prompt" not in columns:
+        raise ValueError(f"{where} must have a column `prompt`, got columns {columns}; {CONVERTED}")
+    for column in ("prompt", "negative_prompt"):
+        feature = (dataset.features or {}).get(column)
+        if problem := feature is not None and _type_problem(feature):
+            raise ValueError(f"column `{column}` of {where} {problem}; {SHAPES}")
+    if not isinstance(dataset, Dataset):
+        return
+    if empty := [row for row, prompt in enumerate(dataset["prompt"]) if not prompt]:
+        raise ValueError(
+            f"{where} has no prompt in rows {empty[:8]} ({len(empty)} in all); give every row a prompt, or leave "
+            "it out"
+        )
+    for column in {"prompt", "negative_prompt"} & set(columns):
+        if not isinstance(dataset.features[column], Value):
+            _check_turns(dataset[column], f"column `{column}` of {where}")
+
+
+def _type_problem(feature: object) -> str | None:
+    """What is wrong with the type of a column, as far as it says."""
+    if isinstance(feature, Value):
+        return None if feature.dtype in TEXTS else f"is of type {feature.dtype}"
+    turn = getattr(feature, "feature", feature)
+    if isinstance(turn, Value):
+        return f"holds lists of {turn.dtype}"
+    if isinstance(turn, Mapping) and not {"role", "content"} <= set(turn):
+        return f"holds turns of {sorted(turn)}"
+    return None  # of turns, or of any JSON
+
+
+def _check_turns(column: Iterable[object], where: str) -> None:
+    """Refuse rows whose turns have no text, and texts among conversations, which TRL would render as these."""
+    for row, prompt in enumerate(column):
+        if prompt is not None and not _is_conversation(prompt):
+            raise ValueError(
+                f"{where} holds something else in row {row} ({type(prompt).__name__}); {SHAPES}, not both"
+            )
+
+
+def _is_conversation(prompt: object) -> bool:
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str):
+        return False
+    return all(
+        isinstance(t, Mapping) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str | list)
+        for t in prompt
+    )

@@ -1,0 +1,154 @@
+"""The settings of the trainer: values that cannot give a right result."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from typing import Protocol
+
+from trl_drcd.validation.messages import is_valid_unicode, short_repr
+from trl_drcd.validation.ranges import Range, check_ranges
+
+
+class Settings(Protocol):
+    """The fields of a `CFGDistillDiversityConfig` that are looked at one by one."""
+
+    diversity_warmup_steps: float
+    reward_weights: list[float] | None
+    beta: float
+    on_bad_batch: str
+    fp16: bool
+    generation_kwargs: dict | str | None
+    disable_dropout: bool
+    generation_batch_size: int | None
+    steps_per_generation: int | None
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    num_generations: int
+    negative_prompt: str | None
+    sample_prompts: list[str] | None
+
+
+RANGES = {
+    "guidance_scale": Range(1, hint="the paper's is 3"),
+    "temperature": Range(0, above=True, hint="the paper's is 0.99"),
+    "diversity_coef": Range(0),
+    "diversity_warmup_steps": Range(0),
+    "learning_rate": Range(0),
+    "num_generations": Range(
+        2, hint="diversity compares generations of one prompt, and TRL's sampler asks for it also without"
+    ),
+    "sample_steps": Range(0),
+    "per_device_train_batch_size": Range(1),
+    "gradient_accumulation_steps": Range(1),
+    "max_completion_length": Range(1),
+    "ddp_timeout": Range(1),
+}
+# What leaves the sampled distribution as it is; the first value is what an error proposes
+NEUTRAL = {
+    "top_k": (0, -1, None),
+    "top_p": (1.0, None),
+    "min_p": (None, 0.0),
+    "repetition_penalty": (1.0, None),
+}
+HARMLESS_GENERATION_KWARGS = {"cache_implementation", "cache_config", "compile_config", "disable_compile"}
+
+
+def check_settings(args: Settings) -> None:
+    """
+    Refuse settings that cannot give a right result, whatever the model and the data.
+
+    Args:
+        args (`CFGDistillDiversityConfig`): With values of the types of their fields.
+
+    Raises:
+        ValueError: At the first such value.
+    """
+    check_ranges(args, RANGES)
+    _check_sampling(args)
+    _check_reward(args)
+    _check_rollout(args)
+    _check_texts(args)
+
+
+def _check_sampling(args: Settings) -> None:
+    """Refuse what would make the sampled distribution another one than the scored one."""
+    for name, allowed in NEUTRAL.items():
+        if (value := getattr(args, name)) not in allowed:
+            raise ValueError(
+                f"`{name}={value}` samples from another distribution than the one that the KL and the policy gradient "
+                f"score; set `{name}={allowed[0]}`"
+            )
+    if changed := sorted(set(_generation_kwargs(args)) - HARMLESS_GENERATION_KWARGS):
+        raise ValueError(
+            f"`generation_kwargs` has {changed}, which may change the sampled distribution or the length behind the "
+            f"trainer's back; allowed are {sorted(HARMLESS_GENERATION_KWARGS)}"
+        )
+    if not args.disable_dropout:
+        raise ValueError(
+            "`disable_dropout=False` would score other networks than the one that sampled; set it to True"
+        )
+
+
+def _generation_kwargs(args: Settings) -> dict[str, object]:
+    """The field, which may be a mapping in JSON."""
+    given: object = args.generation_kwargs or {}
+    try:
+        kwargs = json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        kwargs = None
+    if not isinstance(kwargs, dict):
+        raise ValueError(f"`generation_kwargs={short_repr(given)}` must be a mapping, or one in JSON")
+    return kwargs
+
+
+def _check_reward(args: Settings) -> None:
+    """Refuse what pulls against the objective, and a warm-up that is neither steps nor a share."""
+    if not all(map(math.isfinite, args.reward_weights or [])):
+        raise ValueError(f"`reward_weights` must be finite, got {args.reward_weights}")
+    if args.beta != 0:
+        raise ValueError(
+            f"`beta={args.beta}` is TRL's KL penalty to the base without guidance, which pulls against the guided "
+            "teacher; set `beta=0` (the paper's beta is `diversity_coef`)"
+        )
+    steps = args.diversity_warmup_steps
+    if steps > 1 and not float(steps).is_integer():
+        raise ValueError(
+            f"`diversity_warmup_steps` must be a whole number of steps, or a share of the run below 1, got {steps}"
+        )
+    if args.on_bad_batch not in ("stop", "skip"):
+        raise ValueError(f"`on_bad_batch` must be 'stop' or 'skip', got {args.on_bad_batch!r}")
+    if args.on_bad_batch == "skip" and args.fp16:
+        raise ValueError("`on_bad_batch='skip'` does not go with the gradient scaler of `fp16=True`; use `bf16`")
+
+
+def _check_rollout(args: Settings) -> None:
+    """A rollout is made of whole groups; TRL checks where its size is given by other fields."""
+    if args.generation_batch_size is not None or args.steps_per_generation is not None:
+        return
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # transformers has not started its own yet
+    rollout = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    if rollout % args.num_generations:
+        raise ValueError(
+            f"`per_device_train_batch_size={args.per_device_train_batch_size}` x `gradient_accumulation_steps="
+            f"{args.gradient_accumulation_steps}` x {processes} processes are {rollout} sequences, which must be a "
+            f"multiple of `num_generations={args.num_generations}`; change one of them"
+        )
+
+
+def _check_texts(args: Settings) -> None:
+    """Refuse prompts that are empty, or not valid Unicode."""
+    prompts = args.sample_prompts
+    if prompts is not None and not (prompts and all(map(str.strip, prompts))):
+        raise ValueError(
+            f"`sample_prompts` must hold at least one prompt, and texts that are not empty, got {prompts}; leave it "
+            "out for the first prompts of the data"
+        )
+    texts = {"negative_prompt": [args.negative_prompt or ""], "sample_prompts": prompts or []}
+    for name, values in texts.items():
+        for text in values:
+            if not is_valid_unicode(text):
+                raise ValueError(
+                    f"`{name}` must be valid Unicode, got {short_repr(text)}, which has an unpaired surrogate"
+                )
