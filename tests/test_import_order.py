@@ -17,6 +17,7 @@ PACKAGE = Path(trl_drcd.__file__).parent
 ORDER = [
     "compat",
     "files",
+    "markdown",
     "validation",
     "prompts",
     "reliability.processes",
@@ -33,7 +34,9 @@ ORDER = [
     "policies",
     "config",
     "callbacks",
-    "validation.training",
+    "validation.before_loading",
+    "validation.once_loaded",
+    "cards",
     "distributed",
     "teacher",
     "gradient_snr",

@@ -14,10 +14,10 @@ from trl import RLOOTrainer
 
 from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer, DiversityReward
 from trl_drcd.callbacks import SampleCallback
+from trl_drcd.config import diversity_coef_at
 from trl_drcd.diversity import diversity_advantages
 from trl_drcd.guidance import guide_logits
 from trl_drcd.losses import reverse_kl
-from trl_drcd.trainer import diversity_coef_at
 
 PROMPTS = ["a slow tune for flute", "fast drum", "harp", "a fast tune for harp"]
 

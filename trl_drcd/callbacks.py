@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from transformers.integrations import TensorBoardCallback
 from trl import RLOOTrainer
 
 from trl_drcd.files import distinct_names, write_text
+
+logger = logging.getLogger(__name__)
 
 
 class SampleCallback(TrainerCallback):
@@ -84,6 +87,19 @@ def _first_prompts(trainer: RLOOTrainer, count: int = 2) -> list:
         dataset = next(iter(dataset.values()))
     rows = iter(dataset)
     return [row["prompt"] for row, _ in zip(rows, range(count), strict=False)]
+
+
+class WarmupCheck(TrainerCallback):
+    """Warns where the run is too short for `diversity_coef` to reach its value."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        reached = args.diversity_coef_at(state.max_steps - 1, state.max_steps)
+        if state.is_world_process_zero and reached < args.diversity_coef:
+            logger.warning(
+                f"`diversity_warmup_steps={args.diversity_warmup_steps}` are more than the {state.max_steps} steps of "
+                f"this run: it ends with {reached:.4g} of `diversity_coef={args.diversity_coef:g}`; "
+                "give fewer, or a share of the run, such as 0.3"
+            )
 
 
 class LogFile(TrainerCallback):

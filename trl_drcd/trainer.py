@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 from trl import RLOOTrainer
 from trl.models import unwrap_model_for_generation
 
-from trl_drcd.callbacks import SampleCallback
+from trl_drcd.callbacks import SampleCallback, WarmupCheck
+from trl_drcd.cards import final_metrics, trained_model, write_card
 from trl_drcd.compat.torch_distributed import set_group_timeout
 from trl_drcd.compat.trl_private import get_config_model_id
 from trl_drcd.config import CFGDistillDiversityConfig
@@ -40,24 +41,10 @@ from trl_drcd.reliability.sampler import EpochSampler
 from trl_drcd.reliability.snapshot import Snapshot, load_rollout, save_rollout, set_random_states
 from trl_drcd.reliability.writer import CheckpointWriter, resolve_checkpoint
 from trl_drcd.teacher import GuidedTeacher
-from trl_drcd.validation.training import check_before_loading, check_lengths, check_once_loaded, check_skipping
+from trl_drcd.validation.before_loading import check_before_loading
+from trl_drcd.validation.once_loaded import check_lengths, check_once_loaded, check_skipping
 
 logger = get_logger(__name__)
-
-
-def diversity_coef_at(step: int, diversity_coef: float, warmup_steps: int) -> float:
-    """
-    Diversity coefficient of an update: rises linearly from 0 and stays at `diversity_coef` from `warmup_steps` on.
-
-    Args:
-        step (`int`): Updates already done.
-        diversity_coef (`float`): beta of Eq. (5).
-        warmup_steps (`int`): Updates until the full value.
-
-    Returns:
-        `float`: In `[0, diversity_coef]`.
-    """
-    return diversity_coef * min(1.0, step / warmup_steps) if warmup_steps else diversity_coef
 
 
 class CFGDistillDiversityTrainer(RLOOTrainer):
@@ -134,6 +121,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             kwargs.get("peft_config"),
             extra_rewards,
             embedder,
+            codec,
         )
         if isinstance(model, str):
             args.model_init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})
@@ -175,6 +163,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._gradient_norms = GradientNorms(self.accelerator)
         self._stopwatch = Stopwatch(self.accelerator)
+        self.add_callback(WarmupCheck())
         if args.sample_steps:
             self.add_callback(SampleCallback(self, self.codec))
 
@@ -334,7 +323,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
 
     @property
     def _diversity_coef(self) -> float:
-        return diversity_coef_at(self.state.global_step, self.args.diversity_coef, self.args.diversity_warmup_steps)
+        return self.args.diversity_coef_at(self.state.global_step, self.state.max_steps)
 
     def _credits(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """By how much each term beside the distillation raises log p of each token: `(B, 1, 1)`, or `(B, S, K)`."""
@@ -506,6 +495,33 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             self.policy.save_extras(student, output_dir or self.args.output_dir)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """Saves all that is needed to sample: see [`~transformers.Trainer.save_model`], and a model card."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call or not self.args.should_save:  # of a checkpoint, or not the process that writes
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the card says what matters of it
+        # An adapter's folder has none of its own, and the base's would be read in its place
+        self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(folder)
+        if not self.policy.has_own_codec and hasattr(self.codec, "save_pretrained"):
+            self.codec.save_pretrained(folder / "codec")
+        self.write_card(folder)
+
+    def write_card(self, folder: str | Path, license: str | None = None, **settings):
+        """Writes `README.md`: what the model is, how to sample from it; see [`~trl_drcd.cards.write_card`]."""
+        student = self.accelerator.unwrap_model(self.model)
+        about = trained_model(
+            student, self.args, self.state, self.policy, self._tokenizer, self.codec is not None, **settings
+        )
+        metrics = final_metrics(self.state.log_history, self.args.eval_strategy != "no")
+        write_card(folder, about, metrics, license)
+
+    def create_model_card(self, *args, **kwargs):
+        """[`write_card`] in the output folder, where TRL has a card of its own."""
+        if self.is_world_process_zero():
+            self.write_card(self.args.output_dir)
 
     def _get_output_dir(self, trial):
         return self._checkpoints.place(super()._get_output_dir(trial))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_drcd.callbacks import Deadline, LogFile
-from trl_drcd.cards import final_metrics, trained_model, write_card
+from trl_drcd.cards import final_metrics
 from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.distributed import is_sharded
 from trl_drcd.evaluation.sampling import Samples, sample_prompts
@@ -69,9 +68,7 @@ def make_trainer(
         )
 
 
-def train_and_save(
-    trainer: CFGDistillDiversityTrainer, script: PromptArguments, codec: str | os.PathLike | None = None
-) -> None:
+def train_and_save(trainer: CFGDistillDiversityTrainer, script: PromptArguments) -> None:
     """
     Trains, evaluates at the end if evaluation is enabled, and fills the output folder.
 
@@ -81,7 +78,6 @@ def train_and_save(
     Args:
         trainer ([`CFGDistillDiversityTrainer`]): Ready to train.
         script ([`~trl_drcd.launch.arguments.PromptArguments`]): The script's arguments.
-        codec (`str`, *optional*): Folder of the codec, for models of audio that do not have their own.
 
     Raises:
         RuntimeError: If no update was made: a stream of fewer rows than a rollout takes.
@@ -101,21 +97,11 @@ def train_and_save(
     samples = _held_out_samples(trainer, script.num_samples)
     if samples is None:  # not the process that writes
         return
-    (output / "training_args.bin").unlink(missing_ok=True)  # a pickle; the model card says what matters of it
-    student = trainer.accelerator.unwrap_model(trainer.model)
-    student.generation_config.save_pretrained(output)
-    if codec:
-        shutil.copytree(codec, output / "codec", dirs_exist_ok=True)
     shutil.rmtree(output / "samples", ignore_errors=True)
     tokenizer: Any = trainer.processing_class
     write_samples(samples, output / "samples", tokenizer, trainer.codec)
-    about = trained_model(
-        student, args, trainer.state, trainer.policy, tokenizer, trainer.codec is not None,
-        prompts=local_name(str(script.dataset)),
-    )  # fmt: skip
-    metrics = final_metrics(trainer.state.log_history, evaluates)
-    write_card(output, about, metrics, script.license)
-    for which, row in metrics.items():
+    trainer.write_card(output, script.license, prompts=local_name(str(script.dataset)))
+    for which, row in final_metrics(trainer.state.log_history, evaluates).items():
         print(f"  {which:18s}" + "  ".join(f"{name} {value:.4g}" for name, value in row.items()))
     print(f"Model, model card, log and samples are in {args.output_dir}")
 

@@ -84,7 +84,7 @@ def main(
             embedder = load_embedder(MusicEmbedder.from_pretrained, script.embedder)
             codec = load_part("codec", SpectralCodec.from_pretrained, folder)
             trainer = make_trainer(script, args, model, train, held_out, embedder=embedder, codec=codec)
-        train_and_save(trainer, script, folder)
+        train_and_save(trainer, script)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def check_model(argument: str, name: str | Path, trust_remote_code: bool | None 
     folder = Path(name)
     if not folder.is_dir():
         if folder.exists() or not is_hub_name(name):
-            raise FileNotFoundError(f"`{argument}={name}` is no folder; give the folder of a saved model")
+            raise FileNotFoundError(f"`{argument}={name}` is not a folder; give the folder of a saved model")
         return
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(
@@ -53,9 +53,14 @@ def check_model(argument: str, name: str | Path, trust_remote_code: bool | None 
             open_safetensors(folder / file)
 
 
-def check_on_hub(where: str, name: str) -> None:
+def check_on_hub(where: str, name: str, revision: str | None = None) -> None:
     """
-    A name that is no folder must be a model's on the hub, or in its cache, whose configuration can be read.
+    A name that is not a folder must be a model's on the Hub, or in its cache, whose configuration can be read.
+
+    Args:
+        where (`str`): What the user calls it, for the message.
+        name (`str`): Of the model.
+        revision (`str`, *optional*): Of the model.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -63,11 +68,10 @@ def check_on_hub(where: str, name: str) -> None:
     import transformers
 
     try:
-        transformers.PreTrainedConfig.get_config_dict(name)
+        transformers.PreTrainedConfig.get_config_dict(name, revision=revision)
     except OSError as error:
         raise FileNotFoundError(
-            f"{where}: {name} is no folder, and no model of that name could be had from the hub; correct the name, "
-            "or train it first"
+            f"{where}: {name} is not a folder, and not found on the Hub; correct the name, or train it first"
         ) from error
 
 

@@ -1,0 +1,193 @@
+"""The first pass over what the trainer is given: before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel, PromptLearningConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from trl_drcd.audio.front_end import SavedModule
+from trl_drcd.config import CFGDistillDiversityConfig
+from trl_drcd.diversity import DiversityReward
+from trl_drcd.policies import Policy, policy_class
+from trl_drcd.validation.model_folders import check_model, check_on_hub
+from trl_drcd.validation.rows import check_rows
+
+Model: TypeAlias = str | PreTrainedModel | PeftModel
+TrainData: TypeAlias = Dataset | IterableDataset
+EvalData: TypeAlias = TrainData | Mapping[str, TrainData] | None
+# What only TRL's own sampling of causal LMs can do
+CAUSAL_LM_ONLY = ("use_vllm", "use_transformers_continuous_batching", "mask_truncated_completions")
+# What TRL does to the advantages of reward functions
+REWARD_SETTINGS = {"normalize_advantages": False, "reward_clip_range": None}
+# Arguments of `from_pretrained` after which a model's files lie elsewhere than `check_model` looks
+ELSEWHERE = {"subfolder", "variant", "gguf_file"}
+
+
+def check_before_loading(
+    model: Model,
+    args: CFGDistillDiversityConfig,
+    train_dataset: TrainData,
+    eval_dataset: EvalData,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+    peft_config: PeftConfig | None,
+    extra_rewards: Sequence[object],
+    embedder: object,
+    codec: object = None,
+) -> None:
+    """
+    Refuse arguments of the trainer that cannot give a right result, before a model is loaded.
+
+    Args:
+        model, args, train_dataset, eval_dataset, processing_class, peft_config, embedder, codec: The trainer's.
+        extra_rewards (`Sequence`): The trainer's `reward_funcs`, as a list.
+
+    Raises:
+        FileNotFoundError: If the model is neither a folder nor on the Hub.
+        TypeError: If an argument is of another kind than the trainer takes.
+        ValueError: If a value cannot give a right result; the message says what would be right.
+    """
+    _check_datasets(train_dataset, eval_dataset, args)
+    _check_rollout_size(train_dataset, args)
+    _check_kinds(model, args, processing_class, peft_config)
+    _check_adapter(model, peft_config)
+    _check_rewards(args, extra_rewards, embedder)
+    options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    family = policy_class(model, options.get("revision"))
+    _check_family(family, args)
+    if isinstance(embedder, SavedModule) and codec is None and not family.has_own_codec:
+        raise ValueError(
+            f"`embedder` is a {type(embedder).__name__}, which hears audio, and there is no `codec` to make it; give "
+            "one"
+        )
+
+
+# ---------------------------------------------------------------- data
+
+
+def _check_datasets(train_dataset: TrainData, eval_dataset: EvalData, args: CFGDistillDiversityConfig) -> None:
+    """Every data set must have prompts, and a stream an end."""
+    evals = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
+    for name, dataset in {"train_dataset": train_dataset, **evals}.items():
+        if dataset is None and name != "train_dataset":
+            continue
+        if not isinstance(dataset, Dataset | IterableDataset):
+            raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, got {type(dataset).__name__}")
+        check_rows(dataset, f"`{name}`")
+    if args.eval_strategy != "no" and not eval_dataset:
+        strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
+        raise ValueError(f"`eval_strategy={strategy}` needs `eval_dataset`, got None")
+    if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
+        raise ValueError(
+            f"`train_dataset` is a stream, without an end by itself: set `max_steps`, got {args.max_steps}"
+        )
+
+
+def _check_rollout_size(train_dataset: TrainData, args: CFGDistillDiversityConfig) -> None:
+    """A rollout takes that many different prompts; TRL's sampler drops what does not fill one, here everything."""
+    prompts = (args.generation_batch_size or 0) // args.num_generations
+    if isinstance(train_dataset, Dataset):
+        rows = len(train_dataset)
+    else:
+        rows = sum(1 for _ in train_dataset.take(prompts))
+    if rows < prompts:
+        raise ValueError(
+            f"`train_dataset` has {rows} rows, but one rollout takes {prompts} prompts "
+            f"(`generation_batch_size={args.generation_batch_size}` / `num_generations={args.num_generations}`), so "
+            "there would be no step; give more prompts, or lower `per_device_train_batch_size` or "
+            "`gradient_accumulation_steps`"
+        )
+
+
+# ---------------------------------------------------------------- model
+
+
+def _check_kinds(
+    model: object, args: CFGDistillDiversityConfig, processing_class: object, peft_config: object
+) -> None:
+    """What the model is loaded from, and what comes with it, must be of the kinds that the trainer takes."""
+    if isinstance(model, str):
+        _check_name(model, args)
+    elif not isinstance(model, PreTrainedModel | PeftModel):
+        raise TypeError(f"`model` must be a name, a folder or a loaded model, got {type(model).__name__}")
+    elif not hasattr(model, "generate") or model.get_output_embeddings() is None:
+        raise ValueError(
+            f"`model` is a {type(model).__name__}, which generates nothing; give a causal LM or a MusicGen"
+        )
+    kinds = {
+        "processing_class": (PreTrainedTokenizerBase | ProcessorMixin, "a tokenizer, or `None` for the model's"),
+        "peft_config": (PeftConfig, "a `LoraConfig`"),
+    }
+    for name, value in {"processing_class": processing_class, "peft_config": peft_config}.items():
+        kind, in_words = kinds[name]
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"`{name}` must be {in_words}, got {type(value).__name__}")
+
+
+def _check_name(model: str, args: CFGDistillDiversityConfig) -> None:
+    """A folder must hold a model that can be loaded safely; another name must be on the Hub, or in its cache."""
+    options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    if ELSEWHERE & set(options):
+        return
+    check_model("model", model, args.trust_remote_code)
+    if not Path(model).is_dir():
+        check_on_hub(f"`model={model}`", model, options.get("revision"))
+
+
+def _check_adapter(model: object, peft_config: object) -> None:
+    """The teacher is the model with its adapter off, so a new adapter must not yet have changed anything."""
+    if isinstance(peft_config, PromptLearningConfig):
+        raise ValueError(
+            f"`peft_config` of type {type(peft_config).__name__} adds virtual tokens that the loss would not "
+            "see; use LoRA"
+        )
+    if not isinstance(model, PeftModel):
+        return
+    parts = [(name, p) for name, p in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
+    if not parts:
+        raise ValueError(
+            "`model` is a `PeftModel` without LoRA weights, so whether its adapter is still neutral cannot be told; "
+            "pass the base model and a `peft_config`"
+        )
+    if any(p.detach().any() for _, p in parts):
+        raise ValueError(
+            "`model` has an adapter that was already trained, and the teacher would be the base without it. Merge "
+            "it (`model.merge_and_unload()`) and pass the merged model with a new `peft_config`"
+        )
+
+
+def _check_family(family: type[Policy], args: CFGDistillDiversityConfig) -> None:
+    """What is TRL's own way to sample serves causal LMs alone."""
+    if family.rolls_out_with_trl:
+        return
+    for name in CAUSAL_LM_ONLY:
+        if getattr(args, name):
+            raise ValueError(f"`{name}=True` does not serve this family of models; set it to False")
+
+
+# ---------------------------------------------------------------- rewards
+
+
+def _check_rewards(args: CFGDistillDiversityConfig, extra_rewards: Sequence[object], embedder: object) -> None:
+    """Rewards, their weights and the embedder must fit together."""
+    if any(isinstance(reward, DiversityReward) for reward in extra_rewards):
+        raise ValueError(
+            "`reward_funcs` holds a `DiversityReward`; RLOO's leave-one-out baseline is biased for it. Pass its "
+            "embedder as `embedder=` (and `codec=`) and its weight as `diversity_coef`"
+        )
+    if embedder is None and args.diversity_coef > 0:
+        raise ValueError(f"`diversity_coef={args.diversity_coef}` needs `embedder`, got None")
+    if embedder is not None and args.num_generations_eval == 1:
+        raise ValueError("`num_generations_eval=1` leaves nothing to compare; diversity needs at least 2")
+    if not extra_rewards and args.reward_weights is not None:
+        raise ValueError(f"`reward_weights={args.reward_weights}` without `reward_funcs`; set `reward_weights=None`")
+    for name, off in REWARD_SETTINGS.items():
+        if getattr(args, name) != off and (not extra_rewards or args.diversity_coef > 0):
+            raise ValueError(
+                f"`{name}={getattr(args, name)}` changes the advantages of `reward_funcs` alone: diversity has "
+                f"its own, unbiased ones, in the unit of `diversity_coef`; set `{name}={off}`"
+            )
