@@ -206,7 +206,7 @@ def model_card(
         title=markdown_text(name),
         name=json.dumps(name),
         model=model,
-        base=f"`{local_name(model.base)}`" if model.base else "a model that was not loaded by name",
+        base=_code(local_name(model.base)) if model.base else "a model that was not loaded by name",
         license_known="license" in header,
         prompt=json.dumps("Write a short poem." if model.family == "text" else "a slow tune"),
         paper=PAPER,
@@ -215,3 +215,8 @@ def model_card(
         metrics=markdown_table(metrics) if metrics else "",
     )
     return ModelCard(text)
+
+
+def _code(text: str) -> str:
+    """A text in a code span of Markdown, which no backtick of its own ends."""
+    return f"`{' '.join(text.replace('`', '').split())}`"

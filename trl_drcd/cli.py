@@ -1,26 +1,31 @@
 """
 The command line.
 
-    trl-drcd train music --config recipes/music/musiclm_diversity.yaml
+    trl-drcd train music --config run.yaml
     trl-drcd merge --quality QUALITY --diversity DIVERSITY --interpolation_weight 0.5 --out MERGED
-    trl-drcd evaluate --config recipes/music/evaluate_music.yaml
+    trl-drcd evaluate --config front.yaml
     trl-drcd COMMAND --help
+    trl-drcd --version
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
+import trl_drcd
 from trl_drcd.validation.command_line import parse_command_line
 from trl_drcd.validation.field_types import check_types
 from trl_drcd.validation.messages import one_line_errors
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-TRAINERS = {"music": "musiclm_drcd.py", "text": "text_drcd.py"}
+SCRIPTS = Path(__file__).parent / "scripts"
+TRAINERS = {"music": "train_music", "text": "train_text"}
 
 
 @dataclass
@@ -81,7 +86,7 @@ def merge(argv: list[str]) -> None:
     from trl import TrlParser
 
     kind: Any = MergeArguments
-    parser = TrlParser(kind, prog="trl-drcd merge", description=merge.__doc__)
+    parser = TrlParser(kind, prog="trl-drcd merge", description=merge.__doc__, allow_abbrev=False)
     (arguments,) = parse_command_line(parser, argv)
     from trl_drcd.merging import interpolate_adapters, merge_with_mergekit
     from trl_drcd.merging.folders import find_folder, recorded_base
@@ -113,25 +118,46 @@ def merge(argv: list[str]) -> None:
 
 
 def train(argv: list[str]) -> None:
-    """`accelerate launch` of the recipe for music or for text, with what follows as its arguments."""
+    """`accelerate launch` of the training script for music or for text, with what follows as its arguments."""
     if not argv or argv[0] not in TRAINERS:
-        listed = "\n".join(f"  trl-drcd train {name} ...   runs recipes/{file}" for name, file in TRAINERS.items())
-        print(f"usage:\n{listed}\n\n`trl-drcd train music --help` and `trl-drcd train text --help` say more")
+        print(
+            "usage: trl-drcd train {music,text} [--config FILE.yaml] [--ARGUMENT VALUE ...]\n\n"
+            "  music   a text-to-music model: a causal LM over audio tokens, or a MusicGen\n"
+            "  text    a causal language model\n\n"
+            "`trl-drcd train music --help` and `trl-drcd train text --help` say more"
+        )
         raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
-    script = RECIPES / TRAINERS[argv[0]]
-    if not script.is_file():
-        raise FileNotFoundError(f"{script} is not there: the recipes come with the repository, not with the package")
-    # Quiet of itself: what the recipe says last is what went wrong
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", str(script)]
-    if code := subprocess.run([*launch, *argv[1:]]).returncode:
-        raise SystemExit(code)
+    script, words = TRAINERS[argv[0]], argv[1:]
+    if {"-h", "--help", "--help_all"} & set(words):
+        import_module(f"trl_drcd.scripts.{script}").main(words)
+        return
+    from trl_drcd.launch.processes import run_job
+
+    # Quiet of itself: what the script says last is what went wrong
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+    if status := run_job([*launch, str(SCRIPTS / f"{script}.py"), *words]):
+        raise SystemExit(status)
 
 
 def evaluate(argv: list[str]) -> None:
     """
     Sample and judge strategies (models, guidance, temperatures, interpolations) on held-out prompts: results.jsonl, a
-    summary, plots and a page under `--output_dir`. `strategies` are listed in the YAML file of `--config`; see
-    recipes/music/evaluate_music.yaml. What is in results.jsonl already is not done again.
+    summary, plots and a page under `--output_dir`. What is in results.jsonl already is not done again.
+
+    Strategies are listed in a YAML file, which may hold every other argument too: --config FILE.yaml.
+
+        model: my/model
+        dataset: prompts.jsonl
+        strategies:
+          - {name: base}
+          - {name: CFG, guidance_scale: [1.5, 3, 7], negative_prompt: Bad audio quality.}
+          - {name: temperature, temperature: [0.7, 1.3]}
+          - {name: trained, model: outputs/quality, diversity_coef: 0}
+          - {name: LERP, models: [outputs/quality, outputs/diversity], interpolation_weight: [0, 0.5, 1]}
+
+    Keys of a strategy: name, model or models (folders or Hub names; `base` is the base), interpolation_weight (of two
+    models) or weights, guidance_scale, negative_prompt, temperature, diversity_coef. One of them may have a list,
+    which makes a row of the table for each value.
     """
     from trl import TrlParser
 
@@ -140,7 +166,10 @@ def evaluate(argv: list[str]) -> None:
     from trl_drcd.evaluation.grid import evaluate as run
 
     kind: Any = EvaluateArguments
-    parser = TrlParser(kind, prog="trl-drcd evaluate", description=evaluate.__doc__)
+    parser = TrlParser(
+        kind, prog="trl-drcd evaluate", description=cleandoc(str(evaluate.__doc__)), allow_abbrev=False,
+        formatter_class=RawDescriptionHelpFormatter,
+    )  # fmt: skip
     (arguments,) = parse_command_line(parser, argv)
     keep_freed_memory()
     run(arguments)
@@ -154,14 +183,22 @@ def ratings(argv: list[str]) -> None:
     main(argv)
 
 
-COMMANDS = {"train": train, "merge": merge, "evaluate": evaluate, "ratings": ratings}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train, "merge": merge, "evaluate": evaluate, "ratings": ratings,
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
     """`trl-drcd COMMAND ...`; errors in the arguments end it with one line."""
     words = sys.argv[1:] if argv is None else argv
+    if words and words[0] == "--version":
+        print(f"trl-drcd {trl_drcd.__version__}")
+        return
     if not words or words[0] not in COMMANDS:
-        print(f"usage: trl-drcd COMMAND ...; `trl-drcd COMMAND --help` says more\n\ncommands: {', '.join(COMMANDS)}")
+        print(
+            "usage: trl-drcd COMMAND ...; `trl-drcd COMMAND --help` says more, `trl-drcd --version` which it is\n\n"
+            f"commands: {', '.join(COMMANDS)}"
+        )
         raise SystemExit(0 if words and words[0] in ("-h", "--help") else 2)
     with one_line_errors(f"trl-drcd {words[0]}"):
         COMMANDS[words[0]](words[1:])

@@ -93,8 +93,10 @@ STRATEGY = "model: m\ndataset: d\nstrategies:\n"
 ROWS = [
     recipe("unknown flag", "unknown argument", "'--lerning_rate'", "do you mean `--learning_rate`?", "music",
            "--lerning_rate", "1"),
+    recipe("prefix of a flag", "unknown argument", "'--learning-rat'", "do you mean `--learning-rate`?", "text",
+           "--learning-rat", "1"),
     recipe("steps in words", "--max_steps", "'many'", "invalid int value", max_steps="many"),
-    recipe("no data set", "`dataset`", "missing", "give a hub name", dataset=""),
+    recipe("no data set", "`dataset`", "missing", "give a Hub name", dataset=""),
     recipe("data that is not there", "`dataset=", "none.jsonl", "give a JSONL", dataset="none.jsonl"),
     recipe("no model there", "`model_name_or_path", "./none", "give the folder", model_name_or_path="./none"),
     recipe("guidance NaN", "`guidance_scale`", "nan", "finite", guidance_scale="nan"),

@@ -25,7 +25,8 @@ ROWS = [
     row("coefficient negative", "-1.0", "finite and at least 0", diversity_coef=-1.0),
     row("coefficient NaN", "nan", "finite and at least 0", diversity_coef=NAN),
     row("warm-up negative", "-1", "at least 0", diversity_warmup_steps=-1),
-    row("warm-up of half a step", "2.5", "a whole number", TypeError, diversity_warmup_steps=2.5),
+    row("warm-up of half a step", "2.5", "a whole number of steps, or a share", diversity_warmup_steps=2.5),
+    row("warm-up as a word", "'slow'", "must be a number", TypeError, diversity_warmup_steps="slow"),
     row("one generation", "1", "at least 2", num_generations=1),
     row("generations in words", "'four'", "a whole number", TypeError, num_generations="four"),
     row("a batch of parts of groups", "6", "multiple of `num_generations=4`", per_device_train_batch_size=6),
@@ -47,9 +48,9 @@ ROWS = [
     row("sample prompts as one text", "'slow harp'", "a list of texts or none", TypeError, sample_prompts="slow harp"),
     row("sample prompts without a prompt", "[]", "at least one", sample_steps=1, sample_prompts=[]),
     row("an empty sample prompt", "['']", "not empty", sample_prompts=[""]),
-    row("half a character in a sample prompt", "\\ud800", "valid Unicode", sample_prompts=["slow \ud800"]),
-    row("half a character in the negative prompt", "\\ud800", "valid Unicode", negative_prompt="bad \ud800"),
+    row("an unpaired surrogate in a sample prompt", "\\ud800", "valid Unicode", sample_prompts=["slow \ud800"]),
+    row("an unpaired surrogate in the negative prompt", "\\ud800", "valid Unicode", negative_prompt="bad \ud800"),
     row("negative prompt as a number", "3", "a text or none", TypeError, negative_prompt=3),
 ]
 # What is to blame is the second override where the first only turns the feature on
-ROWS[31].argument = "`sample_prompts"
+next(row for row in ROWS if row.name == "sample prompts without a prompt").argument = "`sample_prompts"

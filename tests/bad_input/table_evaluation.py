@@ -117,7 +117,7 @@ ROWS = [
     changed_model("a model that is not there", lambda w, tmp: tmp / "none", FileNotFoundError, "none",
                   "give the folder of a saved model"),
     changed_model("a model that is neither there nor on the hub", lambda w, tmp: "outputs/none", FileNotFoundError,
-                  "outputs/none is no folder", "train it first", "`strategies` (x)"),
+                  "outputs/none is not a folder", "train it first", "`strategies` (x)"),
     changed_model("a model torn", lambda w, tmp: w.torn("model", tmp), ValueError, "safetensors", "copy or save it"),
     changed_model("a model pickled", lambda w, tmp: w.pickled("model", tmp), FileNotFoundError, "pytorch_model.bin",
                   "save the model as safetensors"),

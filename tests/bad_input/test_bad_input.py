@@ -59,7 +59,7 @@ def test_the_last_line_of_a_launch_is_the_recipes_own(tmp_path):
     words = [sys.executable, "-m", "trl_drcd.cli", "train", "text", "--model_name_or_path", "a/b", "--dataset"]
     run = subprocess.run([*words, str(tmp_path / "none.jsonl")], capture_output=True, text=True)
     assert run.returncode != 0 and "Traceback" not in run.stdout + run.stderr
-    assert run.stderr.splitlines()[-1].startswith("text_drcd.py: error: `dataset=")
+    assert run.stderr.splitlines()[-1].startswith("trl-drcd train text: error: `dataset=")
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])

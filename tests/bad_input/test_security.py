@@ -7,6 +7,7 @@ import ast
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,14 +17,14 @@ import torch
 import yaml
 from bad_world import Bomb, World
 from datasets import Dataset
-from huggingface_hub import ModelCard
 
+from trl_drcd.cards import TrainedModel, model_card
 from trl_drcd.evaluation.plots import Plot, front_plot, save
 from trl_drcd.evaluation.points import Point
 from trl_drcd.evaluation.report import Item, Page, PromptItems, Sample
 from trl_drcd.evaluation.strategies import expand
-from trl_drcd.evaluation.tables import Table, markdown_table
-from trl_drcd.launch.cards import model_card
+from trl_drcd.evaluation.tables import Table
+from trl_drcd.markdown import markdown_table
 from trl_drcd.validation.model_folders import check_model
 
 ROOT = Path(__file__).parents[2]
@@ -226,13 +227,17 @@ def test_a_plot_shows_names_as_they_are(tmp_path):
     assert "<script>" not in (tmp_path / "front.svg").read_text()
 
 
-def test_a_model_card_keeps_its_table():
-    settings = {"guidance_scale": 3.0, "temperature": 0.99, "negative_prompt": "a | b\n| c | <script>x</script>"}
-    card = str(model_card("m", "base: [x", settings, {"last": {"kl": 1.0}}, audio=True, adapter=False))
-    assert ModelCard(card).data.base_model == "base: [x"
+def test_a_model_card_keeps_its_table_and_shows_names_as_they_are():
+    settings = {"guidance_scale": 3.0, "negative_prompt": "a | b\n| c | <script>x</script>"}
+    model = TrainedModel("<b>base</b>: [x", "audio tokens", False, 3, 3.0, 0.99, 8, settings=settings)
+    card = str(model_card("<script>x</script>", model, {"last": {"kl": 1.0}}))
     (row,) = [line for line in card.splitlines() if line.startswith("| negative_prompt")]
-    assert len(re.findall(r"(?<!\\)\|", row)) == 3 and "<script>" not in card
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3
+    assert not re.search(r"(?<!\\)<script>", card.replace('name = "<script>', ""))
+    assert 'name = "<script>x</script>"' in card  # in a block of code
     assert markdown_table({"a": {"x": 1.5}}) == "| | x |\n|---|---|\n| a | 1.5 |"
+    for nasty in NASTY:
+        model_card(nasty, replace(model, base=nasty), {})
 
 
 def test_no_name_of_a_strategy_leads_out_of_the_folder(tmp_path):

@@ -15,6 +15,7 @@ from merge_worlds import trained_music_model as trained
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoProcessor, GenerationConfig, pipeline
 
+import trl_drcd
 from trl_drcd import cli
 from trl_drcd.merging import interpolate_checkpoints, merge_with_mergekit, mergekit
 from trl_drcd.merging.cards import merge_recipe
@@ -167,50 +168,51 @@ def test_several_models_with_weights_and_a_yaml_file(tmp_path, monkeypatch):
     assert seen["args"][1] == [0, 1]
 
 
-def test_help_and_unknown_commands(capsys):
+def test_help_version_and_unknown_commands(capsys):
     for words, code in (([], 2), (["nonsense"], 2), (["--help"], 0)):
         with pytest.raises(SystemExit) as end:
             cli.main(words)
         assert end.value.code == code and "commands: train, merge" in capsys.readouterr().out
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"trl-drcd {trl_drcd.__version__}\n"
     with pytest.raises(SystemExit):
         cli.main(["merge", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert all(word in text for word in ("--interpolation_weight", "--svd_rank", "LoRA", "--config FILE.yaml"))
+    with pytest.raises(SystemExit, match="unknown argument '--interpolation'; do you mean `--interpolation_weight`"):
+        cli.main(["merge", "--out", "x", "--interpolation", "1"])
 
 
-def test_train_launches_the_recipe(monkeypatch, capsys):
-    seen = []
-    ran = subprocess.CompletedProcess([], 0)
-    monkeypatch.setattr(subprocess, "run", lambda command: (seen.append(command), ran)[1])
+def test_train_launches_the_packages_script(monkeypatch, capsys):
+    seen, statuses = [], [0, 3]
+    monkeypatch.setattr(
+        "trl_drcd.launch.processes.run_job", lambda command: (seen.append(command), statuses.pop(0))[1]
+    )
     cli.main(["train", "music", "--config", "x.yaml", "--max_steps", "1"])
-    cli.main(["train", "text"])
-    assert seen[0][-7:] == [
-        "launch",
-        "--quiet",
-        str(RECIPES / "musiclm_drcd.py"),
-        "--config",
-        "x.yaml",
-        "--max_steps",
-        "1",
-    ]
-    assert seen[1][-3:] == ["launch", "--quiet", str(RECIPES / "text_drcd.py")]
-    assert all((RECIPES / script).is_file() for script in cli.TRAINERS.values())
-    ran.returncode = 3
+    words = ["launch", "--quiet", str(cli.SCRIPTS / "train_music.py"), "--config", "x.yaml", "--max_steps", "1"]
+    assert seen[0][-7:] == words
     with pytest.raises(SystemExit) as end:
         cli.main(["train", "text"])
-    assert end.value.code == 3
+    assert seen[1][-3:] == ["launch", "--quiet", str(cli.SCRIPTS / "train_text.py")] and end.value.code == 3
+    assert all((cli.SCRIPTS / f"{script}.py").is_file() for script in cli.TRAINERS.values())
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
-    assert "trl-drcd train music ...   runs recipes/musiclm_drcd.py" in capsys.readouterr().out
-    monkeypatch.setattr(cli, "RECIPES", ROOT / "none")
-    with pytest.raises(SystemExit, match="the recipes come with the repository, not with the package"):
-        cli.main(["train", "text"])
+    assert "usage: trl-drcd train {music,text}" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_train_help_through_accelerate(capfd):
-    cli.main(["train", "music", "--help"])
-    assert "--diversity_coef" in capfd.readouterr().out
+@pytest.mark.parametrize("name", ["music", "text"])
+def test_the_help_of_train_names_what_there_is_and_no_file_of_the_repository(capsys, name):
+    with pytest.raises(SystemExit):
+        cli.main(["train", name, "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: trl-drcd train {name} ") and "--diversity_coef" in text and "recipes/" not in text
+
+
+def test_the_help_of_evaluate_says_how_strategies_are_written(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--help"])
+    text = capsys.readouterr().out
+    assert "--config FILE.yaml" in text and "interpolation_weight: [0, 0.5, 1]}" in text and "recipes/" not in text
 
 
 def test_the_console_script_is_this_command_line():

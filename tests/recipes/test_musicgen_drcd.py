@@ -16,6 +16,7 @@ from transformers import MusicgenForConditionalGeneration, pipeline
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 import musiclm_drcd
+from test_musiclm_drcd import play_the_example
 
 from trl_drcd.audio import MusicEmbedder
 from trl_drcd.policies.musicgen import LORA_TARGETS
@@ -44,7 +45,7 @@ def arguments(world: Path, output: Path, **changed: object) -> list[str]:
     return [word for name, value in (settings | changed).items() for word in (f"--{name}", str(value))]
 
 
-def test_two_steps_and_what_they_leave(world, tmp_path):
+def test_two_steps_and_what_they_leave(world, tmp_path, monkeypatch):
     output = tmp_path / "out"
     musiclm_drcd.main(arguments(world, output))
     player = pipeline("text-to-audio", model=str(output))
@@ -60,13 +61,15 @@ def test_two_steps_and_what_they_leave(world, tmp_path):
     assert all(entry["diversity"] > 0 for entry in log if "kl" in entry)
     sound, rate = soundfile.read(output / "samples" / "01.wav")
     assert (len(sound), rate) == (8 * (STEPS - BOOKS + 1), 16000)
-    assert "text-to-audio" in (output / "README.md").read_text()
+    assert "pipeline_tag: text-to-audio" in (output / "README.md").read_text()
+    play_the_example(output, monkeypatch)
     assert not (output / "codec").exists()
 
 
-def test_lora_leaves_an_adapter(world, tmp_path):
+def test_lora_leaves_an_adapter(world, tmp_path, monkeypatch):
     lora = {"use_peft": True, "lora_r": 2, "lora_dropout": 0}
     musiclm_drcd.main([*arguments(world, tmp_path / "lora", **lora), "--lora_target_modules", *LORA_TARGETS])
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert set(config["target_modules"]) == set(LORA_TARGETS)
     assert (tmp_path / "lora" / "samples" / "01.wav").exists()
+    play_the_example(tmp_path / "lora", monkeypatch)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -68,7 +69,15 @@ def arguments(world: Path, output: Path, **changed: object) -> list[str]:
     return [word for name, value in (settings | changed).items() for word in (f"--{name}", str(value))]
 
 
-def test_two_steps_and_what_they_leave(world, tmp_path):
+def play_the_example(output: Path, monkeypatch) -> None:
+    """The card's own Python, from beside the model's folder: it writes a sound."""
+    (example,) = re.findall(r"```python\n(.*?)```", (output / "README.md").read_text(), re.S)
+    monkeypatch.chdir(output.parent)
+    exec(example, {})
+    assert (output.parent / "sound.wav").read_bytes().startswith(b"RIFF")
+
+
+def test_two_steps_and_what_they_leave(world, tmp_path, monkeypatch):
     output = tmp_path / "out"
     musiclm_drcd.main(arguments(world, output))
     before = AutoModelForCausalLM.from_pretrained(world / "model")
@@ -86,9 +95,10 @@ def test_two_steps_and_what_they_leave(world, tmp_path):
     assert [row["prompt"] for row in rows] == PROMPTS[:2]
     assert all((output / "samples" / row["file"]).read_bytes().startswith(b"RIFF") for row in rows)
     card = (output / "README.md").read_text()
-    assert "base_model: model\n" in card and "base_model_relation: finetune\n" in card
+    assert "\n`model`, fine-tuned by" in card and "base_model" not in card  # a folder's name is nobody else's
     assert "| diversity_coef | 5 |" in card and "last (step 2)" in card
-    assert str(world) not in card
+    assert str(world) not in card and "pipeline_tag: text-generation" in card
+    play_the_example(output, monkeypatch)
 
     # The run goes on where it ended
     musiclm_drcd.main(arguments(world, output, max_steps=3, resume_from_checkpoint="true"))
@@ -96,7 +106,7 @@ def test_two_steps_and_what_they_leave(world, tmp_path):
     assert [entry["step"] for entry in log if "loss/diversity" in entry] == [1, 2, 3]
 
 
-def test_lora_with_a_yaml_file(world, tmp_path, capsys):
+def test_lora_with_a_yaml_file(world, tmp_path, capsys, monkeypatch):
     config, output = tmp_path / "run.yaml", tmp_path / "out"
     words = arguments(world, output, use_peft=True, lora_dropout=0, diversity_coef=0)
     names = [word.removeprefix("--") for word in words[::2]]
@@ -112,17 +122,18 @@ def test_lora_with_a_yaml_file(world, tmp_path, capsys):
         *("adapter_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"),
     }
     card = ModelCard.load(output / "README.md").data.to_dict()
-    assert (card["base_model"], card["base_model_relation"], card["library_name"]) == ("model", "adapter", "peft")
+    assert (card["pipeline_tag"], card["library_name"]) == ("text-generation", "peft")
     assert {"trl", "cfg-distillation"} <= set(card["tags"])
     assert "kl" in capsys.readouterr().out
+    play_the_example(output, monkeypatch)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"dataset": "none.jsonl"}, "`dataset=none.jsonl` is no file"),
-        ({"model_name_or_path": "./none"}, "`model_name_or_path=./none` is no folder"),
-        ({"codec": "./none"}, "`codec=./none` has no config.json"),
+        ({"dataset": "none.jsonl"}, "`dataset=none.jsonl` is not a file"),
+        ({"model_name_or_path": "./none"}, "`model_name_or_path=./none` is not a folder"),
+        ({"codec": "./none"}, "`codec`: none has no config.json"),
         ({"top_k": 50}, "`top_k=50` samples from another distribution"),
         ({"num_generations": 1}, "`num_generations` must be at least 2"),
         ({"resume_from_checkpoint": "true"}, "holds no checkpoint"),
@@ -130,7 +141,7 @@ def test_lora_with_a_yaml_file(world, tmp_path, capsys):
     ],
 )
 def test_refusals_before_anything_is_loaded(world, tmp_path, monkeypatch, changed, message):
-    monkeypatch.setattr(musiclm_drcd, "CFGDistillDiversityTrainer", None)
+    monkeypatch.setattr("trl.trainer.rloo_trainer.create_model_from_path", None)
     with pytest.raises(SystemExit, match=message):
         musiclm_drcd.main(arguments(world, tmp_path / "none", **changed))
 

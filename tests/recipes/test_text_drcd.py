@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import text_drcd
 from trl_drcd.policies import CausalLMPolicy
-from trl_drcd.prompts import load_prompts
+from trl_drcd.prompts import load_prompts, with_system_prompt
+from trl_drcd.scripts import train_text
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ROOT / "recipes" / "text" / "prompts"
@@ -48,6 +49,15 @@ def arguments(world, **changed) -> list[str]:
     return [word for name, value in (settings | changed).items() for word in (f"--{name}", str(value))]
 
 
+def print_the_example(output: Path, monkeypatch) -> None:
+    """The card's own Python, from beside the model's folder."""
+    (example,) = re.findall(r"```python\n(.*?)```", (output / "README.md").read_text(), re.S)
+    monkeypatch.chdir(output.parent)
+    exec(example, names := {})
+    config = names["model"].generation_config
+    assert config.do_sample and config.top_k == 0 and config.temperature == 0.99
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -60,7 +70,7 @@ def arguments(world, **changed) -> list[str]:
     ],
     ids=lambda changed: "-".join(changed) or "default",
 )
-def test_one_step_and_what_it_leaves(world, changed):
+def test_one_step_and_what_it_leaves(world, changed, monkeypatch, capsys):
     if "dataset" in changed:
         changed = changed | {"dataset": world / changed["dataset"]}
     text_drcd.main(arguments(world, **changed))
@@ -69,14 +79,17 @@ def test_one_step_and_what_it_leaves(world, changed):
     assert after.generation_config.guidance_scale in (None, 1.0)
     rows = [json.loads(line) for line in (world / "out/samples/samples.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and all(isinstance(row["completion"], str) for row in rows)
+    capsys.readouterr()
+    print_the_example(world / "out", monkeypatch)
+    assert capsys.readouterr().out.strip()
     if "system_prompt" in changed:
         assert all([turn["role"] for turn in row["prompt"]] == ["system", "user"] for row in rows)
 
 
 def test_a_reloaded_adapter_gives_the_same_logits(world, monkeypatch):
     trained = []
-    save = text_drcd.train_and_save
-    monkeypatch.setattr(text_drcd, "train_and_save", lambda *args: (save(*args), trained.append(args[0].model)))
+    save = train_text.train_and_save
+    monkeypatch.setattr(train_text, "train_and_save", lambda *args: (save(*args), trained.append(args[0].model)))
     lora = {"use_peft": True, "lora_dropout": 0, "lora_target_modules": "all-linear", "learning_rate": 0.01}
     text_drcd.main(arguments(world, max_steps=2, **lora))
     reloaded = AutoPeftModelForCausalLM.from_pretrained(world / "out")
@@ -87,6 +100,7 @@ def test_a_reloaded_adapter_gives_the_same_logits(world, monkeypatch):
             assert (trained[0](ids).logits - expected).abs().max() > 1e-3
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
     assert AutoTokenizer.from_pretrained(world / "out").chat_template
+    print_the_example(world / "out", monkeypatch)
 
 
 @pytest.mark.slow
@@ -117,15 +131,15 @@ def test_three_steps_on_smollm2(smollm2, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"dataset": "none.jsonl"}, "`dataset=none.jsonl` is no file"),
+        ({"dataset": "none.jsonl"}, "`dataset=none.jsonl` is not a file"),
         ({"diversity_coef": 1}, "`diversity_coef=1.0` needs `embedder`"),
-        ({"model_name_or_path": "./none"}, "`model_name_or_path=./none` is no folder"),
+        ({"model_name_or_path": "./none"}, "`model_name_or_path=./none` is not a folder"),
         ({"model_name_or_path": "outputs/smollm2"}, "Run: python recipes/text/get_smollm2.py"),
         ({"eval_strategy": "steps"}, "`eval_strategy=steps` needs `eval_dataset`"),
     ],
 )
 def test_refusals_before_anything_is_loaded(world, monkeypatch, changed, message):
-    monkeypatch.setattr(text_drcd, "CFGDistillDiversityTrainer", None)
+    monkeypatch.setattr("trl.trainer.rloo_trainer.create_model_from_path", None)
     monkeypatch.chdir(world)
     with pytest.raises(SystemExit, match=message):
         text_drcd.main(arguments(world, **changed))
@@ -133,8 +147,8 @@ def test_refusals_before_anything_is_loaded(world, monkeypatch, changed, message
 
 def test_a_system_prompt_does_not_replace_one():
     turns = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
-    assert text_drcd.with_system_prompt({"prompt": turns}, "c") == {"prompt": turns}
-    assert text_drcd.with_system_prompt({"prompt": "b"}, "a") == {"prompt": turns}
+    assert with_system_prompt({"prompt": turns}, "c") == {"prompt": turns}
+    assert with_system_prompt({"prompt": "b"}, "a") == {"prompt": turns}
 
 
 def texts(name: str) -> list[str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trl_drcd.markdown import markdown_cell, markdown_table, markdown_text
 
 if TYPE_CHECKING:
     from trl_drcd.evaluation.statistics import Interval
+
+__all__ = ["Table", "formatted", "markdown", "markdown_table", "markdown_text", "verdict"]
 
 
 @dataclass(frozen=True)
@@ -44,26 +46,4 @@ def verdict(interval: Interval, above: str, below: str) -> str:
 def markdown(table: Table) -> str:
     """A table in Markdown, without its heading; no two rows have the same name."""
     rows = {row[0]: dict(zip(table.header[1:], row[1:], strict=True)) for row in table.rows}
-    return markdown_table(rows).replace("| |", f"| {_cell(table.header[0])} |", 1)
-
-
-def markdown_table(rows: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table of named rows, numbers with 4 digits, texts as they are; the columns are the first row's."""
-    columns = list(next(iter(rows.values()), {}))
-    lines = ["| | " + " | ".join(columns) + " |" if columns else "| |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in rows.items():
-        cells = (row.get(column, "") for column in columns)
-        texts = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells)
-        lines.append("| " + " | ".join(_cell(text) for text in (name, *texts)) + " |")
-    return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    """A text in one cell of a Markdown table, which would take a part of it for markup."""
-    safe = html.escape(text, quote=False).replace("|", "\\|").replace("`", "\\`").replace("](", "]\\(")
-    return " ".join(safe.split())
-
-
-def markdown_text(text: str) -> str:
-    """A text on one line of Markdown, shown letter by letter: no markup, no link, no HTML."""
-    return re.sub(r"([\\`*_{}\[\]()#+\-.!|~<>&:@])", r"\\\1", " ".join(text.split()))
+    return markdown_table(rows).replace("| |", f"| {markdown_cell(table.header[0])} |", 1)

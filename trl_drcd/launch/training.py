@@ -48,12 +48,11 @@ def make_trainer(
     names = {
         "model": "model_name_or_path",
         "train_dataset": f"dataset={script.dataset}",
-        "eval_dataset": f"eval_dataset={script.eval_dataset}",
         "peft_config": "use_peft",
         "processing_class": "model_name_or_path",
     }
-    if script.embedder:
-        names["embedder"] = f"embedder={script.embedder}"
+    given = {"eval_dataset": script.eval_dataset, "embedder": script.embedder}
+    names |= {name: f"{name}={value}" for name, value in given.items() if value}
     with rename_arguments(names):
         return CFGDistillDiversityTrainer(
             model=str(model.model_name_or_path),

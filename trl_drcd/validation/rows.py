@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datasets import Dataset, IterableDataset, Value
 
 TEXTS = ("string", "large_string", "string_view", "null")
-SHAPES = "it must hold texts, or lists of turns with `role` and `content`"
+SHAPES = "it must hold texts or lists of turns with `role` and `content`"
 CONVERTED = (
     "rename the column that holds the prompts, or give `messages`, `conversations` (ShareGPT) or `instruction` "
     "(Alpaca), which are converted"
