@@ -8,12 +8,18 @@ import shlex
 import subprocess
 import sys
 import zlib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from markdown.extensions.toc import slugify
+from trl import ModelConfig
 
 import trl_drcd.cli
+from trl_drcd import CFGDistillDiversityConfig
+from trl_drcd.evaluation.grid import EvaluateArguments
+from trl_drcd.scripts.train_music import MusicArguments
+from trl_drcd.scripts.train_text import TextArguments
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("docs", "recipes", "results", "benchmarks")
@@ -128,6 +134,35 @@ def test_commands_name_files_and_targets_that_exist(page):
             assert words[1] in targets, words
         if words[0] == "trl-drcd" and words[1].islower():
             assert words[1] in trl_drcd.cli.COMMANDS, words
+
+
+def known_flags(words: list[str]) -> set[str] | None:
+    """Names of the arguments that a command takes; `None` if it is none of ours."""
+    ours = [CFGDistillDiversityConfig, ModelConfig]
+    if words[:2] == ["trl-drcd", "merge"]:
+        kinds: list[type] = [trl_drcd.cli.MergeArguments]
+    elif words[:2] == ["trl-drcd", "evaluate"]:
+        kinds = [EvaluateArguments]
+    elif words[:3] == ["trl-drcd", "train", "music"] or "recipes/musiclm_drcd.py" in words:
+        kinds = [MusicArguments, *ours]
+    elif words[:3] == ["trl-drcd", "train", "text"] or "recipes/text_drcd.py" in words:
+        kinds = [TextArguments, *ours]
+    else:
+        return None
+    return {field.name for kind in kinds for field in fields(kind)} | {"config", "help", "help_all"}
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
+def test_commands_have_flags_that_exist(page):
+    for words in commands(page):
+        script = next((place for place, word in enumerate(words) if word.endswith("_drcd.py")), 0)
+        if (known := known_flags(words)) is not None:
+            flags = {
+                word.strip("[").lstrip("-").partition("=")[0]
+                for word in words[script:]
+                if word.strip("[").startswith("--")
+            }
+            assert sorted(flag.strip("]") for flag in flags if flag.strip("]") not in known) == [], " ".join(words)
 
 
 def test_paths_in_the_text_exist():
