@@ -21,17 +21,19 @@ def make_evaluation(folder: Path, kind: str = "music", samples: int = 3, models=
     rng = np.random.default_rng(0)
     lines = []
     for number, model in enumerate(models):
-        slug = f"m{number}"
+        slug, index = f"m{number}", []
         for prompt in range(len(prompts)):
             for sample in range(samples):
                 path = folder / "samples" / slug / f"{prompt:02d}_{sample}.{'txt' if kind == 'text' else 'wav'}"
                 path.parent.mkdir(parents=True, exist_ok=True)
+                index.append(json.dumps({"prompt": prompts[prompt], "file": path.name}) + "\n")
                 if kind == "text":
                     path.write_text(f"{model} wrote <b>{prompt}</b> number {sample} of several words")
                 else:
                     time = torch.arange(3200) / 8000
                     tone = 0.3 * torch.sin(2 * torch.pi * (220 + 40 * number + 10 * sample + prompt) * time)
                     path.write_bytes(wav_bytes(tone, 8000))
+        (folder / "samples" / slug / "samples.jsonl").write_text("".join(index))
         metrics = {m: rng.normal(number, 1, len(prompts)) for m in ("quality", "diversity", "entropy_per_token")}
         lines.append(
             {
@@ -40,7 +42,6 @@ def make_evaluation(folder: Path, kind: str = "music", samples: int = 3, models=
                 "per_prompt": {m: v.tolist() for m, v in metrics.items()},
             }
         )  # fmt: skip
-    (folder / "samples" / "prompts.json").write_text(json.dumps(prompts))
     (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 

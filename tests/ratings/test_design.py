@@ -1,5 +1,6 @@
 """Who rates what, when and on which side."""
 
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -131,16 +132,17 @@ def test_an_evaluation_is_read(evaluation):
     assert read.files["CFG"][2][1].name == "02_1.wav"
 
 
-def test_an_evaluation_that_lists_no_prompts(evaluation, tmp_path):
-    import json
-    import shutil
-
+def test_evaluations_that_do_not_fit(evaluation, tmp_path):
     copy = shutil.copytree(evaluation, tmp_path / "copy")
-    (copy / "samples" / "prompts.json").unlink()
-    with pytest.raises(ValueError, match="give its `dataset` too"):
+    (copy / "samples" / "m1" / "03_1.wav").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks"):
         read_evaluation(copy)
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"prompt {i}"}) + "\n" for i in range(9)))
-    assert read_evaluation(copy, str(prompts)).prompts == [f"prompt {i}" for i in range(6)]
+    index = copy / "samples" / "m1" / "samples.jsonl"
+    index.write_text("".join(line for line in index.read_text().splitlines(True) if '"a reel"' not in line))
+    with pytest.raises(ValueError, match="other prompts of 'CFG'"):
+        read_evaluation(copy)
+    shutil.rmtree(copy / "samples" / "m2")
+    with pytest.raises(FileNotFoundError, match=r"has no samples of \['beta 0'\]"):
+        read_evaluation(copy)
     with pytest.raises(FileNotFoundError, match=r"has no results\.jsonl"):
         read_evaluation(tmp_path / "nothing")

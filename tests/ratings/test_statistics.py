@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trl_drcd.evaluation.metrics import interval_of
+from trl_drcd.evaluation.statistics import percentile_interval
 from trl_drcd.ratings.comparisons import Comparisons, comparisons_of, failed, inattentive
 from trl_drcd.ratings.correlations import correlation_of_differences, correlations
 from trl_drcd.ratings.power import PowerArguments, power_of, ratings_needed
@@ -141,10 +141,10 @@ def coverage(studies, draws, **settings):
         scores = crossed(lambda of, found=found: bradley_terry_scores(found, of), weights)
         rates = crossed(lambda of, found=found: win_rates(found, of), weights)
         for model in range(3):
-            interval = interval_of(scores[:, model])
+            interval = percentile_interval(scores[:, model])
             held.append(interval["low"] <= truth[model] <= interval["high"])
         for a, b in ((0, 1), (0, 2), (1, 2)):
-            interval = interval_of(rates[:, a, b])
+            interval = percentile_interval(rates[:, a, b])
             held_rates.append(interval["low"] <= wins[a, b] <= interval["high"])
     return np.mean(held), np.mean(held_rates)
 

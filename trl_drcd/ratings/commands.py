@@ -49,13 +49,13 @@ class ReleaseArguments:
 
 def design(arguments: Any) -> None:
     """Make a study of an evaluation's samples: a balanced, checked design, the clips, the database."""
-    from trl_drcd.evaluation.tables import markdown
+    from trl_drcd.evaluation.tables import Table, markdown
     from trl_drcd.ratings.design import check_design, study_size
     from trl_drcd.ratings.study import create_study
 
     study, made = create_study(arguments)
     rows = [[f"{q}: {pair}", str(n), f"{left}", f"{place:.2f}"] for q, pair, n, left, place in check_design(made)]
-    print(markdown(["pair", "ratings", "first on the left", "mean place (0 to 1)"], rows))
+    print(markdown(Table("", ["pair", "ratings", "first on the left", "mean place (0 to 1)"], rows)))
     print(f"\n{study_size(made)}\nStudy: {study.folder}   (rate: trl-drcd app --tabs rate --study {study.folder})")
 
 
@@ -111,7 +111,7 @@ def power(arguments: Any) -> None:
     from trl_drcd.evaluation.tables import markdown
     from trl_drcd.ratings.power import power_table
 
-    print(markdown(*power_table(arguments)))
+    print(markdown(power_table(arguments)))
 
 
 def _commands() -> dict[str, tuple[Callable[[Any], None], Any]]:

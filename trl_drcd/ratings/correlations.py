@@ -4,41 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 
-from trl_drcd.evaluation.metrics import interval_of
+from trl_drcd.evaluation.listening import heard
+from trl_drcd.evaluation.results import Result
+from trl_drcd.evaluation.statistics import Interval, percentile_interval
 from trl_drcd.ratings.comparisons import Comparisons
 from trl_drcd.ratings.statistics import Weights, bradley_terry_scores, crossed
 
-Line = Mapping[str, Any]
 
-
-def metric_values(lines: Sequence[Line], models: Sequence[str], kept: int) -> dict[str, np.ndarray]:
+def metric_values(results: Sequence[Result], models: Sequence[str], kept: int) -> dict[str, np.ndarray]:
     """
     Every metric that all models have, on the prompts whose samples were rated.
 
     Args:
-        lines (`Sequence[Mapping]`): Lines of `results.jsonl`.
+        results (`Sequence[Result]`): Lines of `results.jsonl`.
         models (`Sequence[str]`): The `M` names.
         kept (`int`): `P`, number of prompts whose samples are kept: every n-th of those measured.
 
     Returns:
         `dict[str, np.ndarray]`: Name of a metric to its values, `(M, P)`.
     """
-    of_model = {line["name"]: line["per_prompt"] for line in lines}
+    of_model = {result.name: result.per_prompt for result in results}
     shared = [m for m in of_model[models[0]] if all(m in of_model[name] for name in models)]
     values = {}
     for metric in shared:
         every = np.array([of_model[name][metric] for name in models], dtype=float)
-        values[metric] = every[:, :: max(1, every.shape[1] // kept)][:, :kept]
+        values[metric] = every[:, heard(every.shape[1], kept)]
     return values
 
 
 def correlations(
     comparisons: Comparisons, weights: Weights, metrics: Mapping[str, np.ndarray]
-) -> dict[str, dict[str, dict[str, float] | None]]:
+) -> dict[str, dict[str, Interval | None]]:
     """
     Agreement of each metric with the ratings of one question.
 
@@ -54,7 +53,7 @@ def correlations(
         were heard.
     """
     scores = bradley_terry_scores(comparisons, weights.prompts)
-    found: dict[str, dict[str, dict[str, float] | None]] = {}
+    found: dict[str, dict[str, Interval | None]] = {}
     for metric, values in metrics.items():
         difference = values[comparisons.a, comparisons.prompt] - values[comparisons.b, comparisons.prompt]
         single = crossed(partial(correlation_of_differences, difference, comparisons.outcome), weights)
@@ -65,13 +64,13 @@ def correlations(
     return found
 
 
-def _interval(draws: np.ndarray) -> dict[str, float] | None:
-    return interval_of(draws) if np.isfinite(draws[1:]).any() else None
+def _interval(draws: np.ndarray) -> Interval | None:
+    return percentile_interval(draws) if np.isfinite(draws[1:]).any() else None
 
 
 def _over_models(
     scores: np.ndarray, values: np.ndarray, comparisons: Comparisons, weights: np.ndarray
-) -> dict[str, float] | None:
+) -> Interval | None:
     """Correlation over models, prompts drawn for the metric as they are for the ratings."""
     if scores.shape[1] < 3:
         return None

@@ -33,9 +33,6 @@ class DesignArguments:
 
     evaluation: str = field(metadata={"help": "Folder of an evaluation whose samples were kept."})
     out: str = field(metadata={"help": "Folder of the study, which must not exist yet."})
-    dataset: str | None = field(
-        default=None, metadata={"help": "The evaluation's prompts, where its samples/ does not list them."}
-    )
     models: list[str] = field(
         default_factory=list, metadata={"help": "Names of the strategies to compare; all if none."}
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
+from trl_drcd.evaluation.tables import Table
 from trl_drcd.ratings.statistics import outcome_variance
 from trl_drcd.validation.field_types import check_types
 
@@ -86,8 +87,8 @@ def power_of(
     return 1 - NORMAL.cdf((edge - shift) / true) + NORMAL.cdf((-edge - shift) / true)
 
 
-def power_table(arguments: PowerArguments) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: ratings of a pair that are needed, and the chances of the paper's 150 and 300."""
+def power_table(arguments: PowerArguments) -> Table:
+    """Ratings of a pair that are needed, and the chances of the paper's 150 and 300."""
     settings = {"ties": arguments.ties, "level": arguments.level, "design_effect": arguments.design_effect}
     rates = sorted({arguments.win_rate, 0.55, 0.6, 0.65}, key=lambda rate: abs(rate - 0.5))
     rows = []
@@ -95,4 +96,6 @@ def power_table(arguments: PowerArguments) -> tuple[list[str], list[list[str]]]:
         needed = ratings_needed(rate, power=arguments.power, **settings)
         chances = [f"{power_of(count, rate, **settings):.2f}" for count in (150, 300)]
         rows.append([f"{rate:g}", str(needed), *chances])
-    return ["win rate", f"ratings for a chance of {arguments.power:g}", "chance of 150", "chance of 300"], rows
+    return Table(
+        "", ["win rate", f"ratings for a chance of {arguments.power:g}", "chance of 150", "chance of 300"], rows
+    )

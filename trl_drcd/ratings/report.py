@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from trl_drcd.evaluation.metrics import interval_of
-from trl_drcd.evaluation.tables import formatted, markdown, verdict
+from trl_drcd.evaluation.statistics import Interval, percentile_interval
+from trl_drcd.evaluation.tables import Table, formatted, markdown, verdict
 from trl_drcd.files import write_text
 from trl_drcd.ratings import figures
 from trl_drcd.ratings.comparisons import Comparisons, attention, comparisons_of, inattentive, scores_of
@@ -35,7 +35,6 @@ from trl_drcd.ratings.store import Study
 from trl_drcd.ratings.tabular import ratings_csv
 from trl_drcd.validation.field_types import check_types
 
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 PAPERS_WIN_RATE = 0.57
 
 
@@ -112,8 +111,8 @@ def write_report(arguments: ReportArguments) -> dict[str, Any]:
 def measured(study: Study, folder: str | None) -> tuple[dict[str, np.ndarray], str]:
     """The metrics of the evaluation that the samples are from, `(M, P)` each; and a note where there are none."""
     try:
-        evaluation = read_evaluation(folder or study.about["evaluation"], study.about["design"]["dataset"])
-        return metric_values(evaluation.lines, study.about["models"], len(evaluation.prompts)), ""
+        evaluation = read_evaluation(folder or study.about["evaluation"])
+        return metric_values(evaluation.results, study.about["models"], len(evaluation.prompts)), ""
     except (FileNotFoundError, KeyError, ValueError) as error:
         if folder:
             raise
@@ -148,11 +147,11 @@ def analysed(
     }
 
 
-def _means(values: np.ndarray, models: Sequence[str]) -> dict[str, dict[str, float]]:
+def _means(values: np.ndarray, models: Sequence[str]) -> dict[str, Interval]:
     """Mean over prompts of each model with its bootstrap interval; `(M, P)`."""
     draws = np.random.default_rng(0).integers(0, values.shape[1], (1000, values.shape[1]))
     return {
-        name: interval_of(np.concatenate([[row.mean()], row[draws].mean(1)]))
+        name: percentile_interval(np.concatenate([[row.mean()], row[draws].mean(1)]))
         for name, row in zip(models, values, strict=True)
     }
 
@@ -227,7 +226,7 @@ def report_markdown(result: Mapping[str, Any]) -> str:
         parts.append(str(result["note"]))
     for question, found in result["questions"].items():
         parts.append(f"## {question.capitalize()}")
-        parts += [_about(found), *(markdown(*table) for table in tables_of(found, result["models"]))]
+        parts += [_about(found), *(markdown(table) for table in tables_of(found, result["models"]))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -261,19 +260,19 @@ def tables_of(found: Mapping[str, Any], models: Sequence[str]) -> list[Table]:
         for a, row in zip(models, found["win_rates"], strict=True)
     ]
     tables: list[Table] = [
-        (["model", "Elo (Bradley-Terry)", *(["mean score"] if means else [])], scores),
-        (["win rate of row over column", *models], rates),
+        Table("", ["model", "Elo (Bradley-Terry)", *(["mean score"] if means else [])], scores),
+        Table("", ["win rate of row over column", *models], rates),
     ]
     if found["metrics"]:
         cells = [
             [metric, *("" if value is None else formatted(value, 2) for value in both.values())]
             for metric, both in found["metrics"].items()
         ]
-        tables.append((["metric against ratings", "correlation over models", "over comparisons"], cells))
+        tables.append(Table("", ["metric against ratings", "correlation over models", "over comparisons"], cells))
     return tables
 
 
-def _word(cell: Mapping[str, float]) -> str:
-    centred = {part: cell[part] - 0.5 for part in ("mean", "low", "high")}
+def _word(cell: Interval) -> str:
+    centred: Interval = {"mean": cell["mean"] - 0.5, "low": cell["low"] - 0.5, "high": cell["high"] - 0.5}
     word = verdict(centred, "better", "worse")
     return "" if word == "undecided" else word

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from trl_drcd.evaluation.records import parse_lines
-from trl_drcd.prompts import distinct, load_prompts
-from trl_drcd.text.reward_models import question_of
-
-SAMPLE = re.compile(r"(\d+)(?:[_-](\d+))?\.(wav|txt)")
-PROMPTS = "prompts.json"
+from trl_drcd.evaluation.listening import Clip, read_clips
+from trl_drcd.evaluation.report import request_of
+from trl_drcd.evaluation.results import Result, read_results
 
 
 @dataclass(frozen=True)
@@ -27,14 +20,14 @@ class Evaluation:
         kind (`str`): `"music"` or `"text"`.
         prompts (`list[str]`): The `P` prompts whose samples are kept.
         files (`dict[str, list[list[Path]]]`): Name of each strategy to its files: `P` lists of at least one sample.
-        lines (`list[dict]`): The strategies' lines of `results.jsonl`, in the same order.
+        results (`list[Result]`): The strategies' lines of `results.jsonl`, in the same order.
     """
 
     folder: Path
     kind: str
     prompts: list[str]
     files: dict[str, list[list[Path]]]
-    lines: list[dict[str, Any]] = field(repr=False)
+    results: list[Result] = field(repr=False)
 
     @property
     def samples(self) -> int:
@@ -42,61 +35,49 @@ class Evaluation:
         return min(len(group) for groups in self.files.values() for group in groups)
 
 
-def read_evaluation(folder: str | Path, dataset: str | None = None) -> Evaluation:
+def read_evaluation(folder: str | Path) -> Evaluation:
     """
     The kept samples of an evaluation.
 
     Args:
         folder (`str` or `Path`): The `output_dir` of `trl-drcd evaluate`: `results.jsonl`, and `samples/` with a
-            folder of each strategy (`00.wav` or `00_1.wav`: prompt, and sample where there are several).
-        dataset (`str`, *optional*): The evaluation's `dataset`, for folders without `samples/prompts.json`.
+            folder of each strategy.
 
     Returns:
         [`Evaluation`]: Strategies in the order of `results.jsonl`.
 
     Raises:
         FileNotFoundError: If there is no `results.jsonl`, or the samples of a strategy are not there.
-        ValueError: If strategies have samples of different prompts, or the prompts are not known.
+        ValueError: If strategies have samples of different prompts.
     """
     root = Path(folder)
     if not (root / "results.jsonl").is_file():
         raise FileNotFoundError(
             f"`evaluation={folder}` has no results.jsonl; give the `output_dir` of `trl-drcd evaluate`"
         )
-    lines = parse_lines(root / "results.jsonl", (root / "results.jsonl").read_text(), {"name", "samples", "metrics"})
-    files = {str(line["name"]): sample_files(root / "samples" / Path(line["samples"]).name) for line in lines}
-    if empty := [name for name, groups in files.items() if not groups]:
+    results = read_results(root / "results.jsonl")
+    clips = {result.name: _by_prompt(read_clips(root / "samples" / Path(result.samples).name)) for result in results}
+    if empty := [name for name, groups in clips.items() if not groups]:
         raise FileNotFoundError(
             f"`evaluation={folder}` has no samples of {empty}; evaluate with `listen` above 0, and keep samples/"
         )
-    if len(counts := {len(groups) for groups in files.values()}) > 1:
+    first = next(iter(clips.values()))
+    if other := next((name for name, groups in clips.items() if list(groups) != list(first)), None):
         raise ValueError(
-            f"`evaluation={folder}` has samples of {sorted(counts)} prompts; evaluate all strategies alike"
+            f"`evaluation={folder}` has samples of other prompts of {other!r} than of the first strategy; evaluate "
+            "all with the same `listen`"
         )
-    prompts = _prompts(root, counts.pop(), int(lines[0].get("prompts", 0)), dataset)
-    kind = "text" if next(iter(files.values()))[0][0].suffix == ".txt" else "music"
-    return Evaluation(root, kind, prompts, files, lines)
+    files = {name: [[clip.file for clip in group] for group in groups.values()] for name, groups in clips.items()}
+    every = [file for groups in files.values() for group in groups for file in group]
+    if missing := [file for file in every if not file.exists()]:
+        raise FileNotFoundError(f"`evaluation={folder}` lacks {missing[0]}, which samples.jsonl lists; evaluate anew")
+    prompts = [request_of(group[0].prompt) for group in first.values()]
+    return Evaluation(root, results[0].kind, prompts, files, results)
 
 
-def sample_files(folder: Path) -> list[list[Path]]:
-    """The files of one strategy, those of a prompt together, in order."""
-    groups: dict[int, list[tuple[int, Path]]] = {}
-    for path in folder.glob("*"):
-        if match := SAMPLE.fullmatch(path.name):
-            groups.setdefault(int(match[1]), []).append((int(match[2] or 0), path))
-    return [[path for _, path in sorted(groups[prompt])] for prompt in sorted(groups)]
-
-
-def _prompts(root: Path, kept: int, evaluated: int, dataset: str | None) -> list[str]:
-    """The prompts whose samples are kept: listed beside them, or every n-th of the data set."""
-    listed = root / "samples" / PROMPTS
-    if listed.is_file():
-        prompts: Sequence[Any] = json.loads(listed.read_text())
-    elif dataset is None:
-        raise ValueError(f"`evaluation={root}` does not list its prompts; give its `dataset` too")
-    else:
-        all_prompts = distinct(load_prompts("dataset", dataset, "test")["prompt"], evaluated)
-        prompts = all_prompts[:: max(1, evaluated // kept)][:kept]
-    if len(prompts) != kept:
-        raise ValueError(f"`evaluation={root}` has samples of {kept} prompts, and {len(prompts)} prompts are known")
-    return [prompt if isinstance(prompt, str) else question_of(prompt) for prompt in prompts]
+def _by_prompt(clips: list[Clip]) -> dict[str, list[Clip]]:
+    """The clips of each prompt, texts or conversations, in order."""
+    groups: dict[str, list[Clip]] = {}
+    for clip in clips:
+        groups.setdefault(repr(clip.prompt), []).append(clip)
+    return groups

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from trl_drcd.evaluation.listening import heard
 from trl_drcd.ratings.samples import read_evaluation
 from trl_drcd.ratings.store import Answer, Study
 from trl_drcd.validation.field_types import check_types
@@ -106,16 +107,15 @@ def judged_truth(study: Study, arguments: SimulateArguments) -> Truth:
     Raises:
         ValueError: If a metric was not measured.
     """
-    evaluation = read_evaluation(study.about["evaluation"], study.about["design"]["dataset"])
-    lines = {line["name"]: line for line in evaluation.lines}
+    evaluation = read_evaluation(study.about["evaluation"])
+    per_prompt = {result.name: result.per_prompt for result in evaluation.results}
     models, count = study.about["models"], len(evaluation.prompts)
     of_question = {}
     for question, metric in zip(("quality", "diversity"), arguments.judges, strict=True):
-        if missing := [name for name in models if metric not in lines[name]["per_prompt"]]:
+        if missing := [name for name in models if metric not in per_prompt[name]]:
             raise ValueError(f"`judges` has {metric!r}, which was not measured of {missing}")
-        values = np.array([lines[name]["per_prompt"][metric] for name in models]).T
-        step = max(1, len(values) // count)
-        kept = values[::step][:count]
+        values = np.array([per_prompt[name][metric] for name in models]).T
+        kept = values[heard(len(values), count)]
         of_question[question] = arguments.steepness * (kept - kept.mean()) / max(kept.std(), 1e-12)
     return Truth(of_question, models, arguments.ties, arguments.inattention)
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from trl_drcd.compat.extras import require
-from trl_drcd.evaluation.metrics import interval_of
+from trl_drcd.evaluation.statistics import Interval, percentile_interval
 from trl_drcd.ratings.comparisons import Comparisons
 
 ELO_PER_NAT = 400 / np.log(10)
@@ -81,7 +81,7 @@ def crossed(statistic: Callable[[np.ndarray], np.ndarray], weights: Weights) -> 
         weights ([`Weights`]): Of [`draw_weights`].
 
     Returns:
-        `np.ndarray`: Values `(1 + D, ...)` for `interval_of`, the statistic of all comparisons first.
+        `np.ndarray`: Values `(1 + D, ...)` for `percentile_interval`, the statistic of all comparisons first.
     """
     draws = statistic(weights.prompts)
     of_prompts, of_both = variances(statistic, weights, draws)
@@ -247,7 +247,7 @@ def krippendorff_alpha(units: np.ndarray, distance: str = "ordinal") -> float:
     return float(require("evalica", "app").alpha(frame, distance).alpha)
 
 
-def agreement(comparisons: Comparisons, draws: int = 200, seed: int = 0) -> dict[str, float]:
+def agreement(comparisons: Comparisons, draws: int = 200, seed: int = 0) -> Interval:
     """
     Krippendorff's alpha (ordinal) of who won, the units being items, with its bootstrap interval over prompts.
 
@@ -257,7 +257,7 @@ def agreement(comparisons: Comparisons, draws: int = 200, seed: int = 0) -> dict
         seed (`int`, *optional*, defaults to 0): Of the draws.
 
     Returns:
-        `dict[str, float]`: `mean`, `low`, `high`.
+        [`Interval`]: `mean`, `low`, `high`.
     """
     items, columns = np.unique(comparisons.item, return_inverse=True)
     units = np.full((comparisons.rater.max() + 1, len(items)), np.nan)
@@ -269,10 +269,10 @@ def agreement(comparisons: Comparisons, draws: int = 200, seed: int = 0) -> dict
     rng = np.random.default_rng(seed)
     values = [krippendorff_alpha(units)]
     if np.isnan(values[0]):  # no item has two raters yet
-        return dict.fromkeys(("mean", "low", "high"), float("nan"))
+        return {"mean": np.nan, "low": np.nan, "high": np.nan}
     for draw in rng.integers(0, len(prompts), (draws, len(prompts))):
         values.append(krippendorff_alpha(units[:, np.concatenate([of_prompt[i] for i in draw])]))
-    return interval_of(np.array(values))
+    return percentile_interval(np.array(values))
 
 
 def design_effect(comparisons: Comparisons, weights: Weights) -> float:
@@ -301,20 +301,19 @@ def outcome_variance(win_rate: float, ties: float = 0.0) -> float:
     return win_rate * (1 - win_rate) - ties / 4
 
 
-def interval_table(draws: np.ndarray) -> list[list[dict[str, float] | None]]:
+def interval_table(draws: np.ndarray) -> list[list[Interval | None]]:
     """Every cell of `(1 + D, M, M)` as `mean`, `low`, `high`; `None` where nothing was compared."""
-    size = draws.shape[1]
-    return [
-        [None if np.isnan(draws[0, i, j]) else interval_of(draws[:, i, j]) for j in range(size)] for i in range(size)
-    ]
+    rows = range(draws.shape[1])
+    return [[None if np.isnan(draws[0, i, j]) else percentile_interval(draws[:, i, j]) for j in rows] for i in rows]
 
 
 def named(draws: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Every column of `(1 + D, M)` by its name, as `mean`, `low`, `high` and the share of draws with no value."""
+    unknown: Interval = {"mean": np.nan, "low": np.nan, "high": np.nan}
     return {
-        name: (
-            interval_of(column) if np.isfinite(column[1:]).any() else dict.fromkeys(("mean", "low", "high"), np.nan)
-        )
-        | {"undefined_draws": float(np.isnan(column[1:]).mean())}
+        name: {
+            **(percentile_interval(column) if np.isfinite(column[1:]).any() else unknown),
+            "undefined_draws": float(np.isnan(column[1:]).mean()),
+        }
         for name, column in zip(names, draws.T, strict=True)
     }

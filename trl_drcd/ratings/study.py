@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from trl_drcd.compat.extras import require
-from trl_drcd.evaluation.records import content_digest
+from trl_drcd.evaluation.digests import content_digest
 from trl_drcd.files import wav_bytes, write_bytes, write_text
 from trl_drcd.ratings.design import Clip, Design, DesignArguments, make_design, strategies_of
 from trl_drcd.ratings.samples import Evaluation, read_evaluation
@@ -40,7 +40,7 @@ def create_study(arguments: DesignArguments) -> tuple[Study, Design]:
     out = Path(arguments.out)
     if (out / FILE).exists():
         raise FileExistsError(f"`out={out}` has a study already; ratings may be in it, so it is left alone")
-    evaluation = read_evaluation(arguments.evaluation, arguments.dataset)
+    evaluation = read_evaluation(arguments.evaluation)
     models = strategies_of(arguments, list(evaluation.files))
     design = make_design(
         models, len(evaluation.prompts), evaluation.samples, prompts_of(arguments, evaluation), arguments.raters,
