@@ -18,6 +18,7 @@ from trl_drcd.config import diversity_coef_at
 from trl_drcd.diversity import diversity_advantages
 from trl_drcd.guidance import guide_logits
 from trl_drcd.losses import reverse_kl
+from trl_drcd.objective import JointObjective
 
 PROMPTS = ["a slow tune for flute", "fast drum", "harp", "a fast tune for harp"]
 
@@ -42,6 +43,7 @@ def settings(tmp_path, **overrides):
         "use_cpu": True,
         "gradient_checkpointing": False,
         "diversity_warmup_steps": 0,
+        "diversity_credit": "sequence",
         "disable_tqdm": True,
     }
     return CFGDistillDiversityConfig(str(tmp_path), **(defaults | overrides))
@@ -125,7 +127,7 @@ def test_loss_and_gradient_equal_the_dense_reference(tmp_path, tokenizer):
 def test_log_probs_equal_trl(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer)
     batch = rollout(trainer)
-    terms = trainer._student_terms(trainer.model, batch)
+    terms = trainer._objective.terms(trainer.model, trainer.model, batch)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     theirs, entropy, _ = RLOOTrainer._get_per_token_logps_and_entropies(
@@ -196,7 +198,8 @@ def test_adapter_off_teacher_equals_the_base_and_needs_no_copy(tmp_path, tokeniz
     batch = rollout(trainer)
     rows = [{"prompt": p} for p in PROMPTS[:2] for _ in range(4)]
     frozen = make_trainer(tmp_path, tokenizer)
-    ours, theirs = (t._read_by_teacher(rows, batch)["teacher_hidden"] for t in (trainer, frozen))
+    ours, theirs = (t.teacher.stored(t._teacher_states(rows, batch), t.model) for t in (trainer, frozen))
+    ours, theirs = ours["teacher_hidden"], theirs["teacher_hidden"]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     student = trainer.model(batch["prompt_ids"]).logits
     assert not torch.allclose(student, frozen.model(batch["prompt_ids"]).logits, atol=1e-3)
@@ -255,7 +258,7 @@ def test_gradient_norms_of_the_terms_are_those_of_separate_losses(tmp_path, toke
     trainer.model.zero_grad()
     for coef, key in ((0.0, "grad_norm/distillation"), (7.0, "grad_norm/diversity")):
         for inputs in seen:
-            terms = trainer._student_terms(trainer.model, inputs)
+            terms = trainer._objective.terms(trainer.model, trainer.model, inputs)
             log_probs = terms.log_probs.sum((1, 2))
             term = -(coef * inputs["diversity_advantages"] * log_probs).mean() if coef else terms.kl.mean()
             (term / 2).backward()
@@ -266,10 +269,8 @@ def test_gradient_norms_of_the_terms_are_those_of_separate_losses(tmp_path, toke
 
 def test_one_update_per_rollout_needs_no_pass_for_old_logps(tmp_path, tokenizer, monkeypatch):
     calls = []
-    original = CFGDistillDiversityTrainer._old_log_probs
-    monkeypatch.setattr(
-        CFGDistillDiversityTrainer, "_old_log_probs", lambda *args: (calls.append(1), original(*args))[1]
-    )
+    original = JointObjective.old_log_probs
+    monkeypatch.setattr(JointObjective, "old_log_probs", lambda *args: (calls.append(1), original(*args))[1])
     make_trainer(tmp_path, tokenizer, gradient_accumulation_steps=2).train()
     assert not calls
     make_trainer(tmp_path, tokenizer, num_iterations=2, diversity_coef=1.0).train()

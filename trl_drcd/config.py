@@ -52,6 +52,17 @@ class CFGDistillDiversityConfig(RLOOConfig):
         diversity_warmup_steps (`float`, *optional*, defaults to 1000):
             Steps over which `diversity_coef` rises linearly from 0; below 1, the share of the run's steps. The paper's
             1000 are too many for a short run, which then ends below `diversity_coef`: 0.1 to 0.3 is a good share.
+        diversity_credit (`str`, *optional*, defaults to `"critic"`):
+            `"critic"` gives each step the advantage that a critic of prefixes finds ([`~trl_drcd.critic`]), with less
+            noise; `"sequence"` gives all steps of a completion that of the completion.
+        gae_lambda (`float`, *optional*, defaults to 0.95):
+            Of the critic's advantages: 1 is unbiased, below 1 has less noise and some bias.
+        diversity_prefixes (`int`, *optional*, defaults to 9):
+            Beginnings of each completion that the critic hears, at equal distances: so many more calls of the embedder
+            for each rollout, and finer credit.
+        diversity_kernel (`str`, *optional*, defaults to `"pairs"`):
+            `"pairs"` is the mean cosine distance of Eq. (3); `"logdet"` and `"vendi"` reward the volume that the
+            completions of a prompt span ([`~trl_drcd.kernels.diversity_shares`]).
         on_bad_batch (`str`, *optional*, defaults to `"stop"`):
             What happens where a reward, an embedder, the teacher, the student or a gradient gives NaN or infinity, or
             an embedder or a reward raises: `"stop"` saves a checkpoint of the state before that update and raises,
@@ -96,6 +107,17 @@ class CFGDistillDiversityConfig(RLOOConfig):
     diversity_warmup_steps: float = field(
         default=1000,
         metadata={"help": "Steps over which diversity_coef rises linearly from 0; below 1, a share of the run."},
+    )
+    diversity_credit: str = field(
+        default="critic",
+        metadata={"help": "critic: advantages of steps, with less noise; sequence: one for each completion."},
+    )
+    gae_lambda: float = field(
+        default=0.95, metadata={"help": "Of the critic: 1 is unbiased, below 1 has less noise and some bias."}
+    )
+    diversity_prefixes: int = field(default=9, metadata={"help": "Beginnings of a completion that the critic embeds."})
+    diversity_kernel: str = field(
+        default="pairs", metadata={"help": "What is rewarded: pairs (mean distance), logdet or vendi (volume)."}
     )
     on_bad_batch: str = field(
         default="stop",

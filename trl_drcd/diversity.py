@@ -149,13 +149,11 @@ class AudioDecoder(Protocol):
 
 class ScoredRollout(NamedTuple):
     """
-    The diversity of a rollout, of all processes: `embeddings (B, D)`, `rewards (B,)` of [`group_diversity`] and
-    `advantages (B,)` of [`diversity_advantages`].
+    The diversity of a rollout, of all processes: `embeddings (B, D)`, and of [`group_diversity`] the `rewards (B,)`.
     """
 
     embeddings: torch.Tensor
     rewards: torch.Tensor
-    advantages: torch.Tensor
 
 
 class DiversityReward:
@@ -221,7 +219,7 @@ class DiversityReward:
         self, prompts: list, completions: list, completion_ids: list[list[int]], num_generations: int | None = None
     ) -> ScoredRollout:
         """
-        Embeddings, rewards and advantages of the global batch, from the rows of this process.
+        Embeddings and rewards of the global batch, from the rows of this process.
 
         Args:
             prompts (`list`): `b` prompts, for messages.
@@ -245,7 +243,7 @@ class DiversityReward:
             problems, cause = [f"the embedder raised {type(error).__name__}: {error}"], error
         raise_together(problems, cause)
         embeddings = gather(local)
-        return ScoredRollout(embeddings, group_diversity(embeddings, group), diversity_advantages(embeddings, group))
+        return ScoredRollout(embeddings, group_diversity(embeddings, group))
 
     def __call__(
         self, prompts: list, completions: list, completion_ids: list[list[int]], **kwargs: Any

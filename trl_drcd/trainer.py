@@ -28,19 +28,24 @@ from trl_drcd.cards import final_metrics, trained_model, write_card
 from trl_drcd.compat.torch_distributed import set_group_timeout
 from trl_drcd.compat.trl_private import get_config_model_id
 from trl_drcd.config import CFGDistillDiversityConfig
-from trl_drcd.distributed import InsideForward, check_sharding, frozen_copy, shard, whole_heads, whole_weights
+from trl_drcd.distributed import check_sharding, frozen_copy, shard, whole_weights
 from trl_drcd.diversity import DiversityReward
 from trl_drcd.guidance import ancestral_generation_config, left_pad
-from trl_drcd.losses import BatchTerms, batch_log_probs, batch_terms, policy_gradient_losses
+from trl_drcd.kernels import kernel_advantages
+from trl_drcd.locks import only_process
+from trl_drcd.losses import BatchTerms
 from trl_drcd.monitoring import GradientNorms, RunningMeans, Stopwatch
+from trl_drcd.objective import JointObjective
 from trl_drcd.policies import Policy, policy_class
 from trl_drcd.reliability.batches import BadBatchError
 from trl_drcd.reliability.guard import BatchGuard
+from trl_drcd.reliability.identity import run_identity
 from trl_drcd.reliability.processes import is_lost_process, last_statuses
 from trl_drcd.reliability.sampler import EpochSampler
 from trl_drcd.reliability.snapshot import Snapshot, load_rollout, save_rollout, set_random_states
-from trl_drcd.reliability.writer import CheckpointWriter, resolve_checkpoint
-from trl_drcd.teacher import GuidedTeacher
+from trl_drcd.reliability.writer import CheckpointWriter
+from trl_drcd.step_credit import StepCredit
+from trl_drcd.teacher import GuidedTeacher, TeacherStates
 from trl_drcd.validation.before_loading import check_before_loading
 from trl_drcd.validation.once_loaded import check_lengths, check_once_loaded, check_skipping
 
@@ -155,10 +160,17 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             None if embedder is None else DiversityReward(embedder, args.num_generations, self.codec)
         )
         self.teacher = GuidedTeacher(self.policy, self._make_teacher(student), args.guidance_scale, self.accelerator)
-        self._inside_forward = InsideForward(self.accelerator)
+        self._objective = JointObjective(
+            self.policy, self.teacher, self.temperature, (args.epsilon, self.epsilon_high)
+        )
         self._guard = BatchGuard(args.on_bad_batch, self._tokenizer, self.accelerator)
         self.reward_funcs = self._guard.checked_rewards(self.reward_funcs)
+        self._step_credit: StepCredit | None = None
+        if embedder is not None and args.diversity_credit == "critic":
+            lengths = args.max_completion_length, args.diversity_prefixes, self.policy.num_codebooks
+            self._step_credit = StepCredit(self.accelerator, args.gae_lambda, args.diversity_kernel, *lengths)
         self._checkpoints = CheckpointWriter(args, self.accelerator)
+        self._checkpoints.identity = run_identity(args, student, self.train_dataset)
         self._snapshot: Snapshot | None = None  # after the last update
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._gradient_norms = GradientNorms(self.accelerator)
@@ -244,9 +256,9 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         output = super()._generate_and_score_completions(inputs)
         del output["old_logps"]
         with self._stopwatch.timed("teacher"):
-            output |= self._read_by_teacher(inputs, output)
+            output |= self.teacher.stored(self._teacher_states(inputs, output), self.model_wrapped)
         if self._updates_per_rollout > 1 and self._mode == "train":
-            output["old_log_probs"] = self._old_log_probs(output)
+            output["old_log_probs"] = self._objective.old_log_probs(self.model_wrapped, output, self._batch_size)
         if self.diversity_reward is not None:
             with self._stopwatch.timed("reward"):
                 output["diversity_advantages"] = self._score_diversity(inputs, output)
@@ -255,16 +267,15 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         self._log_rollout(output)
         return output
 
-    def _read_by_teacher(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """What the guided teacher makes of the completions, see [`~trl_drcd.teacher.GuidedTeacher.stored`]."""
+    def _teacher_states(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> TeacherStates:
+        """What the guided teacher makes of the completions."""
         negative = None
         if self.teacher.guided:
             negative_ids = self.policy.negative_prompt_ids(inputs, self.args.negative_prompt)
             self._check_lengths(negative_ids, "a negative prompt")
             ids, mask = left_pad(negative_ids, self._tokenizer.pad_token_id)
             negative = ids.to(self.accelerator.device), mask.to(self.accelerator.device)
-        states = self.teacher.read(self.model_wrapped, output, negative, self._batch_size)
-        return self.teacher.stored(states, self.model_wrapped)
+        return self.teacher.read(self.model_wrapped, output, negative, self._batch_size)
 
     @property
     def _batch_size(self) -> int:
@@ -273,41 +284,43 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             return self.args.per_device_train_batch_size
         return self.args.per_device_eval_batch_size
 
-    @torch.no_grad()
-    def _old_log_probs(self, output: dict[str, torch.Tensor]) -> torch.Tensor:
-        """log p of each sampled token by the student as it samples, nats, `(B, S, K)`; 0 where none is scored."""
-        student, parts = self.accelerator.unwrap_model(self.model), []
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        for rows in zip(*(output[name].split(self._batch_size) for name in names), strict=True):
-
-            def forward(rows=rows):
-                with self.accelerator.autocast():
-                    return self.policy.hidden_states(student, *rows), self.policy.heads(student)
-
-            hidden, heads = self._inside_forward(self.model_wrapped, student, forward)
-            ids, mask = self.policy.ids_and_mask(*rows[2:])
-            parts.append(batch_log_probs(hidden, heads, ids, mask, self.temperature))
-        return torch.cat(parts)
-
     def _score_diversity(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> torch.Tensor:
-        """Diversity advantages of this process's completions, `(B,)`; logs the diversity of all."""
+        """Diversity advantages of this process's completions, `(b,)`, or of their codes; logs the diversity of all."""
         mode, local = self._mode, len(inputs)
         # Completions that `mask_truncated_completions` has masked are as long as they may be
         lengths = [n or self.max_completion_length for n in output["completion_mask"].sum(1).tolist()]
         ids = [row[:n] for row, n in zip(output["completion_ids"].tolist(), lengths, strict=True)]
-        texts = ids if self.codec is not None else self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         group = self.num_generations if mode == "train" else self.num_generations_eval
-        scored = self.diversity_reward.score([row["prompt"] for row in inputs], texts, ids, group)
+        scored = self.diversity_reward.score([row["prompt"] for row in inputs], self._texts(ids), ids, group)
         own = slice(self.accelerator.process_index * local, (self.accelerator.process_index + 1) * local)
         self._metrics[mode]["diversity"].append(self._gather_rows(scored.rewards[own]).mean().item())
         columns: Any = self._logs["rewards"]
         columns["diversity"].extend(scored.rewards.tolist())
-        return scored.advantages[own].to(output["advantages"])
+        if self._step_credit is None:
+            advantages = kernel_advantages(scored.embeddings, group, self.args.diversity_kernel)[own]
+            return advantages.to(output["advantages"])
+        _, mask = self.policy.ids_and_mask(output["completion_ids"], output["completion_mask"])
+        advantages, metrics = self._step_credit.advantages(
+            lambda ids: self.diversity_reward.embed(self._texts(ids), ids),
+            ids, mask, scored.embeddings, group, fit=mode == "train",
+        )  # fmt: skip
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+        return advantages.to(output["advantages"])
+
+    def _texts(self, ids: list[list[int]]) -> list[Any]:
+        """Completions, or beginnings of them, as the embedder reads them where there is no codec."""
+        return ids if self.codec is not None else self._tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def _log_rollout(self, output: dict[str, torch.Tensor]) -> None:
-        """The advantages that the loss uses, in the table of completions; the reward where diversity is all of it."""
+        """
+        The advantages that the loss uses, a mean over each one's tokens, go into the table of completions; the reward
+        is the diversity where that is all of it.
+        """
         metrics, rows = self._metrics[self._mode], self.accelerator.num_processes * len(output["prompt_ids"])
-        total = sum(credit.mean((1, 2)) for credit in self._credits(output).values())
+        _, mask = self.policy.ids_and_mask(output["completion_ids"], output["completion_mask"])
+        total = sum((credit * mask).sum((1, 2)) for credit in self._credits(output).values())
+        total = total / mask.sum((1, 2)).clamp(min=1)
         logged = self._logs["advantages"]
         for _ in range(min(rows, len(logged))):  # those of the extra rewards alone
             logged.pop()
@@ -333,28 +346,6 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             credits["reward"] = inputs["advantages"]
         return {name: credit[:, None, None] if credit.ndim == 1 else credit for name, credit in credits.items()}
 
-    def _student_terms(
-        self, student: PreTrainedModel, inputs: dict[str, Any], log_prob_weights: torch.Tensor | None = None
-    ) -> BatchTerms:
-        """[`~trl_drcd.losses.batch_terms`] of the student's forward."""
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        with self.accelerator.autocast():
-            hidden = self.policy.hidden_states(student, *(inputs[name] for name in names))
-            heads = self.policy.heads(student)
-        ids, mask = self.policy.ids_and_mask(inputs["completion_ids"], inputs["completion_mask"])
-        teacher_heads = self.teacher.heads(self.model_wrapped)
-        with whole_heads(*heads, *teacher_heads):
-            teacher_logits = self.teacher.logits(teacher_heads, inputs, mask)
-            return batch_terms(hidden, heads, ids, mask, teacher_logits, self.temperature, log_prob_weights)
-
-    def _policy_gradient(self, terms: BatchTerms, credit: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-        """Policy-gradient loss of each sequence, `(B,)`; the ratio is of what the credit is of: sequence or token."""
-        log_probs, old = terms.log_probs, inputs.get("old_log_probs")
-        if credit.shape[1:] == (1, 1):
-            credit, log_probs = credit[:, 0, 0], log_probs.sum((1, 2))
-            old = None if old is None else old.sum((1, 2))
-        return policy_gradient_losses(log_probs, credit, old, self.epsilon_low, self.epsilon_high)
-
     def _compute_loss(self, model, inputs):
         train, credits = self._mode == "train", self._credits(inputs)
         # One by one where the gradient of one term alone is asked for, or where a weight depends on `log_probs`
@@ -363,10 +354,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         weights = None
         if train and not separately and "old_log_probs" not in inputs:
             weights = -torch.stack(torch.broadcast_tensors(*credits.values())).sum(0)
-        student = self.accelerator.unwrap_model(model)
-        terms = self._inside_forward(model, student, lambda: self._student_terms(student, inputs, weights))
-        losses = {"distillation": terms.kl}
-        losses |= {name: self._policy_gradient(terms, credit, inputs) for name, credit in credits.items()}
+        terms = self._objective.terms(model, self.model_wrapped, inputs, weights)
+        losses = self._objective.losses(terms, credits, inputs.get("old_log_probs"))
         if separately:
             parts = {name: losses[name].mean() for name in credits}
             self._gradient_norms.add(self.model, parts, self.current_gradient_accumulation_steps)
@@ -461,12 +450,15 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         Trains; see [`~transformers.Trainer.train`].
 
         `resume_from_checkpoint=True` is the newest complete checkpoint of `output_dir`. A bad batch that stops the run
-        leaves a checkpoint of the state before it; a process that is lost is named.
+        leaves a checkpoint of the state before it; a process that is lost is named. A run that was complete makes no
+        more updates.
         """
-        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir, self.accelerator)
+        checkpoint = self._checkpoints.resolve(resume_from_checkpoint)
+        alone = only_process(self.args.output_dir, "a training") if self.is_world_process_zero() else nullcontext()
         done = "After {} updates"
         try:
-            with self.policy.in_trl.patched():  # transformers aligns the special tokens of tokenizer and model
+            # transformers aligns the special tokens of tokenizer and model
+            with alone, self.policy.in_trl.patched():
                 result = super().train(checkpoint, *args, **kwargs)
         except BadBatchError as error:
             remedy = "" if self.args.on_bad_batch == "skip" else "; `on_bad_batch='skip'` leaves such updates out"
@@ -482,6 +474,11 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             ) from error
         self._restore_special_tokens()
         return result
+
+    def set_initial_training_values(self, args, dataloader):
+        epochs, *values = super().set_initial_training_values(args, dataloader)
+        max_steps = values[-1]
+        return (0 if self._checkpoints.resumed_step >= max_steps else epochs, *values)
 
     def _restore_special_tokens(self) -> PreTrainedModel:
         student = self.accelerator.unwrap_model(self.model)
@@ -534,6 +531,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         run = Path(self._get_output_dir(trial))
         with self._checkpoints.writing(run, self.state) as folder:
             super()._save_checkpoint(model, trial)
+            if self.args.should_save and self._step_credit is not None:
+                self._step_credit.save(folder)
             used_up = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
             if self._buffered_inputs is not None and not used_up:
                 ranks = self.accelerator.process_index, self.accelerator.num_processes
@@ -546,6 +545,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         super()._load_rng_state(checkpoint)
         self._checkpoints.saved_step = self.state.global_step
         if checkpoint is not None:
+            if self._step_credit is not None:
+                self._step_credit.load(Path(checkpoint))
             ranks = self.accelerator.process_index, self.accelerator.num_processes
             batches = self.args.steps_per_generation
             if loaded := load_rollout(Path(checkpoint), batches, *ranks, self.accelerator.device):
@@ -558,7 +559,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self.args.logging_strategy == "no":
             self._metrics["train"].clear()  # what a log would have emptied
-        self._snapshot = Snapshot(self.state.global_step, self._step, self._buffered_inputs)
+        critic = None if self._step_credit is None else self._step_credit.critic.state_dict()
+        self._snapshot = Snapshot(self.state.global_step, self._step, self._buffered_inputs, critic)
 
     def _keep_last_state(self) -> str:
         """Makes a checkpoint of the state after the last update, unless there is one; says where it is."""
@@ -568,6 +570,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
                 return "Nothing is saved, as `save_strategy='no'` says"
             if last is not None and last.global_step == step:
                 self._step, self._buffered_inputs = last.forward, last.rollout
+                if self._step_credit is not None and last.critic is not None:
+                    self._step_credit.critic.load_state_dict(last.critic)
                 set_random_states(last.random)
             self._save_checkpoint(self.model, None)
         if step == 0:

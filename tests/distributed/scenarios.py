@@ -38,6 +38,7 @@ MUSIC = {"max_completion_length": 9}
 SCENARIOS = {
     "full": Scenario(saves=True),
     "lora": Scenario(lora=True, saves=True),
+    "critic": Scenario({"diversity_credit": "critic", "gae_lambda": 0.9}),
     "accumulate": Scenario(accumulate=3, evaluates=False),
     # No token of the last rows is scored, and the head has a bias that only scored tokens reach
     "masked": Scenario(
@@ -116,6 +117,7 @@ def make_trainer(scenario: Scenario, folder: Path) -> CFGDistillDiversityTrainer
         "max_completion_length": 8,
         "diversity_coef": 5.0,
         "diversity_warmup_steps": 2,
+        "diversity_credit": "sequence",
         "logging_steps": 1,
         "report_to": "none",
         "save_strategy": "no",

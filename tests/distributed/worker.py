@@ -55,6 +55,8 @@ def recording(trainer, scenario) -> dict[str, torch.Tensor]:
     counts = {"train": 0, "eval": 0}
 
     def put(name, values):
+        if values.ndim > 1:  # processes pad to their own longest completion
+            values = trainer.accelerator.pad_across_processes(values, dim=1)
         tensors[name] = trainer.accelerator.gather(values.detach().contiguous()).double().cpu()
 
     def scored(inputs):

@@ -35,7 +35,7 @@ from trl_drcd.reliability.checkpoints import STAGING, checkpoints, why_incomplet
 # What a run tells of itself: a letter as the method begins, a letter as it ends; and "." as training begins
 SPOKEN = {
     "save_model": ("s", ""),  # the first that is written of a checkpoint
-    "_finish_checkpoint": ("", "S"),
+    "commit": ("", "S"),
     "_generate_and_score_completions": ("r", "R"),
 }
 # Kinds of moments: from one letter to another; "E" is the run's end
@@ -55,7 +55,8 @@ class Moment:
 def announce(trainer: CFGDistillDiversityTrainer, pipe: int) -> None:
     """Lets the trainer write its letters into the pipe."""
     for name, (first, last) in SPOKEN.items():
-        method = getattr(trainer, name)
+        owner = trainer._checkpoints if name == "commit" else trainer
+        method = getattr(owner, name)
 
         def spoken(*args, method=method, first=first, last=last, **kwargs):
             os.write(pipe, first.encode())
@@ -63,7 +64,7 @@ def announce(trainer: CFGDistillDiversityTrainer, pipe: int) -> None:
             os.write(pipe, last.encode())
             return result
 
-        setattr(trainer, name, spoken)
+        setattr(owner, name, spoken)
     os.write(pipe, b".")
 
 

@@ -80,9 +80,9 @@ def test_a_checkpoint_is_replaced_in_one_piece(tmp_path):
 def test_older_checkpoints_go_when_the_new_one_is_complete(tmp_path, monkeypatch):
     seen = []
 
-    def watch(staged, final):
+    def watch(staged, final, identity):
         seen.append([c.name for c in checkpoints(tmp_path)])
-        commit(staged, final)
+        commit(staged, final, identity)
 
     monkeypatch.setattr("trl_drcd.reliability.writer.commit", watch)
     make_trainer("text_lora", tmp_path, max_steps=3, save_steps=1, eval_strategy="no", save_total_limit=1).train()

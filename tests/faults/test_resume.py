@@ -14,7 +14,7 @@ from datasets import Dataset
 from trl.trainer.utils import RepeatSampler
 from worlds import PROMPTS, make_trainer, weights
 
-from trl_drcd.reliability.checkpoints import MANIFEST, STAGING, checkpoints, why_incomplete
+from trl_drcd.reliability.checkpoints import MANIFEST, STAGING, checkpoints, commit, why_incomplete
 from trl_drcd.reliability.sampler import EpochSampler
 
 SCRIPT = Path(__file__).with_name("kill_and_resume.py")
@@ -42,14 +42,14 @@ def test_every_checkpoint_leads_to_the_same_weights(uninterrupted, tmp_path, ste
     assert run("text", tmp_path, resume=True) == expected
 
 
-@pytest.mark.parametrize("lost", ["rollout", "order"])
+@pytest.mark.parametrize("lost", ["rollout", "critic", "order"])
 def test_the_comparison_would_see(uninterrupted, tmp_path, monkeypatch, lost):
-    """A rollout that is sampled anew; a second epoch in the order of the first, as it would be in TRL."""
+    """A rollout sampled anew; a critic that has forgotten; a second epoch in the order of the first, as in TRL."""
     folder, expected = uninterrupted
     copy = tmp_path / "checkpoint-8"
     shutil.copytree(folder / "checkpoint-8", copy)
-    if lost == "rollout":
-        for name in ("rollout_0.safetensors", MANIFEST):
+    if lost in ("rollout", "critic"):
+        for name in ({"rollout": "rollout_0", "critic": "critic"}[lost] + ".safetensors", MANIFEST):
             (copy / name).unlink()
     else:
         monkeypatch.setattr(EpochSampler, "__iter__", lambda self: iter(self.sampler))
@@ -133,3 +133,62 @@ def test_killed_and_resumed():
 @pytest.mark.slow
 def test_killed_at_twenty_points_and_resumed():
     assert kills("--kills", "20").count("20 of 20 equal bit for bit") == 4
+
+
+# ------------------------------------------------------------------------------------------------ which run it is
+
+
+def steps_of(folder):
+    return sorted(int(c.name.split("-")[1]) for c in checkpoints(folder))
+
+
+def test_a_complete_run_makes_no_more_updates(uninterrupted, tmp_path):
+    """However often it is resumed; the weights are those of its end, and a longer run goes on."""
+    folder, expected = uninterrupted
+    shutil.copytree(folder / "checkpoint-12", tmp_path / "checkpoint-12")
+    for _ in range(2):
+        assert run("text", tmp_path, resume=True) == expected
+        assert steps_of(tmp_path) == [12]
+    assert run("text", tmp_path, resume=True, max_steps=14) != expected
+    assert max(steps_of(tmp_path)) == 14
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"learning_rate": 1e-3}, "`learning_rate` 0.003 instead of 0.001"),
+        ({"seed": 1}, "`seed` 42 instead of 1"),
+        ({"train_dataset": Dataset.from_dict({"prompt": PROMPTS[1:6]})}, "`train_dataset` 5 rows"),
+        ({"gae_lambda": 1.0}, "`gae_lambda` 0.95 instead of 1.0"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_name(uninterrupted, tmp_path, changed, message):
+    folder, _ = uninterrupted
+    shutil.copytree(folder / "checkpoint-6", tmp_path / "checkpoint-6")
+    with pytest.raises(ValueError, match=rf"checkpoint-6 cannot be resumed from: it is of another run: .*{message}"):
+        run("text", tmp_path, resume=True, **changed)
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path):
+    trainer = make_trainer("text", tmp_path, max_steps=1)
+    code = (
+        "import sys, time; from trl_drcd.locks import only_process\n"
+        f"with only_process({str(tmp_path)!r}, 'a training'): print('in', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "in\n"
+    with pytest.raises(BlockingIOError, match=rf"a training runs in {tmp_path} already \(process {other.pid} on "):
+        trainer.train()
+    other.kill()
+    other.wait()
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_a_checkpoint_without_weights_is_none(tmp_path):
+    staged = tmp_path / STAGING / "checkpoint-1"
+    staged.mkdir(parents=True)
+    (staged / "trainer_state.json").write_text("{}")
+    with pytest.raises(RuntimeError, match="checkpoint-1 has no weights"):
+        commit(staged, tmp_path / "checkpoint-1")
+    assert not checkpoints(tmp_path)

@@ -25,6 +25,8 @@ class Policy(Protocol):
     """Whether TRL samples the rollouts (`generate`, vLLM); else [`Policy.sample`] does."""
     has_own_codec: bool
     """Whether completions are made audio by a part of the model."""
+    num_codebooks: int
+    """K: how many ids a step has."""
     in_trl: Any
     """A [`~trl_drcd.compat.trl_private.FamilyInTRL`]."""
     frozen: str | None

@@ -26,6 +26,7 @@ class CausalLMPolicy:
 
     rolls_out_with_trl = True
     has_own_codec = False
+    num_codebooks = 1
     in_trl = CausalLMInTRL
     frozen: str | None = None
 

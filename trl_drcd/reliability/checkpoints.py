@@ -15,23 +15,29 @@ from trl_drcd.files import write_text
 logger = logging.getLogger(__name__)
 
 MANIFEST = "complete.json"
+# Of one process, of an adapter, of FSDP and DeepSpeed in parts
+WEIGHTS = ("model", "adapter_model", "pytorch_model", "global_step")
 STAGING = ".incomplete"  # no name that anybody takes for a checkpoint
 
 
-def commit(staged: Path, final: Path) -> None:
+def commit(staged: Path, final: Path, identity: dict[str, str] | None = None) -> None:
     """
     Turn a folder that is written to the end into a checkpoint, in one step; an older one of that name is replaced.
 
     Args:
         staged (`Path`): All files are there; on the file system of `final`.
         final (`Path`): `checkpoint-<step>`, with `complete.json` in it: size in bytes and CRC-32 of every file.
+        identity (`dict`, *optional*): Of the run, see [`~trl_drcd.reliability.identity.run_identity`].
 
     Raises:
         OSError: If the disk does not take it; `final` is then as it was.
+        RuntimeError: If no weights are among the files.
     """
     names = sorted(path for path in staged.rglob("*") if path.is_file())
     files = {path.relative_to(staged).as_posix(): [path.stat().st_size, _crc32(path, sync=True)] for path in names}
-    write_text(staged / MANIFEST, json.dumps({"files": files}, indent=1))
+    if not any(name.startswith(WEIGHTS) for name in files):
+        raise RuntimeError(f"{final.name} has no weights, only {sorted(files)}; something else writes into {staged}")
+    write_text(staged / MANIFEST, json.dumps({"files": files, "run": identity or {}}, indent=1))
     _sync(staged / MANIFEST)
     _sync(staged)
     replaced = staged.with_name(f"replaced-{final.name}")
@@ -40,6 +46,15 @@ def commit(staged: Path, final: Path) -> None:
     os.rename(staged, final)
     _sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def read_identity(checkpoint: str | Path) -> dict[str, str] | None:
+    """What [`commit`] was told of the run; `None` for a folder that another program has written."""
+    try:
+        found = json.loads((Path(checkpoint) / MANIFEST).read_bytes()).get("run")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def why_incomplete(checkpoint: Path, read: bool = True) -> str | None:

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +15,8 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import TrainerState, TrainingArguments
 
-from trl_drcd.reliability.checkpoints import STAGING, checkpoints, commit, find_checkpoint, rotate
+from trl_drcd.reliability.checkpoints import STAGING, checkpoints, commit, find_checkpoint, read_identity, rotate
+from trl_drcd.reliability.identity import identity_problem
 from trl_drcd.reliability.processes import report_status
 
 
@@ -31,12 +33,16 @@ class CheckpointWriter:
 
     Attributes:
         saved_step (`int`): Of the newest checkpoint that this run wrote or started from.
+        resumed_step (`int`): Of the checkpoint that this run started from; 0 where it started anew.
+        identity (`dict`): [`~trl_drcd.reliability.identity.run_identity`], which goes into each checkpoint.
     """
 
     def __init__(self, args: TrainingArguments, accelerator: Accelerator) -> None:
         self.args, self.accelerator = args, accelerator
         self.saved_step = 0
+        self.resumed_step = 0
         self.staging = False
+        self.identity: dict[str, str] = {}
 
     def place(self, folder: str) -> str:
         """Where the trainer is to write what belongs into `folder`."""
@@ -59,7 +65,7 @@ class CheckpointWriter:
         report_status("it writes a checkpoint")
         try:
             yield run / STAGING / name
-            self._finish(run / STAGING / name, run / name, state)
+            self.commit(run / STAGING / name, run / name, state)
         except (OSError, SafetensorError, RuntimeError) as error:
             if not _is_of_the_disk(error):
                 raise
@@ -68,7 +74,7 @@ class CheckpointWriter:
             self.staging = False
         self.saved_step = state.global_step
 
-    def _finish(self, staged: Path, final: Path, state: TrainerState) -> None:
+    def commit(self, staged: Path, final: Path, state: TrainerState) -> None:
         """Commits the folder once all processes have written."""
         moved = state.best_model_checkpoint == str(staged)
         if moved:
@@ -78,7 +84,34 @@ class CheckpointWriter:
         if self.args.should_save:
             if moved:
                 state.save_to_json(str(staged / "trainer_state.json"))
-            commit(staged, final)
+            commit(staged, final, self.identity)
+
+    def resolve(self, wanted: str | bool | None) -> str | None:
+        """
+        The folder that `resume_from_checkpoint` means, on every process alike: [`find_checkpoint`].
+
+        Raises:
+            FileNotFoundError: On every process, if there is none.
+            ValueError: On every process, if it is a checkpoint of another run.
+        """
+        self.resumed_step = 0
+        if not wanted:
+            return None
+        found: list[Any] = [None, 0, None]
+        if self.accelerator.is_main_process:
+            try:
+                folder = find_checkpoint(wanted, str(self.args.output_dir))
+                state = TrainerState.load_from_json(str(Path(folder, "trainer_state.json")))
+                found = [folder, state.global_step, None]
+                if problem := identity_problem(read_identity(folder), self.identity):
+                    remedy = "give the settings that it was trained with, or another `output_dir`"
+                    found[2] = ValueError(f"{folder} cannot be resumed from: {problem}; {remedy}")
+            except FileNotFoundError as error:
+                found = [None, 0, error]
+        checkpoint, self.resumed_step, problem = broadcast_object_list(found)
+        if problem is not None:
+            raise problem
+        return checkpoint
 
     def rotate(self, run: Path, state: TrainerState) -> None:
         """Deletes what is left of staging, and the checkpoints beyond `save_total_limit`."""
@@ -86,27 +119,6 @@ class CheckpointWriter:
             newest = run / f"checkpoint-{self.saved_step}"
             shutil.rmtree(run / STAGING, ignore_errors=True)
             rotate(run, self.args.save_total_limit, {newest, Path(state.best_model_checkpoint or newest)})
-
-
-def resolve_checkpoint(wanted: str | bool | None, output_dir: str, accelerator: Accelerator) -> str | None:
-    """
-    The folder that `resume_from_checkpoint` means, on every process alike: [`find_checkpoint`].
-
-    Raises:
-        FileNotFoundError: On every process, if there is none.
-    """
-    if not wanted:
-        return None
-    found: list[str | None] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            found[0] = find_checkpoint(wanted, output_dir)
-        except FileNotFoundError as error:
-            found[1] = str(error)
-    checkpoint, problem = broadcast_object_list(found)
-    if problem:
-        raise FileNotFoundError(problem)
-    return checkpoint
 
 
 def _is_of_the_disk(error: Exception) -> bool:

@@ -18,6 +18,7 @@ class Settings(Protocol):
     reward_weights: list[float] | None
     beta: float
     on_bad_batch: str
+    gae_lambda: float
     fp16: bool
     generation_kwargs: dict | str | None
     disable_dropout: bool
@@ -39,11 +40,18 @@ RANGES = {
     "num_generations": Range(
         2, hint="diversity compares generations of one prompt, and TRL's sampler asks for it also without"
     ),
+    "gae_lambda": Range(0),
+    "diversity_prefixes": Range(1),
     "sample_steps": Range(0),
     "per_device_train_batch_size": Range(1),
     "gradient_accumulation_steps": Range(1),
     "max_completion_length": Range(1),
     "ddp_timeout": Range(1),
+}
+CHOICES = {
+    "on_bad_batch": ("stop", "skip"),
+    "diversity_credit": ("sequence", "critic"),
+    "diversity_kernel": ("pairs", "logdet", "vendi"),
 }
 # What leaves the sampled distribution as it is; the first value is what an error proposes
 NEUTRAL = {
@@ -117,8 +125,11 @@ def _check_reward(args: Settings) -> None:
         raise ValueError(
             f"`diversity_warmup_steps` must be a whole number of steps, or a share of the run below 1, got {steps}"
         )
-    if args.on_bad_batch not in ("stop", "skip"):
-        raise ValueError(f"`on_bad_batch` must be 'stop' or 'skip', got {args.on_bad_batch!r}")
+    for name, choices in CHOICES.items():
+        if (value := getattr(args, name)) not in choices:
+            raise ValueError(f"`{name}` must be {' or '.join(map(repr, choices))}, got {value!r}")
+    if not args.gae_lambda <= 1:
+        raise ValueError(f"`gae_lambda` must be between 0 and 1, got {args.gae_lambda}")
     if args.on_bad_batch == "skip" and args.fp16:
         raise ValueError("`on_bad_batch='skip'` does not go with the gradient scaler of `fp16=True`; use `bf16`")
 

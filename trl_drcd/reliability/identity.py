@@ -1,0 +1,58 @@
+"""Which run a checkpoint belongs to: what of settings, data and model makes a resumed run another one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from datasets import Dataset
+
+# Of the arguments; what may change between a run and its continuation (paths, logging, saving, lengths) is not here
+SETTINGS = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "seed"),
+    *("guidance_scale", "negative_prompt", "temperature", "diversity_coef", "diversity_warmup_steps"),
+    *("diversity_credit", "gae_lambda", "diversity_prefixes", "diversity_kernel", "num_generations", "num_iterations"),
+    *("generation_batch_size", "max_completion_length", "reward_weights", "bf16", "fp16"),
+)
+
+ROWS = 256  # of the data, the first and the last ones are compared
+
+
+def run_identity(args: Any, model: Any, train_dataset: Any) -> dict[str, str]:
+    """
+    What a checkpoint must share with the run that resumes from it, by name.
+
+    Args:
+        args (`TrainingArguments`): Of the run.
+        model (`PreTrainedModel`): The student, unwrapped.
+        train_dataset (`Dataset` or `IterableDataset`): Of a stream only the columns are compared.
+
+    Returns:
+        `dict[str, str]`: Name to value, as texts.
+    """
+    values: dict[str, Any] = {name: getattr(args, name, None) for name in SETTINGS}
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    values["model"] = f"{type(model).__name__} {_digest(shapes)}"
+    columns = sorted(train_dataset.column_names or [])
+    if isinstance(train_dataset, Dataset):
+        ends = [*range(min(ROWS, len(train_dataset))), *range(max(0, len(train_dataset) - ROWS), len(train_dataset))]
+        values["train_dataset"] = f"{len(train_dataset)} rows {_digest(train_dataset.select(ends)['prompt'][:])}"
+    else:
+        values["train_dataset"] = columns
+    return {name: str(getattr(value, "value", value)) for name, value in values.items()}
+
+
+def identity_problem(found: dict[str, str] | None, own: dict[str, str]) -> str | None:
+    """What of a checkpoint's identity is not this run's; `None` if all is, or if the checkpoint has none."""
+    if not found:
+        return None
+    different = [name for name in own if name in found and found[name] != own[name]]
+    if not different:
+        return None
+    listed = ", ".join(f"`{name}` {found[name]} instead of {own[name]}" for name in different[:4])
+    return f"it is of another run: {listed}"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:12]
