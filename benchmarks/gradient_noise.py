@@ -57,9 +57,8 @@ from trl_drcd.text import SentenceEmbedder
 
 ROOT = Path(__file__).parents[1]
 ESTIMATORS = ["sequence", "critic 9 1", "critic 9 0.9", "critic 9 0.7", "critic 9 0.4", "critic 9 0", "critic 4 0.4"]
-ESTIMATORS += ["critic 19 0.7"]
 KERNELS = ["logdet sequence", "logdet critic 9 0.4", "vendi sequence", "vendi critic 9 0.4"]
-PREFIXES = 19  # that are embedded; 9 and 4 of them are among these
+PREFIXES = 9  # that are embedded; M may be 9, or 4 of these
 SKETCH = 2**16
 CHUNK = 8  # prompts that are sampled together
 FOLDS = 4
