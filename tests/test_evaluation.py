@@ -8,7 +8,6 @@ import torch
 from trl_drcd.evaluation.likelihood import teacher_terms
 from trl_drcd.evaluation.sampling import Samples, sample_prompts
 from trl_drcd.evaluation.variety import diversity_between_prompts, diversity_within_prompts, per_prompt
-from trl_drcd.policies.causal_lm import cut_after_eos
 
 TEMPERATURE = 0.9
 
@@ -71,13 +70,6 @@ def test_sampling_is_reproducible_and_leaves_the_random_state(model, tokenizer):
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match="at least 1"):
         sample_prompts(model, tokenizer, ["a tune"], 0)
-
-
-def test_completions_end_with_their_first_eos():
-    ids = torch.tensor([[5, 2, 0, 0], [5, 6, 7, 8], [2, 2, 2, 2]])
-    assert cut_after_eos(ids, 2) == [[5, 2], [5, 6, 7, 8], [2]]
-    assert cut_after_eos(ids, [6, 2]) == [[5, 2], [5, 6], [2]]
-    assert cut_after_eos(ids, None) == ids.tolist()
 
 
 def test_diversity_within_and_between_prompts():

@@ -32,6 +32,7 @@ ORDER = [
     "critic",
     "audio",
     "text",
+    "sampling",
     "policies",
     "config",
     "callbacks",

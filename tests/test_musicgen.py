@@ -37,6 +37,7 @@ from trl_drcd.losses import reverse_kl
 from trl_drcd.policies import MusicgenPolicy, policy_class, policy_for
 from trl_drcd.policies.musicgen import LORA_TARGETS
 from trl_drcd.reliability.batches import BadBatchError
+from trl_drcd.sampling import draw
 
 BOOKS, SIZE, STEPS = 3, 8, 9
 PROMPTS = ["a slow tune for flute", "fast drum", "harp", "a fast tune for harp"]
@@ -105,6 +106,12 @@ def recorded_codes(model):
         yield seen
 
 
+def drawn_as_ours(probabilities, num_samples):
+    """Stands in for `torch.multinomial`, by the inverse of the distribution function."""
+    uniform = torch.rand(len(probabilities), dtype=torch.float64)
+    return draw(probabilities.log(), uniform).tokens[:, None]
+
+
 def prompt_tensors(tokenizer, prompts):
     return left_pad([tokenizer(p)["input_ids"] for p in prompts], 0)
 
@@ -162,7 +169,7 @@ def test_samples_equal_those_of_generate(t5_tokenizer, guidance_scale, width):
     """The same random state draws the same codes, from prompts of unequal length; theirs are padded on the right."""
     musicgen = make_musicgen(width=width)
     policy = policy_for(musicgen, t5_tokenizer)
-    with recorded_codes(musicgen) as codes:
+    with recorded_codes(musicgen) as codes, mock.patch("torch.multinomial", drawn_as_ours):
         inputs = t5_tokenizer(PROMPTS, padding=True, return_tensors="pt")
         torch.manual_seed(5)
         musicgen.generate(
@@ -215,6 +222,35 @@ def test_log_probs_equal_those_of_generates_steps(t5_tokenizer, musicgen, guidan
         torch.testing.assert_close(mine[:, :, k][valid], theirs[:, :, k][valid], rtol=1e-4, atol=1e-4)
         assert ids[..., k][valid].max() < SIZE
     assert (cond - uncond).abs().max() > 0.5, "a null condition that changes nothing would test nothing"
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_what_is_sampled_is_what_is_scored(t5_tokenizer, musicgen, guidance_scale):
+    """Prompts that come more than once are encoded once; null conditions beside negative prompts."""
+    policy = policy_for(musicgen, t5_tokenizer)
+    texts = [PROMPTS[0]] * 3 + [PROMPTS[1]] + [PROMPTS[0]]
+    rows = [{"prompt": text, "negative_prompt": "slow drum" if n % 2 else None} for n, text in enumerate(texts)]
+    prompts, negatives = [t5_tokenizer(text)["input_ids"] for text in texts], policy.negative_prompt_ids(rows, None)
+    encoded = []
+    hook = musicgen.text_encoder.register_forward_hook(lambda *args: encoded.append(len(args[2][0])))
+    torch.manual_seed(0)
+    rollout = policy.rollout(musicgen, prompts, negatives, guidance_scale, 0.9, STEPS)
+    hook.remove()
+    assert encoded == [2 if guidance_scale == 1 else 4]
+    completion = torch.tensor(rollout.completions())
+    ids, mask = policy.ids_and_mask(completion, torch.ones_like(completion))
+    assert torch.equal(mask, rollout.drawn) and torch.equal(ids, rollout.ids)
+    with torch.no_grad():
+        streams = [
+            policy.hidden_states(musicgen, *left_pad(side, 0), completion, torch.ones_like(completion))
+            for side in (prompts, negatives)
+        ]
+    for k, head in enumerate(policy.heads(musicgen)):
+        cond, uncond = (head.logits(hidden.flatten(0, 1)) for hidden in streams)
+        log_p = (guide_logits(cond, uncond, guidance_scale) / 0.9).log_softmax(-1).view(len(texts), STEPS, -1)
+        for row, step in mask[..., k].nonzero().tolist():
+            scored = log_p[row, step, ids[row, step, k]].item()
+            assert rollout.log_probs[row, step, k].item() == pytest.approx(scored, abs=1e-5)
 
 
 def test_null_condition_is_zeroed_encoder_states(t5_tokenizer, musicgen):
@@ -422,7 +458,7 @@ def test_learns_and_reloads_for_inference(t5_tokenizer, tmp_path):
         assert torch.equal(reloaded.state_dict()[name], parameter), name
     assert isinstance(AutoProcessor.from_pretrained(tmp_path / "saved"), MusicgenProcessor)
     player = pipeline("text-to-audio", model=str(tmp_path / "saved"))
-    with recorded_codes(player.model) as codes:
+    with recorded_codes(player.model) as codes, mock.patch("torch.multinomial", drawn_as_ours):
         torch.manual_seed(0)
         sound = player("fast drum", generate_kwargs={"max_new_tokens": STEPS})
     assert sound["sampling_rate"] == 80
@@ -509,7 +545,7 @@ def test_a_student_that_is_not_finite_is_named(tmp_path, t5_tokenizer, samples):
 
     def poison(module, args, output):
         if trainer.state.global_step == 1 and torch.is_grad_enabled() != samples:
-            output.last_hidden_state[2] = torch.nan
+            output.last_hidden_state[-1] = torch.nan
         return output
 
     trainer.model.decoder.model.register_forward_hook(poison)

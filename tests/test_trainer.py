@@ -103,7 +103,7 @@ def test_loss_and_gradient_equal_the_dense_reference(tmp_path, tokenizer):
     with torch.no_grad():  # a student that has left its teacher
         for parameter in student.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    torch.manual_seed(1)
+    torch.manual_seed(2)
     batch = rollout(trainer)
     assert len(batch["completion_mask"].sum(1).unique()) > 1, "completions of one length would test nothing"
     assert batch["prompt_mask"].min() == 0

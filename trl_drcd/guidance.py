@@ -146,6 +146,25 @@ def left_pad(sequences: list[list[int]], pad_token_id: int) -> tuple[torch.Tenso
     return ids, mask
 
 
+def stacked_prompts(
+    prompt_ids: list[list[int]], negative_prompt_ids: list[list[int]] | None, guidance_scale: float
+) -> list[list[int]]:
+    """
+    The rows of one batch: the prompts, and with guidance the unconditional or negative prompts after them.
+
+    Raises:
+        ValueError: If guidance is asked for without as many negative prompts as prompts.
+    """
+    if guidance_scale == 1:
+        return list(prompt_ids)
+    if len(negative_prompt_ids or []) != len(prompt_ids):
+        raise ValueError(
+            f"`guidance_scale={guidance_scale}` needs `negative_prompt_ids` with one entry per prompt "
+            f"({len(prompt_ids)}), got {None if negative_prompt_ids is None else len(negative_prompt_ids)}"
+        )
+    return [*prompt_ids, *(negative_prompt_ids or [])]
+
+
 @torch.no_grad()
 def generate_guided(
     model: Any,
@@ -176,28 +195,51 @@ def generate_guided(
     Raises:
         ValueError: If guidance is asked for without as many negative prompts as prompts.
     """
-    rows = prompt_ids
-    if guided := guidance_scale != 1:
-        if len(negative_prompt_ids or []) != len(prompt_ids):
-            raise ValueError(
-                f"`guidance_scale={guidance_scale}` needs `negative_prompt_ids` with one entry per prompt "
-                f"({len(prompt_ids)}), got {None if negative_prompt_ids is None else len(negative_prompt_ids)}"
-            )
-        rows = prompt_ids + list(negative_prompt_ids or [])
+    guided, rows = guidance_scale != 1, stacked_prompts(prompt_ids, negative_prompt_ids, guidance_scale)
+    if not guided:
+        config = ancestral_generation_config(model.generation_config, temperature, max_new_tokens=max_new_tokens)
+        return generate_rows(model, rows, config)
+    output = generate_drawn(model, rows, TeacherCFGLogitsProcessor(guidance_scale, temperature), max_new_tokens)
+    return output[: len(prompt_ids)]
+
+
+def generate_drawn(
+    model: Any, rows: list[list[int]], processor: LogitsProcessor, max_new_tokens: int, **overrides: Any
+) -> torch.Tensor:
+    """
+    `generate` with a processor that draws the tokens itself and leaves only one possible in each row.
+
+    Args:
+        model (`PreTrainedModel`): A causal LM.
+        rows (`list[list[int]]`): Token ids, not yet padded.
+        processor (`LogitsProcessor`): Gets the model's own logits, unless its generation config forbids tokens.
+        max_new_tokens (`int`): Largest number of completion tokens.
+        **overrides: Further fields of the generation config, e.g. `eos_token_id`.
+
+    Returns:
+        `torch.Tensor`: Completion ids of every row, int64, shape `(len(rows), <= max_new_tokens)`.
+    """
+    overrides["max_new_tokens"] = max_new_tokens
+    config = ancestral_generation_config(model.generation_config, 1.0, **overrides)
+    config.update(do_sample=False, top_k=50)  # the values that `generate` does not warn of
+    return generate_rows(model, rows, config, processor)
+
+
+def generate_rows(
+    model: Any, rows: list[list[int]], config: GenerationConfig, *processors: LogitsProcessor
+) -> torch.Tensor:
+    """Completion ids `(len(rows), <= max_new_tokens)` of `generate` with `config` alone, whatever the model's own."""
     own_config = model.generation_config
-    config = ancestral_generation_config(own_config, temperature, max_new_tokens=max_new_tokens)
-    processors = LogitsProcessorList()
-    if guided:
-        processors.append(TeacherCFGLogitsProcessor(guidance_scale, temperature))
-        # The processor draws the tokens itself: `generate` is left to take the only possible one
-        config.update(do_sample=False, temperature=1.0, top_k=50)
     ids, mask = left_pad(rows, config.pad_token_id or 0)
     ids, mask = ids.to(model.device), mask.to(model.device)
     try:
         model.generation_config = config  # whose gaps `generate` would fill from the model's own
         output = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList(processors),
         )
     finally:
         model.generation_config = own_config
-    return output[: len(prompt_ids), ids.shape[1] :]
+    return output[:, ids.shape[1] :]

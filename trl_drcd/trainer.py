@@ -40,7 +40,7 @@ from trl_drcd.policies import Policy, policy_class
 from trl_drcd.reliability.batches import BadBatchError
 from trl_drcd.reliability.guard import BatchGuard
 from trl_drcd.reliability.identity import run_identity
-from trl_drcd.reliability.processes import is_lost_process, last_statuses
+from trl_drcd.reliability.processes import is_lost_process, last_statuses, report_status
 from trl_drcd.reliability.sampler import EpochSampler
 from trl_drcd.reliability.snapshot import Snapshot, load_rollout, save_rollout, set_random_states
 from trl_drcd.reliability.writer import CheckpointWriter
@@ -202,16 +202,23 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
         self._check_lengths(prompt_ids, "a prompt")
-        student = self.accelerator.unwrap_model(self.model)
-        watched = self._guard.watched_sampling(self.policy.sampled_from(student), prompt_ids)
         # Autocast around the whole rollout casts the weights once, not once per token
-        with self._stopwatch.timed("rollout"), self.accelerator.autocast(), watched:
-            if not self.policy.rolls_out_with_trl:
-                return self._sample(prompt_ids)
-            with nullcontext() if self.use_vllm else whole_weights(student):
-                completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+        with self._stopwatch.timed("rollout"), self.accelerator.autocast():
+            if self._samples_with_trl(images, multimodal_fields):
+                student = self.accelerator.unwrap_model(self.model)
+                weights = nullcontext() if self.use_vllm else whole_weights(student)
+                with weights, self._guard.watched_sampling(self.policy.sampled_from(student), prompt_ids):
+                    completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+            else:
+                completion_ids = self._sample(prompt_ids)
         # RLOO looks at the last token of each completion; one that is empty stands as a single eos
         return [ids or [self._tokenizer.eos_token_id] for ids in completion_ids]
+
+    def _samples_with_trl(self, images, multimodal_fields) -> bool:
+        """Whether TRL's own way is asked for: vLLM, continuous batching, settings of `generate`, images."""
+        asked = self.use_vllm or self.use_transformers_continuous_batching
+        asked = asked or self.args.cache_implementation or self.args.generation_kwargs
+        return self.policy.rolls_out_with_trl and bool(asked or images or multimodal_fields)
 
     def _check_lengths(self, prompt_ids: list[list[int]], what: str):
         if self.policy.rolls_out_with_trl:  # else an encoder reads the prompt
@@ -232,10 +239,18 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
 
     def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """Completions by the policy's own sampling, without guidance."""
+        report_status("it samples")
         with self.model_for_sampling() as model:
-            return self.policy.sample(
-                model, prompt_ids, temperature=self.temperature, max_new_tokens=self.max_completion_length
+            rollout = self.policy.rollout(
+                model,
+                prompt_ids,
+                temperature=self.temperature,
+                max_new_tokens=self.max_completion_length,
+                eos_token_ids=self.eos_token_ids,
             )
+        report_status("it has sampled")
+        self._guard.note_not_finite(~rollout.finite, prompt_ids)
+        return rollout.completions()
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         # TRL asks for the log-probabilities at sampling; `_old_log_probs` computes them, where somebody reads them

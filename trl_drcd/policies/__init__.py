@@ -16,13 +16,14 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from trl_drcd.heads import Head
 from trl_drcd.policies.causal_lm import CausalLMPolicy
 from trl_drcd.policies.musicgen import MusicgenPolicy
+from trl_drcd.sampling import Rollout
 
 
 class Policy(Protocol):
     """What trainer and evaluation ask of a model family. Made of `(tokenizer, config, chat_template_kwargs)`."""
 
     rolls_out_with_trl: bool
-    """Whether TRL samples the rollouts (`generate`, vLLM); else [`Policy.sample`] does."""
+    """Whether TRL can sample the rollouts (vLLM, continuous batching), where it is asked for."""
     has_own_codec: bool
     """Whether completions are made audio by a part of the model."""
     num_codebooks: int
@@ -45,7 +46,7 @@ class Policy(Protocol):
         """Number of tokens that a prompt may hold."""
 
     def sampled_from(self, model: PreTrainedModel) -> torch.nn.Module:
-        """The module whose output, logits or last hidden states, each sampled step comes from."""
+        """The module whose output, logits or last hidden states, each step that TRL samples comes from."""
 
     def check_length(self, max_completion_length: int) -> None:
         """Refuses completions that are too short for the family's layout."""
@@ -71,6 +72,18 @@ class Policy(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The scored tokens, int64 `(B, S, K)`, and the boolean mask of those that count, `(B, S, K)`."""
 
+    def rollout(
+        self,
+        model: PreTrainedModel,
+        prompt_ids: list[list[int]],
+        negative_prompt_ids: list[list[int]] | None = None,
+        guidance_scale: float = 1.0,
+        temperature: float = 1.0,
+        max_new_tokens: int = 20,
+        eos_token_ids: list[int] | None = None,
+    ) -> Rollout:
+        """Samples, without truncation or penalties, guided where `guidance_scale` is not 1, with log-probabilities."""
+
     def sample(
         self,
         model: PreTrainedModel,
@@ -80,7 +93,7 @@ class Policy(Protocol):
         temperature: float = 1.0,
         max_new_tokens: int = 20,
     ) -> list[list[int]]:
-        """Completions, without truncation or penalties, guided where `guidance_scale` is not 1."""
+        """The completions of [`Policy.rollout`], as lists of ids."""
 
 
 def policy_class(model: Any, revision: str | None = None) -> type[CausalLMPolicy] | type[MusicgenPolicy]:

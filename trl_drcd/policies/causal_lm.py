@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import get_logger
 
 from trl_drcd.compat.trl_private import CausalLMInTRL
-from trl_drcd.guidance import generate_guided
+from trl_drcd.guidance import stacked_prompts
 from trl_drcd.heads import Head
+from trl_drcd.sampling import CausalStream, Rollout, cast_once, decode, evaluating, generate, refusal
+
+logger = get_logger(__name__)
 
 
 class CausalLMPolicy:
@@ -159,6 +163,49 @@ class CausalLMPolicy:
         """Completion ids `(B, S, 1)` and boolean mask `(B, S, 1)`."""
         return completion_ids[..., None], completion_mask[..., None].bool()
 
+    def rollout(
+        self,
+        model: PreTrainedModel,
+        prompt_ids: list[list[int]],
+        negative_prompt_ids: list[list[int]] | None = None,
+        guidance_scale: float = 1.0,
+        temperature: float = 1.0,
+        max_new_tokens: int = 20,
+        eos_token_ids: list[int] | None = None,
+    ) -> Rollout:
+        """
+        Sample completions, with classifier-free guidance (one doubled batch) where `guidance_scale` is not 1.
+
+        Ancestral: no truncation and no penalty, whatever the model's generation config says; only the temperature.
+        Models that the decode loop does not know to feed sample by `generate`.
+
+        Args:
+            model (`PreTrainedModel`): Unwrapped causal LM, with or without adapters.
+            prompt_ids (`list[list[int]]`): `B` prompts; equal ones are read once.
+            negative_prompt_ids (`list[list[int]]`, *optional*): As many; needed with guidance.
+            guidance_scale (`float`, *optional*, defaults to 1.0): gamma; 1 samples the model alone.
+            temperature (`float`, *optional*, defaults to 1.0): Above 0.
+            max_new_tokens (`int`, *optional*, defaults to 20): Largest number of completion tokens.
+            eos_token_ids (`list[int]`, *optional*): Tokens that end a completion; by default those of the model's
+                generation config.
+
+        Returns:
+            [`~trl_drcd.sampling.Rollout`]: `K` is 1.
+
+        Raises:
+            ValueError: If guidance lacks negative prompts, or a prompt is empty.
+        """
+        own: Any = _without_peft(model)
+        config = own.generation_config
+        eos = as_list(config.eos_token_id) if eos_token_ids is None else eos_token_ids
+        rows = stacked_prompts(prompt_ids, negative_prompt_ids, guidance_scale)
+        with evaluating(model), cast_once(own, own.device.type):
+            if (reason := refusal(own)) is not None:
+                logger.warning_once(f"Sampling goes through `generate`, which is slower: {reason}.")
+                return generate(model, rows, max_new_tokens, guidance_scale, temperature, eos)
+            stream, fill = CausalStream(own.base_model, rows, max_new_tokens), (as_list(config.pad_token_id) or [0])[0]
+            return decode(stream, self.heads(model), max_new_tokens, guidance_scale, temperature, eos, fill)
+
     def sample(
         self,
         model: PreTrainedModel,
@@ -168,16 +215,15 @@ class CausalLMPolicy:
         temperature: float = 1.0,
         max_new_tokens: int = 20,
     ) -> list[list[int]]:
-        """[`~trl_drcd.guidance.generate_guided`], each completion up to and with its first eos."""
-        ids = generate_guided(model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens)
-        return cut_after_eos(ids, model.generation_config.eos_token_id)
+        """The completions of [`rollout`], each up to and with its first eos."""
+        return self.rollout(
+            model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens
+        ).completions()
 
 
-def cut_after_eos(token_ids: torch.Tensor, eos_token_id: int | list[int] | None) -> list[list[int]]:
-    """The rows of `token_ids (B, S)` as lists, each up to and with its first eos."""
-    eos = set(eos_token_id) if isinstance(eos_token_id, list) else {eos_token_id}
-    rows: list[list[int]] = token_ids.tolist()
-    return [row[: next((i for i, token in enumerate(row) if token in eos), len(row)) + 1] for row in rows]
+def as_list(token_ids: int | list[int] | None) -> list[int]:
+    """What generation configs hold as one id, as a list, or not at all."""
+    return [] if token_ids is None else [token_ids] if isinstance(token_ids, int) else list(token_ids)
 
 
 def _without_peft(model: Any) -> PreTrainedModel:

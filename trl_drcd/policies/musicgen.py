@@ -17,10 +17,11 @@ from transformers import EncodecFeatureExtractor, MusicgenProcessor, PreTrainedM
 from trl_drcd.audio.codecs import CodebookCodec, is_coded
 from trl_drcd.compat.musicgen import MusicgenInTRL
 from trl_drcd.compat.trl_private import forget_patched_forward
-from trl_drcd.guidance import guide_logits, left_pad
+from trl_drcd.guidance import left_pad, stacked_prompts
 from trl_drcd.heads import Head
 from trl_drcd.policies.causal_lm import _full
 from trl_drcd.policies.causal_lm import _without_peft as unwrapped
+from trl_drcd.sampling import Rollout, cast_once, decode, distinct_rows, evaluating, preallocated_cross_cache
 
 # Parts that never train, as attributes of the model. The projection belongs to the conditioning, as in AudioCraft
 FROZEN = ("text_encoder", "audio_encoder", "enc_to_dec_proj")
@@ -216,7 +217,51 @@ class MusicgenPolicy:
 
     # ---------------------------------------------------------------- sampling
 
-    @torch.no_grad()
+    def rollout(
+        self,
+        model: PreTrainedModel,
+        prompt_ids: list[list[int]],
+        negative_prompt_ids: list[list[int]] | None = None,
+        guidance_scale: float = 1.0,
+        temperature: float = 1.0,
+        max_new_tokens: int = 256,
+        eos_token_ids: list[int] | None = None,
+    ) -> Rollout:
+        """
+        Sample completions, with classifier-free guidance (one doubled batch) where `guidance_scale` is not 1.
+
+        `generate` decodes what it samples to audio, knows no negative prompts and takes guidance and truncation from
+        the checkpoint.
+
+        Args:
+            model (`PreTrainedModel`): Unwrapped, with or without adapters.
+            prompt_ids (`list[list[int]]`): `B` prompts; equal ones are encoded once.
+            negative_prompt_ids (`list[list[int]]`, *optional*): As many; needed with guidance. Empty is null.
+            guidance_scale (`float`, *optional*, defaults to 1.0): gamma; 1 samples the model alone.
+            temperature (`float`, *optional*, defaults to 1.0): Above 0.
+            max_new_tokens (`int`, *optional*, defaults to 256): Decoder steps `S`.
+            eos_token_ids (`list[int]`, *optional*): Not used: nothing ends before its last step.
+
+        Returns:
+            [`~trl_drcd.sampling.Rollout`]: Delayed layout; the mask id where a codebook has no code.
+
+        Raises:
+            ValueError: If guidance lacks negative prompts, or there are fewer steps than delays.
+        """
+        self.check_length(max_new_tokens)
+        different, index = distinct_rows(stacked_prompts(prompt_ids, negative_prompt_ids, guidance_scale))
+        musicgen: Any = unwrapped(model)
+        device = musicgen.device
+        with torch.no_grad(), evaluating(model), cast_once(musicgen, device.type):
+            ids, mask = left_pad(different, self.tokenizer.pad_token_id or 0)
+            condition = self._condition(musicgen, ids.to(device), mask.to(device))
+            begin = torch.full((len(different), self.num_codebooks), self.mask_id, device=device)
+            stream = MusicgenStream(musicgen.decoder.model, condition, begin, index.to(device), max_new_tokens)
+            layout = is_coded(max_new_tokens, self.num_codebooks).to(device)
+            return decode(
+                stream, self.heads(model), max_new_tokens, guidance_scale, temperature, (), self.mask_id, layout
+            )
+
     def sample(
         self,
         model: PreTrainedModel,
@@ -226,54 +271,47 @@ class MusicgenPolicy:
         temperature: float = 1.0,
         max_new_tokens: int = 256,
     ) -> list[list[int]]:
-        """
-        Sample completions, with classifier-free guidance (one doubled batch) where `guidance_scale` is not 1.
+        """The completions of [`rollout`], `S * K` ids each."""
+        return self.rollout(
+            model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens
+        ).completions()
 
-        `generate` decodes what it samples to audio, knows no negative prompts and takes guidance and truncation from
-        the checkpoint; this loop draws the same codes with the same random state (tested), and returns them.
 
-        Args:
-            model (`PreTrainedModel`): Unwrapped, with or without adapters.
-            prompt_ids (`list[list[int]]`): `B` prompts.
-            negative_prompt_ids (`list[list[int]]`, *optional*): As many; needed with guidance. Empty is null.
-            guidance_scale (`float`, *optional*, defaults to 1.0): gamma; 1 samples the model alone.
-            temperature (`float`, *optional*, defaults to 1.0): Above 0.
-            max_new_tokens (`int`, *optional*, defaults to 256): Decoder steps `S`.
+class MusicgenStream:
+    """
+    The decoder of a MusicGen; each different prompt is encoded once, and its cross-attention computed once.
 
-        Returns:
-            `list[list[int]]`: `B` completions of `S * K` ids.
+    Args:
+        decoder (`MusicgenModel`): Without its heads.
+        condition (`dict`): Of [`MusicgenPolicy._condition`], for each of the `U` different prompts.
+        begin (`torch.Tensor`): What the decoder begins with, int64, shape `(U, K)`.
+        index (`torch.Tensor`): The prompt of each row, int64, shape `(R,)`.
+        steps (`int`): Decoder steps.
+    """
 
-        Raises:
-            ValueError: If guidance lacks negative prompts, or there are fewer steps than delays.
-        """
-        self.check_length(max_new_tokens)
-        rows, guided = list(prompt_ids), guidance_scale != 1
-        if guided:
-            if len(negative_prompt_ids or []) != len(prompt_ids):
-                raise ValueError(
-                    f"`guidance_scale={guidance_scale}` needs `negative_prompt_ids` with one entry per prompt "
-                    f"({len(prompt_ids)}), got {negative_prompt_ids and len(negative_prompt_ids)}"
-                )
-            rows += list(negative_prompt_ids or [])
-        musicgen: Any = unwrapped(model)
-        heads, was_training = self.heads(model), musicgen.training
-        musicgen.eval()  # in training mode gradient checkpointing would leave out the cache, and with it the past
-        ids, mask = left_pad(rows, self.tokenizer.pad_token_id or 0)
-        condition = self._condition(musicgen, ids.to(model.device), mask.to(model.device))
-        coded = is_coded(max_new_tokens, self.num_codebooks).to(model.device)
-        step = torch.full((len(prompt_ids), self.num_codebooks), self.mask_id, device=model.device)
-        steps, cache = [], None
-        for allowed in coded:
-            inputs = (step.repeat(2, 1) if guided else step).flatten()[:, None]
-            output = musicgen.decoder.model(input_ids=inputs, past_key_values=cache, use_cache=True, **condition)
-            cache, hidden = output.past_key_values, output.last_hidden_state[:, -1]
-            logits = torch.stack([head.logits(hidden) for head in heads], dim=1)
-            if guided:
-                cond, uncond = logits.chunk(2)
-                logits = guide_logits(cond, uncond, guidance_scale)
-            drawn = torch.multinomial((logits / temperature).softmax(-1).flatten(0, 1), 1).view_as(step)
-            step = drawn.where(allowed, self.mask_id)
-            steps.append(step)
-        musicgen.train(was_training)
-        completions: list[list[int]] = torch.stack(steps, dim=1).flatten(1).tolist()
-        return completions
+    def __init__(
+        self, decoder: Any, condition: dict[str, torch.Tensor], begin: torch.Tensor, index: torch.Tensor, steps: int
+    ):
+        self.decoder, self.condition, self.begin, self.index = decoder, condition, begin, index
+        self.cache: Any = preallocated_cross_cache(decoder.config, steps)
+
+    def start(self) -> torch.Tensor:
+        """Every row begins alike, so that the first step is one of prompts."""
+        hidden = self.step(self.begin)
+        if len(self.index) != len(hidden):
+            self.keep(self.index)
+            hidden = hidden[self.index]
+        return hidden
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Hidden states `(R, H)` after a step of `K` codes for each row."""
+        output = self.decoder(
+            input_ids=tokens.flatten()[:, None], past_key_values=self.cache, use_cache=True, **self.condition
+        )
+        hidden: torch.Tensor = output.last_hidden_state[:, -1]
+        return hidden
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Goes on with the given rows."""
+        self.cache.reorder_cache(rows)
+        self.condition = {name: tensor[rows] for name, tensor in self.condition.items()}

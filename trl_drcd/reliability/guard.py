@@ -40,16 +40,20 @@ class BatchGuard:
 
     @contextmanager
     def watched_sampling(self, module: nn.Module, prompt_ids: list[list[int]]) -> Iterator[None]:
-        """Remembers for which prompts the output of `module`, which is sampled from, was not finite."""
+        """Remembers for which prompts the output of `module`, which TRL samples from, was not finite."""
         report_status("it samples")
         with finite_sampling(module) as found:
             yield
         report_status("it has sampled")
         for rows in found:
-            what = "the student's logits are not finite while it samples"
-            if rows.any():
-                known = len(rows) == len(prompt_ids)
-                self.problems.add(*(row_problems(what, rows, self._decoded(prompt_ids)) if known else [what]))
+            self.note_not_finite(rows, prompt_ids)
+
+    def note_not_finite(self, rows: torch.Tensor, prompt_ids: list[list[int]]) -> None:
+        """Remembers the prompts of the rows `(b,)` that were sampled from logits which are not finite."""
+        what = "the student's logits are not finite while it samples"
+        if rows.any():
+            known = len(rows) == len(prompt_ids)
+            self.problems.add(*(row_problems(what, rows, self._decoded(prompt_ids)) if known else [what]))
 
     def _decoded(self, prompt_ids: Any) -> list[str]:
         texts: list[str] = self.tokenizer.batch_decode(prompt_ids, skip_special_tokens=True)

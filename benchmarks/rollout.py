@@ -1,0 +1,244 @@
+"""
+Sampling by the decode loop against transformers' `generate`, with and without guidance, in turn in one run.
+
+- `musiclm`: the shipped model (5.7 M parameters), 4 prompts x 8 completions of 200 tokens;
+- `smollm2`: SmolLM2-135M-Instruct of recipes/text/get_smollm2.py, 4 prompts of 128 tokens x 8 completions of 64;
+- `musicgen-tiny`: random weights, 16 sequences of 128 steps;
+- `musicgen-small`: random weights of the published architecture, few sequences and steps.
+
+Both get the same prompts, sample the same number of tokens from the same distribution (no truncation, no penalty; no
+sequence may end), and start from the same random state. The peer is `generate` with `do_sample`, with guidance
+`generate(guidance_scale=3)`; of MusicGen's the audio codec is left out. Reported are medians over the rounds, of wall
+clock and of processor time, which tells on a busy machine what the wall clock cannot, and the ratios theirs / ours.
+`of peak`: multiplications and additions of ours (2 per decoder weight and new token) against what one large
+matrix product of the same threads reaches. `difference`: largest between the log-probabilities that the loop sampled
+from and those that one forward over the finished sequences gives.
+
+    OMP_NUM_THREADS=1 python benchmarks/rollout.py --output benchmarks/results/rollout.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from musicgen_memory import published
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MusicgenConfig,
+    MusicgenDecoderConfig,
+    MusicgenForConditionalGeneration,
+    T5Config,
+)
+
+from trl_drcd.evaluation.sampling import tokenize_prompts
+from trl_drcd.evaluation.tables import markdown_table
+from trl_drcd.files import write_text
+from trl_drcd.guidance import ancestral_generation_config, guide_logits, left_pad
+from trl_drcd.policies import CausalLMPolicy, MusicgenPolicy
+from trl_drcd.prompts import load_prompts
+
+ROOT = Path(__file__).parents[1]
+MUSICLM = ROOT / "recipes" / "tiny_music" / "models" / "musiclm"
+MUSIC_PROMPTS = ROOT / "recipes" / "tiny_music" / "data" / "train_prompts.jsonl"
+TEXT_PROMPTS = ROOT / "recipes" / "text" / "prompts" / "validation.jsonl"
+GUIDANCE, TEMPERATURE, GROUP = 3.0, 0.99, 8
+
+
+@dataclass
+class World:
+    """A model, its prompts, groups contiguous, as many negative prompts, and the steps to sample."""
+
+    policy: Any
+    model: Any
+    prompts: list[list[int]]
+    negatives: list[list[int]]
+    steps: int
+
+    @property
+    def weights(self) -> int:
+        """Weights that every new token is multiplied with."""
+        decoder = self.model.decoder if isinstance(self.policy, MusicgenPolicy) else self.model
+        linear = [module for module in decoder.modules() if isinstance(module, torch.nn.Linear)]
+        return sum(module.weight.numel() for module in linear)
+
+
+def causal_world(folder: str | Path, prompts: Path, steps: int, length: int | None, device: torch.device) -> World:
+    """A causal LM in float32; prompts of `length` tokens where it is given (repeated or cut), else as they are."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model.generation_config.eos_token_id = None  # all sequences get their full length
+    policy = CausalLMPolicy(AutoTokenizer.from_pretrained(folder))
+    texts = load_prompts("prompts", str(prompts), "train")["prompt"][:4]
+    ids = tokenize_prompts(policy, texts)
+    if length is not None:
+        ids = [(row * length)[:length] for row in ids]
+    rows = [{"prompt": text} for text in texts for _ in range(GROUP)]
+    return World(
+        policy, model, [row for row in ids for _ in range(GROUP)], policy.negative_prompt_ids(rows, None), steps
+    )
+
+
+def musicgen_world(config: MusicgenConfig, sequences: int, steps: int, device: torch.device) -> World:
+    """A MusicGen with random weights; two prompts of 12 tokens and the null condition."""
+    torch.manual_seed(0)
+    model = MusicgenForConditionalGeneration(config).to(device).eval()
+    tokenizer = SimpleNamespace(pad_token_id=0)
+    policy = MusicgenPolicy(tokenizer, config)
+    model.generation_config.update(pad_token_id=policy.mask_id, decoder_start_token_id=policy.mask_id, max_length=1500)
+    prompts = torch.randint(1, config.text_encoder.vocab_size, (2, 12)).tolist()
+    rows = [prompts[2 * n // sequences] for n in range(sequences)]
+    return World(policy, model, rows, [[]] * sequences, steps)
+
+
+def tiny_musicgen() -> MusicgenConfig:
+    """About 3 M weights of the decoder, its vocabulary and codebooks those of the published models."""
+    text = T5Config(vocab_size=1000, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    decoder = MusicgenDecoderConfig(
+        hidden_size=192, num_hidden_layers=4, num_attention_heads=4, ffn_dim=768, vocab_size=2048
+    )
+    return MusicgenConfig(text_encoder=text, audio_encoder=published("small").audio_encoder, decoder=decoder)
+
+
+def ours(world: World, guidance_scale: float) -> Any:
+    """The decode loop."""
+    return world.policy.rollout(world.model, world.prompts, world.negatives, guidance_scale, TEMPERATURE, world.steps)
+
+
+@torch.no_grad()
+def theirs(world: World, guidance_scale: float) -> Any:
+    """`generate` from the same distribution."""
+    model, device = world.model, world.model.device
+    ids, mask = (tensor.to(device) for tensor in left_pad(world.prompts, 0))
+    settings: dict[str, Any] = {"max_new_tokens": world.steps, "guidance_scale": guidance_scale}
+    config = ancestral_generation_config(model.generation_config, TEMPERATURE, **settings)
+    if isinstance(world.policy, MusicgenPolicy):
+        silence = SimpleNamespace(audio_values=torch.zeros(1, 1, 1))
+        with mock.patch.object(model.audio_encoder, "decode", lambda *args, **kwargs: silence):
+            return model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    negative = {}
+    if guidance_scale != 1:
+        negative_ids, negative_mask = (tensor.to(device) for tensor in left_pad(world.negatives, 0))
+        negative = {"negative_prompt_ids": negative_ids, "negative_prompt_attention_mask": negative_mask}
+    return model.generate(ids, attention_mask=mask, generation_config=config, **negative)
+
+
+@torch.no_grad()
+def largest_difference(world: World, guidance_scale: float) -> float:
+    """Of log-probabilities, between what one rollout sampled from and what scoring gives for its tokens; nats."""
+    policy, model = world.policy, world.model
+    rollout = ours(world, guidance_scale)
+    completion = torch.tensor(rollout.completions(), device=model.device)
+    prompts = [world.prompts] if guidance_scale == 1 else [world.prompts, world.negatives]
+    ones = torch.ones_like(completion)
+    streams = []
+    for side in prompts:
+        prompt = [tensor.to(model.device) for tensor in left_pad(side, 0)]
+        streams.append(policy.hidden_states(model, *prompt, completion, ones))
+    ids, mask = policy.ids_and_mask(completion, ones)
+    worst = 0.0
+    for k, head in enumerate(policy.heads(model)):
+        for row in range(len(completion)):  # one at a time: the logits of all would not fit
+            logits = [head.logits(stream[row]) for stream in streams]
+            guided = guide_logits(logits[0], logits[-1], guidance_scale) / TEMPERATURE
+            valid = mask[row, :, k]
+            scored = guided.log_softmax(-1)[valid].gather(1, ids[row, valid, k][:, None])[:, 0]
+            worst = max(worst, (scored - rollout.log_probs[row, valid, k]).abs().max().item())
+    return worst
+
+
+def timed(function: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Seconds by the wall clock, and of the processor."""
+    torch.manual_seed(0)
+    start = time.perf_counter(), time.process_time()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start[0], time.process_time() - start[1]
+
+
+def peak(device: torch.device) -> float:
+    """Multiplications and additions a second of a large matrix product in float32, the best of ten."""
+    a = torch.randn(1024, 1024, device=device)
+    return 2 * 1024**3 / min(timed(lambda: a @ a, device)[0] for _ in range(10))
+
+
+def compare(world: World, guidance_scale: float, rounds: int, device: torch.device, bar: tqdm) -> dict[str, Any]:
+    """Medians of both, which take turns, and their ratios."""
+    seconds: dict[str, list] = {"theirs": [], "ours": []}
+    short = World(world.policy, world.model, world.prompts, world.negatives, 6)
+    for sample in (theirs, ours):
+        sample(short, guidance_scale)
+    for _ in range(rounds):
+        for name, sample in (("theirs", theirs), ("ours", ours)):
+            seconds[name].append(timed(lambda sample=sample: sample(world, guidance_scale), device))
+            bar.update()
+    (wall, processor) = ({name: statistics.median(t[i] for t in ts) for name, ts in seconds.items()} for i in (0, 1))
+    books = getattr(world.policy, "num_codebooks", 1)
+    tokens = len(world.prompts) * world.steps
+    done = 2 * world.weights * tokens * (1 if guidance_scale == 1 else 2)
+    row = {
+        "theirs, s": round(wall["theirs"], 2),
+        "ours, s": round(wall["ours"], 2),
+        "tokens/s / theirs": round(wall["theirs"] / wall["ours"], 2),
+        "processor time / theirs": round(processor["ours"] / processor["theirs"], 2),
+        "ours, tokens/s": round(tokens * books / wall["ours"]),
+        "of peak": round(done / wall["ours"] / peak(device), 2),
+        "difference": f"{largest_difference(world, guidance_scale):.0e}",
+    }
+    return {"row": row, "seconds": seconds}
+
+
+def main() -> None:
+    """Measures, prints a table, writes it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smollm2", default=str(ROOT / "outputs" / "smollm2"), help="its folder")
+    parser.add_argument("--only", nargs="+", help="names of models")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--small", type=int, nargs=2, default=(8, 32), help="musicgen-small's sequences and steps")
+    parser.add_argument("--output", type=Path, help="JSON file of the result")
+    args = parser.parse_args()
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    worlds: dict[str, Callable[[], World]] = {
+        "musiclm": lambda: causal_world(MUSICLM, MUSIC_PROMPTS, 200, None, device),
+        "smollm2": lambda: causal_world(args.smollm2, TEXT_PROMPTS, 64, 128, device),
+        "musicgen-tiny": lambda: musicgen_world(tiny_musicgen(), 16, 128, device),
+        "musicgen-small": lambda: musicgen_world(published("small"), *args.small, device),
+    }
+    names = args.only or list(worlds)
+    if "smollm2" in names and not Path(args.smollm2).is_dir():
+        raise SystemExit(f"{args.smollm2} is not there. Run: python recipes/text/get_smollm2.py")
+    results: dict[str, Any] = {}
+    bar = tqdm(total=len(names) * 4 * args.rounds, desc="samplings")
+    for name in names:
+        world = worlds[name]()
+        for guidance_scale in (1.0, GUIDANCE):
+            key = name if guidance_scale == 1 else f"{name}, guidance {guidance_scale:g}"
+            results[key] = compare(world, guidance_scale, args.rounds, device, bar)
+            tqdm.write(f"{key}: {results[key]['row']}")
+    bar.close()
+    table = {key: result["row"] for key, result in results.items()}
+    print(f"{device}, {torch.get_num_threads()} threads, {args.rounds} rounds\n\n{markdown_table(table)}")
+    if args.output:
+        settings = {"device": str(device), "threads": torch.get_num_threads(), "processor": platform.processor()}
+        settings |= {"torch": torch.__version__, "rounds": args.rounds, "small": list(args.small)}
+        content = {"settings": settings, "table": table, "seconds": {k: r["seconds"] for k, r in results.items()}}
+        write_text(args.output, json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""One decode loop for all families of models: the cache, guidance, and how a token is drawn."""
+
+from trl_drcd.sampling.cache import PreallocatedLayer, preallocated_cache, preallocated_cross_cache
+from trl_drcd.sampling.drawing import Drawn, draw
+from trl_drcd.sampling.generate import DrawingProcessor, generate
+from trl_drcd.sampling.loop import Rollout, decode
+from trl_drcd.sampling.streams import CausalStream, Stream, cast_once, distinct_rows, evaluating, refusal
+
+__all__ = [
+    "CausalStream",
+    "DrawingProcessor",
+    "Drawn",
+    "PreallocatedLayer",
+    "Rollout",
+    "Stream",
+    "cast_once",
+    "decode",
+    "distinct_rows",
+    "draw",
+    "evaluating",
+    "generate",
+    "preallocated_cache",
+    "preallocated_cross_cache",
+    "refusal",
+]

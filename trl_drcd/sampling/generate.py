@@ -1,0 +1,57 @@
+"""Sampling through transformers' `generate`, for causal LMs that the decode loop does not know to feed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor
+
+from trl_drcd.guidance import generate_drawn, guide_logits
+from trl_drcd.sampling.drawing import Drawn, draw
+from trl_drcd.sampling.loop import Rollout, check_sampling
+
+
+class DrawingProcessor(LogitsProcessor):
+    """Draws the tokens of each step as [`~trl_drcd.sampling.loop.decode`] does, and keeps what was drawn."""
+
+    def __init__(self, guidance_scale: float, temperature: float):
+        self.guidance_scale, self.temperature = guidance_scale, temperature
+        self.steps: list[Drawn] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        guided = self.guidance_scale != 1
+        cond, uncond = scores.chunk(2) if guided else (scores, scores)
+        logits = guide_logits(cond, uncond, self.guidance_scale).clone()
+        uniform = torch.rand(len(logits), dtype=torch.float64, device=scores.device)
+        self.steps.append(draw(logits, uniform, self.temperature))
+        token = self.steps[-1].tokens[:, None]
+        return torch.full_like(scores, -torch.inf).scatter_(1, token.repeat(1 + guided, 1), 0.0)
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    rows: list[list[int]],
+    steps: int,
+    guidance_scale: float,
+    temperature: float,
+    eos_token_ids: list[int],
+) -> Rollout:
+    """
+    [`~trl_drcd.sampling.loop.decode`] by `generate`: no prompt is shared, no sequence leaves the batch.
+
+    Args:
+        model (`PreTrainedModel`): A causal LM, with or without adapters.
+        rows (`list[list[int]]`): The prompts, and with guidance the unconditional ones after them.
+        steps, guidance_scale, temperature, eos_token_ids: As in [`~trl_drcd.sampling.loop.decode`].
+    """
+    check_sampling(steps, temperature)
+    processor = DrawingProcessor(guidance_scale, temperature)
+    ids = generate_drawn(model, rows, processor, steps, eos_token_id=eos_token_ids or None)
+    ids = ids[: len(rows) // (1 + (guidance_scale != 1))]
+    ended = torch.isin(ids, torch.tensor(eos_token_ids, dtype=torch.long, device=ids.device)).cumsum(1)
+    drawn = torch.nn.functional.pad(ended[:, :-1], (1, 0)) == 0
+    log_probs = torch.stack([step.log_probs for step in processor.steps], dim=1).where(drawn, 0.0)
+    finite = torch.stack([step.finite for step in processor.steps], dim=1) | ~drawn
+    return Rollout(ids[..., None], log_probs[..., None], drawn[..., None], finite.all(1))

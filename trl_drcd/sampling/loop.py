@@ -1,0 +1,164 @@
+"""
+The decode loop: one for all families of models.
+
+Letters: `B` sequences, `R` rows in the batch (`2B` with guidance), `S` steps, `K` codebooks, `V` vocabulary, `H`
+hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from trl_drcd.losses import Head, guided_logits
+from trl_drcd.sampling.drawing import draw
+from trl_drcd.sampling.streams import Stream
+
+SYNCHRONISED = 8  # steps of an accelerator between two looks at how many sequences have ended
+ENDED_SHARE = 0.25  # of the batch: to leave it out is then cheaper than to carry it along
+
+
+@dataclass
+class Rollout:
+    """
+    Sampled completions.
+
+    Args:
+        ids (`torch.Tensor`): int64, shape `(B, <= S, K)`; the fill id where nothing was drawn.
+        log_probs (`torch.Tensor`): Of the distribution that was sampled from, nats, same shape; 0 where nothing was
+            drawn.
+        drawn (`torch.Tensor`): Where it was, boolean, same shape.
+        finite (`torch.Tensor`): Whether all logits of a sequence were, boolean, shape `(B,)`; where not, its tokens
+            are drawn uniformly.
+    """
+
+    ids: torch.Tensor
+    log_probs: torch.Tensor
+    drawn: torch.Tensor
+    finite: torch.Tensor
+
+    def completions(self) -> list[list[int]]:
+        """Each sequence's ids up to and with its last step, those of a step together."""
+        steps = torch.arange(1, self.ids.shape[1] + 1, device=self.ids.device)
+        lengths = (self.drawn.any(2) * steps).amax(1).tolist()
+        rows: list[list[list[int]]] = self.ids.tolist()
+        return [[token for step in row[:length] for token in step] for row, length in zip(rows, lengths, strict=True)]
+
+
+def check_sampling(steps: int, temperature: float) -> None:
+    """
+    Refuses what cannot be sampled with.
+
+    Raises:
+        ValueError: If `temperature` is not above 0 or `steps` is below 1.
+    """
+    if not temperature > 0:
+        raise ValueError(f"`temperature` must be above 0, got {temperature}")
+    if steps < 1:
+        raise ValueError(f"`max_new_tokens` must be at least 1, got {steps}")
+
+
+def joined(heads: Sequence[Head], token_ids: torch.Tensor | None = None) -> Head:
+    """
+    `K` heads as one of `K * V` rows, in the dtype that they project in.
+
+    Args:
+        heads (`Sequence[Head]`): Alike but for their weights.
+        token_ids (`torch.Tensor`, *optional*): The tokens that may be drawn, int64 `(V',)`: the other rows are left
+            out.
+
+    Raises:
+        ValueError: If the heads differ in more than their weights.
+    """
+    first = heads[0]
+    if any((h.scale, h.softcap, h.bias is None) != (first.scale, first.softcap, first.bias is None) for h in heads):
+        raise ValueError("the heads of a model must be alike but for their weights")
+    dtype = torch.promote_types(first.weight.dtype, torch.float32)
+    if first.weight.is_cuda and first.compute_dtype is not None:
+        dtype = first.compute_dtype
+
+    def rows(parameters: list) -> torch.Tensor:
+        chosen = [p.detach() if token_ids is None else p.detach()[token_ids] for p in parameters]
+        return (chosen[0] if len(chosen) == 1 else torch.cat(chosen)).to(dtype)
+
+    bias = None if first.bias is None else rows([head.bias for head in heads])
+    return replace(first, weight=rows([head.weight for head in heads]), bias=bias)
+
+
+@torch.no_grad()
+def decode(
+    stream: Stream,
+    heads: Sequence[Head],
+    steps: int,
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    eos_token_ids: Sequence[int] = (),
+    fill: int = 0,
+    layout: torch.Tensor | None = None,
+    token_ids: torch.Tensor | None = None,
+) -> Rollout:
+    """
+    Sample, without truncation or penalties, with classifier-free guidance where `guidance_scale` is not 1.
+
+    With guidance the stream's first half is conditional and its second half, in the same order, unconditional: both
+    are given the same tokens. Each sequence has random numbers of its own, whatever becomes of the others; those that
+    have ended leave the batch when they are a quarter of it.
+
+    Args:
+        stream ([`Stream`]): The model and its prompts, `R` rows.
+        heads (`Sequence[Head]`): The `K` output heads.
+        steps (`int`): Largest number of steps `S`, at least 1.
+        guidance_scale (`float`, *optional*, defaults to 1.0): gamma of Eq. (1).
+        temperature (`float`, *optional*, defaults to 1.0): Above 0.
+        eos_token_ids (`Sequence[int]`, *optional*): Tokens that end a sequence.
+        fill (`int`, *optional*, defaults to 0): Stands where nothing is drawn.
+        layout (`torch.Tensor`, *optional*): Where tokens are drawn, boolean `(S, K)`; everywhere by default.
+        token_ids (`torch.Tensor`, *optional*): The tokens that may be drawn, int64 `(V',)`; all by default.
+
+    Returns:
+        [`Rollout`]: On the stream's device.
+
+    Raises:
+        ValueError: If `temperature` is not above 0 or `steps` is below 1.
+    """
+    check_sampling(steps, temperature)
+    guided, books, head = guidance_scale != 1, len(heads), joined(heads, token_ids)
+    hidden = stream.start()
+    device, sequences = hidden.device, len(hidden) // (1 + guided)
+    ids = torch.full((sequences, steps, books), fill, device=device)
+    log_probs = torch.zeros(ids.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=device)
+    drawn = torch.zeros(ids.shape, dtype=torch.bool, device=device)
+    finite = torch.ones(sequences, dtype=torch.bool, device=device)
+    eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=device)
+    rows = torch.arange(sequences, device=device)  # the sequences that are in the batch
+    running = torch.ones(sequences, dtype=torch.bool, device=device)
+    for step in range(steps):
+        cond, uncond = hidden.chunk(2) if guided else (hidden, None)
+        logits = guided_logits(head, cond, uncond, guidance_scale)(slice(None))
+        uniform = torch.rand(sequences, books, dtype=torch.float64, device=device)[rows].flatten()
+        new = draw(logits.view(len(uniform), -1), uniform, temperature)
+        tokens = new.tokens if token_ids is None else token_ids[new.tokens]
+        counts = running[:, None].expand(-1, books)
+        if layout is not None:
+            counts = counts & layout[step]
+        tokens = tokens.view(-1, books).where(counts, fill)
+        ids[rows, step], drawn[rows, step] = tokens, counts
+        log_probs[rows, step] = new.log_probs.view(-1, books).to(log_probs).where(counts, 0.0)
+        finite[rows] &= (new.finite.view(-1, books) | ~counts).all(1)
+        if step + 1 == steps:
+            break
+        if len(eos):
+            running &= ~torch.isin(tokens, eos).any(1)
+            if device.type == "cpu" or (step + 1) % SYNCHRONISED == 0:
+                left = int(running.sum())
+                if left == 0:
+                    break
+                if len(rows) - left >= ENDED_SHARE * len(rows):
+                    kept = running.nonzero().squeeze(1)
+                    stream.keep(torch.cat([kept, kept + len(rows)]) if guided else kept)
+                    rows, tokens, running = rows[kept], tokens[kept], running[kept]
+        hidden = stream.step(tokens.repeat(2, 1) if guided else tokens)
+    done = int(drawn.any(2).any(0).sum())
+    return Rollout(ids[:, :done], log_probs[:, :done], drawn[:, :done], finite)

@@ -1,0 +1,160 @@
+"""
+What the decode loop asks of a model: hidden states of the prompts, then of one step after another.
+
+Letters: `R` rows in the batch (twice the sequences with guidance), `P` longest prompt, `K` codebooks, `H` hidden size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from transformers import GenerationMixin
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from trl_drcd.guidance import left_pad
+from trl_drcd.sampling.cache import preallocated_cache
+
+
+class Stream(Protocol):
+    """Rows that are decoded together."""
+
+    def start(self) -> torch.Tensor:
+        """Reads the prompts; hidden states `(R, H)` that predict the first step."""
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Takes a step's tokens, int64 `(R, K)`; hidden states `(R, H)` that predict the next one."""
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Goes on with the given rows alone, int64, in that order."""
+
+
+def distinct_rows(rows: list[list[int]]) -> tuple[list[list[int]], torch.Tensor]:
+    """
+    The different ones among rows of token ids, and which of them each row is.
+
+    Args:
+        rows (`list[list[int]]`): `R` rows.
+
+    Returns:
+        `tuple`: The different rows in the order of their first appearance, and an int64 tensor `(R,)` of indices.
+    """
+    places: dict[tuple[int, ...], int] = {}
+    index = [places.setdefault(tuple(row), len(places)) for row in rows]
+    return [list(row) for row in places], torch.tensor(index, dtype=torch.long)
+
+
+def refusal(model: Any) -> str | None:
+    """
+    Why [`CausalStream`] cannot decode a causal LM, so that `generate` has to; `None` where it can.
+
+    Args:
+        model (`PreTrainedModel`): Without PEFT's wrapper.
+    """
+    name, backbone = type(model).__name__, model.base_model
+    if _cache_argument(backbone) is None or not model._supports_default_dynamic_cache():
+        return f"{type(backbone).__name__} keeps its past in something else than a `Cache`"
+    if type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
+        return f"{name} prepares the inputs of a step in a way of its own"
+    if is_deepspeed_zero3_enabled():
+        return "DeepSpeed ZeRO-3 needs all processes in every forward"
+    return None
+
+
+def _cache_argument(backbone: Any) -> str | None:
+    """Name of the argument of `forward` that takes the cache: transformers 5.24 renames it."""
+    names = inspect.signature(backbone.forward).parameters
+    return next((name for name in ("past_key_values", "cache") if name in names), None)
+
+
+class CausalStream:
+    """
+    A decoder-only transformer whose prompts are padded on the left; each different prompt is read once.
+
+    Args:
+        backbone (`PreTrainedModel`): Gives hidden states after the final norm; its [`refusal`] is `None`.
+        prompt_ids (`list[list[int]]`): `R` rows, none empty.
+        steps (`int`): Largest number of completion tokens.
+
+    Raises:
+        ValueError: If a prompt is empty.
+    """
+
+    def __init__(self, backbone: Any, prompt_ids: list[list[int]], steps: int):
+        if empty := [number for number, ids in enumerate(prompt_ids) if not len(ids)]:
+            raise ValueError(f"`prompt_ids` must hold at least one token each, got none in row {empty[0]}")
+        self.backbone = backbone
+        different, index = distinct_rows(prompt_ids)
+        ids, mask = left_pad(different, 0)
+        self.ids, self.mask, self.index = (tensor.to(backbone.device) for tensor in (ids, mask, index))
+        self.cache: Any = preallocated_cache(backbone.config, ids.shape[1] + steps)
+        self.cache_argument = str(_cache_argument(backbone))
+        self.takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
+        self.steps, self.padded = steps, not bool(mask.all())
+
+    def start(self) -> torch.Tensor:
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        hidden = self._forward(self.ids, self.mask, positions)
+        self.positions, self.mask = positions[:, -1:], torch.nn.functional.pad(self.mask, (0, self.steps), value=1)
+        if len(self.index) != len(hidden):
+            self.keep(self.index)
+            hidden = hidden[self.index]
+        self.length = self.ids.shape[1]
+        return hidden
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.length += 1
+        self.positions = self.positions + 1
+        return self._forward(tokens, self.mask[:, : self.length], self.positions)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.cache.reorder_cache(rows)  # which every kind of layer has, for beam search
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+        self.padded = not bool(self.mask.all())
+
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": True, self.cache_argument: self.cache}
+        inputs["attention_mask"] = mask if self.padded else None
+        if self.takes_positions:
+            inputs["position_ids"] = positions
+        hidden: torch.Tensor = self.backbone(**inputs).last_hidden_state[:, -1]
+        return hidden
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """
+    Evaluation mode, and afterwards each module's own.
+
+    In training mode gradient checkpointing would leave out the cache, and dropout sample from another distribution.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def cast_once(model: torch.nn.Module, device_type: str) -> Iterator[None]:
+    """
+    Lets autocast keep its copies of frozen weights too, which it would make anew for every token.
+
+    Autocast keeps the copy of a float32 weight until its context ends, but only of weights that ask for a gradient.
+    Use it without gradients.
+    """
+    frozen = []
+    if torch.is_autocast_enabled(device_type):
+        frozen = [p for p in model.parameters() if p.dtype == torch.float32 and not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
