@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +11,17 @@ import torch
 from conftest import make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from trl_drcd.evaluation import grid, measuring
+from trl_drcd.evaluation import grid, measuring, metrics
 from trl_drcd.evaluation.grid import EvaluateArguments, evaluate
 from trl_drcd.evaluation.information import forward_information
 from trl_drcd.evaluation.judging import Judges, import_function
-from trl_drcd.evaluation.metrics import Drawn, measure
+from trl_drcd.evaluation.metrics import Drawn, Metric, measure
 from trl_drcd.evaluation.models import Models
 from trl_drcd.evaluation.results import read_results
 from trl_drcd.evaluation.sampling import Samples
 from trl_drcd.evaluation.strategies import Row, expand
 from trl_drcd.evaluation.variety import distinct_n, diversity_between_prompts
+from trl_drcd.policies import CausalLMPolicy
 
 # ---------------------------------------------------------------- strategies
 
@@ -301,6 +303,86 @@ def test_what_changed_is_measured_anew_and_what_did_not_is_not_sampled_again(
     assert len(calls) == 8 and again[0].per_prompt != third[0].per_prompt
     args.seed, args.prompt_information = 0, False
     assert evaluate(args) == second and len(calls) == 8  # still there
+
+
+def test_a_new_metric_is_one_entry_of_the_table(args, judged, tmp_path, monkeypatch):
+    """It is in results.jsonl, the summary, the tables, an axis of the fronts and a plot, from one entry alone."""
+    words = Metric("words", "number of words", "words", "higher", lambda drawn: drawn.of_prompts(
+        [float(len(text.split())) for text in drawn.texts]
+    ), "quality")  # fmt: skip
+    monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, words))
+    results, output = evaluate(args), tmp_path / "out"
+    assert all(len(row.per_prompt["words"]) == 3 and row.metrics["words"]["mean"] >= 0 for row in results)
+    assert "words,words_low,words_high" in (output / "summary.csv").read_text().splitlines()[0]
+    assert {"front_words.png", "front_words_second.svg"} <= {path.name for path in output.iterdir()}
+    page = (output / "report.html").read_text()
+    for text in (
+        "number of words (words)</th>", "Number of words against diversity</h2>",
+        "Fronts in number of words and diversity</h2>", "The paper&#39;s claims in number of words",
+    ):  # fmt: skip
+        assert text in page, text
+
+
+def test_extra_metrics_are_measured_also_where_everything_else_is(args, tmp_path):
+    args.strategies = args.strategies[:1]
+    evaluate(args)
+    (row,) = evaluate(args, {"length": length})
+    assert row.metrics["length"]["mean"] > 0 and "| length |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_own_negative_prompts_and_those_of_the_strategy_reach_sampling_and_scoring(
+    args, judged, tmp_path, monkeypatch
+):
+    rows = [
+        {"prompt": p, "negative_prompt": n} for p, n in (("slow tune", "fast"), ("harp", None), ("a drum", "flute"))
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # The strategy's own x^- is the model's, the teacher's another: the KL of the guided base to itself is not 0
+    args.strategies = [{"name": "CFG", "guidance_scale": 3.0, "negative_prompt": "slow"}]
+    args.negative_prompt, args.listen = "a", 3
+    streams = []
+    generate = CausalLMPolicy.sample
+
+    def spy(self, model, prompts, negatives=None, *rest):
+        streams.append((prompts, negatives))
+        return generate(self, model, prompts, negatives, *rest)
+
+    monkeypatch.setattr(CausalLMPolicy, "sample", spy)
+    (row,) = evaluate(args)
+    tokenizer = measuring.AutoTokenizer.from_pretrained(args.model)
+    expected = [tokenizer(text)["input_ids"] for text in ("fast", "slow", "flute") for _ in range(4)]
+    assert streams[0][1] == expected
+    assert row.per_prompt["kl"][0] == pytest.approx(0, abs=1e-5) and row.per_prompt["kl"][1] > 1e-3
+    args.negative_prompt = "slow"
+    assert evaluate(args)[0].per_prompt["kl"] == pytest.approx([0, 0, 0], abs=1e-5)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_model_that_is_not_finite_is_named(args, judged, tmp_path, tokenizer, guidance_scale):
+    broken = make_model(tokenizer, 7)
+    broken.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    broken.save_pretrained(tmp_path / "1")
+    args.strategies = [{"name": "x", "model": str(tmp_path / "1"), "guidance_scale": guidance_scale}]
+    with pytest.raises(ValueError, match=r"`strategies` \(x\): .*1 has a weight that is not finite, in .*up_proj"):
+        evaluate(args)
+    # One end of a mixture
+    args.strategies = [{"name": "x", "models": [str(tmp_path / "0"), str(tmp_path / "1")], "weights": [0.9, 0.1]}]
+    with pytest.raises(ValueError, match="not finite"):
+        evaluate(args)
+    shutil.copy(tmp_path / "1" / "model.safetensors", tmp_path / "0")
+    args.strategies = [{"name": "base", "guidance_scale": guidance_scale}]
+    with pytest.raises(ValueError, match=r"`model=.*0` has a weight that is not finite"):
+        evaluate(args)
+
+
+def test_log_probabilities_that_are_not_numbers_are_named(args, judged, tmp_path, tokenizer):
+    huge = make_model(tokenizer, 7)
+    huge.lm_head.weight.data *= 1e38
+    huge.save_pretrained(tmp_path / "1")
+    args.strategies = [{"name": "x", "model": str(tmp_path / "1"), "guidance_scale": 3.0}]
+    message = r"`x \(gamma 3\)` (gives log-probabilities that are NaN|cannot be sampled)"
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        evaluate(args)
 
 
 def test_two_processes_measure_the_same(args, tmp_path, monkeypatch):

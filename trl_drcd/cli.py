@@ -142,33 +142,20 @@ def train(argv: list[str]) -> None:
 def evaluate(argv: list[str]) -> None:
     """
     Sample and judge strategies (models, guidance, temperatures, interpolations) on held-out prompts: results.jsonl, a
-    summary, plots and a page under `--output_dir`. What is in results.jsonl already is not done again.
-
-    Strategies are listed in a YAML file, which may hold every other argument too: --config FILE.yaml.
-
-        model: my/model
-        dataset: prompts.jsonl
-        strategies:
-          - {name: base}
-          - {name: CFG, guidance_scale: [1.5, 3, 7], negative_prompt: Bad audio quality.}
-          - {name: temperature, temperature: [0.7, 1.3]}
-          - {name: trained, model: outputs/quality, diversity_coef: 0}
-          - {name: LERP, models: [outputs/quality, outputs/diversity], interpolation_weight: [0, 0.5, 1]}
-
-    Keys of a strategy: name, model or models (folders or Hub names; `base` is the base), interpolation_weight (of two
-    models) or weights, guidance_scale, negative_prompt, temperature, diversity_coef. One of them may have a list,
-    which makes a row of the table for each value.
+    summary, plots and a page under `--output_dir`. What is in results.jsonl already is not done again. Strategies are
+    listed in the YAML file of --config FILE.yaml, which may hold every other argument too; their keys stand below.
     """
     from trl import TrlParser
 
     from trl_drcd.compat.glibc import keep_freed_memory
-    from trl_drcd.evaluation.grid import EvaluateArguments
+    from trl_drcd.evaluation.arguments import EvaluateArguments, HelpFormatter, help_on_strategies
     from trl_drcd.evaluation.grid import evaluate as run
 
     kind: Any = EvaluateArguments
     parser = TrlParser(
-        kind, prog="trl-drcd evaluate", description=cleandoc(str(evaluate.__doc__)), allow_abbrev=False,
-        formatter_class=RawDescriptionHelpFormatter,
+        kind, prog="trl-drcd evaluate", usage="%(prog)s [--config FILE.yaml] [--ARGUMENT VALUE ...]",
+        description=cleandoc(str(evaluate.__doc__)), epilog=help_on_strategies(), allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )  # fmt: skip
     (arguments,) = parse_command_line(parser, argv)
     keep_freed_memory()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,20 +128,31 @@ def _mapping(name: str, given: object) -> dict[str, Any] | None:
     return dict(given) if given else None
 
 
-def help_on_strategies(width: int = 100) -> str:
-    """What a strategy of the YAML file may say, for `--help`."""
-    lines: Sequence[str] = [
-        textwrap.fill(f"{key}: {text}", width, initial_indent="  ", subsequent_indent="      ")
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of what stands below the arguments, and shows defaults."""
+
+
+def help_on_strategies() -> str:
+    """What stands below the arguments in `--help`: the YAML file, and what a strategy in it may say."""
+    lines = [
+        textwrap.fill(f"{key}: {text}", 100, initial_indent="  ", subsequent_indent="      ")
         for key, text in KEYS.items()
     ]
     return "\n".join(
         [
-            "--config FILE.yaml gives these arguments from a file, and there `strategies`, a list of mappings:",
+            "keys of a strategy:",
             *lines,
-            "guidance_scale, temperature or interpolation_weight may be a list, which makes a curve. For example:",
+            "One of guidance_scale, temperature and interpolation_weight may be a list, which makes a curve of it.",
+            "",
+            "--config FILE.yaml, for example:",
+            "",
+            "  model: my/model",
+            "  dataset: prompts.jsonl",
             "  strategies:",
             "    - {name: base}",
-            "    - {name: CFG, guidance_scale: [2, 3]}",
-            "    - {name: LERP, models: [QUALITY, DIVERSITY], interpolation_weight: [0, 0.5, 1]}",
+            "    - {name: CFG, guidance_scale: [1.5, 3, 7], negative_prompt: Bad audio quality.}",
+            "    - {name: temperature, temperature: [0.7, 1.3]}",
+            "    - {name: trained, model: outputs/quality, diversity_coef: 0}",
+            "    - {name: LERP, models: [outputs/quality, outputs/diversity], interpolation_weight: [0, 0.5, 1]}",
         ]
     )

@@ -65,9 +65,9 @@ class Judges:
         """
         judges = cls(rewards={path.rpartition(".")[2]: import_function("metrics", path) for path in args.metrics})
         judges.rewards |= rewards
-        for name, embedder in (("embedder", args.embedder), ("second_embedder", args.second_embedder)):
-            if embedder:
-                judges.embedders[DIVERSITIES[name]] = load_embedder(name, embedder)
+        for diversity, argument in EMBEDDER_OF.items():
+            if name := getattr(args, argument):
+                judges.embedders[diversity] = load_embedder(argument, name)
         if args.judge:
             judge = load_embedder("judge", args.judge)
             judges.adherence["adherence"] = getattr(judge, "adherence", None) or cosine_adherence(judge)
@@ -91,8 +91,8 @@ class Judges:
         return judges
 
 
-DIVERSITIES = {"embedder": "diversity", "second_embedder": "diversity_second"}
-"""What is measured by each embedder."""
+EMBEDDER_OF = {"diversity": "embedder", "diversity_second": "second_embedder"}
+"""The argument that names the embedder of each diversity."""
 
 
 # ---------------------------------------------------------------- a user's own functions

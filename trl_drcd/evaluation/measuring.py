@@ -118,9 +118,10 @@ class Worker:
             row.temperature, row.guidance_scale, args.batch_size, self._bar("KL"), row.negative_prompt,
         )  # fmt: skip
         if terms.kl.isnan().any() or terms.entropy.isnan().any():
+            remedy = "its model or the base is broken" if args.dtype == "float32" else "try float32"
             raise ValueError(
-                f"`{row.name}` gives log-probabilities that are NaN with `dtype={args.dtype}`; its samples mean "
-                "nothing: try float32, else the model or the base is broken"
+                f"`{row.name}` gives log-probabilities that are NaN with `dtype={args.dtype}`, so that its samples "
+                f"mean nothing; {remedy}"
             )
         return terms
 

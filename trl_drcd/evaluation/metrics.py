@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from trl_drcd.evaluation.frechet import frechet_to_reference
-from trl_drcd.evaluation.judging import Judges, RewardFunction
+from trl_drcd.evaluation.judging import EMBEDDER_OF, Judges, RewardFunction, embed_all
 from trl_drcd.evaluation.likelihood import SequenceTerms
 from trl_drcd.evaluation.sampling import Completion, Samples
 from trl_drcd.evaluation.statistics import Interval, bootstrap_interval
@@ -73,7 +73,7 @@ class Drawn:
         """Embeddings `(B, D)` by the embedder of that name; `None` where there is none."""
         embed = self.judges.embedders.get(name)
         if embed is not None and name not in self._embeddings:
-            self._embeddings[name] = embed(self.completions)
+            self._embeddings[name] = embed_all(EMBEDDER_OF.get(name, name), embed, self.completions)
         return self._embeddings.get(name)
 
     def of_prompts(self, values: torch.Tensor | list[float]) -> np.ndarray:

@@ -1,0 +1,68 @@
+"""An evaluation in several processes that is ended from outside: nothing goes on without it, and nothing is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import make_model
+
+from trl_drcd.evaluation.results import read_results
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def command(tokenizer, tmp_path):
+    make_model(tokenizer, max_position_embeddings=4096, eos_token_id=None).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "slow"}\n{"prompt": "harp"}\n')
+    config = {
+        "model": str(tmp_path / "m"), "dataset": str(tmp_path / "p.jsonl"), "output_dir": str(tmp_path / "out"),
+        "num_prompts": 2, "samples_per_prompt": 2, "num_processes": 2, "max_new_tokens": 3,
+        "strategies": [{"name": "base"}, {"name": "hot", "temperature": [1.0, 1.1]}],
+    }  # fmt: skip
+    (tmp_path / "c.yaml").write_text(json.dumps(config))
+    return [sys.executable, "-m", "trl_drcd.cli", "evaluate", "--config", str(tmp_path / "c.yaml")]
+
+
+def workers(parent):
+    """The processes that measure rows; not the one that watches over shared memory."""
+    found = []
+    for process in psutil.Process(parent).children(recursive=True):
+        try:
+            if "spawn_main" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            pass
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_worker_outlives_the_evaluation(command, tmp_path, number):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # So long that no row could end by itself
+    process = subprocess.Popen([*command, "--max_new_tokens", "4000"], env=environment, cwd=tmp_path)
+    deadline, seen = time.monotonic() + 240, []
+    while len(seen) < 2 or sum(one.cpu_times().user for one in seen) < 16:  # loaded, and sampling
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.5)
+        seen = workers(process.pid)
+    process.send_signal(number)
+    code = process.wait(timeout=60)
+    gone, alive = psutil.wait_procs(seen, timeout=20)
+    for one in alive:
+        one.kill()
+    assert not alive and code != 0
+    # What is there is whole, and a second call goes on
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path, timeout=300)
+    assert [row.name for row in read_results(tmp_path / "out" / "results.jsonl")] == [
+        "base", "hot (T 1)", "hot (T 1.1)",
+    ]  # fmt: skip
+    assert not list((tmp_path / "out").rglob(".*.tmp"))

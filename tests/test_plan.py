@@ -1,0 +1,191 @@
+"""What a row's numbers depend on, what is read of the data set, and a user's own functions."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import make_model
+
+from trl_drcd.evaluation import digests, plan
+from trl_drcd.evaluation.arguments import EvaluateArguments, help_on_strategies
+from trl_drcd.evaluation.digests import content_digest, hub_revision
+from trl_drcd.evaluation.judging import embed_all, is_function, load_embedder
+from trl_drcd.evaluation.strategies import KEYS
+
+# ---------------------------------------------------------------- digests
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    make_model(tokenizer).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("chat_template.jinja", "additional_chat_templates/tool.jinja", "vocab.txt", "merges.txt", "spiece.model"),
+        *("config.json", "generation_config.json", "tokenizer.json", "model.safetensors", "some.file.of.a.tokenizer"),
+    ],
+)
+def test_a_digest_changes_with_every_file_that_is_read(folder, name):
+    before = content_digest(folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    with open(folder / name, "ab") as file:
+        file.write(b"x")
+    assert content_digest(folder) != before
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "curves.png", "training_args.bin", "log.jsonl", "checkpoint-3/model.safetensors", ".x.tmp"]
+)
+def test_a_digest_does_not_change_with_what_is_not_read(folder, name):
+    before = content_digest(folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"x")
+    assert content_digest(folder) == before
+    shutil.move(folder, folder.with_name("elsewhere"))
+    assert content_digest(folder.with_name("elsewhere")) == before  # nor with its name
+
+
+def test_modules_of_a_sentence_encoder_are_read_in_whatever_folder(tmp_path):
+    (tmp_path / "0_Pooling").mkdir()
+    (tmp_path / "0_Pooling" / "config.json").write_text("{}")
+    plain = content_digest(tmp_path)
+    (tmp_path / "modules.json").write_text("[]")
+    before = content_digest(tmp_path)
+    (tmp_path / "0_Pooling" / "config.json").write_text('{"pooling": "mean"}')
+    assert len({plain, before, content_digest(tmp_path)}) == 3
+
+
+def test_a_model_of_the_hub_that_was_pushed_again_has_another_digest(monkeypatch):
+    class Info:
+        sha = "1" * 40
+
+    monkeypatch.setattr(digests, "model_info", lambda name, timeout: Info)
+    first = content_digest("owner/model")
+    monkeypatch.setattr(Info, "sha", "2" * 40)
+    assert content_digest("owner/model") != first and hub_revision("owner/model") == "2" * 40
+
+
+def test_offline_the_revision_is_the_one_in_the_cache(monkeypatch, tmp_path):
+    def offline(name, timeout):
+        raise ConnectionError
+
+    monkeypatch.setattr(digests, "model_info", offline)
+    assert hub_revision("owner/model") is None and content_digest("owner/model") == content_digest("owner/model")
+    cached = tmp_path / "snapshots" / "3" / "config.json"
+    monkeypatch.setattr(digests, "try_to_load_from_cache", lambda name, file: str(cached))
+    assert hub_revision("owner/model") == "3"
+    assert hub_revision("no/name/of/the/hub") is None
+
+
+# ---------------------------------------------------------------- the data set
+
+
+@pytest.fixture
+def args(folder, tmp_path):
+    rows = [
+        {"prompt": "slow", "negative_prompt": "fast"},
+        {"prompt": "slow"},
+        {"prompt": "harp", "negative_prompt": None},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return EvaluateArguments(str(folder), str(tmp_path / "p.jsonl"), num_prompts=2, output_dir=str(tmp_path / "out"))
+
+
+def test_prompts_come_with_their_own_negative_prompts(args):
+    held_out, _ = plan.plan(args, {})
+    assert held_out.prompts == ["slow", "harp"] and held_out.negative_prompts == ["fast", None]
+
+
+def test_negative_prompts_count_where_there_is_guidance_and_the_chat_template_everywhere(args, tmp_path):
+    args.strategies = [{"name": "base"}, {"name": "CFG", "guidance_scale": 3}]
+    drawn = [task.drawn for task in plan.plan(args, {})[1]]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "slow", "negative_prompt": "drum"}\n{"prompt": "harp"}\n')
+    changed = [task.drawn for task in plan.plan(args, {})[1]]
+    assert changed[0] == drawn[0] and changed[1] != drawn[1]
+    args.chat_template_kwargs = {"enable_thinking": False}
+    assert plan.plan(args, {})[1][0].drawn != drawn[0]
+
+
+def test_settings_change_with_the_source_of_a_metric_and_with_extra_metrics(args, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_metric_of_plan.py").write_text("def length(prompts, completions, **kwargs):\n    return [1.0]\n")
+    args.metrics = ["my_metric_of_plan.length"]
+    first = plan.plan(args, {})[1][0]
+    (tmp_path / "my_metric_of_plan.py").write_text("def length(prompts, completions, **kwargs):\n    return [2.0]\n")
+    second = plan.plan(args, {})[1][0]
+    third = plan.plan(args, {"more": lambda prompts, completions: [0.0]})[1][0]
+    assert len({first.settings, second.settings, third.settings}) == 3 and first.drawn == second.drawn == third.drawn
+    args.metrics = ["my_metric_of_plan.length", "other.length"]
+    with pytest.raises(ValueError, match="no importable"):
+        plan.plan(args, {})
+    (tmp_path / "other.py").write_text("def length(**kwargs):\n    return []\n")
+    with pytest.raises(ValueError, match=r"`metrics` has two functions `length`"):
+        plan.plan(args, {})
+
+
+# ---------------------------------------------------------------- a user's own embedder
+
+OWN = """
+import torch
+
+def words(texts):
+    return torch.tensor([[1.0, float(len(text.split()))] for text in texts])
+
+class Letters:
+    def __call__(self, texts):
+        return [[1.0, float(len(text))] for text in texts]
+
+def wrong(texts):
+    return torch.zeros(1, 2)
+"""
+
+
+def test_an_embedder_of_ones_own_is_named_by_its_path(args, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_of_plan.py").write_text(OWN)
+    assert load_embedder("embedder", "own_of_plan.words")(["a b"]).tolist() == [[1.0, 2.0]]
+    letters = load_embedder("embedder", "own_of_plan.Letters")
+    assert embed_all("embedder", letters, ["abc", ""]).tolist() == [[1.0, 3.0], [1.0, 0.0]]
+    with pytest.raises(ValueError, match=r"`embedder` gives shape \(1, 2\) for 3 completions"):
+        embed_all("embedder", load_embedder("embedder", "own_of_plan.wrong"), ["a", "b", "c"])
+    for name, known in {
+        "own_of_plan.words": True,
+        "owner/model.v2": False,
+        "no_such_module.f": False,
+        "model": False,
+    }.items():
+        assert is_function(name) == known
+    args.embedder = "own_of_plan.words"
+    first = plan.plan(args, {})[1][0].settings
+    (tmp_path / "own_of_plan.py").write_text(OWN + "\n")
+    assert plan.plan(args, {})[1][0].settings != first
+    args.embedder = "own_of_plan.nothing"
+    with pytest.raises(ValueError, match=r"`embedder` has 'own_of_plan.nothing', which is no importable"):
+        plan.plan(args, {})
+
+
+def test_gradients_and_devices_of_an_own_embedder_do_not_matter():
+    weights = torch.ones(2, requires_grad=True)
+    found = embed_all("embedder", lambda texts: torch.ones(len(texts), 2).double() * weights, ["a", "b"])
+    assert found.dtype == torch.float64 and not found.requires_grad
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def test_the_chat_template_takes_a_mapping_also_as_json():
+    assert EvaluateArguments("m", "d", chat_template_kwargs='{"a": 1}').chat_template_kwargs == {"a": 1}
+    assert EvaluateArguments("m", "d", chat_template_kwargs={"a": 1}).chat_template_kwargs == {"a": 1}
+    for wrong in ("{a", "[1]", [1], 3):
+        with pytest.raises((TypeError, ValueError), match="`chat_template_kwargs` must be a mapping, or JSON of one"):
+            EvaluateArguments("m", "d", chat_template_kwargs=wrong)
+
+
+def test_help_names_the_keys_of_a_strategy():
+    text = help_on_strategies()
+    assert "--config FILE.yaml" in text and all(f"  {key}: " in text for key in KEYS)
