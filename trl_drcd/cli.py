@@ -11,7 +11,6 @@ The command line.
 from __future__ import annotations
 
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module

@@ -56,7 +56,7 @@ def test_no_worker_outlives_the_evaluation(command, tmp_path, number):
         seen = workers(process.pid)
     process.send_signal(number)
     code = process.wait(timeout=60)
-    gone, alive = psutil.wait_procs(seen, timeout=20)
+    _, alive = psutil.wait_procs(seen, timeout=20)
     for one in alive:
         one.kill()
     assert not alive and code != 0
