@@ -304,7 +304,7 @@ def test_one_adapter_per_lambda_as_servers_read_it(base, tmp_path):
             assert {tensor.shape[0 if "lora_A" in key else 1] for key, tensor in tensors.items()} == {8}
         assert PeftConfig.from_pretrained(folder).base_model_name_or_path == str(base)
         assert {path.name for path in folder.iterdir()} == {
-            *("adapter_config.json", "adapter_model.safetensors", "README.md"),
+            *("adapter_config.json", "adapter_model.safetensors", "README.md", "merge.yaml"),
         }
         assert_is_lerp(base, folder, pair, [1 - weight, weight])
 

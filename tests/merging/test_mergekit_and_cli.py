@@ -61,7 +61,7 @@ def test_the_command_line_merges_trained_music_models(workplace, tmp_path, monke
     assert_lerp(out, parents, [0.7, 0.3], tolerance=2.4e-7)
     assert f"Merged: {out}" in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {
-        *("README.md", "codec", "config.json", "generation_config.json", "model.safetensors"),
+        *("README.md", "codec", "config.json", "generation_config.json", "merge.yaml", "model.safetensors"),
         *("tokenizer.json", "tokenizer_config.json"),
     }
     card = ModelCard.load(out / "README.md")
@@ -95,7 +95,8 @@ def test_musicgen_keeps_its_processor_and_gets_guidance_off(tmp_path, tokenizer)
     assert GenerationConfig.from_pretrained(merged).guidance_scale == 1.0
     assert GenerationConfig.from_pretrained(merged).decoder_start_token_id == 16
     assert {path.name for path in merged.iterdir()} == {
-        *("README.md", "config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json"),
+        *("README.md", "config.json", "generation_config.json", "merge.yaml", "model.safetensors"),
+        *("preprocessor_config.json",),
         *("tokenizer.json", "tokenizer_config.json"),
     }
     assert AutoProcessor.from_pretrained(merged).feature_extractor.sampling_rate == 16000
@@ -223,7 +224,7 @@ def test_the_console_script_is_this_command_line():
 def test_mergekit_is_not_asked_to_merge_what_does_not_fit(tmp_path, tokenizer, model, monkeypatch):
     model.save_pretrained(tmp_path / "a")
     model.bfloat16().save_pretrained(tmp_path / "b")
-    monkeypatch.setattr(subprocess, "run", None)
+    monkeypatch.setattr(subprocess, "Popen", None)
     with pytest.raises(ValueError, match=r"different data types of .*torch.float32 and torch.bfloat16; set `dtype`"):
         merge_with_mergekit([tmp_path / "a", tmp_path / "b"], [0.5, 0.5], tmp_path / "m")
 

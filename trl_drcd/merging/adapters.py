@@ -1,8 +1,8 @@
 """
 Exact linear interpolation of LoRA adapters.
 
-What is interpolated is the products `scaling * B @ A`, not the factors: the average of the factors holds cross terms
-`B_q @ A_d`. Stacked factors hold the sum of the products exactly, at the sum of the ranks:
+The products `scaling * B @ A` are interpolated, not the factors: the average of the factors has cross terms
+`B_q @ A_d`. Stacked factors give the sum of the products exactly, at the sum of the ranks:
 
     A = [A_q; A_d],  B = [(1 - l) * s_q * B_q, l * s_d * B_d],  scaling 1.
 """
@@ -11,37 +11,36 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
-from peft import PeftModel
+from peft import LoraConfig
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from trl_drcd.files import write_text
 from trl_drcd.merging.blend import blend, check_weights
-from trl_drcd.merging.cards import merge_card
+from trl_drcd.merging.cards import write_card, write_record
 from trl_drcd.merging.folders import (
+    ADAPTER_FILES,
+    BASE,
+    check_links,
     check_list,
     copy_side_files,
     find_folder,
-    new_folder,
     recorded_base,
     warn_of_different_bases,
 )
+from trl_drcd.merging.into_base import write_into_base
 from trl_drcd.merging.lora import PREFIX, Adapter, check_linear, load_adapter
-from trl_drcd.validation.model_folders import check_model, load_model
+from trl_drcd.merging.staging import new_folder
+from trl_drcd.validation.model_folders import check_model
+from trl_drcd.validation.saved_files import weight_files
 
-BASE = "base"
-# Entries of the configurations that hold for an adapter as a whole
-AGREED = (
-    *("fan_in_fan_out", "bias", "modules_to_save", "trainable_token_indices", "layer_replication"),
-    "ensure_weight_tying",
-)
+# Entries of the configurations that hold for an adapter as a whole; in some the order has a meaning
+AGREED = ("fan_in_fan_out", "bias", "modules_to_save", "ensure_weight_tying")
+AGREED_IN_ORDER = ("trainable_token_indices", "layer_replication")
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
@@ -54,7 +53,7 @@ def interpolate_adapters(
     overwrite: bool = False,
 ) -> dict[str, float]:
     """
-    Write the adapter whose change of the base weights is `sum_i weights[i] * scaling_i * B_i @ A_i`.
+    Write the adapter that changes the base weights by `sum_i weights[i] * scaling_i * B_i @ A_i`.
 
     Eq. (6) of https://huggingface.co/papers/2410.06084, for adapters of one base and of any ranks, alphas, patterns,
     rsLoRA or not; modules that an adapter lacks count as zero. Biases of B, saved modules, embeddings and token rows
@@ -85,41 +84,66 @@ def interpolate_adapters(
     """
     check_list("adapters", adapters)
     values = check_weights(weights, len(adapters))
-    if not isinstance(svd_rank, int | None):
-        raise TypeError(f"`svd_rank` must be a whole number, got {svd_rank!r}")
-    if svd_rank is not None and svd_rank < 1:
-        raise ValueError(f"`svd_rank` must be at least 1, got {svd_rank}")
+    _check_rank(svd_rank)
     named = [(str(adapter), weight) for adapter, weight in zip(adapters, values, strict=True)]
-    found = {
-        name: load_adapter(find_folder(name, argument), argument)
-        for argument, (name, _) in zip((f"adapters[{i}]" for i in range(len(named))), named, strict=True)
-        if name != BASE
-    }
+    found = _load_adapters(named)
     base_folder = find_folder(base_model, "base_model") if base_model else None
     if base_folder:
+        check_links(base_folder)
         check_model("base_model", base_folder)
     used = [(found[name], weight) for name, weight in named if name != BASE and weight != 0]
     if not used:
         raise ValueError(f"`weights={values}` leave nothing but the base")
     folders = [adapter.folder for adapter in found.values()]
     warn_of_different_bases(folders)
-    with new_folder(output_dir, folders, overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
-        errors = _write_adapter(Path(scratch) if base_model else folder, used, svd_rank)
-        if base_folder:
-            _merge_into_base(Path(scratch), used, base_folder, folder)
-        copy_side_files([*folders, *([base_folder] if base_folder else [])], folder)
+    sources = [*folders, *([base_folder] if base_folder else [])]
+    with new_folder(output_dir, sources, overwrite, _needed_bytes(used, base_folder)) as folder:
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            errors = write_adapter(Path(scratch) if base_folder else folder, used, svd_rank)
+            if base_folder:
+                write_into_base(Path(scratch), used, base_folder, folder)
+        copy_side_files(sources, folder)
+        write_record(folder, named, svd_rank=svd_rank)
         sections = ["## Compression", f"Relative error of the weight changes: {errors['total']:.3g}."] * bool(svd_rank)
         base = None if base_model else recorded_base(used[0][0].folder)
-        card = merge_card(Path(output_dir).name, named, folders, sections, base)
-        write_text(folder / "README.md", str(card))
+        write_card(folder, Path(output_dir).resolve().name, named, folders, sections, base)
     return errors
 
 
-def _write_adapter(folder: Path, parents: list[tuple[Adapter, float]], svd_rank: int | None) -> dict[str, float]:
-    """The two files of the interpolated adapter; returns what [`interpolate_adapters`] does."""
+def _check_rank(svd_rank: object) -> None:
+    if svd_rank is not None and (isinstance(svd_rank, bool) or not isinstance(svd_rank, int)):
+        raise TypeError(f"`svd_rank` must be a whole number, got {svd_rank!r}")
+    if svd_rank is not None and svd_rank < 1:
+        raise ValueError(f"`svd_rank` must be at least 1, got {svd_rank}")
+
+
+def _load_adapters(named: Sequence[tuple[str, float]]) -> dict[str, Adapter]:
+    """
+    The adapters by what the user calls them; the base has none.
+
+    Raises:
+        ValueError: If a folder called `base` holds an adapter: the word stands for the base model.
+    """
+    if any(name == BASE for name, _ in named) and Path(BASE, "adapter_config.json").is_file():
+        raise ValueError(f"`{BASE}` stands for the base model, and is an adapter's folder too; give it as `./{BASE}`")
+    return {
+        name: load_adapter(find_folder(name, f"adapters[{number}]"), f"adapters[{number}]")
+        for number, (name, _) in enumerate(named)
+        if name != BASE
+    }
+
+
+def _needed_bytes(parents: Sequence[tuple[Adapter, float]], base: Path | None) -> int:
+    """Room for the interpolated adapter in float32, and for the full checkpoint if there is a base."""
+    adapters = sum(adapter.nbytes() for adapter, _ in parents)
+    return adapters + (sum((base / file).stat().st_size for file in weight_files(base)) if base else 0)
+
+
+def write_adapter(folder: Path, parents: Sequence[tuple[Adapter, float]], svd_rank: int | None) -> dict[str, float]:
+    """Write the two files of the interpolated adapter; returns what [`interpolate_adapters`] does."""
     modules = sorted({module for adapter, _ in parents for module in adapter.factors})
     if len(parents) == 1 and parents[0][1] == 1 and svd_rank is None:
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
+        for file in ADAPTER_FILES:
             shutil.copyfile(parents[0][0].folder / file, folder / file)
         return dict.fromkeys(["total", *(module.removeprefix(PREFIX) for module in modules)], 0.0)
     for adapter, _ in parents:
@@ -131,24 +155,13 @@ def _write_adapter(folder: Path, parents: list[tuple[Adapter, float]], svd_rank:
     for module in tqdm(modules, desc="interpolate", unit="module"):
         a, b = stacked_factors(parents, module)
         factors[module], lost[module], norms[module] = truncated(a, b, svd_rank)
-    rank = max(a.shape[0] for a, _ in factors.values())
-    embeddings = {module for adapter, _ in parents for module in adapter.embeddings}
+    tensors |= _padded(factors, {module for adapter, _ in parents for module in adapter.embeddings})
     biased = any(adapter.biases for adapter, _ in parents)
-    for module, (a, b) in factors.items():
-        suffixes = (
-            ("lora_embedding_A", "lora_embedding_B") if module in embeddings else ("lora_A.weight", "lora_B.weight")
-        )
-        padding = rank - a.shape[0]
-        padded = torch.nn.functional.pad(a, (0, 0, 0, padding)), torch.nn.functional.pad(b, (0, padding))
-        for suffix, factor in zip(suffixes, padded, strict=True):
-            tensors[f"{module}.{suffix}"] = factor.float().contiguous()
-        if biased:
-            tensors[f"{module}.lora_B.bias"] = blended_bias(parents, module, b.shape[0])
+    if biased:
+        tensors |= {f"{m}.lora_B.bias": blended_bias(parents, m, b.shape[0]) for m, (_, b) in factors.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    changes: dict[str, Any] = {"r": rank, "lora_alpha": rank, "use_rslora": False, "lora_bias": biased}
-    changes |= {"rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True, "inference_mode": True}
-    changes |= common_targets([adapter for adapter, _ in parents], modules)
-    replace(parents[0][0].config, **changes, eva_config=None).save_pretrained(str(folder))
+    rank = max((a.shape[0] for a, _ in factors.values()), default=parents[0][0].config.r)
+    merged_config([adapter for adapter, _ in parents], modules, rank, biased).save_pretrained(str(folder))
 
     def ratio(chosen: Sequence[str]) -> float:
         norm = sum(norms[module] for module in chosen)
@@ -157,20 +170,60 @@ def _write_adapter(folder: Path, parents: list[tuple[Adapter, float]], svd_rank:
     return {"total": ratio(modules)} | {module.removeprefix(PREFIX): ratio([module]) for module in modules}
 
 
+def _padded(
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], embeddings: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """The factors by the names PEFT gives them, in float32, all filled up with zeros to the largest rank."""
+    rank = max((a.shape[0] for a, _ in factors.values()), default=0)
+    tensors = {}
+    for module, (a, b) in factors.items():
+        suffixes = (
+            ("lora_embedding_A", "lora_embedding_B") if module in embeddings else ("lora_A.weight", "lora_B.weight")
+        )
+        missing = rank - a.shape[0]
+        pair = torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))
+        for suffix, factor in zip(suffixes, pair, strict=True):
+            tensors[f"{module}.{suffix}"] = factor.float().contiguous()
+    return tensors
+
+
+def merged_config(adapters: Sequence[Adapter], modules: Sequence[str], rank: int, biased: bool) -> LoraConfig:
+    """The configuration of an interpolated adapter: one rank, scaling 1, and all modules of its parents."""
+    said = [{name: getattr(adapter.config, name) for name in TARGETS} for adapter in adapters]
+    config = replace(
+        adapters[0].config,
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern={},
+        alpha_pattern={},
+        use_rslora=False,
+        lora_bias=biased,
+        init_lora_weights=True,
+        eva_config=None,
+        corda_config=None,
+        lora_ga_config=None,
+        loftq_config={},
+        inference_mode=True,
+    )
+    if any(entry != said[0] for entry in said):
+        config.target_modules = [module.removeprefix(PREFIX) for module in modules]
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    return config
+
+
 def check_agreement(adapters: Sequence[Adapter]) -> None:
     """
-    Compare what holds for an adapter as a whole.
+    Compare the entries that hold for an adapter as a whole.
 
     Raises:
         ValueError: If the adapters differ in it, or biases of B meet an embedding, which PEFT does not load.
     """
     first = adapters[0]
     for adapter in adapters:
-        for name in AGREED:
+        for name in (*AGREED, *AGREED_IN_ORDER):
             ours, theirs = getattr(first.config, name), getattr(adapter.config, name)
-            if (sorted(ours) if isinstance(ours, list | set) else ours) != (
-                sorted(theirs) if isinstance(theirs, list | set) else theirs
-            ):
+            pair = [sorted(x) if name in AGREED and isinstance(x, list | set) else x for x in (ours, theirs)]
+            if pair[0] != pair[1]:
                 raise ValueError(
                     f"the adapters differ in `{name}`: {ours} in {first.folder}, {theirs} in {adapter.folder}"
                 )
@@ -257,44 +310,3 @@ def blended_bias(parents: Sequence[tuple[Adapter, float]], module: str, size: in
         if module in adapter.biases:
             total += weight * adapter.scaling(module) * adapter.biases[module].double()
     return total.float()
-
-
-def common_targets(adapters: Sequence[Adapter], modules: Sequence[str]) -> dict[str, Any]:
-    """What the adapters say of the modules they change, where they agree; else the full names of all modules."""
-    said = [{name: getattr(adapter.config, name) for name in TARGETS} for adapter in adapters]
-    if all(entry == said[0] for entry in said):
-        return {}
-    names = [module.removeprefix(PREFIX) for module in modules]
-    return {"target_modules": names, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-
-
-def _merge_into_base(adapter: Path, parents: Sequence[tuple[Adapter, float]], base: Path, folder: Path) -> None:
-    """
-    Write the base with the adapter in its weights, computed in float32 and rounded once to the base's data type.
-
-    Raises:
-        ValueError: If the base ties its embedding and its head, and the adapter changes them: PEFT adds the change of
-            either one to the tensor that is both.
-    """
-    config: Any = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
-    model = load_model(base, dtype=torch.float32)
-    if getattr(config, "tie_word_embeddings", False):
-        both = [model.get_input_embeddings(), model.get_output_embeddings()]
-        names = [f"{PREFIX}{name}." for name, module in model.named_modules() if any(module is one for one in both)]
-        changed = {key for parent, _ in parents for key in parent.factors}
-        if not parents[0][0].config.ensure_weight_tying:  # else a saved module, and its copy, are one tensor again
-            changed |= {key for parent, _ in parents for key in parent.full if "token_adapter" not in key}
-        if hit := sorted(key for key in changed if f"{key}.".startswith(tuple(names))):
-            raise ValueError(
-                f"{base} ties its embedding and its head, and the adapter changes one of them ({hit[0]}): the merged "
-                "tensor would be both. Keep the adapter apart: no `base_model`"
-            )
-    try:
-        adapted = PeftModel.from_pretrained(model, str(adapter))
-    except RuntimeError as error:
-        raise ValueError(
-            f"`base_model={base}` has other shapes than the adapter; give the base that the adapter was trained on "
-            f"({str(error).splitlines()[-1].strip()})"
-        ) from error
-    merged = adapted.merge_and_unload(safe_merge=True)
-    merged.to(config.dtype or torch.float32).save_pretrained(folder)

@@ -1,18 +1,19 @@
-"""Recipes in mergekit's form, and model cards of merges."""
+"""Recipes for mergekit, and the record and model card of a merge."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from trl_drcd.files import local_name
+from trl_drcd.files import local_name, markdown_text, write_text
 from trl_drcd.merging.folders import load_card
 
 PAPER = "https://huggingface.co/papers/2410.06084"
+RECORD = "merge.yaml"
 
 
 def merge_recipe(
@@ -21,13 +22,13 @@ def merge_recipe(
     """
     A recipe for `mergekit-yaml`.
 
-    Models of weight 0 are left out; a single one is passed through, which keeps its bits.
+    Models of weight 0 are left out; a single one is passed through bit for bit.
 
     Args:
         models (`Sequence[str]`): Paths or hub names.
         weights (`Sequence[float]`): They sum to 1.
         dtype (`str`, *optional*): Data type of the result; the models' own if `None`.
-        names_only (`bool`, *optional*, defaults to `False`): Without the folders that local models lie in.
+        names_only (`bool`, *optional*, defaults to `False`): Name local models without the folders they lie in.
 
     Returns:
         `str`: YAML.
@@ -40,45 +41,88 @@ def merge_recipe(
     return "\n".join([*lines, *([f"dtype: {dtype}"] if dtype else [])]) + "\n"
 
 
-def merge_card(
-    name: str,
+def write_record(
+    folder: Path,
     parents: Sequence[tuple[str, float]],
-    folders: Sequence[Path],
-    sections: Sequence[str],
-    adapter_base: str | None = None,
-) -> ModelCard:
+    dtype: str | None = None,
+    svd_rank: int | None = None,
+) -> None:
     """
-    The README.md of a merge; tags, licence and pipeline are the parents'.
+    Write `merge.yaml`: models and weights of a merge, as `trl-drcd merge --config merge.yaml` takes them.
+
+    Local models are named without the folders they lie in.
 
     Args:
-        name (`str`): Title.
+        folder (`Path`): The merged model's.
         parents (`Sequence[tuple]`): What the user calls each parent, and its weight.
-        folders (`Sequence[Path]`): Where the parents are.
-        sections (`Sequence[str]`): Further paragraphs.
-        adapter_base (`str`, *optional*): Base model, where the merge is itself an adapter.
+        dtype (`str`, *optional*): Data type that the user asked for.
+        svd_rank (`int`, *optional*): Rank that the user asked for.
+    """
+    names, weights = [local_name(parent) for parent, _ in parents], [weight for _, weight in parents]
+    record = {"models": names, "weights": weights, "dtype": dtype, "svd_rank": svd_rank}
+    given = {name: value for name, value in record.items() if value is not None}
+    write_text(folder / RECORD, yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
 
-    Returns:
-        `ModelCard`: YAML header and text.
+
+def write_card(
+    folder: Path,
+    title: str,
+    parents: Sequence[tuple[str, float]],
+    sources: Sequence[Path],
+    sections: Sequence[str],
+    adapter_base: str | None = None,
+) -> None:
+    """
+    Write the README.md of a merge; tags, licence and pipeline are the parents'.
+
+    Args:
+        folder (`Path`): The merged model's.
+        title (`str`): Heading.
+        parents (`Sequence[tuple]`): What the user calls each parent, and its weight.
+        sources (`Sequence[Path]`): Folders of the parents.
+        sections (`Sequence[str]`): Further paragraphs, in Markdown.
+        adapter_base (`str`, *optional*): Base model, where the merge is itself an adapter.
     """
     names = [(local_name(parent), weight) for parent, weight in parents]
-    cards: list[Any] = [load_card(path / "README.md").data for path in folders if (path / "README.md").is_file()]
-    tags = ["merge", "trl-drcd", *(tag for card in cards for tag in card.get("tags") or [])]
+    cards = [parent_card(path / "README.md") for path in sources if (path / "README.md").is_file()]
     data = ModelCardData(
         base_model=local_name(adapter_base) if adapter_base else list(dict.fromkeys(parent for parent, _ in names)),
         base_model_relation="adapter" if adapter_base else "merge",
         library_name="peft" if adapter_base else "transformers",
-        pipeline_tag=next((card.pipeline_tag for card in cards if card.get("pipeline_tag")), None),
-        license=next((card.license for card in cards if card.get("license")), None),
-        tags=list(dict.fromkeys(tags)),
+        pipeline_tag=next((card.pipeline_tag for card in cards if card.pipeline_tag), None),
+        license=next((card.license for card in cards if card.license), None),
+        tags=list(dict.fromkeys(["merge", "trl-drcd", *(tag for card in cards for tag in card.tags or [])])),
     )
     about = (
         "Weights interpolated linearly between fine-tunings of one base model, as in "
         f"[diversity-rewarded CFG distillation]({PAPER}), Eq. (6). Sample with guidance off."
     )
-    if any((folder / "codec").is_dir() for folder in folders):
+    if (folder / "codec").is_dir():
         about += " The codec that makes audio of the tokens is in `codec/`."
-    table = "\n".join(
-        ["| parent | weight |", "|---|---|", *(f"| {parent} | {weight:g} |" for parent, weight in names)]
+    rows = [f"| {markdown_text(parent)} | {weight:g} |" for parent, weight in names]
+    table = "\n".join(["| parent | weight |", "|---|---|", *rows])
+    record = f"`{RECORD}` has the exact weights."
+    body = "\n\n".join([f"# {markdown_text(title)}", about, "## Parents", table, record, *sections])
+    write_text(folder / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")))
+
+
+def parent_card(file: Path) -> ModelCardData:
+    """
+    Tags, licence and pipeline of a model card, where they are texts.
+
+    Raises:
+        ValueError: If its head is not YAML of plain values.
+    """
+    found = load_card(file).data.to_dict()
+    pipeline, licence, tags = (found.get(name) for name in ("pipeline_tag", "license", "tags"))
+    return ModelCardData(
+        pipeline_tag=pipeline if isinstance(pipeline, str) else None,
+        license=licence if isinstance(licence, str) else None,
+        tags=[tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else [],
     )
-    body = "\n\n".join([f"# {name}", about, "## Parents", table, *sections])
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+
+
+def special_token_section(tokens: Sequence[object]) -> list[str]:
+    """The paragraph of a card on special tokens in which the parents differ; none where they agree."""
+    lines = [f"- {markdown_text(str(token))}" for token in tokens]
+    return ["## Special tokens", "The parents differ in these:\n\n" + "\n".join(lines)] if lines else []

@@ -6,18 +6,21 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from trl_drcd.files import write_text
+from trl_drcd.merging.architecture import SpecialToken, check_same_family
 from trl_drcd.merging.blend import blend, check_weights
-from trl_drcd.merging.cards import merge_card, merge_recipe
-from trl_drcd.merging.folders import check_list, check_same_family, copy_side_files, find_folder, new_folder
-from trl_drcd.merging.safetensors_files import NAMES, Checkpoint, write_checkpoint
+from trl_drcd.merging.cards import merge_recipe, special_token_section, write_card, write_record
+from trl_drcd.merging.folders import JSON, check_list, copy_side_files, find_models
+from trl_drcd.merging.safetensors_files import NAMES, Checkpoint, Specs, size_of, write_checkpoint
+from trl_drcd.merging.staging import new_folder
 from trl_drcd.merging.verify import check_that_it_generates
+from trl_drcd.validation.saved_files import read_json
 
 
 def interpolate_checkpoints(
@@ -56,70 +59,102 @@ def interpolate_checkpoints(
         FileNotFoundError: If a model has no `config.json` or no safetensors.
         ValueError: If the weights do not sum to 1, or the models do not fit together; the message says where.
     """
+    return merge_folders(models, weights, output_dir, partial(_write_weights, dtype=dtype), dtype, overwrite, verify)
 
-    wanted = wanted_dtype(dtype)
 
-    def write(checkpoints: list[Checkpoint], names: list[str], values: list[float], folder: Path) -> None:
-        first = checkpoints[0]
-        own = {name: first.spec(name) for name in names}
-        specs = {name: (wanted if wanted and t.is_floating_point else t, shape) for name, (t, shape) in own.items()}
-        used = [(checkpoint, value) for checkpoint, value in zip(checkpoints, values, strict=True) if value != 0]
+def _write_weights(
+    checkpoints: Sequence[Checkpoint],
+    names: Sequence[str],
+    weights: Sequence[float],
+    folder: Path,
+    dtype: str | None,
+) -> None:
+    """Write the weighted sums, in shards like the first model's, and its configuration."""
+    first, wanted = checkpoints[0], wanted_dtype(dtype)
+    specs = merged_specs(first, names, wanted)
+    used = [(checkpoint, weight) for checkpoint, weight in zip(checkpoints, weights, strict=True) if weight != 0]
+    with tqdm(total=len(names), desc="interpolate", unit="tensor") as bar:
 
-        with tqdm(total=len(names), desc="interpolate", unit="tensor") as bar:
+        def tensor_of(name: str) -> torch.Tensor:
+            bar.update()
+            return _merged_tensor(used, name, specs[name][0]) if specs[name][0].is_floating_point else first[name]
 
-            def tensor_of(name: str) -> torch.Tensor:
-                bar.update()
-                if not own[name][0].is_floating_point:
-                    return first[name]
-                tensors = [checkpoint[name] for checkpoint, _ in used]
-                merged = blend(tensors, [value for _, value in used], specs[name][0])
-                if not merged.isfinite().all():
-                    held = [c.folder for c, _ in used if not c[name].isfinite().all()]
-                    where = f" in {held[0]}" if held else f", too large for {merged.dtype}"
-                    raise ValueError(f"{name} is NaN or infinite{where}; merge models whose weights are finite")
-                return merged
+        files = {file: [name for name in listed if name in specs] for file, listed in first.files.items()}
+        write_checkpoint(folder, files, specs, tensor_of)
+    config = with_dtype(read_json(first.folder / "config.json"), dtype)
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
-            files = {file: [name for name in listed if name in specs] for file, listed in first.files.items()}
-            write_checkpoint(folder, files, specs, tensor_of)
-        config = json.loads((first.folder / "config.json").read_text())
-        write_text(folder / "config.json", json.dumps(with_dtype(config, dtype), indent=2) + "\n")
 
-    return merge_folders(models, weights, output_dir, write, dtype, overwrite, verify)
+def _merged_tensor(used: Sequence[tuple[Checkpoint, float]], name: str, dtype: torch.dtype) -> torch.Tensor:
+    """
+    The weighted sum of one tensor.
+
+    Raises:
+        ValueError: If it is not finite.
+    """
+    merged = blend([checkpoint[name] for checkpoint, _ in used], [weight for _, weight in used], dtype)
+    if not merged.isfinite().all():
+        bad = [checkpoint.folder for checkpoint, _ in used if not checkpoint[name].isfinite().all()]
+        where = f" in {bad[0]}" if bad else f", too large for {merged.dtype}"
+        raise ValueError(f"{name} is NaN or infinite{where}; merge models whose weights are finite")
+    return merged
+
+
+def merged_specs(first: Checkpoint, names: Sequence[str], wanted: torch.dtype | None) -> Specs:
+    """Data types and shapes of the merged tensors: those of the first model, floats in the wanted data type."""
+    own = {name: first.spec(name) for name in names}
+    return {name: (wanted if wanted and t.is_floating_point else t, shape) for name, (t, shape) in own.items()}
 
 
 def merge_folders(
     models: Sequence[str | Path],
     weights: Sequence[float],
     output_dir: str | Path,
-    write_weights: Callable[[list[Checkpoint], list[str], list[float], Path], None],
+    write_weights: Callable[[Sequence[Checkpoint], Sequence[str], Sequence[float], Path], None],
     dtype: str | None,
     overwrite: bool,
     verify: bool,
 ) -> Path:
     """
-    What every merge of checkpoints does around the weights; arguments as for [`interpolate_checkpoints`].
+    Do all of a merge of checkpoints but the weights; arguments as for [`interpolate_checkpoints`].
 
-    `write_weights` is given the models, the names of the tensors that all have, the weights, and the folder to write.
+    `write_weights` gets the models, the names of the tensors that all have, the weights, and the folder to write.
     """
     check_list("models", models)
     values, wanted = check_weights(weights, len(models)), wanted_dtype(dtype)
-    folders = [find_folder(model, f"models[{number}]") for number, model in enumerate(models)]
-    check_same_family(folders)
+    folders = find_models(models)
+    tokens = check_same_family(folders)
     checkpoints = [Checkpoint(path) for path in folders]
     names = common_tensors(checkpoints)
     check_specs(checkpoints, names, any_float=wanted is not None)
     warn_of_distant_models(checkpoints, names)
-    with new_folder(output_dir, folders, overwrite) as folder:
+    size = size_of(merged_specs(checkpoints[0], names, wanted))
+    with new_folder(output_dir, folders, overwrite, size) as folder:
         write_weights(checkpoints, names, values, folder)
-        copy_side_files(folders, folder)
+        set_special_tokens(folder / "config.json", tokens)
+        copy_side_files(folders, folder, {token.key: token.value for token in tokens if "." not in token.key})
         named = [str(model) for model in models]
-        recipe = f"For mergekit:\n\n```yaml\n{merge_recipe(named, values, dtype, names_only=True)}```"
         parents = list(zip(named, values, strict=True))
-        card = merge_card(Path(output_dir).name, parents, folders, ["## Recipe", recipe])
-        write_text(folder / "README.md", str(card))
+        write_record(folder, parents, dtype=dtype)
+        recipe = f"For mergekit:\n\n```yaml\n{merge_recipe(named, values, dtype, names_only=True)}```"
+        sections = [*special_token_section(tokens), "## Recipe", recipe]
+        write_card(folder, Path(output_dir).resolve().name, parents, folders, sections)
         if verify:
-            check_that_it_generates(folder)
+            check_that_it_generates(folder, called=Path(output_dir))
     return Path(output_dir)
+
+
+def set_special_tokens(config_file: Path, tokens: Sequence[SpecialToken]) -> None:
+    """Enter special tokens in a `config.json`."""
+    config = read_json(config_file)
+    for token in tokens:
+        *path, name = token.key.split(".")
+        entry = config
+        for part in path:
+            entry = entry[part]
+        entry[name] = token.value
+    if tokens:
+        write_text(config_file, json.dumps(config, indent=2) + "\n")
 
 
 def wanted_dtype(dtype: str | None) -> torch.dtype | None:
@@ -138,7 +173,7 @@ def wanted_dtype(dtype: str | None) -> torch.dtype | None:
     return found
 
 
-def with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+def with_dtype(config: dict[str, JSON], dtype: str | None) -> dict[str, JSON]:
     """A configuration, nested ones included, that names this data type; as it is if there is none."""
     if dtype is None:
         return config
@@ -176,7 +211,7 @@ def common_tensors(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 def _is_copy_of_another(checkpoint: Checkpoint, name: str, names: Sequence[str]) -> bool:
     spec, tensor = checkpoint.spec(name), checkpoint[name]
-    tied = json.loads((checkpoint.folder / "config.json").read_text()).get("tie_word_embeddings", True)
+    tied = read_json(checkpoint.folder / "config.json").get("tie_word_embeddings", True)
     return bool(tied) and any(checkpoint.spec(n) == spec and torch.equal(checkpoint[n], tensor) for n in names)
 
 

@@ -1,45 +1,66 @@
-"""Folders of models: found, compared, completed with what a merge of weights leaves out, written in one piece."""
+"""Find the folders of models, read them, and copy what a merge of weights leaves out."""
 
 from __future__ import annotations
 
 import filecmp
 import json
-import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, snapshot_download
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from trl_drcd.files import local_name
-from trl_drcd.validation.model_folders import check_model, is_hub_name
+from trl_drcd.files import local_name, own_file, write_text
+from trl_drcd.validation.model_folders import is_hub_name
+from trl_drcd.validation.saved_files import INDEX, WEIGHTS, read_json
 
-# What belongs to a model besides its weights. Each group is taken from one parent, so that it stays consistent.
+BASE = "base"
+JSON = bool | int | float | str | list | dict | None
+TOKENIZER = (
+    *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "spiece.model", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+CODEC = ("codec/config.json", "codec/codec.safetensors", "codec/README.md")
+# What belongs to a model besides its weights. Each group comes from one parent, so that it stays consistent
 SIDE_FILES = (
-    ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "spiece.model", "special_tokens_map.json",
-     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    TOKENIZER,
     ("preprocessor_config.json", "processor_config.json"),
     ("generation_config.json",),
-    ("codec",),
-)  # fmt: skip
-# Entries of a configuration in which models of one architecture may differ
-NOT_ARCHITECTURE = {
-    *("_name_or_path", "_commit_hash", "_attn_implementation", "transformers_version", "dtype", "torch_dtype"),
-    *("use_cache", "attention_dropout", "dropout", "activation_dropout", "layerdrop", "dropout_rate"),
-}
+    CODEC,
+)
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# All that is read of a model or an adapter from the Hub
+HUB_FILES = (
+    *("config.json", WEIGHTS, INDEX, "model-*.safetensors", "README.md"),
+    *ADAPTER_FILES,
+    *(name for group in SIDE_FILES for name in group),
+)
+
+
+# ---------------------------------------------------------------- finding and reading
+
+
+def check_list(argument: str, models: object) -> None:
+    """
+    Refuse one name where a list of them is due.
+
+    Raises:
+        TypeError: If it is not a list.
+    """
+    if isinstance(models, str | Path) or not isinstance(models, Sequence):
+        raise TypeError(f"`{argument}` must be a list of folders or hub names, got {models!r}")
 
 
 def find_folder(model: str | Path, argument: str = "models") -> Path:
     """
-    The folder of a model: a local path, or a hub name, of which a snapshot is fetched.
+    The folder of a model: a local path, or a hub name, of which the files that are read here are fetched.
 
     Raises:
-        FileNotFoundError: If it is a path, and there is nothing.
+        FileNotFoundError: If there is neither a folder nor a model of that name on the Hub.
     """
     if Path(model).exists():
         return Path(model)
@@ -47,113 +68,101 @@ def find_folder(model: str | Path, argument: str = "models") -> Path:
         raise FileNotFoundError(
             f"`{argument}`: {model} does not exist; give the folder of a saved model, or a hub name"
         )
-    return Path(snapshot_download(str(model)))
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=list(HUB_FILES)))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"`{argument}`: {model} is not a folder, and could not be fetched from the Hub "
+            f"({_first_line(error)}); correct the name, or fetch the model first"
+        ) from error
 
 
-def check_list(argument: str, models: Any) -> None:
+def find_models(models: Sequence[str | Path]) -> list[Path]:
     """
-    Refuse one name where a list of them is due.
+    The folders of full checkpoints; the word `"base"` stands for the base model that the others record.
 
     Raises:
-        TypeError: If it is no list.
+        FileNotFoundError: If a model is not there, or no folder or hub name of the base is recorded.
     """
-    if isinstance(models, str | Path) or not isinstance(models, Sequence):
-        raise TypeError(f"`{argument}` must be a list of folders or hub names, got {models!r}")
+    folders = {
+        number: find_folder(model, f"models[{number}]")
+        for number, model in enumerate(models)
+        if str(model) != BASE or Path(BASE).exists()
+    }
+    for number in set(range(len(models))) - folders.keys():
+        recorded = {base for folder in folders.values() if (base := recorded_base(folder))}
+        if len(recorded) != 1:
+            raise FileNotFoundError(
+                f"`models[{number}]={BASE}` is the base model that the others record, which is "
+                f"{sorted(recorded) or 'none'}; give its folder or hub name"
+            )
+        folders[number] = find_folder(recorded.pop(), f"models[{number}]={BASE}")
+    return [folders[number] for number in range(len(models))]
 
 
 @contextmanager
-def new_folder(output_dir: str | Path, parents: Sequence[Path], overwrite: bool) -> Iterator[Path]:
+def reading(path: Path) -> Iterator[None]:
     """
-    A temporary folder that becomes `output_dir` when the block ends well, and is removed when it does not.
+    Name the file that a library could not read, whatever the library raises.
 
-    Args:
-        output_dir (`str` or `Path`): The folder to write.
-        parents (`Sequence[Path]`): Folders that must not be it.
-        overwrite (`bool`): Whether a folder that is not empty may be replaced.
+    Files from outside may be torn or made by hand; what transformers, PEFT and tokenizers raise then is of any kind.
 
     Raises:
-        FileExistsError: If there is something at `output_dir`, and `overwrite` is not set.
-        ValueError: If `output_dir` is one of the parents, or holds one.
+        ValueError: In place of every error.
     """
-    output = Path(output_dir)
-    for parent in parents:
-        if output.resolve() in (parent.resolve(), *parent.resolve().parents):
-            raise ValueError(f"`output_dir={output}` holds the model {parent} that is merged; give another folder")
-    if output.is_file():
-        raise FileExistsError(f"`output_dir={output}` is a file; give a folder")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise FileExistsError(f"`output_dir={output}` is not an empty folder; give another, or set `overwrite`")
-    temporary, replaced = (output.with_name(f".{output.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    temporary.mkdir(parents=True)
     try:
-        yield temporary
-        if output.exists():
-            os.replace(output, replaced)
-        os.replace(temporary, output)
-    finally:
-        for leftover in (temporary, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic in tokenizers is no `Exception`
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {_first_line(error)}); copy or save it again"
+        ) from error
 
 
-def check_same_family(folders: Sequence[Path]) -> None:
+def _first_line(error: BaseException, length: int = 200) -> str:
+    """The message of an error in one line, cut when it is long."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def check_links(folder: Path) -> None:
     """
-    Compare configurations, vocabularies and codecs with those of the first model.
-
-    Warns where the model cards name different base models: the weights of models that do not come from one
-    initialisation have no meaningful average.
-
-    Args:
-        folders (`Sequence[Path]`): At least one model.
+    Refuse files that are links out of the folder, and JSON files that are broken.
 
     Raises:
-        FileNotFoundError: If a folder has no `config.json`.
-        ValueError: If a folder is broken or needs code of its own, or configurations, vocabularies or codecs differ;
-            the message says where.
+        ValueError: At the first one, by its name.
     """
-    for number, folder in enumerate(folders):
-        check_model(f"models[{number}]", folder)
-    first = folders[0]
-    config, vocabulary = _flat(_config(first).to_dict()), _vocabulary(first)
-    for other in folders[1:]:
-        theirs = _flat(_config(other).to_dict())
-        for key in sorted(config.keys() | theirs.keys()):
-            if config.get(key) != theirs.get(key):
-                raise ValueError(
-                    f"the models have different architectures: `{key}` is {config.get(key)!r} in {first} and "
-                    f"{theirs.get(key)!r} in {other}; give models of one architecture"
-                )
-        words = _vocabulary(other)
-        if vocabulary is not None and words is not None and words != vocabulary:
-            example = sorted(words.items() ^ vocabulary.items())[0][0]
-            raise ValueError(
-                f"the tokenizers of {first} and {other} have different vocabularies, as at {example!r}; "
-                "give models of one tokenizer"
-            )
-        for name in ("codec/config.json", "codec/codec.safetensors"):
-            pair = first / name, other / name
-            if all(path.is_file() for path in pair) and not filecmp.cmp(*pair, shallow=False):
-                raise ValueError(f"the codecs of {first} and {other} differ: {name}; give models of one codec")
-    warn_of_different_bases(folders)
+    for name in HUB_FILES:
+        for path in folder.glob(name):
+            file = own_file(folder, str(path.relative_to(folder)))
+            if file is not None and file.suffix == ".json":
+                read_json(file)
 
 
-def _config(folder: Path) -> Any:
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+def load_config(folder: Path) -> PreTrainedConfig:
+    """
+    The configuration of a model.
+
+    Raises:
+        ValueError: If transformers cannot read it.
+    """
+    with reading(folder / "config.json"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return config
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration with dotted keys, without what is not architecture."""
-    entries: dict[str, Any] = {}
-    for key, value in config.items():
-        if key not in NOT_ARCHITECTURE:
-            entries |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return entries
+def load_vocabulary(folder: Path) -> dict[str, int] | None:
+    """
+    Tokens and their ids; `None` where there is no tokenizer.
 
-
-def _vocabulary(folder: Path) -> dict[str, int] | None:
-    """Tokens and their ids; `None` where there is no tokenizer."""
+    Raises:
+        ValueError: If transformers cannot read it.
+    """
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+    with reading(folder / "tokenizer_config.json"):
+        vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
     return vocabulary
 
 
@@ -162,20 +171,23 @@ def load_card(file: Path) -> ModelCard:
     A model card.
 
     Raises:
-        ValueError: If what stands at its head is no YAML of plain values.
+        ValueError: If its head is not YAML of plain values.
     """
     try:
         return ModelCard.load(file)
-    except (yaml.YAMLError, ValueError) as error:
-        cause = " ".join(str(error).split())
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+        cause = _first_line(error)
         raise ValueError(f"{file} has a head that is no plain YAML ({cause}); mend the card, or remove it") from error
+
+
+# ---------------------------------------------------------------- the base
 
 
 def recorded_base(folder: Path) -> str | None:
     """The base model that an adapter's configuration or a model card names; `None` if neither does, or several."""
     config, card = folder / "adapter_config.json", folder / "README.md"
     if config.is_file():
-        base = json.loads(config.read_text()).get("base_model_name_or_path")
+        base = read_json(config).get("base_model_name_or_path")
     else:
         base = load_card(card).data.get("base_model") if card.is_file() else None
     return base if isinstance(base, str) else None
@@ -197,27 +209,62 @@ def warn_of_different_bases(folders: Sequence[Path]) -> None:
         )
 
 
-def copy_side_files(parents: Sequence[Path], folder: Path) -> None:
+# ---------------------------------------------------------------- side files
+
+
+def check_same_codec(folders: Sequence[Path]) -> None:
     """
-    Copy tokenizer, processor, codec and generation config of the first parent that has them, guidance off.
+    Compare codecs with that of the first model.
+
+    Raises:
+        ValueError: If one differs.
+    """
+    first = folders[0]
+    for other in folders[1:]:
+        for name in CODEC[:2]:
+            pair = first / name, other / name
+            if all(path.is_file() for path in pair) and not filecmp.cmp(*pair, shallow=False):
+                raise ValueError(f"the codecs of {first} and {other} differ: {name}; give models of one codec")
+
+
+def check_generation_config(folder: Path) -> None:
+    """
+    Read the generation config of a folder, if it has one.
+
+    Raises:
+        ValueError: If transformers cannot read it.
+    """
+    if (folder / "generation_config.json").is_file():
+        with reading(folder / "generation_config.json"):
+            GenerationConfig.from_pretrained(folder)
+
+
+def copy_side_files(parents: Sequence[Path], folder: Path, special_tokens: Mapping[str, JSON] | None = None) -> None:
+    """
+    Copy tokenizer, processor, codec and generation config of the first parent that has them, and turn guidance off.
+
+    Known files alone are copied. The rest of the generation config stays as it is.
 
     Args:
-        parents (`Sequence[Path]`): The merged models, the one that comes first in doubt first.
-        folder (`Path`): The merged model's; has a `config.json`.
+        parents (`Sequence[Path]`): The merged models, the preferred one first.
+        folder (`Path`): The merged model's.
+        special_tokens (`Mapping`, *optional*): Ids for the generation config, where it has none.
+
+    Raises:
+        ValueError: If a file is a link out of its folder, or broken.
     """
     for group in SIDE_FILES:
-        donor = next((parent for parent in parents if any((parent / name).exists() for name in group)), None)
+        donor = next((parent for parent in parents if any((parent / name).is_file() for name in group)), None)
         for name in group if donor else ():
-            source = donor / name  # type: ignore[operator]
-            if source.is_dir():
-                shutil.copytree(source, folder / name, dirs_exist_ok=True)
-            elif source.is_file():
+            if (source := own_file(donor or folder, name)) is not None:
+                (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source, folder / name)
-    if (folder / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(folder)
-    elif not (folder / "config.json").is_file():
-        return  # an adapter's
-    else:
-        generation = GenerationConfig.from_model_config(_config(folder))
-    generation.guidance_scale = 1.0  # guidance is in the weights; MusicGen's own default would apply it again
-    generation.save_pretrained(folder)
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        if not (folder / "config.json").is_file():
+            return  # an adapter's
+        GenerationConfig.from_model_config(load_config(folder)).save_pretrained(folder)
+    generation = read_json(file)
+    generation |= {name: ids for name, ids in (special_tokens or {}).items() if generation.get(name) is None}
+    generation["guidance_scale"] = 1.0  # guidance is in the weights; MusicGen's own default would apply it again
+    write_text(file, json.dumps(generation, indent=2, sort_keys=True) + "\n")

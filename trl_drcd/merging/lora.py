@@ -1,22 +1,37 @@
-"""LoRA adapters as they lie in files: what of them is linear, and their factors with the scaling in them."""
+"""LoRA adapters as files: which of them are linear in their products, and their factors."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from numbers import Real
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
+from trl_drcd.files import own_file
+from trl_drcd.merging.folders import ADAPTER_FILES, check_links, reading
 from trl_drcd.validation.model_folders import check_adapter_folder
+from trl_drcd.validation.saved_files import read_json
 
 PREFIX = "base_model.model."
-# Options under which the change of the weights is not `scaling * B @ A`, and why their products have no LERP
-NOT_LINEAR = {
+# Entries of a configuration with which the change of the weights is still `scaling * B @ A`; `init_lora_weights` is
+# looked at separately, and with it the configurations of initialisations
+LINEAR = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "lora_bias"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "layer_replication"),
+    *("fan_in_fan_out", "bias", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("megatron_core", "qalora_group_size", "runtime_config"),
+}
+# All others are refused; why, where it is known
+REASONS = {
     "use_dora": "DoRA rescales the columns of the weights, which is not linear",
     "use_qalora": "QA-LoRA pools its inputs",
     "use_bdlora": "its factors are block-diagonal",
@@ -29,7 +44,7 @@ NOT_LINEAR = {
     "target_parameters": "adapters of bare parameters are not supported here",
 }
 # Initialisations that leave the base weights as they are
-PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 REMEDY = (
     "merge each adapter into the base first (`interpolate_adapters([adapter], [1.0], folder, base_model=base)`), then "
     "use `interpolate_checkpoints`"
@@ -42,21 +57,32 @@ def check_linear(config: LoraConfig, name: str) -> None:
 
     Args:
         config (`LoraConfig`): The adapter's.
-        name (`str`): What it is called in the message.
+        name (`str`): What messages call it.
 
     Raises:
         ValueError: With the reason, and what to do instead.
     """
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{name} is a {getattr(config, 'peft_type', type(config))} adapter; only LoRA is supported")
-    for option, reason in NOT_LINEAR.items():
-        if getattr(config, option, None):
-            raise ValueError(f"{name} has `{option}={getattr(config, option)}`: {reason}; {REMEDY}")
+    for option, value in unusual(config).items():
+        reason = REASONS.get(option, "what it does is not known here")
+        raise ValueError(f"{name} has `{option}={value}`: {reason}; {REMEDY}")
     if config.init_lora_weights not in PLAIN_INITS:
         raise ValueError(
             f"{name} has `init_lora_weights={config.init_lora_weights!r}`, which changes the base weights too; "
             "save it with `path_initial_model_for_weight_conversion`, or " + REMEDY
         )
+
+
+def unusual(config: LoraConfig) -> dict[str, object]:
+    """The entries of a configuration, not of [`LINEAR`], that are set to something."""
+    found = {}
+    for entry in fields(config):
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        value = getattr(config, entry.name)
+        if entry.name not in LINEAR and value and value != default:
+            found[entry.name] = value
+    return found
 
 
 @dataclass
@@ -98,6 +124,11 @@ class Adapter:
             )
         return alpha / math.sqrt(rank) if self.config.use_rslora else alpha / rank
 
+    def nbytes(self) -> int:
+        """Bytes that the tensors take in float32."""
+        tensors = [*(t for pair in self.factors.values() for t in pair), *self.biases.values(), *self.full.values()]
+        return 4 * sum(tensor.numel() for tensor in tensors)
+
 
 def load_adapter(folder: Path, argument: str = "adapters") -> Adapter:
     """
@@ -105,29 +136,83 @@ def load_adapter(folder: Path, argument: str = "adapters") -> Adapter:
 
     Raises:
         FileNotFoundError: If the folder lacks `adapter_config.json` or `adapter_model.safetensors`.
-        ValueError: If it is of a kind that has no exact interpolation, or a file is broken.
+        ValueError: If it is of a kind that has no exact interpolation, a file is broken, or a link out of the folder.
     """
+    check_links(folder)
     check_adapter_folder(argument, folder)
-    config: Any = PeftConfig.from_pretrained(str(folder))
-    adapter = Adapter(folder, config)
-    tensors = load_file(folder / "adapter_model.safetensors")
+    adapter = Adapter(folder, load_adapter_config(folder, argument))
+    file = own_file(folder, ADAPTER_FILES[1]) or folder / ADAPTER_FILES[1]
+    with reading(file):
+        tensors = load_file(file)
     for key, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if not tensor.is_floating_point():
+            raise ValueError(f"`{argument}`: {key} of {folder} is {tensor.dtype}; give an adapter of floats")
+        if not tensor.float().isfinite().all():
             raise ValueError(f"`{argument}`: {key} of {folder} is NaN or infinite; give an adapter of finite weights")
-        if key.endswith((".lora_B.weight", ".lora_embedding_B")):
-            continue  # with their A
-        if key.endswith((".lora_A.weight", ".lora_embedding_A")):
-            partner = key.replace(".lora_A.", ".lora_B.").replace(".lora_embedding_A", ".lora_embedding_B")
-            if partner not in tensors:
-                raise ValueError(f"`{argument}`: {folder} has no {partner} beside {key}; copy or save it again")
-            module = key.removesuffix(".lora_A.weight").removesuffix(".lora_embedding_A")
-            adapter.factors[module] = tensor, tensors[partner]
-            if key.endswith("_A"):
-                adapter.embeddings.add(module)
-        elif key.endswith(".lora_B.bias"):
-            adapter.biases[key.removesuffix(".lora_B.bias")] = tensor
-        elif ".lora_" in key and "lora_magnitude_vector" not in key:
-            raise ValueError(f"{key} of {folder} is of a kind that is not known here; {REMEDY}")
-        else:
-            adapter.full[key] = tensor
+        _sort(adapter, key, tensors, argument)
     return adapter
+
+
+def _sort(adapter: Adapter, key: str, tensors: Mapping[str, torch.Tensor], argument: str) -> None:
+    """Put one tensor of an adapter's file where it belongs, by its name."""
+    if key.endswith((".lora_B.weight", ".lora_embedding_B")):
+        partner = key.replace(".lora_B.", ".lora_A.").replace(".lora_embedding_B", ".lora_embedding_A")
+        if partner not in tensors:
+            raise ValueError(f"`{argument}`: {adapter.folder} has no {partner} beside {key}; copy or save it again")
+    elif key.endswith((".lora_A.weight", ".lora_embedding_A")):
+        partner = key.replace(".lora_A.", ".lora_B.").replace(".lora_embedding_A", ".lora_embedding_B")
+        if partner not in tensors:
+            raise ValueError(f"`{argument}`: {adapter.folder} has no {partner} beside {key}; copy or save it again")
+        module = key.removesuffix(".lora_A.weight").removesuffix(".lora_embedding_A")
+        a, b = tensors[key], tensors[partner]
+        if a.ndim != b.ndim or a.ndim < 2 or a.shape[0] != b.shape[1]:
+            shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+            raise ValueError(f"`{argument}`: A and B of {module} of {adapter.folder} have the shapes {shapes}")
+        adapter.factors[module] = a, b
+        if key.endswith("_A"):
+            adapter.embeddings.add(module)
+    elif key.endswith(".lora_B.bias"):
+        adapter.biases[key.removesuffix(".lora_B.bias")] = tensors[key]
+    elif ".lora_" in key and "lora_magnitude_vector" not in key:
+        raise ValueError(f"{key} of {adapter.folder} is of a kind that is not known here; {REMEDY}")
+    else:
+        adapter.full[key] = tensors[key]
+
+
+def load_adapter_config(folder: Path, argument: str = "adapters") -> LoraConfig:
+    """
+    The configuration of a LoRA adapter.
+
+    Raises:
+        ValueError: If it is broken, or has an entry that the installed PEFT does not know, and would ignore.
+    """
+    file = folder / ADAPTER_FILES[0]
+    raw = read_json(file)
+    known = {entry.name for entry in fields(LoraConfig)}
+    if unknown := sorted(name for name, value in raw.items() if name not in known and value):
+        raise ValueError(
+            f"`{argument}`: {file} has `{unknown[0]}={raw[unknown[0]]}`, which the installed peft does not know; "
+            "install the version that wrote it"
+        )
+    for name in ("r", "lora_alpha"):
+        if not _is_positive(raw.get(name, 8)):
+            raise ValueError(f"`{argument}`: {file} has `{name}={raw[name]!r}`; it must be a positive number")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not _is_pattern(pattern := raw.get(name) or {}):
+            raise ValueError(f"`{argument}`: {file} has `{name}={pattern!r}`; it must map patterns to numbers above 0")
+    with reading(file):
+        config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"`{argument}`: {folder} is a {config.peft_type} adapter; only LoRA is supported")
+    return config
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+
+
+def _is_pattern(value: object) -> bool:
+    try:
+        return isinstance(value, dict) and all(re.compile(key) and _is_positive(value[key]) for key in value)
+    except re.error:
+        return False

@@ -6,10 +6,10 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from trl_drcd.files import own_file
 from trl_drcd.validation.saved_files import INDEX, open_safetensors, weight_files
 
 DTYPES = {
@@ -17,25 +17,29 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Spec = tuple[torch.dtype, tuple[int, ...]]
+Specs = Mapping[str, Spec]
 
 
 class Checkpoint:
     """
-    The tensors of a folder with `model.safetensors`, in one file or in shards; nothing is read before it is asked for.
+    The tensors of a folder with `model.safetensors`, in one file or in shards, each read when it is asked for.
 
     Args:
         folder (`Path`): The folder.
 
     Raises:
         FileNotFoundError: If it holds no safetensors checkpoint.
-        ValueError: If a file is torn, or the index names one outside the folder.
+        ValueError: If a file is torn, a link out of the folder, or named by the index outside it.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        handles = {name: open_safetensors(folder / name) for name in weight_files(folder)}
+        handles = {name: open_safetensors(own_file(folder, name) or folder / name) for name in weight_files(folder)}
         self.files: dict[str, list[str]] = {name: list(handle.keys()) for name, handle in handles.items()}
         self._handles = {tensor: handles[name] for name, tensors in self.files.items() for tensor in tensors}
+        if len(self._handles) < sum(map(len, self.files.values())):
+            raise ValueError(f"{folder} has a tensor in two of its files; copy or save it again")
 
     def __contains__(self, name: str) -> bool:
         return name in self._handles
@@ -48,9 +52,9 @@ class Checkpoint:
         """Names of all tensors."""
         return list(self._handles)
 
-    def spec(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+    def spec(self, name: str) -> Spec:
         """Data type and shape of a tensor, without reading it."""
-        view: Any = self._handles[name].get_slice(name)
+        view = self._handles[name].get_slice(name)
         dtype = DTYPES.get(view.get_dtype())
         if dtype is None:
             raise ValueError(
@@ -59,15 +63,18 @@ class Checkpoint:
         return dtype, tuple(view.get_shape())
 
 
-def write_safetensors(
-    path: Path, specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], tensor_of: Callable[[str], torch.Tensor]
-) -> int:
+def size_of(specs: Specs) -> int:
+    """Bytes of all tensors."""
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values())
+
+
+def write_safetensors(path: Path, specs: Specs, tensor_of: Callable[[str], torch.Tensor]) -> int:
     """
     Write a safetensors file with one tensor in memory at a time; `safetensors.torch.save_file` needs them all.
 
     Args:
         path (`Path`): The file.
-        specs (`dict`): Name of each tensor to its data type and shape.
+        specs (`Mapping`): Name of each tensor to its data type and shape.
         tensor_of (`Callable`): Makes the tensor of a name, when its turn comes.
 
     Returns:
@@ -78,7 +85,7 @@ def write_safetensors(
     """
     # As the library does: wide data types first, so that every tensor is aligned
     order = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
         dtype, shape = specs[name]
@@ -99,7 +106,7 @@ def write_safetensors(
 def write_checkpoint(
     folder: Path,
     files: Mapping[str, Sequence[str]],
-    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    specs: Specs,
     tensor_of: Callable[[str], torch.Tensor],
 ) -> None:
     """

@@ -94,6 +94,9 @@ def weight_files(folder: Path) -> list[str]:
     """
     Names of the safetensors files of a checkpoint, in one file or in shards.
 
+    Where a single file lies beside an index, transformers loads the single file, and so it is named here; the index
+    is checked all the same.
+
     Raises:
         ValueError: If the index of the shards is broken, or names a file outside the folder.
     """
@@ -105,4 +108,4 @@ def weight_files(folder: Path) -> list[str]:
     for name in shards.values():
         if not isinstance(name, str) or PurePath(name).name != name or "\\" in name or "\0" in name:
             raise ValueError(f"{folder / INDEX} names the file {name!r}; shards must lie in the folder itself")
-    return sorted(set(shards.values()))
+    return [WEIGHTS] if (folder / WEIGHTS).is_file() else sorted(set(shards.values()))

@@ -1,0 +1,166 @@
+"""
+Compare the models of a merge: their architectures, vocabularies and codecs must be the same.
+
+Architecture is what decides shapes and computation. A configuration holds more: how the model was trained (dropout,
+initialisation, losses), how it is sampled, how its outputs are labelled, and which tokens are special. In these the
+models may differ: the merged model takes them from the first one, and special tokens that the first one does not set
+from the first that does.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import GenerationConfig
+
+from trl_drcd.merging.folders import (
+    JSON,
+    check_generation_config,
+    check_links,
+    check_same_codec,
+    load_config,
+    load_vocabulary,
+    warn_of_different_bases,
+)
+from trl_drcd.validation.model_folders import check_model
+
+SPECIAL_TOKENS = {
+    *("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id"),
+    *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
+}
+NOT_ARCHITECTURE = {
+    # where it came from, and how it is run
+    *("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype", "torchscript"),
+    *("_attn_implementation", "attn_implementation", "_experts_implementation", "pretraining_tp"),
+    *("chunk_size_feed_forward", "return_dict", "gradient_checkpointing"),
+    # training
+    *("attention_probs_dropout_prob", "hidden_dropout_prob", "classifier_dropout_prob", "drop_path_rate"),
+    *("initializer_range", "initializer_factor", "initializer_std", "initializer_cutoff_factor", "init_std"),
+    *("embed_init_std", "init_xavier_std", "aux_loss_coef", "router_aux_loss_coef", "router_z_loss_coef"),
+    *("router_jitter_noise", "output_router_logits"),
+    # labels, and the tokenizer's class
+    *("id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "tokenizer_class", "prefix"),
+    # sampling, which older configurations hold too
+    *(set(GenerationConfig().to_dict()) - SPECIAL_TOKENS),
+}
+DROPOUT = re.compile(r"(?<!token_)(dropout(_rate|_p)?|pdrop|layerdrop)$")
+# Families that count positions from the padding id on
+POSITIONS_FROM_PAD = {
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "xmod", "data2vec-text"),
+    *("trocr", "xglm"),
+}
+
+
+@dataclass(frozen=True)
+class SpecialToken:
+    """
+    A special token in which the models differ.
+
+    Args:
+        key (`str`): Entry of `config.json`, with dots where it is nested.
+        value (`int`, `list`): The id or ids that the merged model gets.
+        donor (`Path`): The model that they come from: the first that sets them.
+        others (`dict`): What the models that differ have.
+    """
+
+    key: str
+    value: JSON
+    donor: Path
+    others: dict[Path, JSON]
+
+    def __str__(self) -> str:
+        have = ", ".join(f"{folder.name} {_set(value)}" for folder, value in self.others.items())
+        return f"`{self.key}` is {self.value}, from {self.donor.name}; {have}"
+
+
+def _set(value: JSON) -> str:
+    return "does not set it" if value is None else f"has {value}"
+
+
+def check_same_family(folders: Sequence[Path]) -> list[SpecialToken]:
+    """
+    Compare configurations, vocabularies and codecs with those of the first model.
+
+    Warns where the model cards name different base models (the weights of models that do not come from one
+    initialisation have no meaningful average), and where two models set different special tokens.
+
+    Args:
+        folders (`Sequence[Path]`): At least one model.
+
+    Returns:
+        `list[SpecialToken]`: Those in which the models differ.
+
+    Raises:
+        FileNotFoundError: If a folder has no `config.json`.
+        ValueError: If a folder is broken, has links out of it or needs code of its own, or architectures, vocabularies
+            or codecs differ; the message says where.
+    """
+    for number, folder in enumerate(folders):
+        check_links(folder)
+        check_model(f"models[{number}]", folder)
+        check_generation_config(folder)
+    configs = {folder: flat(load_config(folder).to_dict()) for folder in folders}
+    for folder in folders[1:]:
+        _check_same_architecture(folders[0], folder, configs)
+    _check_same_vocabulary(folders)
+    check_same_codec(folders)
+    warn_of_different_bases(folders)
+    return special_tokens(configs)
+
+
+def flat(config: Mapping[str, JSON], prefix: str = "") -> dict[str, JSON]:
+    """A nested configuration with dotted keys, without what is not architecture; special tokens included."""
+    entries: dict[str, JSON] = {}
+    for key, value in config.items():
+        if key not in NOT_ARCHITECTURE and not DROPOUT.search(key):
+            entries |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return entries
+
+
+def is_special_token(key: str) -> bool:
+    """Whether a dotted key of a configuration names a special token."""
+    return key.rpartition(".")[2] in SPECIAL_TOKENS
+
+
+def _check_same_architecture(first: Path, other: Path, configs: Mapping[Path, Mapping[str, JSON]]) -> None:
+    ours, theirs = configs[first], configs[other]
+    positions = ours.get("model_type") in POSITIONS_FROM_PAD
+    for key in sorted(ours.keys() | theirs.keys()):
+        decides = not is_special_token(key) or (positions and key == "pad_token_id")
+        if decides and ours.get(key) != theirs.get(key):
+            raise ValueError(
+                f"the models have different architectures: `{key}` is {ours.get(key)!r} in {first} and "
+                f"{theirs.get(key)!r} in {other}; give models of one architecture"
+            )
+
+
+def _check_same_vocabulary(folders: Sequence[Path]) -> None:
+    """Compare the tokenizers of all models with that of the first one that has one."""
+    found = {folder: words for folder in folders if (words := load_vocabulary(folder)) is not None}
+    for other, words in found.items():
+        first, vocabulary = next(iter(found.items()))
+        if words != vocabulary:
+            example = sorted(words.items() ^ vocabulary.items())[0][0]
+            raise ValueError(
+                f"the tokenizers of {first} and {other} have different vocabularies, as at {example!r}; "
+                "give models of one tokenizer"
+            )
+
+
+def special_tokens(configs: Mapping[Path, Mapping[str, JSON]]) -> list[SpecialToken]:
+    """The special tokens in which configurations differ; warns where two of them set different ids."""
+    found = []
+    for key in sorted({key for config in configs.values() for key in config if is_special_token(key)}):
+        values = {folder: config.get(key) for folder, config in configs.items()}
+        donor = next((folder for folder, value in values.items() if value is not None), None)
+        others = {folder: value for folder, value in values.items() if donor and value != values[donor]}
+        if donor and others:
+            token = SpecialToken(key, values[donor], donor, others)
+            found.append(token)
+            if any(value is not None for value in others.values()):
+                warnings.warn(f"the models have different special tokens: {token}", stacklevel=4)
+    return found

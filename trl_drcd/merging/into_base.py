@@ -1,0 +1,80 @@
+"""Write a full checkpoint: a base model with a LoRA adapter in its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from trl_drcd.merging.folders import load_config, reading
+from trl_drcd.merging.lora import PREFIX, REASONS, Adapter, unusual
+from trl_drcd.validation.model_folders import load_model
+
+# Kinds that are not linear, or not LoRA of modules, but whose merge into the base is exact (tested)
+MERGEABLE = {"use_dora", "target_parameters", "velora_config"}
+
+
+def write_into_base(adapter: Path, parents: Sequence[tuple[Adapter, float]], base: Path, folder: Path) -> None:
+    """
+    Write the base with the adapter in its weights, computed in float32 and rounded once to the base's data type.
+
+    Raises:
+        ValueError: If the base and the adapter do not fit, or the weights cannot hold the adapter; the message says
+            why.
+    """
+    config = load_config(base)
+    with reading(base):
+        model = load_model(base, dtype=torch.float32)
+    _check_mergeable(parents, base)
+    if getattr(config, "tie_word_embeddings", False):
+        _check_tied_weights(model, parents, base)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+        _check_all_found(adapted, parents)
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except Exception as error:  # of any kind: PEFT's own checks, and errors of shapes
+        raise ValueError(
+            f"`base_model={base}` does not fit the adapter, by its shapes or its modules; give the base that the "
+            f"adapter was trained on ({type(error).__name__}: {str(error).splitlines()[-1].strip()})"
+        ) from error
+    merged.to(config.dtype or torch.float32).save_pretrained(folder)
+
+
+def _check_mergeable(parents: Sequence[tuple[Adapter, float]], base: Path) -> None:
+    """Refuse adapters whose effect no weights of the base can hold, or of whose merge nothing is known."""
+    for parent, _ in parents:
+        if parent.config.layer_replication:
+            raise ValueError(
+                f"{parent.folder} has `layer_replication={parent.config.layer_replication}`: the copies share the "
+                "weights of the base, which cannot hold the changes of each. Keep the adapter apart: no `base_model`"
+            )
+        if hit := sorted(unusual(parent.config).keys() - MERGEABLE):
+            reason = REASONS.get(hit[0], "what it does is not known here")
+            raise ValueError(
+                f"{parent.folder} has `{hit[0]}={getattr(parent.config, hit[0])}`: {reason}, and no merge into the "
+                "base is known to be exact. Keep the adapter apart: no `base_model`"
+            )
+
+
+def _check_tied_weights(model: PreTrainedModel, parents: Sequence[tuple[Adapter, float]], base: Path) -> None:
+    """Refuse changes of a tied embedding or head: PEFT adds the change of either one to the tensor that is both."""
+    both = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = [f"{PREFIX}{name}." for name, module in model.named_modules() if any(module is one for one in both)]
+    changed = {key for parent, _ in parents for key in parent.factors}
+    if not parents[0][0].config.ensure_weight_tying:  # else a saved module, and its copy, are one tensor again
+        changed |= {key for parent, _ in parents for key in parent.full if "token_adapter" not in key}
+    if hit := sorted(key for key in changed if f"{key}.".startswith(tuple(names))):
+        raise ValueError(
+            f"{base} ties its embedding and its head, and the adapter changes one of them ({hit[0]}): the merged "
+            "tensor would be both. Keep the adapter apart: no `base_model`"
+        )
+
+
+def _check_all_found(adapted: PeftModel, parents: Sequence[tuple[Adapter, float]]) -> None:
+    """Refuse a base that lacks a module of the adapter: PEFT leaves such tensors out with a warning."""
+    have = {name for name, _ in adapted.named_modules()}
+    if lacking := sorted({module for parent, _ in parents for module in parent.factors} - have):
+        raise ValueError(f"the base has no {lacking[0].removeprefix(PREFIX)}")

@@ -1,0 +1,270 @@
+"""
+A folder that appears under its name complete, or not at all, and never at the cost of another one.
+
+The result is written to a staging folder beside its name, of a name that nobody can guess. It takes its name by one
+`rename` where the name is free, and by one exchange of the two folders (`renameat2`, Linux) where a folder is
+replaced, so that at every moment one complete folder has the name. Where the system or the file system cannot exchange
+(macOS, Windows, some network and FUSE mounts), two renames do it: a kill between them leaves the old folder beside its
+name, and the next merge to that name puts it back.
+
+A lock file, `.NAME.lock`, keeps two processes from writing one folder. The kernel releases the lock when a process
+ends, however it ends; so who holds the lock may remove the staging folders of that name: their owners are dead.
+Without locks of files (Windows, some network mounts) there is none, and dead staging folders stay.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import glob
+import os
+import re
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
+
+from trl_drcd.files import check_room, disk_errors
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+STAGING, REPLACED = "merging", "replaced"
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+
+Contents = dict[str, tuple[int, int, int]]
+
+
+@contextmanager
+def new_folder(
+    output_dir: str | Path, parents: Sequence[Path], overwrite: bool, needed_bytes: int = 0
+) -> Iterator[Path]:
+    """
+    A staging folder that becomes `output_dir` when the block ends well, and is removed when it does not.
+
+    Its parent is private to this call and removed at the end: the place for further temporary files. SIGTERM and
+    SIGHUP end the block as Ctrl-C does. What appeared or changed at `output_dir` in the meantime is never touched: the
+    finished result is then kept in a folder beside it, which the error names.
+
+    Args:
+        output_dir (`str` or `Path`): The folder to write; a link to a folder stays, and its target is written.
+        parents (`Sequence[Path]`): Folders that must not be it.
+        overwrite (`bool`): Whether a folder that is not empty may be replaced.
+        needed_bytes (`int`, *optional*, defaults to 0): Room that the result takes.
+
+    Raises:
+        FileExistsError: If there is something at `output_dir`, and `overwrite` is not set; if another process is
+            writing it; or if it changed in the meantime.
+        OSError: If the disk has too little room, or is not writable.
+        ValueError: If `output_dir` is one of the parents, holds one, or is a mount point.
+    """
+    output = Path(os.path.realpath(output_dir))
+    _check_output(output_dir, output, parents, overwrite)
+    with disk_errors(Path(output_dir)):
+        check_room(output, needed_bytes)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with _unwound_by_signals(), _locked(output):
+            _clean_up(output)
+            _check_output(output_dir, output, parents, overwrite)  # the former owner of the lock may have written it
+            before = contents(output)
+            private = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=f".{STAGING}", dir=output.parent))
+            try:
+                staging = private / "result"
+                staging.mkdir()
+                yield staging
+                _publish(staging, output, before)
+            finally:
+                shutil.rmtree(private, ignore_errors=True)
+
+
+def _check_output(given: str | Path, output: Path, parents: Sequence[Path], overwrite: bool) -> None:
+    """Refuse an output folder that must not be written, before anything is computed."""
+    for parent in parents:
+        if output in (parent.resolve(), *parent.resolve().parents):
+            raise ValueError(f"`output_dir={given}` holds the model {parent} that is merged; give another folder")
+    if output.is_file():
+        raise FileExistsError(f"`output_dir={given}` is a file; give a folder")
+    if output.is_mount():
+        raise ValueError(
+            f"`output_dir={given}` is a mount point, which no finished folder can replace; give a folder inside it"
+        )
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise FileExistsError(f"`output_dir={given}` is not an empty folder; give another, or set `overwrite`")
+
+
+# ---------------------------------------------------------------- publishing
+
+
+def contents(folder: Path) -> Contents | None:
+    """Inode, size in bytes and time of the last change in ns of all that a folder holds; `None` without a folder."""
+    if not folder.is_dir():
+        return None
+    found: Contents = {}
+    for root, folders, files in os.walk(folder):
+        for path in [Path(root), *(Path(root, name) for name in [*folders, *files])]:
+            with suppress(FileNotFoundError):  # removed at this moment: a difference to the other listing
+                status = path.lstat()
+                found[str(path.relative_to(folder))] = status.st_ino, status.st_size, status.st_mtime_ns
+    return found
+
+
+def _publish(staging: Path, output: Path, before: Contents | None) -> None:
+    """Give the result its name, if what has the name now is what had it at the start."""
+    _synchronise(staging)
+    if contents(output) != before:
+        _keep(staging, output)
+    if before is None or len(before) == 1:  # no folder, or an empty one
+        try:
+            os.rename(staging, output)  # replaces nothing but an empty folder
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                _keep(staging, output)
+            raise
+        return
+    _swap(staging, output)
+    if contents(staging) != before:  # written to between the comparison and the exchange
+        _swap(staging, output)
+        _keep(staging, output)
+
+
+def _swap(staging: Path, output: Path) -> None:
+    """Exchange the names of two folders of one file system: in one step, or else in renames."""
+    try:
+        exchange(staging, output)
+    except OSError as error:
+        if error.errno not in NO_EXCHANGE:
+            raise
+        aside = output.with_name(f".{output.name}.{secrets.token_hex(4)}.{REPLACED}")
+        os.rename(output, aside)
+        try:
+            os.rename(staging, output)
+        except OSError:
+            os.rename(aside, output)
+            raise
+        os.rename(aside, staging)
+
+
+def exchange(first: Path, second: Path) -> None:
+    """
+    Exchange the names of two folders in one step.
+
+    Raises:
+        OSError: If the system or the file system cannot, with an `errno` of `NO_EXCHANGE`; or as `rename` does.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if renameat2 is None:
+        raise OSError(errno.ENOSYS, "the system cannot exchange two folders")
+    if renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(first), None, str(second))
+
+
+def _keep(staging: Path, output: Path) -> NoReturn:
+    """
+    Move the result to a free name beside `output_dir`.
+
+    Raises:
+        FileExistsError: Always; it names the folder.
+    """
+    kept = output.with_name(f"{output.name}-{secrets.token_hex(4)}")
+    os.rename(staging, kept)
+    raise FileExistsError(
+        f"`output_dir={output}` appeared or changed while the merge ran, and is left as it is; the finished merge is "
+        f"in {kept}: rename it, or merge again with `overwrite`"
+    )
+
+
+def _synchronise(folder: Path) -> None:
+    """Let all files reach the disk, so that not even a power failure leaves half a file under a complete name."""
+    for root, _, files in os.walk(folder):
+        for path in [*(Path(root, name) for name in files), *([Path(root)] if os.name == "posix" else [])]:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+# ---------------------------------------------------------------- other processes
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Hold the lock of an output folder; the lock file is removed at the end."""
+    path = output.with_name(f".{output.name}.lock")
+    descriptor = _acquire(path, output)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            path.unlink(missing_ok=True)  # before the lock is released: see `_acquire`
+            os.close(descriptor)
+
+
+def _acquire(path: Path, output: Path) -> int | None:
+    """
+    The descriptor of the lock file, locked; `None` where there are no locks.
+
+    Raises:
+        FileExistsError: If another process, or another thread, holds the lock.
+    """
+    while fcntl is not None:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if path.lstat().st_ino == os.fstat(descriptor).st_ino:
+                    return descriptor
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise FileExistsError(
+                f"`output_dir={output}` is being written by another merge; wait for it, or give another folder"
+            ) from error
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in NO_LOCKS:
+                return None
+            raise
+        os.close(descriptor)  # its former owner has removed this file: take the lock of the new one
+    return None
+
+
+def _clean_up(output: Path) -> None:
+    """Remove what killed merges left beside an output folder whose lock is held; put back a folder they moved."""
+    if fcntl is None:
+        return
+    for path in output.parent.glob(f".{glob.escape(output.name)}.*"):
+        if re.fullmatch(rf"[a-z0-9_]{{8}}\.({STAGING}|{REPLACED})", path.name.removeprefix(f".{output.name}.")):
+            if path.suffix == f".{REPLACED}" and not output.exists():
+                os.rename(path, output)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _unwound_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise `SystemExit` with the exit code of the signal, so that `finally` runs."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()  # no other can set handlers
+    numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")] if main else []
+    chosen = [number for number in numbers if number and signal.getsignal(number) == signal.SIG_DFL]
+    for number in chosen:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in chosen:
+            signal.signal(number, signal.SIG_DFL)
