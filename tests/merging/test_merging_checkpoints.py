@@ -59,7 +59,7 @@ def test_the_ends_come_back_bit_for_bit(music, tmp_path, weights, which):
 def test_the_folder_of_a_music_model_is_complete(music, tmp_path):
     merged = interpolate_checkpoints(music, [0.5, 0.5], tmp_path / "merged")
     assert {path.name for path in merged.iterdir()} == {
-        *("README.md", "codec", "config.json", "generation_config.json", "model.safetensors"),
+        *("README.md", "codec", "config.json", "generation_config.json", "merge.yaml", "model.safetensors"),
         *("tokenizer.json", "tokenizer_config.json"),
     }
     assert not [path.name for path in tmp_path.iterdir() if path.name != "merged"]
