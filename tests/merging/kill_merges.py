@@ -8,7 +8,7 @@ Kill merges with SIGKILL at random moments, and look at what is left.
 Each merge runs in a process of its own, forked from this one, and replaces the result of the one before, with other
 weights. After each kill the folder must be complete: the merge that its `merge.yaml` records, every file of it, every
 tensor. After the next merge nothing may be left beside it. Without the exchange of two folders (as on macOS and some
-network mounts) the folder may lie beside its name until the next merge; then it is looked at after that merge has begun.
+network mounts) the folder may lie beside its name until the next merge begins, and is looked at then.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -111,7 +112,7 @@ def kill(models: list[Path], output: Path, kills: int, seed: int, with_exchange:
     duration = time.perf_counter() - start
     for number in range(kills):
         before = yaml.safe_load((output / "merge.yaml").read_text())["weights"][1]
-        child = forked(lambda weight=chance.random(): merge(models, weight, output))
+        child = forked(partial(merge, models, chance.random(), output))
         time.sleep(chance.uniform(0, 1.3 * duration))
         os.kill(child, signal.SIGKILL)
         killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])

@@ -25,7 +25,7 @@ from trl_drcd.merging.cards import write_card, write_record
 from trl_drcd.merging.folders import (
     ADAPTER_FILES,
     BASE,
-    check_links,
+    check_files,
     check_list,
     copy_side_files,
     find_folder,
@@ -89,7 +89,7 @@ def interpolate_adapters(
     found = _load_adapters(named)
     base_folder = find_folder(base_model, "base_model") if base_model else None
     if base_folder:
-        check_links(base_folder)
+        check_files("base_model", base_folder)
         check_model("base_model", base_folder)
     used = [(found[name], weight) for name, weight in named if name != BASE and weight != 0]
     if not used:

@@ -19,8 +19,8 @@ from transformers import GenerationConfig
 
 from trl_drcd.merging.folders import (
     JSON,
+    check_files,
     check_generation_config,
-    check_links,
     check_same_codec,
     load_config,
     load_vocabulary,
@@ -100,7 +100,7 @@ def check_same_family(folders: Sequence[Path]) -> list[SpecialToken]:
             or codecs differ; the message says where.
     """
     for number, folder in enumerate(folders):
-        check_links(folder)
+        check_files(f"models[{number}]", folder)
         check_model(f"models[{number}]", folder)
         check_generation_config(folder)
     configs = {folder: flat(load_config(folder).to_dict()) for folder in folders}

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from trl_drcd.files import local_name, own_file, write_text
+from trl_drcd.validation.messages import prefix_errors
 from trl_drcd.validation.model_folders import is_hub_name
 from trl_drcd.validation.saved_files import INDEX, WEIGHTS, read_json
 
@@ -126,18 +127,19 @@ def _first_line(error: BaseException, length: int = 200) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-def check_links(folder: Path) -> None:
+def check_files(argument: str, folder: Path) -> None:
     """
     Refuse files that are links out of the folder, and JSON files that are broken.
 
     Raises:
         ValueError: At the first one, by its name.
     """
-    for name in HUB_FILES:
-        for path in folder.glob(name):
-            file = own_file(folder, str(path.relative_to(folder)))
-            if file is not None and file.suffix == ".json":
-                read_json(file)
+    with prefix_errors(argument):
+        for name in HUB_FILES:
+            for path in folder.glob(name):
+                file = own_file(folder, str(path.relative_to(folder)))
+                if file is not None and file.suffix == ".json":
+                    read_json(file)
 
 
 def load_config(folder: Path) -> PreTrainedConfig:

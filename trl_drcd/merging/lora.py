@@ -15,7 +15,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
 from trl_drcd.files import own_file
-from trl_drcd.merging.folders import ADAPTER_FILES, check_links, reading
+from trl_drcd.merging.folders import ADAPTER_FILES, check_files, reading
 from trl_drcd.validation.model_folders import check_adapter_folder
 from trl_drcd.validation.saved_files import read_json
 
@@ -138,7 +138,7 @@ def load_adapter(folder: Path, argument: str = "adapters") -> Adapter:
         FileNotFoundError: If the folder lacks `adapter_config.json` or `adapter_model.safetensors`.
         ValueError: If it is of a kind that has no exact interpolation, a file is broken, or a link out of the folder.
     """
-    check_links(folder)
+    check_files(argument, folder)
     check_adapter_folder(argument, folder)
     adapter = Adapter(folder, load_adapter_config(folder, argument))
     file = own_file(folder, ADAPTER_FILES[1]) or folder / ADAPTER_FILES[1]
