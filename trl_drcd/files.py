@@ -87,7 +87,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise OSError(number, f"no room: {room(path)}", str(path)) from error
         if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
             cause = os.strerror(error.errno or 0).lower()
-            raise OSError(error.errno, f"cannot be written ({cause}); give a folder that is writable", str(path)) from error
+            remedy = f"cannot be written ({cause}); give a folder that is writable"
+            raise OSError(error.errno, remedy, str(path)) from error
         raise
 
 
