@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import html
 import io
 import os
-import re
 import secrets
 import shutil
 import time
@@ -131,13 +129,6 @@ def plain_name(text: str, length: int = 80) -> str:
     """
     kept = "".join(c if c.isalnum() or c in " ,;-_+()!" else "_" for c in text)
     return kept[:length].strip() or "_"
-
-
-def markdown_text(text: str) -> str:
-    """A text in one line of Markdown, of which nothing is taken for markup: HTML, links, code, emphasis, tables."""
-    visible = "".join(c if c.isprintable() else " " for c in text)
-    escaped = re.sub(r"([\\`*\[\]|~])", r"\\\1", " ".join(visible.split()))
-    return html.escape(escaped, quote=False)
 
 
 def distinct_names(texts: Sequence[str]) -> list[str]:

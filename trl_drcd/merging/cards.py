@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from trl_drcd.files import local_name, markdown_text, write_text
+from trl_drcd.files import local_name, write_text
+from trl_drcd.markdown import markdown_cell, markdown_text
 from trl_drcd.merging.folders import load_card
 
 PAPER = "https://huggingface.co/papers/2410.06084"
@@ -99,7 +100,7 @@ def write_card(
     )
     if (folder / "codec").is_dir():
         about += " The codec that makes audio of the tokens is in `codec/`."
-    rows = [f"| {markdown_text(parent)} | {weight:g} |" for parent, weight in names]
+    rows = [f"| {markdown_cell(parent)} | {weight:g} |" for parent, weight in names]
     table = "\n".join(["| parent | weight |", "|---|---|", *rows])
     record = f"`{RECORD}` has the exact weights."
     body = "\n\n".join([f"# {markdown_text(title)}", about, "## Parents", table, record, *sections])
