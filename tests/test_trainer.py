@@ -227,17 +227,23 @@ def test_kl_falls_and_every_promised_key_is_logged(tmp_path, tokenizer):
         "completions/mean_length",
     }  # fmt: skip
     assert keys <= set(train[-1])
+    assert "snr/diversity" not in train[-1], "there is no diversity term"
 
 
-def test_diversity_rises_when_it_is_rewarded(tmp_path, tokenizer):
+@pytest.mark.parametrize("credit", ["sequence", "critic"])
+def test_diversity_rises_when_it_is_rewarded(tmp_path, tokenizer, credit):
     """Without guidance, which pulls the other way. 512 samples; over six seeds 0.20 (± 0.01) became 0.30 to 0.40."""
     trainer = make_trainer(
         tmp_path, tokenizer, max_steps=30, learning_rate=1e-2, per_device_train_batch_size=64, guidance_scale=1.0,
-        diversity_coef=200.0, per_device_eval_batch_size=256, eval_dataset=rows(32),
+        diversity_coef=200.0, per_device_eval_batch_size=256, eval_dataset=rows(32), diversity_credit=credit,
+        logging_steps=5,
     )  # fmt: skip
     before = trainer.evaluate()["eval_diversity"]
     trainer.train()
     assert trainer.evaluate()["eval_diversity"] > before + 0.05
+    logged = [entry for entry in trainer.state.log_history if "grad_norm/diversity" in entry][-1]
+    assert abs(logged["snr/diversity"]) < 1  # of six updates, most of it noise
+    assert ("critic/r2_q4" in logged) == (credit == "critic")
 
 
 def test_gradient_norms_of_the_terms_are_those_of_separate_losses(tmp_path, tokenizer):

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from trl_drcd.distributed import is_sharded
+from trl_drcd.gradient_snr import GradientSNR
 
 
 class RunningMeans:
@@ -48,11 +49,15 @@ class RunningMeans:
 
 
 class GradientNorms:
-    """Norms of the terms' gradients before clipping, of an update that is logged; not of sharded gradients."""
+    """
+    Norms of the terms' gradients before clipping, of an update that is logged, and the diversity's signal-to-noise
+    ratio over the last of them ([`~trl_drcd.gradient_snr.GradientSNR`]); not of sharded gradients.
+    """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.measured = not is_sharded(accelerator)
+        self.snr = GradientSNR()
         self._parts: dict[str, list[torch.Tensor]] = {}
 
     def add(self, model: torch.nn.Module, losses: dict[str, torch.Tensor], forwards: int) -> None:
@@ -67,8 +72,14 @@ class GradientNorms:
                 list(gradient) if before is None else [a + b for a, b in zip(before, gradient, strict=True)]
             )
 
-    def measure(self, model: torch.nn.Module) -> dict[str, float]:
-        """The norms, once the update's gradient is in `grad`; what is none of the other terms' is distillation's."""
+    def measure(self, model: torch.nn.Module, diversity_coef: float) -> dict[str, float]:
+        """
+        The norms, once the update's gradient is in `grad`; what is none of the other terms' is distillation's.
+
+        Args:
+            model (`torch.nn.Module`): The student.
+            diversity_coef (`float`): By which the diversity's gradient is divided before updates are compared.
+        """
         parts, self._parts = self._parts, {}
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.measured or all(parameter.grad is None for parameter in parameters):  # the update was skipped
@@ -79,7 +90,10 @@ class GradientNorms:
             part = [self.accelerator.reduce(values, reduction="mean") for values in part]  # on all processes alike
             rest = [a - b for a, b in zip(rest, part, strict=True)]
             norms[f"grad_norm/{name}"] = _norm(part)
-        return {"grad_norm/distillation": _norm(rest)} | norms
+            if name == "diversity":
+                self.snr.add(part, diversity_coef)
+        ratio = self.snr.value()
+        return {"grad_norm/distillation": _norm(rest)} | norms | ({} if ratio is None else {"snr/diversity": ratio})
 
 
 def _norm(tensors: list[torch.Tensor]) -> float:

@@ -428,7 +428,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         with self._stopwatch.timed("update"):
             loss = self._guarded_step(model, inputs, num_items_in_batch)
         if self._step % self.current_gradient_accumulation_steps == 0:
-            norms = self._gradient_norms.measure(self.model) if self._is_logging_step() else {}
+            logged = self._is_logging_step()
+            norms = self._gradient_norms.measure(self.model, self._diversity_coef) if logged else {}
             for name, value in (norms | self._stopwatch.lap()).items():
                 self._metrics["train"][name].append(value)
         return loss
