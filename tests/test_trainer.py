@@ -1,7 +1,6 @@
 """The trainer on a tiny Llama: its loss against a dense reference, what it refuses, and that it learns."""
 
 import copy
-import inspect
 import sys
 from types import SimpleNamespace
 
@@ -422,33 +421,3 @@ def test_no_unconditional_input_is_refused(tmp_path, tokenizer):
         make_trainer(tmp_path, bare)
     make_trainer(tmp_path, bare, guidance_scale=1.0)
     make_trainer(tmp_path, bare, negative_prompt="drum")
-
-
-# ------------------------------------------------------------------------------------------------ contract
-
-
-def test_private_methods_of_trl_have_the_signatures_we_override():
-    """Their first arguments, as of trl 1.16: if one changes, the override must be looked at."""
-    expected = {
-        "_generate_single_turn": "self, prompt_ids, images, multimodal_fields",
-        "_generate_and_score_completions": "self, inputs",
-        "_calculate_rewards": "self, inputs, prompts, completions, completion_ids_list",
-        "_get_per_token_logps_and_entropies": "self, model, input_ids, attention_mask, logits_to_keep, batch_size",
-        "_compute_loss": "self, model, inputs",
-        "_tokenize_prompts": "self, prompts",
-        "_set_signature_columns_if_needed": "self",
-        "training_step": "self, model, inputs, num_items_in_batch",
-        "prediction_step": "self, model, inputs, prediction_loss_only, ignore_keys",
-        "_get_output_dir": "self, trial",
-        "_push_from_checkpoint": "self, checkpoint_folder",
-        "_save_checkpoint": "self, model, trial",
-        "_load_rng_state": "self, checkpoint",
-        "_get_train_sampler": "self, dataset",
-        "_get_grad_norm": "self, model, grad_norm",
-        "_maybe_log_save_evaluate": "self, tr_loss, grad_norm, model, trial",
-    }
-    for name, arguments in expected.items():
-        parameters = ", ".join(inspect.signature(getattr(RLOOTrainer, name)).parameters)
-        assert parameters.startswith(arguments), f"{name}({parameters})"
-    source = inspect.getsource(RLOOTrainer._generate_and_score_completions)
-    assert '"old_logps": old_logps' in source and '"advantages": advantages' in source
