@@ -24,6 +24,7 @@ from types import ModuleType
 # Offer their names at the top or one module deep; of others only an underscore says that a name is private
 WITH_PUBLIC_TOP = {"trl", "transformers", "accelerate", "peft", "huggingface_hub", "datasets"}
 LIBRARIES = {*WITH_PUBLIC_TOP, "torch", "safetensors"}
+PUBLIC = {"transformers.utils.logging"}  # documented, two modules deep
 BY_NAME = {"getattr", "hasattr", "setattr", "delattr", "object"}  # `object` as in `mock.patch.object`
 
 
@@ -63,7 +64,7 @@ def private_imports(tree: ast.AST) -> Iterator[str]:
 
 def _offered(module: str, name: str) -> bool:
     top, *rest = module.split(".")
-    if top not in WITH_PUBLIC_TOP or len(rest) < 2:
+    if top not in WITH_PUBLIC_TOP or len(rest) < 2 or module in PUBLIC:
         return True
     above = [top, *[f"{top}.{rest[0]}"]]
     return any(hasattr(importlib.import_module(place), name) for place in above)

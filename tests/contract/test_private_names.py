@@ -54,7 +54,15 @@ CONTRACT = {
         "maybe_gather_lm_head_ctx": "*params",
         "use_adapter": "model, adapter_name",
     },
+    "transformers.cache_utils.CacheLayerMixin": {"reorder_cache": "self, beam_idx"},
+    "transformers.cache_utils.DynamicLayer": {
+        "batch_repeat_interleave": "self, repeats",
+        "batch_select_indices": "self, indices",
+        "lazy_initialization": "self, key_states, value_states",
+        "update": "self, key_states, value_states, *args, **kwargs",
+    },
     "transformers.configuration_utils.PreTrainedConfig": {"_name_or_path": "attribute"},
+    "transformers.generation.utils.GenerationMixin": {"_supports_default_dynamic_cache": "cls"},
     "transformers.trainer.Trainer": {
         "_get_grad_norm": "self, model, grad_norm=",
         "_get_output_dir": "self, trial",
@@ -65,6 +73,7 @@ CONTRACT = {
         "_push_from_checkpoint": "self, checkpoint_folder",
         "_save": "self, output_dir=, state_dict=",
         "save_model": "self, output_dir=, _internal_call=",
+        "set_initial_training_values": "self, args, dataloader",
         "train": "self, resume_from_checkpoint=, trial=, ignore_keys_for_eval=",
     },
     "transformers.trainer_callback.TrainerCallback": {
