@@ -4,7 +4,7 @@ Tokens per second of sampling with classifier-free guidance, against transformer
 - `no guidance`: `generate` on the conditional prompts alone, half the work of guidance;
 - `transformers`: `generate(guidance_scale=..., negative_prompt_ids=...)`, whose
   `UnbatchedClassifierFreeGuidanceLogitsProcessor` runs the unconditional stream in a second forward;
-- `ours`: `generate_guided`, both streams in one batch.
+- `ours`: the decode loop, both streams in one batch.
 
 All sample the same number of tokens for the same left-padded prompts (no sequence may end) in the model's own dtype.
 They take turns; medians over the rounds. `processor` is processor time, which tells on a busy machine what the wall
@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_drcd.evaluation.sampling import tokenize_prompts
 from trl_drcd.evaluation.tables import markdown_table
 from trl_drcd.files import write_text
-from trl_drcd.guidance import ancestral_generation_config, generate_guided, left_pad
+from trl_drcd.guidance import ancestral_generation_config, left_pad
 from trl_drcd.policies import CausalLMPolicy
 from trl_drcd.prompts import load_prompts
 
@@ -39,7 +39,7 @@ PROMPTS = Path(__file__).parents[1] / "recipes" / "text" / "prompts" / "validati
 GUIDANCE, TEMPERATURE = 3.0, 0.99
 
 
-def samplers(model, prompts: list[list[int]], negatives: list[list[int]], tokens: int) -> dict:
+def samplers(policy, model, prompts: list[list[int]], negatives: list[list[int]], tokens: int) -> dict:
     """Name to a function that samples `tokens` tokens for each prompt."""
     ids, mask = (tensor.to(model.device) for tensor in left_pad(prompts, 0))
     negative_ids, negative_mask = (tensor.to(model.device) for tensor in left_pad(negatives, 0))
@@ -51,7 +51,7 @@ def samplers(model, prompts: list[list[int]], negatives: list[list[int]], tokens
     return {
         "no guidance": lambda: model.generate(ids, attention_mask=mask, generation_config=config),
         "transformers": lambda: model.generate(ids, attention_mask=mask, generation_config=guided, **negative),
-        "ours": lambda: generate_guided(model, prompts, negatives, GUIDANCE, TEMPERATURE, tokens),
+        "ours": lambda: policy.rollout(model, prompts, negatives, GUIDANCE, TEMPERATURE, tokens).ids,
     }
 
 
@@ -85,11 +85,11 @@ def main() -> None:
     prompts = tokenize_prompts(policy, rows)
 
     seconds: dict = {}
-    for name, sample in samplers(model, prompts, negatives, 2).items():  # warm up
+    for name, sample in samplers(policy, model, prompts, negatives, 2).items():  # warm up
         measure(sample, device)
         seconds[name] = []
     for _ in tqdm(range(args.rounds), desc="rounds"):
-        for name, sample in samplers(model, prompts, negatives, args.tokens).items():
+        for name, sample in samplers(policy, model, prompts, negatives, args.tokens).items():
             *times, sequences = measure(sample, device)
             assert sequences == args.batch
             seconds[name].append(times)

@@ -14,6 +14,7 @@ import torch
 from trl import ModelConfig, TrlParser
 
 from trl_drcd.config import CFGDistillDiversityConfig
+from trl_drcd.launch.precision import has_fast_bfloat16
 from trl_drcd.reliability.checkpoints import find_checkpoint
 from trl_drcd.validation.command_line import parse_command_line
 from trl_drcd.validation.field_types import check_types
@@ -75,13 +76,6 @@ Script = TypeVar("Script", bound=PromptArguments)
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps the lines of the description, and shows defaults."""
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether this machine computes in bfloat16 faster than in float32; elsewhere it only emulates it."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def parse_training_arguments(
