@@ -27,6 +27,7 @@ from trl_drcd.merging.folders import (
     warn_of_different_bases,
 )
 from trl_drcd.validation.model_folders import check_model
+from trl_drcd.validation.saved_files import read_json
 
 SPECIAL_TOKENS = {
     *("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id"),
@@ -73,12 +74,12 @@ class SpecialToken:
     others: dict[Path, JSON]
 
     def __str__(self) -> str:
-        have = ", ".join(f"{folder.name} {_set(value)}" for folder, value in self.others.items())
-        return f"`{self.key}` is {self.value}, from {self.donor.name}; {have}"
+        return f"`{self.key}` is {self.value}, from {self.donor.name}; {self.have()}"
 
-
-def _set(value: JSON) -> str:
-    return "does not set it" if value is None else f"has {value}"
+    def have(self) -> str:
+        """What the models that differ have."""
+        values = {folder.name: "none" if value is None else value for folder, value in self.others.items()}
+        return ", ".join(f"{name} has {value}" for name, value in values.items())
 
 
 def check_same_family(folders: Sequence[Path]) -> list[SpecialToken]:
@@ -102,6 +103,8 @@ def check_same_family(folders: Sequence[Path]) -> list[SpecialToken]:
     for number, folder in enumerate(folders):
         check_files(f"models[{number}]", folder)
         check_model(f"models[{number}]", folder)
+        for name in ("config.json", "generation_config.json"):
+            check_special_tokens(folder / name)
         check_generation_config(folder)
     configs = {folder: flat(load_config(folder).to_dict()) for folder in folders}
     for folder in folders[1:]:
@@ -124,6 +127,25 @@ def flat(config: Mapping[str, JSON], prefix: str = "") -> dict[str, JSON]:
 def is_special_token(key: str) -> bool:
     """Whether a dotted key of a configuration names a special token."""
     return key.rpartition(".")[2] in SPECIAL_TOKENS
+
+
+def check_special_tokens(file: Path) -> None:
+    """
+    Check that the special tokens in a JSON file are ids, if there is such a file.
+
+    Raises:
+        ValueError: If one is neither an id nor a list of ids.
+    """
+    entries = flat(read_json(file)) if file.is_file() else {}
+    for key, value in entries.items():
+        ids = value if isinstance(value, list) else [value]
+        if is_special_token(key) and value is not None and not (ids and all(map(_is_token_id, ids))):
+            raise ValueError(f"{file} has `{key}={value!r}`; it must be a token id, or a list of them")
+
+
+def _is_token_id(value: JSON) -> bool:
+    """Whether a value may be a token id; older configurations have -1 for none."""
+    return isinstance(value, int) and not isinstance(value, bool) and -1 <= value < 2**31
 
 
 def _check_same_architecture(first: Path, other: Path, configs: Mapping[Path, Mapping[str, JSON]]) -> None:

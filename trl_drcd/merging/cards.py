@@ -10,7 +10,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from trl_drcd.files import local_name, write_text
-from trl_drcd.markdown import markdown_cell, markdown_text
+from trl_drcd.markdown import markdown_cell, markdown_table, markdown_text
+from trl_drcd.merging.architecture import SpecialToken
 from trl_drcd.merging.folders import load_card
 
 PAPER = "https://huggingface.co/papers/2410.06084"
@@ -123,7 +124,7 @@ def parent_card(file: Path) -> ModelCardData:
     )
 
 
-def special_token_section(tokens: Sequence[object]) -> list[str]:
-    """The paragraph of a card on special tokens in which the parents differ; none where they agree."""
-    lines = [f"- {markdown_text(str(token))}" for token in tokens]
-    return ["## Special tokens", "The parents differ in these:\n\n" + "\n".join(lines)] if lines else []
+def special_token_section(tokens: Sequence[SpecialToken]) -> list[str]:
+    """The paragraphs of a card on special tokens in which the parents differ; none where they agree."""
+    rows = {token.key: {"id": token.value, "from": token.donor.name, "others": token.have()} for token in tokens}
+    return ["## Special tokens", "The parents differ in these.", markdown_table(rows)] if rows else []

@@ -37,10 +37,16 @@ def write_into_base(adapter: Path, parents: Sequence[tuple[Adapter, float]], bas
         merged = adapted.merge_and_unload(safe_merge=True)
     except Exception as error:  # of any kind: PEFT's own checks, and errors of shapes
         raise ValueError(
-            f"`base_model={base}` does not fit the adapter, by its shapes or its modules; give the base that the "
-            f"adapter was trained on ({type(error).__name__}: {str(error).splitlines()[-1].strip()})"
+            f"`base_model={base}` cannot hold the adapter {parents[0][0].folder}, by its shapes or its modules; give "
+            f"the base that the adapter was trained on ({type(error).__name__}: {last_line(error)})"
         ) from error
     merged.to(config.dtype or torch.float32).save_pretrained(folder)
+
+
+def last_line(error: Exception) -> str:
+    """The last line of a message, where PyTorch says which tensor does not fit."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[-1].strip()[:300]
 
 
 def _check_mergeable(parents: Sequence[tuple[Adapter, float]], base: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from trl_drcd.files import own_file
-from trl_drcd.validation.saved_files import INDEX, open_safetensors, weight_files
+from trl_drcd.validation.saved_files import INDEX, WEIGHTS, open_safetensors, read_json, weight_files
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -40,6 +40,12 @@ class Checkpoint:
         self._handles = {tensor: handles[name] for name, tensors in self.files.items() for tensor in tensors}
         if len(self._handles) < sum(map(len, self.files.values())):
             raise ValueError(f"{folder} has a tensor in two of its files; copy or save it again")
+        if WEIGHTS not in self.files:
+            listed = read_json(folder / INDEX)["weight_map"]
+            if missing := sorted(listed.keys() - self._handles.keys()):
+                raise ValueError(
+                    f"{folder / INDEX} names {missing[0]}, which none of its files has; copy or save it again"
+                )
 
     def __contains__(self, name: str) -> bool:
         return name in self._handles

@@ -42,7 +42,7 @@ def check_that_it_generates(folder: Path, adapter: Path | None = None, called: P
     if bad := [tensor for tensor, weights in model.named_parameters() if not weights.isfinite().all()]:
         raise RuntimeError(f"the model in {name} holds NaN or infinite values in {bad[0]}; merge finite models")
     prompt = torch.tensor([[3, 4, 1]])
-    with reading(name):
+    with reading(name / "generation_config.json"):
         output = model.generate(
             input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS, do_sample=True
         )

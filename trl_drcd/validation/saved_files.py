@@ -26,7 +26,7 @@ def read_json(file: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path.parent} has no {path.name}; give the folder of a saved model")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of UTF-8 too
+    except (ValueError, RecursionError) as error:  # of UTF-8 too
         raise ValueError(f"{path} is no JSON ({error}); copy or save it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; copy or save it again")
