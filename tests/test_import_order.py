@@ -43,7 +43,7 @@ ORDER = [
     "teacher",
     "gradient_snr",
     "objective",
-    "step_credit",
+    "diversity_term",
     "monitoring",
     "reliability",
     "trainer",

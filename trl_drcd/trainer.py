@@ -30,21 +30,20 @@ from trl_drcd.compat.trl_private import get_config_model_id
 from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.distributed import check_sharding, frozen_copy, shard, whole_weights
 from trl_drcd.diversity import DiversityReward
+from trl_drcd.diversity_term import DiversityTerm
 from trl_drcd.guidance import ancestral_generation_config, left_pad
-from trl_drcd.kernels import kernel_advantages
-from trl_drcd.locks import only_process
 from trl_drcd.losses import BatchTerms
 from trl_drcd.monitoring import GradientNorms, RunningMeans, Stopwatch
 from trl_drcd.objective import JointObjective
 from trl_drcd.policies import Policy, policy_class
 from trl_drcd.reliability.batches import BadBatchError
+from trl_drcd.reliability.failures import explained_failures
 from trl_drcd.reliability.guard import BatchGuard
 from trl_drcd.reliability.identity import run_identity
-from trl_drcd.reliability.processes import is_lost_process, last_statuses, report_status
+from trl_drcd.reliability.processes import report_status
 from trl_drcd.reliability.sampler import EpochSampler
 from trl_drcd.reliability.snapshot import Snapshot, load_rollout, save_rollout, set_random_states
 from trl_drcd.reliability.writer import CheckpointWriter
-from trl_drcd.step_credit import StepCredit
 from trl_drcd.teacher import GuidedTeacher, TeacherStates
 from trl_drcd.validation.before_loading import check_before_loading
 from trl_drcd.validation.once_loaded import check_lengths, check_once_loaded, check_skipping
@@ -156,19 +155,16 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             self.policy, student, self._tokenizer, self.train_dataset, args, codec, self._tokenize_prompts
         )
         self.codec = self.policy.codec(student) if codec is None else codec
-        self.diversity_reward = (
-            None if embedder is None else DiversityReward(embedder, args.num_generations, self.codec)
-        )
+        self._diversity: DiversityTerm | None = None
+        if embedder is not None:
+            reward, decode = DiversityReward(embedder, args.num_generations, self.codec), self._decoded
+            self._diversity = DiversityTerm(reward, decode, args, self.policy.num_codebooks, self.accelerator)
         self.teacher = GuidedTeacher(self.policy, self._make_teacher(student), args.guidance_scale, self.accelerator)
         self._objective = JointObjective(
             self.policy, self.teacher, self.temperature, (args.epsilon, self.epsilon_high)
         )
         self._guard = BatchGuard(args.on_bad_batch, self._tokenizer, self.accelerator)
         self.reward_funcs = self._guard.checked_rewards(self.reward_funcs)
-        self._step_credit: StepCredit | None = None
-        if embedder is not None and args.diversity_credit == "critic":
-            lengths = args.max_completion_length, args.diversity_prefixes, self.policy.num_codebooks
-            self._step_credit = StepCredit(self.accelerator, args.gae_lambda, args.diversity_kernel, *lengths)
         self._checkpoints = CheckpointWriter(args, self.accelerator)
         self._checkpoints.identity = run_identity(args, student, self.train_dataset)
         self._snapshot: Snapshot | None = None  # after the last update
@@ -188,6 +184,9 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         if parts_stay_whole:
             shard(student, self.accelerator)
         return copy
+
+    def _decoded(self, ids: list[list[int]]) -> list[str]:
+        return self._tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     @property
     def _mode(self) -> str:
@@ -274,7 +273,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             output |= self.teacher.stored(self._teacher_states(inputs, output), self.model_wrapped)
         if self._updates_per_rollout > 1 and self._mode == "train":
             output["old_log_probs"] = self._objective.old_log_probs(self.model_wrapped, output, self._batch_size)
-        if self.diversity_reward is not None:
+        if self._diversity is not None:
             with self._stopwatch.timed("reward"):
                 output["diversity_advantages"] = self._score_diversity(inputs, output)
         if not self.reward_funcs:
@@ -301,31 +300,19 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
 
     def _score_diversity(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> torch.Tensor:
         """Diversity advantages of this process's completions, `(b,)`, or of their codes; logs the diversity of all."""
-        mode, local = self._mode, len(inputs)
+        metrics, train = self._metrics[self._mode], self.model.training
         # Completions that `mask_truncated_completions` has masked are as long as they may be
         lengths = [n or self.max_completion_length for n in output["completion_mask"].sum(1).tolist()]
         ids = [row[:n] for row, n in zip(output["completion_ids"].tolist(), lengths, strict=True)]
-        group = self.num_generations if mode == "train" else self.num_generations_eval
-        scored = self.diversity_reward.score([row["prompt"] for row in inputs], self._texts(ids), ids, group)
-        own = slice(self.accelerator.process_index * local, (self.accelerator.process_index + 1) * local)
-        self._metrics[mode]["diversity"].append(self._gather_rows(scored.rewards[own]).mean().item())
-        columns: Any = self._logs["rewards"]
-        columns["diversity"].extend(scored.rewards.tolist())
-        if self._step_credit is None:
-            advantages = kernel_advantages(scored.embeddings, group, self.args.diversity_kernel)[own]
-            return advantages.to(output["advantages"])
         _, mask = self.policy.ids_and_mask(output["completion_ids"], output["completion_mask"])
-        advantages, metrics = self._step_credit.advantages(
-            lambda ids: self.diversity_reward.embed(self._texts(ids), ids),
-            ids, mask, scored.embeddings, group, fit=mode == "train",
-        )  # fmt: skip
-        for name, value in metrics.items():
-            self._metrics[mode][name].append(value)
-        return advantages.to(output["advantages"])
-
-    def _texts(self, ids: list[list[int]]) -> list[Any]:
-        """Completions, or beginnings of them, as the embedder reads them where there is no codec."""
-        return ids if self.codec is not None else self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        group = self.num_generations if train else self.num_generations_eval
+        scored = self._diversity.score([row["prompt"] for row in inputs], ids, mask, group, fit=train)
+        diversity = self._gather_rows(scored.rewards).mean().item()
+        for name, value in ({"diversity": diversity} | scored.metrics).items():
+            metrics[name].append(value)
+        columns: Any = self._logs["rewards"]
+        columns["diversity"].extend(scored.all_rewards.tolist())
+        return scored.advantages.to(output["advantages"])
 
     def _log_rollout(self, output: dict[str, torch.Tensor]) -> None:
         """
@@ -344,7 +331,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             return
         for name in ("reward", "reward_std", "frac_reward_zero_std"):
             metrics.pop(name, None)  # TRL's, of no function
-        if self.diversity_reward is not None:
+        if self._diversity is not None:
             metrics["reward"] = list(metrics["diversity"])
 
     # ---------------------------------------------------------------- the loss
@@ -470,24 +457,12 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         more updates.
         """
         checkpoint = self._checkpoints.resolve(resume_from_checkpoint)
-        alone = only_process(self.args.output_dir, "a training") if self.is_world_process_zero() else nullcontext()
-        done = "After {} updates"
-        try:
-            # transformers aligns the special tokens of tokenizer and model
-            with alone, self.policy.in_trl.patched():
-                result = super().train(checkpoint, *args, **kwargs)
-        except BadBatchError as error:
-            remedy = "" if self.args.on_bad_batch == "skip" else "; `on_bad_batch='skip'` leaves such updates out"
-            kept = self._keep_last_state()
-            raise BadBatchError(f"{done.format(self.state.global_step)}: {error}. {kept}{remedy}") from error
-        except RuntimeError as error:
-            if not is_lost_process(error):
-                raise
-            raise RuntimeError(
-                f"{done.format(self.state.global_step)}, process {self.accelerator.process_index} has lost another "
-                f"process, which ended or did not answer for {self.args.ddp_timeout} s (`ddp_timeout`). What each did "
-                f"last: {last_statuses()}. `resume_from_checkpoint=True` goes on from the newest checkpoint"
-            ) from error
+        explained = explained_failures(
+            lambda: self.state.global_step, self._keep_last_state, self.args.on_bad_batch, self.args.ddp_timeout
+        )
+        # transformers aligns the special tokens of tokenizer and model
+        with explained, self._checkpoints.alone(), self.policy.in_trl.patched():
+            result = super().train(checkpoint, *args, **kwargs)
         self._restore_special_tokens()
         return result
 
@@ -547,8 +522,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         run = Path(self._get_output_dir(trial))
         with self._checkpoints.writing(run, self.state) as folder:
             super()._save_checkpoint(model, trial)
-            if self.args.should_save and self._step_credit is not None:
-                self._step_credit.save(folder)
+            if self.args.should_save and self._diversity is not None:
+                self._diversity.save(folder)
             used_up = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
             if self._buffered_inputs is not None and not used_up:
                 ranks = self.accelerator.process_index, self.accelerator.num_processes
@@ -561,8 +536,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         super()._load_rng_state(checkpoint)
         self._checkpoints.saved_step = self.state.global_step
         if checkpoint is not None:
-            if self._step_credit is not None:
-                self._step_credit.load(Path(checkpoint))
+            if self._diversity is not None:
+                self._diversity.load(Path(checkpoint))
             ranks = self.accelerator.process_index, self.accelerator.num_processes
             batches = self.args.steps_per_generation
             if loaded := load_rollout(Path(checkpoint), batches, *ranks, self.accelerator.device):
@@ -575,7 +550,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self.args.logging_strategy == "no":
             self._metrics["train"].clear()  # what a log would have emptied
-        critic = None if self._step_credit is None else self._step_credit.critic.state_dict()
+        critic = {} if self._diversity is None else self._diversity.state
         self._snapshot = Snapshot(self.state.global_step, self._step, self._buffered_inputs, critic)
 
     def _keep_last_state(self) -> str:
@@ -586,8 +561,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
                 return "Nothing is saved, as `save_strategy='no'` says"
             if last is not None and last.global_step == step:
                 self._step, self._buffered_inputs = last.forward, last.rollout
-                if self._step_credit is not None and last.critic is not None:
-                    self._step_credit.critic.load_state_dict(last.critic)
+                if self._diversity is not None:
+                    self._diversity.state = last.critic
                 set_random_states(last.random)
             self._save_checkpoint(self.model, None)
         if step == 0:

@@ -51,7 +51,7 @@ def recording(trainer, scenario) -> dict[str, torch.Tensor]:
     """Has the trainer put global embeddings, rewards, advantages and losses, step by step, into the dictionary."""
     tensors: dict[str, torch.Tensor] = {}
     score, reward = trainer._generate_and_score_completions, trainer._calculate_rewards
-    loss, score_diversity = trainer._compute_loss, trainer.diversity_reward.score
+    loss, score_diversity = trainer._compute_loss, trainer._diversity.reward.score
     counts = {"train": 0, "eval": 0}
 
     def put(name, values):
@@ -89,7 +89,7 @@ def recording(trainer, scenario) -> dict[str, torch.Tensor]:
         return value
 
     trainer._generate_and_score_completions, trainer._calculate_rewards = scored, rewarded
-    trainer._compute_loss, trainer.diversity_reward.score = lost, diversity
+    trainer._compute_loss, trainer._diversity.reward.score = lost, diversity
     return tensors
 
 

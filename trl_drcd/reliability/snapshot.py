@@ -39,14 +39,14 @@ class Snapshot:
         global_step (`int`): Updates done.
         forward (`int`): Forwards done, by which TRL knows which part of a rollout is next.
         rollout (`list[dict]`, *optional*): The batches of the rollout in use.
-        critic (`dict`, *optional*): State of the critic, whose tensors are never changed in place.
+        critic (`dict`): State of the critic, whose tensors are never changed in place; empty without one.
         random (`tuple`): [`random_states`], as of now by default.
     """
 
     global_step: int
     forward: int
     rollout: Batches | None
-    critic: dict[str, torch.Tensor] | None = None
+    critic: dict[str, torch.Tensor]
     random: tuple[Any, ...] = field(default_factory=random_states)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import TrainerState, TrainingArguments
 
+from trl_drcd.locks import only_process
 from trl_drcd.reliability.checkpoints import STAGING, checkpoints, commit, find_checkpoint, read_identity, rotate
 from trl_drcd.reliability.identity import identity_problem
 from trl_drcd.reliability.processes import report_status
@@ -85,6 +86,26 @@ class CheckpointWriter:
             if moved:
                 state.save_to_json(str(staged / "trainer_state.json"))
             commit(staged, final, self.identity)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """
+        While it lasts, no other training writes into the output folder.
+
+        Raises:
+            BlockingIOError: On every process, if another one does.
+        """
+        with ExitStack() as stack:
+            problem: list[Any] = [None]
+            if self.accelerator.is_main_process:
+                try:
+                    stack.enter_context(only_process(str(self.args.output_dir), "a training"))
+                except BlockingIOError as error:
+                    problem = [error]
+            broadcast_object_list(problem)
+            if problem[0] is not None:
+                raise problem[0]
+            yield
 
     def resolve(self, wanted: str | bool | None) -> str | None:
         """

@@ -1,0 +1,147 @@
+"""
+The diversity term of a training run: what a rollout is rewarded, and the advantages of its sequences or codes.
+
+Letters: `b` completions of this process, `B` of all, `G` generations per prompt, `S` steps, `K` codebooks, `D`
+embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+
+from trl_drcd.config import CFGDistillDiversityConfig
+from trl_drcd.credit import per_code
+from trl_drcd.critic import PrefixCritic, critic_advantages, embed_prefixes, prefix_steps
+from trl_drcd.diversity import DiversityReward
+from trl_drcd.kernels import kernel_advantages
+from trl_drcd.reliability.batches import raise_together
+
+FILE = "critic.safetensors"
+
+
+class ScoredDiversity(NamedTuple):
+    """
+    `rewards (b,)` of this process's completions and `all_rewards (B,)`, mean cosine distances; `advantages` of the
+    former, `(b,)`, or of their codes, `(b, S, K)`; and the critic's metrics by log key.
+    """
+
+    rewards: torch.Tensor
+    all_rewards: torch.Tensor
+    advantages: torch.Tensor
+    metrics: dict[str, float]
+
+
+class DiversityTerm:
+    """
+    Scores rollouts whose groups may lie on several processes.
+
+    Each process embeds its own completions, and with a critic the beginnings of them; the embeddings are gathered, so
+    that every process computes the advantages of the global batch, and its critic learns the same.
+
+    Args:
+        reward ([`~trl_drcd.diversity.DiversityReward`]): With embedder and codec.
+        decode (`Callable`): Texts of lists of token ids; used where there is no codec.
+        args ([`~trl_drcd.config.CFGDistillDiversityConfig`]): `diversity_credit`, `gae_lambda`, `diversity_prefixes`,
+            `diversity_kernel`, and the length of completions.
+        num_codebooks (`int`): `K`.
+        accelerator (`Accelerator`): Of the launch.
+
+    Raises:
+        ValueError: If completions are too short for the critic's prefixes.
+    """
+
+    def __init__(
+        self,
+        reward: DiversityReward,
+        decode: Callable[[list[list[int]]], list[str]],
+        args: CFGDistillDiversityConfig,
+        num_codebooks: int,
+        accelerator: Accelerator,
+    ) -> None:
+        self.reward, self.decode, self.accelerator = reward, decode, accelerator
+        self.gae_lambda, self.kernel, self.num_codebooks = args.gae_lambda, args.diversity_kernel, num_codebooks
+        self.steps: list[int] = []
+        self.critic: PrefixCritic | None = None
+        if args.diversity_credit == "critic":
+            self.steps = prefix_steps(int(args.max_completion_length or 0), args.diversity_prefixes, num_codebooks)
+            self.critic = PrefixCritic(len(self.steps))
+
+    def score(
+        self, prompts: list[Any], completion_ids: list[list[int]], mask: torch.Tensor, num_generations: int, fit: bool
+    ) -> ScoredDiversity:
+        """
+        Rewards and advantages of a rollout; then the critic learns from it.
+
+        Args:
+            prompts (`list`): Of this process, `b` of them, for messages.
+            completion_ids (`list[list[int]]`): Theirs, without padding.
+            mask (`torch.Tensor`): True where a code is scored, shape `(b, S, K)`.
+            num_generations (`int`): Group size `G`.
+            fit (`bool`): False in evaluation.
+
+        Raises:
+            BadBatchError: In every process, if in any one the embedder raises, or a vector has no direction.
+        """
+        scored = self.reward.score(prompts, self._texts(completion_ids), completion_ids, num_generations)
+        start = self.accelerator.process_index * len(prompts)
+        own = slice(start, start + len(prompts))
+        rewards = scored.rewards[own]
+        if self.critic is None:
+            advantages = kernel_advantages(scored.embeddings, num_generations, self.kernel)[own]
+            return ScoredDiversity(rewards, scored.rewards, advantages, {})
+        prefixes, reached = self._prefixes(completion_ids, scored.embeddings.shape[1])
+        blocks, metrics = critic_advantages(
+            self.critic, prefixes, reached, scored.embeddings, num_generations, self.gae_lambda, self.kernel, fit
+        )
+        return ScoredDiversity(rewards, scored.rewards, per_code(blocks[own], self.steps, mask), metrics)
+
+    def _prefixes(self, completion_ids: list[list[int]], size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[`~trl_drcd.critic.embed_prefixes`] of all processes: `(B, M, D)`, and `(B, M)`."""
+        problems: list[str] = []
+        cause: Exception | None = None
+        prefixes, reached = torch.zeros(0, 0, 0), torch.zeros(0, 0)
+
+        def embed(ids: list[list[int]]) -> torch.Tensor:
+            return self.reward.embed(self._texts(ids), ids)
+
+        try:
+            prefixes, reached = embed_prefixes(embed, completion_ids, self.steps, size, self.num_codebooks)
+        except Exception as error:  # the other processes wait for this one's embeddings
+            cause = error
+            problems = [f"the embedder raised {type(error).__name__} for beginnings of completions: {error}"]
+        raise_together(problems, cause)
+        device = self.accelerator.device
+        prefixes, reached = (self.accelerator.gather(t.to(device)) for t in (prefixes, reached.long()))
+        return prefixes, reached.bool()
+
+    def _texts(self, ids: list[list[int]]) -> list[Any]:
+        """Completions, or beginnings of them, as the embedder reads them where there is no codec."""
+        return ids if self.reward.codec is not None else self.decode(ids)
+
+    # ---------------------------------------------------------------- state
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """The critic's, whose tensors are never changed in place; empty without a critic."""
+        return {} if self.critic is None else self.critic.state_dict()
+
+    @state.setter
+    def state(self, state: dict[str, torch.Tensor]) -> None:
+        if self.critic is not None and state:
+            self.critic.load_state_dict(state)
+
+    def save(self, folder: Path) -> None:
+        """Writes the critic's state into a checkpoint."""
+        if state := {name: tensor.contiguous() for name, tensor in self.state.items()}:
+            save_file(state, folder / FILE)
+
+    def load(self, folder: Path) -> None:
+        """Reads what [`save`] wrote; a checkpoint of a run that credited sequences has none."""
+        if (folder / FILE).is_file():
+            self.state = load_file(folder / FILE)
