@@ -434,6 +434,22 @@ def test_loss_and_gradient_equal_the_dense_reference(t5_tokenizer, tmp_path):
     assert policy.num_codebooks == BOOKS
 
 
+def test_an_update_is_the_same_whether_its_terms_are_logged(t5_tokenizer, tmp_path):
+    """All codebooks count alike in the gradient that is taken along with the terms."""
+    states = []
+    for logging_steps in (1, 10):
+        trainer = make_trainer(
+            tmp_path / str(logging_steps), t5_tokenizer, max_steps=1, logging_steps=logging_steps, diversity_coef=7.0,
+            optim="sgd", learning_rate=1e-3, max_grad_norm=0.0,
+        )  # fmt: skip
+        start = [p.detach().clone() for p in trainer.model.decoder.parameters()]
+        trainer.train()
+        after = trainer.model.decoder.parameters()
+        states.append([p.detach() - before for p, before in zip(after, start, strict=True)])
+    for logged, unlogged in zip(*states, strict=True):
+        torch.testing.assert_close(unlogged, logged, rtol=1e-3, atol=1e-6)
+
+
 def test_embeddings_hear_the_models_own_codec(t5_tokenizer, tmp_path):
     trainer = make_trainer(tmp_path, t5_tokenizer)
     batch = rollout(trainer)

@@ -204,6 +204,29 @@ def test_adapter_off_teacher_equals_the_base_and_needs_no_copy(tmp_path, tokeniz
     assert not torch.allclose(student, frozen.model(batch["prompt_ids"]).logits, atol=1e-3)
 
 
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2)])
+def test_the_teacher_reads_in_evaluation_mode(tmp_path, tokenizer, peft_config):
+    """Whatever a module does in training alone must not reach the teacher."""
+    trainer = make_trainer(tmp_path, tokenizer, peft_config=peft_config, max_steps=1)
+    teacher, modes = trainer.teacher.model(trainer.model), []
+    teacher.train()
+    read = trainer.teacher.read
+
+    def watched(*args):
+        hook = teacher.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+        layer = teacher.get_input_embeddings().register_forward_pre_hook(
+            lambda module, _: modes.append(module.training)
+        )
+        states = read(*args)
+        hook.remove()
+        layer.remove()
+        return states
+
+    trainer.teacher.read = watched
+    trainer.train()
+    assert modes and not any(modes)
+
+
 # ------------------------------------------------------------------------------------------------ learning and logging
 
 
@@ -270,6 +293,26 @@ def test_gradient_norms_of_the_terms_are_those_of_separate_losses(tmp_path, toke
         norm = torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm().item()
         assert logged[key] == pytest.approx(norm, rel=1e-3)
         trainer.model.zero_grad()
+
+
+def test_an_update_is_the_same_whether_its_terms_are_logged(tmp_path, tokenizer):
+    """Where the terms are logged their gradients are taken one by one, else along with the terms."""
+
+    def long(completion_ids, **kwargs):
+        return [float(len(ids)) for ids in completion_ids]
+
+    states = []
+    for logging_steps in (1, 10):
+        trainer = make_trainer(
+            tmp_path / str(logging_steps), tokenizer, max_steps=1, logging_steps=logging_steps, diversity_coef=7.0,
+            reward_funcs=[long], optim="sgd", learning_rate=1e-3, gradient_accumulation_steps=2, max_grad_norm=0.0,
+        )  # fmt: skip
+        start = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer.train()
+        states.append([p.detach() - before for p, before in zip(trainer.model.parameters(), start, strict=True)])
+    for logged, unlogged in zip(*states, strict=True):
+        assert logged.abs().max() > 0
+        torch.testing.assert_close(unlogged, logged, rtol=1e-3, atol=1e-6)
 
 
 def test_one_update_per_rollout_needs_no_pass_for_old_logps(tmp_path, tokenizer, monkeypatch):

@@ -1,0 +1,342 @@
+"""
+Breaks one central line at a time, in a copy of the package, and shows that a fast test fails.
+
+    python tests/mutation.py                       # all, some ten seconds each
+    python tests/mutation.py --only temperature    # those whose name contains the word
+    python tests/mutation.py --table               # the list, as it stands in CONTRIBUTING.md
+
+A line is found by its text, which must stand in its file exactly once: where code has moved, the tool says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 180
+
+
+class Mutation(NamedTuple):
+    """A line of `trl_drcd/<file>`, what is put in its place, and the test that must then fail."""
+
+    name: str
+    file: str
+    line: str
+    broken: str
+    test: str
+
+
+MUTATIONS = [
+    # What is computed: Eq. (1) to (7)
+    Mutation(
+        "guidance scale off by one",
+        "guidance.py",
+        "guided = uncond + guidance_scale * (cond - uncond)",
+        "guided = uncond + (guidance_scale - 1) * (cond - uncond)",
+        "tests/test_guidance.py",
+    ),
+    Mutation(
+        "capped logits guided before the cap",
+        "losses.py",
+        "    if head.softcap is not None:\n        return lambda rows: guide_logits",
+        "    if False:\n        return lambda rows: guide_logits",
+        "tests/test_losses.py",
+    ),
+    Mutation(
+        "KL direction reversed",
+        "heads.py",
+        "weighted_log_ratio = log_ratio.mul_(p)",
+        "weighted_log_ratio = log_ratio.mul_(-(log_p - log_ratio).exp())",
+        "tests/test_losses.py",
+    ),
+    Mutation(
+        "KL direction reversed, in the definition",
+        "losses.py",
+        "return (log_p.exp() * log_ratio).sum(-1)",
+        "return (log_q.exp() * -log_ratio).sum(-1)",
+        "tests/test_losses.py::test_reverse_kl_is_its_definition",
+    ),
+    Mutation(
+        "student at temperature 1",
+        "heads.py",
+        "log_p = (logits / temperature).log_softmax(-1)",
+        "log_p = logits.log_softmax(-1)",
+        "tests/test_losses.py",
+    ),
+    Mutation(
+        "teacher at temperature 1",
+        "heads.py",
+        "log_ratio = (teacher_logits / temperature).log_softmax(-1)",
+        "log_ratio = teacher_logits.log_softmax(-1)",
+        "tests/test_losses.py",
+    ),
+    Mutation(
+        "gradient of the log-probability reversed",
+        "heads.py",
+        "grad.scatter_add_(1, ids[:, None], log_prob_weights)",
+        "grad.scatter_add_(1, ids[:, None], -log_prob_weights)",
+        "tests/test_losses.py",
+    ),
+    Mutation(
+        "TRL's biased baseline",
+        "diversity.py",
+        "baseline = (total - to_others) / pairs_without_j",
+        "baseline = (reward.sum(-1, keepdim=True) - reward) / (num_generations - 1)",
+        "tests/test_diversity.py",
+    ),
+    Mutation(
+        "groups mixed over prompts",
+        "diversity.py",
+        "return (embeddings / lengths).view(-1, num_generations, embeddings.shape[1])",
+        "return (embeddings / lengths).view(num_generations, -1, embeddings.shape[1]).transpose(0, 1)",
+        "tests/test_diversity.py",
+    ),
+    Mutation(
+        "sign of the advantage",
+        "losses.py",
+        "if log_probs.ndim > 1 else -advantages * log_probs",
+        "if log_probs.ndim > 1 else advantages * log_probs",
+        "tests/test_trainer.py::test_loss_and_gradient_equal_the_dense_reference",
+    ),
+    Mutation(
+        "sign of the advantage, gradient taken with the terms",
+        "trainer.py",
+        "weights = -torch.stack(torch.broadcast_tensors(*credits.values())).sum(0)",
+        "weights = torch.stack(torch.broadcast_tensors(*credits.values())).sum(0)",
+        "tests/test_trainer.py::test_an_update_is_the_same_whether_its_terms_are_logged",
+    ),
+    Mutation(
+        "ratio not clipped",
+        "losses.py",
+        "losses = -torch.minimum(ratio * advantages, clipped * advantages)",
+        "losses = -(ratio * advantages)",
+        "tests/test_losses.py",
+    ),
+    Mutation(
+        "mean over tokens in place of sequences",
+        "losses.py",
+        "total = torch.stack(losses).sum() / len(mask) if losses else None",
+        "total = torch.stack(losses).sum() / mask.sum() if losses else None",
+        "tests/test_trainer.py::test_an_update_is_the_same_whether_its_terms_are_logged",
+    ),
+    Mutation(
+        "one codebook dropped",
+        "losses.py",
+        "total = torch.stack(losses).sum() / len(mask) if losses else None",
+        "total = torch.stack(losses)[:-1].sum() / len(mask) if losses else None",
+        "tests/test_musicgen.py::test_an_update_is_the_same_whether_its_terms_are_logged",
+    ),
+    Mutation(
+        "lambda reversed",
+        "merging/blend.py",
+        "return [1 - interpolation_weight, float(interpolation_weight)]",
+        "return [float(interpolation_weight), 1 - interpolation_weight]",
+        "tests/merging/test_in_memory.py",
+    ),
+    Mutation(
+        "products of an adapter without their scaling",
+        "merging/lora.py",
+        "return alpha / math.sqrt(rank) if self.config.use_rslora else alpha / rank",
+        "return 1.0",
+        "tests/merging/test_adapters.py",
+    ),
+    # Who plays which part
+    Mutation(
+        "adapter not off for the teacher",
+        "teacher.py",
+        "with use_adapter(self.accelerator.unwrap_model(student), None) if off else nullcontext():",
+        "with nullcontext():",
+        "tests/test_trainer.py::test_adapter_off_teacher_equals_the_base_and_needs_no_copy",
+    ),
+    Mutation(
+        "teacher in training mode",
+        "teacher.py",
+        "        model.eval()\n",
+        "        model.train()\n",
+        "tests/test_trainer.py::test_the_teacher_reads_in_evaluation_mode",
+    ),
+    Mutation(
+        "teacher unconditional in place of conditional",
+        "teacher.py",
+        "first, *second = hidden.chunk(2) if self.guided else (hidden,)",
+        "*second, first = hidden.chunk(2) if self.guided else (hidden,)",
+        "tests/test_trainer.py::test_loss_and_gradient_equal_the_dense_reference",
+    ),
+    Mutation(
+        "teacher trains along",
+        "distributed.py",
+        "teacher = copy.deepcopy(model, memo={id(parameter): parameter for parameter in frozen})",
+        "teacher = copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})",
+        "tests/test_trainer.py::test_frozen_copy_does_not_move_and_is_no_alias",
+    ),
+    Mutation(
+        "extra rewards ignored",
+        "trainer.py",
+        'credits["reward"] = inputs["advantages"]',
+        'credits["reward"] = torch.zeros_like(inputs["advantages"])',
+        "tests/test_trainer.py::test_extra_rewards_add_with_their_weights",
+    ),
+    Mutation(
+        "coefficient falls in place of rising",
+        "config.py",
+        "return diversity_coef * min(1.0, step / warmup_steps) if warmup_steps else diversity_coef",
+        "return diversity_coef * (1 - min(1.0, step / warmup_steps)) if warmup_steps else diversity_coef",
+        "tests/test_trainer.py::test_diversity_coef_rises_linearly",
+    ),
+    # What is sampled is what is scored
+    Mutation(
+        "mask of the completion ignored",
+        "policies/causal_lm.py",
+        "return completion_ids[..., None], completion_mask[..., None].bool()",
+        "return completion_ids[..., None], torch.ones_like(completion_mask[..., None]).bool()",
+        "tests/test_trainer.py::test_loss_and_gradient_equal_the_dense_reference",
+    ),
+    Mutation(
+        "logits one step late",
+        "policies/causal_lm.py",
+        "return hidden[:, -completion_ids.shape[1] :]",
+        "return hidden[:, -completion_ids.shape[1] :].roll(1, 1)",
+        "tests/test_trainer.py::test_loss_and_gradient_equal_the_dense_reference",
+    ),
+    Mutation(
+        "sampled at temperature 1",
+        "sampling/loop.py",
+        "new = draw(logits.view(len(uniform), -1), uniform, temperature)",
+        "new = draw(logits.view(len(uniform), -1), uniform)",
+        "tests/sampling",
+    ),
+    Mutation(
+        "eos does not end a sequence",
+        "sampling/loop.py",
+        "running &= ~torch.isin(tokens, eos).any(1)",
+        "running &= ~torch.isin(tokens, eos[:0]).any(1)",
+        "tests/sampling",
+    ),
+    Mutation(
+        "delays reversed",
+        "audio/codecs.py",
+        "delayed[:, k : k + frames, k] = codes[..., k]",
+        "delayed[:, books - 1 - k : books - 1 - k + frames, k] = codes[..., k]",
+        "tests/test_musicgen.py::test_delayed_layout_is_that_of_generate",
+    ),
+    Mutation(
+        "delay off by one where it is undone",
+        "audio/codecs.py",
+        "return torch.stack([delayed[:, k : k + frames, k] for k in range(books)], dim=-1)",
+        "return torch.stack([delayed[:, max(0, k - 1) : max(0, k - 1) + frames, k] for k in range(books)], dim=-1)",
+        "tests/test_musicgen.py::test_delayed_layout_is_that_of_generate",
+    ),
+    # The critic of prefixes
+    Mutation(
+        "critic knows the completion's own embedding",
+        "credit.py",
+        "    error = error.masked_fill(itself, 0.0)\n",
+        "",
+        "tests/test_critic.py",
+    ),
+    Mutation(
+        "advantages of steps look back",
+        "credit.py",
+        "later = (step[:, None] - step).clamp(min=0)  # rows: the later step\n"
+        "    weights = torch.tensor(gae_lambda, dtype=delta.dtype, device=delta.device).pow(later).tril()",
+        "later = (step - step[:, None]).clamp(min=0)\n"
+        "    weights = torch.tensor(gae_lambda, dtype=delta.dtype, device=delta.device).pow(later).triu()",
+        "tests/test_critic.py",
+    ),
+    # What is reported
+    Mutation(
+        "norm of a term's gradient not over all forwards",
+        "monitoring.py",
+        "loss / forwards, parameters",
+        "loss, parameters",
+        "tests/test_trainer.py::test_gradient_norms_of_the_terms_are_those_of_separate_losses",
+    ),
+    Mutation(
+        "a beaten point on the front",
+        "evaluation/fronts.py",
+        "if last is None or points[index, 1] > last[1] or",
+        "if last is None or points[index, 1] < last[1] or",
+        "tests/test_fronts.py",
+    ),
+]
+
+
+def problems(mutation: Mutation) -> list[str]:
+    """Why a mutation cannot be tried."""
+    found = []
+    times = (ROOT / "trl_drcd" / mutation.file).read_text().count(mutation.line)
+    if times != 1:
+        found.append(f"its line stands {times} times in trl_drcd/{mutation.file}: {mutation.line!r}")
+    path, _, function = mutation.test.partition("::")
+    if not (ROOT / path).exists() or (function and f"def {function}(" not in (ROOT / path).read_text()):
+        found.append(f"there is no {mutation.test}")
+    return found
+
+
+def broken_copy(mutation: Mutation, folder: Path) -> None:
+    """The project in `folder`, its package a copy with the one line broken."""
+    for path in ROOT.iterdir():
+        if path.name != "trl_drcd" and not path.name.startswith("."):
+            (folder / path.name).symlink_to(path)
+    shutil.copytree(ROOT / "trl_drcd", folder / "trl_drcd", ignore=shutil.ignore_patterns("__pycache__"))
+    file = folder / "trl_drcd" / mutation.file
+    file.write_text(file.read_text().replace(mutation.line, mutation.broken))
+
+
+def first_failure(mutation: Mutation) -> tuple[str | None, float]:
+    """The first test that fails on the broken copy, `None` if none does, and the seconds it took."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        broken_copy(mutation, Path(folder))
+        words = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--rootdir", folder, mutation.test]
+        environment = os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        run = subprocess.run(
+            [sys.executable, "-P", "-m", "pytest", *words], cwd=folder, env=environment, capture_output=True,
+            text=True, timeout=SECONDS,
+        )  # fmt: skip
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.MULTILINE)
+    if run.returncode not in (0, 1) or (run.returncode == 1 and not failed):
+        output = f"{run.stdout[-2000:]}{run.stderr[-2000:]}"
+        raise SystemExit(f"{mutation.name}: pytest ended with {run.returncode}\n{output}")
+    return failed[1] if failed else None, time.perf_counter() - start
+
+
+def table() -> str:
+    """The list in Markdown."""
+    rows = [f"| {m.name} | `trl_drcd/{m.file}` | `{m.test}` |" for m in MUTATIONS]
+    return "\n".join(["| broken | in | caught by |", "|---|---|---|", *rows])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Tries the mutations; 1 if one is not caught, or cannot be tried."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a part of the name")
+    parser.add_argument("--table", action="store_true", help="print the list and end")
+    args = parser.parse_args(argv)
+    if args.table:
+        print(table())
+        return 0
+    bad = 0
+    for mutation in (m for m in MUTATIONS if args.only in m.name):
+        if reasons := problems(mutation):
+            print(f"CANNOT   {mutation.name}: {'; '.join(reasons)}", flush=True)
+            bad += 1
+            continue
+        failed, seconds = first_failure(mutation)
+        bad += failed is None
+        verdict = "caught  " if failed else "SURVIVES"
+        print(f"{verdict} {mutation.name}: {failed or mutation.test} ({seconds:.0f} s)", flush=True)
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
