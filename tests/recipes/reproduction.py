@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results" / "music" / "results.jsonl"
 RECORD = Path(__file__).with_name("reproduction.json")
 NAMES = ("base", "beta 100")
-PROMPTS = 8
+PROMPTS = 16
 # Not measured of a prompt, or a sum of others
 LEFT_OUT = {"quality"}
 
@@ -48,7 +48,7 @@ def draw(name: str, folder: Path) -> dict:
     row = committed(name)
     words = {
         "num_prompts": PROMPTS, "samples_per_prompt": row["samples_per_prompt"], "seed": row["seed"],
-        "batch_size": PROMPTS * row["samples_per_prompt"], "omega": row["omega"], "dtype": "float32",
+        "batch_size": 64, "omega": row["omega"], "dtype": "float32",
         "output_dir": folder,
     }  # fmt: skip
     flags = [word for name, value in words.items() for word in (f"--{name}", str(value))]
