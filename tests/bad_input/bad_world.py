@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
@@ -65,6 +66,7 @@ class World:
         SpectralCodec(torch.randn(2, 2, 96), iterations=2).save_pretrained(root / "codec")
         sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "feed_forward_size": 8}
         MusicEmbedder(**sizes).save_pretrained(root / "embedder")
+        (root / "empty.jsonl").write_text('{"prompt": "slow"}\n{"prompt": ""}\n')
         (root / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"slow {w}"}) + "\n" for w in WORDS))
 
     def __truediv__(self, name: str) -> Path:
@@ -72,6 +74,12 @@ class World:
 
     def model(self, **overrides: Any) -> Any:
         return make_model(self.tokenizer, **overrides)
+
+    def chat(self, template: str) -> Any:
+        """The tokenizer with a chat template."""
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.chat_template = template
+        return tokenizer
 
     def copy(self, name: str, tmp: Path) -> Path:
         """A copy of a folder, to be broken."""
@@ -167,9 +175,11 @@ class World:
         )
 
     def recipe(self, which: str, tmp: Path, *words: str, **changed: Any) -> None:
-        """The music or the text recipe, by its command line; `None` leaves an argument out."""
+        """The music or the text recipe, or the package's script; `None` leaves an argument out."""
         import musiclm_drcd
         import text_drcd
+
+        from trl_drcd.scripts import train_text
 
         settings: dict[str, Any] = {
             "model_name_or_path": self / "model", "dataset": self / "prompts.jsonl", "output_dir": tmp / "out",
@@ -177,7 +187,7 @@ class World:
             "max_completion_length": 4, "gradient_checkpointing": False, "bf16": False, "report_to": "none",
         }  # fmt: skip
         given = {name: value for name, value in (settings | changed).items() if value is not None}
-        main = {"music": musiclm_drcd.main, "text": text_drcd.main}[which]
+        main = {"music": musiclm_drcd.main, "text": text_drcd.main, "script": train_text.main}[which]
         main([*words, *(word for name, value in given.items() for word in (f"--{name}", str(value)))])
 
     def command(self, *words: object) -> None:

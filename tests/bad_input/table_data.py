@@ -30,6 +30,13 @@ def named(name: str, given: str, error: type[BaseException], remedy: str) -> Bad
     return Bad(name, lambda w, tmp: load_prompts("dataset", given, "train"), error, "`dataset=", given, remedy)
 
 
+CHAT = [[{"role": "user", "content": "slow"}], [{"role": "user", "content": "fast"}]]
+SYSTEM = Dataset.from_dict({"prompt": [[{"role": "system", "content": "harp"}, *turns] for turns in CHAT]})
+REFUSES = (
+    "{{% for m in messages %}}{{% if m['role'] == '{role}' %}}{{{{ raise_exception('no such role') }}}}{{% endif %}}"
+    "{{{{ m['content'] }}}}{{% endfor %}}"
+)
+
 ROWS = [
     Bad(
         "no data set",
@@ -56,6 +63,45 @@ ROWS = [
     rows("an enormous prompt", {"prompt": ["slow", "harp " * 3000]}, "3002 tokens", "shorten it"),
     rows("numbers for negative prompts", {"prompt": ["a", "b"], "negative_prompt": [1, 2]}, "int64", "texts"),
     rows("fewer rows than a rollout", {"prompt": ["a"]}, "1 rows", "give more prompts", num_generations=2),
+    rows(
+        "a turn without a text", {"prompt": [[{"role": "user", "content": None}], [{"role": "user", "content": "b"}]]},
+        "row 0", "lists of turns with `role` and `content`",
+    ),
+    rows("lists of words for prompts", {"prompt": [["a", "b"], ["c"]]}, "lists of string", "texts or lists of turns"),
+    rows("conversations without a template", {"prompt": CHAT}, "conversations", "set `tokenizer.chat_template`"),
+    Bad(
+        "a system turn that the template leaves out",
+        lambda w, tmp: w.trainer(tmp, dataset=SYSTEM, processing_class=w.chat("{{ messages[-1]['content'] }}")),
+        ValueError, "`train_dataset`", "leaves it out", "at the beginning of the user's turn",
+    ),
+    Bad(
+        "a system turn that the template refuses",
+        lambda w, tmp: w.trainer(tmp, dataset=SYSTEM, processing_class=w.chat(REFUSES.format(role="system"))),
+        ValueError, "`train_dataset`", "no such role", "at the beginning of the user's turn",
+    ),
+    Bad(
+        "a turn that the template refuses",
+        lambda w, tmp: w.trainer(
+            tmp, dataset=Dataset.from_dict({"prompt": CHAT}), processing_class=w.chat(REFUSES.format(role="user"))
+        ),
+        ValueError, "`train_dataset`", "no such role", "give turns that it takes",
+    ),
+    Bad(
+        "a stream of fewer rows than a rollout",
+        lambda w, tmp: w.trainer(
+            tmp, dataset=Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset(), max_steps=1, num_generations=2
+        ),
+        ValueError, "`train_dataset`", "1 rows", "give more prompts",
+    ),
+    Bad(
+        "a stream without an end",
+        lambda w, tmp: w.trainer(tmp, dataset=Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset()),
+        ValueError, "`train_dataset`", "-1", "set `max_steps`",
+    ),
+    Bad(
+        "evaluation without data", lambda w, tmp: w.trainer(tmp, eval_strategy="steps"), ValueError, "`eval_strategy",
+        "None", "needs `eval_dataset`",
+    ),
     Bad(
         "evaluation data without prompts",
         lambda w, tmp: w.trainer(tmp, eval_dataset={"held_out": Dataset.from_dict({"x": [1]})}),
@@ -82,4 +128,4 @@ ROWS = [
     file("table that is none", b"PAR1 and no more", "prompts.parquet", "copy or save it again", ".parquet"),
     file("table without the column", "text,other\na,b\n", "['text', 'other']", "must have a column `prompt`", ".csv"),
     file("table with a row too long", "prompt\na\nb,c,d\n", "prompts.csv", "same columns", ".csv"),
-]
+]  # fmt: skip

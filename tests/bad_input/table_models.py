@@ -7,6 +7,7 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from peft.utils import NoMatchingPeftModuleError
 from transformers import BertConfig, BertModel
 
+from trl_drcd.audio import MusicEmbedder
 from trl_drcd.policies import policy_class
 
 
@@ -125,6 +126,26 @@ ROWS = [
     given(
         "model that reads less than it writes", "4 positions", "shorten it", "`max_completion_length=4`",
         lambda w: {"model": w.model(max_position_embeddings=4)},
+    ),
+    given(
+        "advantages normalised, of no function", "True", "set `normalize_advantages=False`", "`normalize_advantages",
+        lambda w: {"normalize_advantages": True},
+    ),
+    given(
+        "advantages normalised beside diversity", "True", "in the unit of `diversity_coef`", "`normalize_advantages",
+        lambda w: {"normalize_advantages": True, "diversity_coef": 1.0, "embedder": len, "reward_funcs": [len]},
+    ),
+    given(
+        "rewards clipped, of no function", "(-1.0, 1.0)", "set `reward_clip_range=None`", "`reward_clip_range",
+        lambda w: {"reward_clip_range": (-1.0, 1.0)},
+    ),
+    given(
+        "an embedder of sounds without a codec", "MusicEmbedder", "give one", "`embedder`",
+        lambda w: {"embedder": MusicEmbedder.from_pretrained(w / "embedder")},
+    ),
+    given(
+        "nothing of that name on the Hub", "nobody/nothing", "correct the name", "`model",
+        lambda w: {"model": "nobody/nothing"}, FileNotFoundError,
     ),
     given(
         "an adapter that was trained", "already trained", "merge_and_unload", "`model`",

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import text_drcd
 from trl_drcd.policies import CausalLMPolicy
-from trl_drcd.prompts import load_prompts, with_system_prompt
+from trl_drcd.prompts import load_prompts
 from trl_drcd.scripts import train_text
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +86,21 @@ def test_one_step_and_what_it_leaves(world, changed, monkeypatch, capsys):
         assert all([turn["role"] for turn in row["prompt"]] == ["system", "user"] for row in rows)
 
 
+def test_rewards_and_an_embedder_of_ones_own_by_their_names(world, monkeypatch):
+    (world / "ours.py").write_text(
+        "import torch\n\ndef length(prompts, completions, answer, **kwargs):\n"
+        "    assert answer == [7] * len(prompts)\n    return [float(len(c)) for c in completions]\n\n"
+        "def embed(texts):\n    return torch.tensor([[len(t) + 1.0, t.count('a') + 1.0] for t in texts])\n"
+    )
+    rows = [json.dumps({"prompt": prompt, "answer": 7}) + "\n" for prompt in ("slow", "fast drum", "harp", "flute")]
+    (world / "answers.jsonl").write_text("".join(rows))
+    monkeypatch.chdir(world)
+    ours = {"reward_funcs": "ours.length", "embedder": "ours.embed", "reward_weights": 0.5, "diversity_coef": 1}
+    train_text.main(arguments(world, dataset=world / "answers.jsonl", diversity_warmup_steps=0, **ours))
+    (entry,) = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines() if "loss/reward" in line]
+    assert entry["rewards/length/mean"] > 0 and entry["diversity"] >= 0 and entry["diversity_coef"] == 1
+
+
 def test_a_reloaded_adapter_gives_the_same_logits(world, monkeypatch):
     trained = []
     save = train_text.train_and_save
@@ -143,12 +158,6 @@ def test_refusals_before_anything_is_loaded(world, monkeypatch, changed, message
     monkeypatch.chdir(world)
     with pytest.raises(SystemExit, match=message):
         text_drcd.main(arguments(world, **changed))
-
-
-def test_a_system_prompt_does_not_replace_one():
-    turns = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
-    assert with_system_prompt({"prompt": turns}, "c") == {"prompt": turns}
-    assert with_system_prompt({"prompt": "b"}, "a") == {"prompt": turns}
 
 
 def texts(name: str) -> list[str]:

@@ -102,6 +102,7 @@ def end_on_signals(program: str) -> Iterator[None]:
         _end_with_parent()
 
     def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent's end, say, must not cut short what follows
         raise SystemExit(128 + number)
 
     before = signal.signal(signal.SIGTERM, end)

@@ -1,0 +1,99 @@
+"""Settings as YAML files and command lines have them, and the warm-up of the diversity coefficient."""
+
+import json
+import logging
+
+import pytest
+from peft import LoraConfig
+from test_trainer import make_trainer
+
+from trl_drcd.config import CFGDistillDiversityConfig, diversity_coef_at
+
+
+def config(tmp_path, **changed) -> CFGDistillDiversityConfig:
+    return CFGDistillDiversityConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False, **changed)
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "reached"),
+    [(1000, 1000, 0.26), (0.25, 7, 10.0), (0.5, 14, 10.0), (0, 0, 10.0), (27, 27, 10 * 26 / 27), (4.0, 4, 10.0)],
+)
+def test_a_warm_up_is_steps_or_a_share_of_the_run(tmp_path, given, steps, reached):
+    args = config(tmp_path, diversity_coef=10.0, diversity_warmup_steps=given)
+    assert args.diversity_warmup(27) == steps
+    assert args.diversity_coef_at(0, 27) == (0.0 if given else 10.0)
+    assert args.diversity_coef_at(26, 27) == pytest.approx(reached)
+    assert args.diversity_coef_at(13, 27) == diversity_coef_at(13, 10.0, steps)
+
+
+def test_the_default_is_the_papers(tmp_path):
+    assert config(tmp_path).diversity_warmup_steps == 1000
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(1000, True), (0.5, False), (2, False)])
+def test_a_warm_up_longer_than_the_run_is_told_and_the_card_says_what_was_reached(
+    tmp_path, tokenizer, caplog, steps, warned
+):
+    trainer = make_trainer(
+        tmp_path, tokenizer, diversity_coef=10.0, diversity_warmup_steps=steps, max_steps=3,
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    text = "ends with 0.02 of `diversity_coef=10`; give fewer, or a share of the run"
+    assert (text in caplog.text) == warned
+    trainer.save_model()
+    reached = "0.02" if warned else "10"
+    assert f"| diversity_coef reached | {reached} |" in (tmp_path / "README.md").read_text()
+    assert trainer.state.log_history[-2]["diversity_coef"] == pytest.approx(float(reached))
+
+
+@pytest.mark.parametrize(
+    "given", [{"min_lr": "1e-5", "num_cycles": "2"}, '{"min_lr": "1e-5", "num_cycles": "2"}', {"min_lr": 1e-5}]
+)
+def test_texts_that_are_numbers_become_numbers_in_the_schedulers_settings(tmp_path, given):
+    kwargs = config(tmp_path, lr_scheduler_kwargs=given).lr_scheduler_kwargs
+    assert kwargs["min_lr"] == 1e-5 and isinstance(kwargs.get("num_cycles", 2), int)
+    assert config(tmp_path, lr_scheduler_kwargs={"name": "cosine"}).lr_scheduler_kwargs == {"name": "cosine"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(True, "true"), (False, None), ("false", None), (None, None), ("a/checkpoint-1",) * 2]
+)
+def test_resuming_may_be_true_as_yaml_has_it(tmp_path, given, expected):
+    assert config(tmp_path, resume_from_checkpoint=given).resume_from_checkpoint == expected
+
+
+@pytest.mark.parametrize(("given", "warned"), [("None", True), (" null ", True), ("None of it", False), (None, False)])
+def test_a_negative_prompt_that_is_called_none_is_told(tmp_path, caplog, given, warned):
+    with caplog.at_level(logging.WARNING):
+        config(tmp_path, negative_prompt=given)
+    assert ("is that text; for the unconditional prompt" in caplog.text) == warned
+
+
+def test_the_trainer_from_python_leaves_a_folder_that_says_what_it_is(tmp_path, tokenizer, model):
+    """What the README's lines do: train, save."""
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    (base / "README.md").write_text("---\nlicense: mit\nbase_model: someone/first\n---\n")
+    trainer = make_trainer(
+        tmp_path / "out", tokenizer, model=str(base), max_steps=1, peft_config=LoraConfig(r=2),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"adapter_model.safetensors", "generation_config.json", "tokenizer.json", "README.md"} <= files
+    assert "training_args.bin" not in files
+    card = (tmp_path / "out" / "README.md").read_text()
+    header = card.split("---")[1]
+    assert "license: mit\n" in header and "base_model: someone/first\n" in header
+    assert "base_model_relation: adapter\n" in header and "guidance 3 is in the weights" in card
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["do_sample"] and generation["top_k"] == 0 and str(tmp_path) not in card
+
+
+def test_a_card_of_no_update_says_so(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer)
+    trainer.save_model()
+    card = (tmp_path / "README.md").read_text()
+    assert "**Not trained**" in card and "is in the weights" not in card and "reached" not in card
