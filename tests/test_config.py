@@ -63,6 +63,11 @@ def test_resuming_may_be_true_as_yaml_has_it(tmp_path, given, expected):
     assert config(tmp_path, resume_from_checkpoint=given).resume_from_checkpoint == expected
 
 
+@pytest.mark.parametrize("name", ["eval_strategy", "logging_strategy", "save_strategy"])
+def test_a_strategy_may_be_no_as_yaml_has_it(tmp_path, name):
+    assert getattr(config(tmp_path, **{name: False}), name) == "no"
+
+
 @pytest.mark.parametrize(("given", "warned"), [("None", True), (" null ", True), ("None of it", False), (None, False)])
 def test_a_negative_prompt_that_is_called_none_is_told(tmp_path, caplog, given, warned):
     with caplog.at_level(logging.WARNING):

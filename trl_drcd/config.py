@@ -132,7 +132,10 @@ class CFGDistillDiversityConfig(RLOOConfig):
     sample_prompts: list[str] | None = field(default=None, metadata={"help": "Prompts of these samples."})
 
     def __post_init__(self) -> None:
-        if isinstance(self.resume_from_checkpoint, bool):  # as YAML has it
+        for name in ("eval_strategy", "logging_strategy", "save_strategy"):
+            if getattr(self, name) is False:  # a bare `no` in YAML
+                setattr(self, name, "no")
+        if isinstance(self.resume_from_checkpoint, bool):  # a bare `true` in YAML
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower()
         if str(self.resume_from_checkpoint).lower() in ("false", "none", "no"):
             self.resume_from_checkpoint = None
