@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.ratings.conftest import MODELS, make_evaluation
+from ratings.conftest import MODELS, make_evaluation
 from trl_drcd.cli import main
 from trl_drcd.ratings.design import DesignArguments
 from trl_drcd.ratings.report import ReportArguments, write_report
