@@ -39,6 +39,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -142,22 +144,47 @@ def samples(world: World, folder: Path, group: int) -> list[dict[str, Any]]:
     """All groups, from `folder` where they are there."""
     groups = []
     for start in tqdm(range(0, len(world.prompts), CHUNK), desc="samples", unit="chunk"):
-        file = folder / f"samples_{group}_{start:04d}.pt"
+        file = folder / f"samples_{group}_{start:04d}.safetensors"
         if not file.exists():
             save(sample_chunk(world, start, group), file)
-        groups += torch.load(file)
+        groups += load(file)
     steps = prefix_steps(world.steps, PREFIXES)
     for index, row in enumerate(tqdm(groups, desc="prefixes", unit="group")):
-        file = folder / f"prefixes_{group}_{index:04d}.pt"
+        file = folder / f"prefixes_{group}_{index:04d}.safetensors"
         if not file.exists():
             save(embed_prefixes(world.embed, row["completions"], steps, row["embeddings"].shape[1]), file)
-        row["prefixes"], row["reached"] = torch.load(file)
+        row["prefixes"], row["reached"] = load(file)
     return groups[: len(world.prompts)]
 
 
 def save(what: Any, file: Path) -> None:
-    torch.save(what, file.with_suffix(".part"))
+    """Dictionaries, lists, texts, numbers and tensors as one safetensors file, whole or not at all."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def pack(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            tensors[str(len(tensors))] = value.contiguous()
+            return {"tensor": str(len(tensors) - 1)}
+        if isinstance(value, dict):
+            return {name: pack(part) for name, part in value.items()}
+        return [pack(part) for part in value] if isinstance(value, list | tuple) else value
+
+    structure = json.dumps(pack(what))
+    save_file(tensors, file.with_suffix(".part"), {"structure": structure})
     file.with_suffix(".part").rename(file)
+
+
+def load(file: Path) -> Any:
+    """What [`save`] wrote; tuples come back as lists."""
+    with safe_open(file, framework="pt") as tensors:
+
+        def unpack(value: Any) -> Any:
+            if isinstance(value, dict):
+                own = set(value) == {"tensor"}
+                return tensors.get_tensor(value["tensor"]) if own else {k: unpack(part) for k, part in value.items()}
+            return [unpack(part) for part in value] if isinstance(value, list) else value
+
+        return unpack(json.loads(tensors.metadata()["structure"]))
 
 
 # ---------------------------------------------------------------- advantages
@@ -345,10 +372,10 @@ def main() -> None:
     advantages, metrics = all_advantages(groups, args.estimators, world.steps)
     found = []
     for i, group in enumerate(tqdm(groups, desc="gradients", unit="group")):
-        file = folder / f"gradients{'_lora' * args.lora}_{args.num_generations}_{len(groups)}_{i:04d}.pt"
+        file = folder / f"gradients{'_lora' * args.lora}_{args.num_generations}_{len(groups)}_{i:04d}.safetensors"
         if not file.exists():
             save(gradients(world, group, {name: a[i] for name, a in advantages.items()}), file)
-        found.append(torch.load(file))
+        found.append(load(file))
     rows = statistics(found, args.num_generations)
     clips = {n: clippings(found, n, args.coef, args.update_groups) for n in args.estimators if n in ESTIMATORS}
     print(markdown_table(rows), markdown_table(clips), markdown_table(metrics), sep="\n\n")

@@ -69,7 +69,7 @@ def with_codec(world: Any, tmp: Path) -> list[Path]:
     pair = [world.copy("model", tmp), world.copy("other", tmp)]
     for number, folder in enumerate(pair):
         (folder / "codec").mkdir()
-        (folder / "codec" / "config.json").write_text(str(number))
+        (folder / "codec" / "config.json").write_text(json.dumps({"floor": number}))
     return pair
 
 
