@@ -239,7 +239,7 @@ def batch_terms(
         for of in ([term.kl for term in terms], [term.entropy for term in terms])
     ]
     log_probs = torch.stack([_spread(term.log_probs, mask[..., k]) for k, term in enumerate(terms)], dim=-1)
-    total = torch.stack(losses).sum() / len(mask) if losses else None
+    total = (torch.stack(losses).sum() / len(mask)).to(of_sequences[0].dtype) if losses else None
     return BatchTerms(of_sequences[0], log_probs, of_sequences[1], mask.sum(dim=(1, 2)), total)
 
 

@@ -355,7 +355,9 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         separately = separately and (self._diversity_coef > 0 or bool(self.reward_funcs))
         weights = None
         if train and not separately and "old_log_probs" not in inputs:
-            weights = -torch.stack(torch.broadcast_tensors(*credits.values())).sum(0)
+            # In float64, so that the sum of credits rounds as the separate terms do; MPS has none
+            exact = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
+            weights = -torch.stack(torch.broadcast_tensors(*credits.values())).to(exact).sum(0)
         terms = self._objective.terms(model, self.model_wrapped, inputs, weights)
         losses = self._objective.losses(terms, credits, inputs.get("old_log_probs"))
         if separately:
