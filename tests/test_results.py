@@ -91,16 +91,16 @@ def test_two_evaluations_into_one_folder_lose_nothing(tmp_path):
 
 
 def test_temporary_files_of_the_dead_are_removed_and_of_the_living_are_kept(tmp_path):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
     samples = tmp_path / "samples" / "base_1"
     samples.mkdir(parents=True)
-    dead = [folder / f".x.wav.{gone.pid}.tmp" for folder in (tmp_path, samples.parent, samples)]
-    mine = tmp_path / f".x.wav.{os.getpid()}.tmp"
-    for file in (*dead, mine):
+    dead = [folder / f".x.wav.{'0' * 16}.tmp" for folder in (tmp_path, samples.parent, samples)]
+    young = tmp_path / f".x.wav.{'1' * 16}.tmp"  # somebody may still be writing it
+    for file in (*dead, young):
         file.touch()
+    for file in dead:
+        os.utime(file, (0, 0))
     ResultsFolder(tmp_path).check_room(1)
-    assert mine.exists() and not any(file.exists() for file in dead)
+    assert young.exists() and not any(file.exists() for file in dead)
 
 
 def test_no_room_is_found_before_sampling_and_says_what_to_do(tmp_path, monkeypatch):
