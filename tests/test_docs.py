@@ -17,7 +17,8 @@ from trl import ModelConfig
 
 import trl_drcd.cli
 from trl_drcd import CFGDistillDiversityConfig
-from trl_drcd.evaluation.grid import EvaluateArguments
+from trl_drcd.evaluation.arguments import EvaluateArguments
+from trl_drcd.evaluation.metrics import METRICS
 from trl_drcd.scripts.train_music import MusicArguments
 from trl_drcd.scripts.train_text import TextArguments
 
@@ -245,6 +246,11 @@ def test_intervals_stand_in_a_report(page):
     reports = "".join(report.read_text() for report in ROOT.glob("results/**/*.md"))
     known = {interval.lstrip("+") for interval in INTERVAL.findall(reports)}
     assert [value for value in INTERVAL.findall(" ".join(prose(page).split())) if value.lstrip("+") not in known] == []
+
+
+def test_every_metric_is_explained():
+    page = (ROOT / "docs/evaluation.md").read_text()
+    assert [metric.key for metric in METRICS if f"`{metric.key}`" not in page] == []
 
 
 def documented_names(docstring: str) -> list[str]:
