@@ -169,8 +169,15 @@ def ratings(argv: list[str]) -> None:
     main(argv)
 
 
+def app(argv: list[str]) -> None:
+    """Play, listen and rate in a browser, or a static page of samples."""
+    from trl_drcd.app.commands import main
+
+    main(argv)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "train": train, "merge": merge, "evaluate": evaluate, "ratings": ratings,
+    "train": train, "merge": merge, "evaluate": evaluate, "app": app, "ratings": ratings,
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from trl_drcd.ratings.design import Item, Slot
 from trl_drcd.validation.messages import short_repr
 
-FILE = "study.sqlite"
+FILE, CLIPS_FOLDER = "study.sqlite", "clips"
 SCHEMA = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE items (

@@ -16,9 +16,8 @@ from trl_drcd.evaluation.digests import content_digest
 from trl_drcd.files import wav_bytes, write_bytes, write_text
 from trl_drcd.ratings.design import Clip, Design, DesignArguments, make_design, strategies_of
 from trl_drcd.ratings.samples import Evaluation, read_evaluation
-from trl_drcd.ratings.store import FILE, Study
+from trl_drcd.ratings.store import CLIPS_FOLDER, FILE, Study
 
-CLIPS_FOLDER = "clips"
 NOISE = 1.0  # power of the noise over that of the clip, in a degraded one
 
 

@@ -1,0 +1,220 @@
+"""Play: models in memory, a mixture set in place, samples drawn, with what they cost."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from trl_drcd.app.arguments import AppArguments
+from trl_drcd.audio.codecs import SpectralCodec
+from trl_drcd.evaluation.checks import check_ends
+from trl_drcd.evaluation.models import Models
+from trl_drcd.evaluation.sampling import Completion, Prompt, sample_prompts
+from trl_drcd.evaluation.strategies import Row, expand
+from trl_drcd.files import local_name
+from trl_drcd.policies import policy_for
+from trl_drcd.validation.messages import short_repr
+from trl_drcd.validation.model_folders import check_model
+
+MAX_PROMPT, MAX_TEMPERATURE, MAX_GUIDANCE = 4000, 5.0, 20.0
+
+
+class Cancelled(Exception):
+    """The user has cancelled."""
+
+
+@dataclass
+class Job:
+    """
+    A call that is sampling: how far it is, and whether to stop.
+
+    Args:
+        steps (`int`): Forward passes of the model so far.
+    """
+
+    steps: int = 0
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """Stops it before the next forward pass."""
+        self._stop.set()
+
+    def step(self) -> None:
+        """
+        Raises:
+            Cancelled: If it is to stop.
+        """
+        if self._stop.is_set():
+            raise Cancelled
+        self.steps += 1
+
+
+@dataclass(frozen=True)
+class Ask:
+    """
+    What to sample.
+
+    Args:
+        prompt (`str`): A text; a user turn where the tokenizer has a chat template.
+        weights (`tuple[float, ...]`): Of the ends, which sum to 1; `()` for the base.
+        guidance_scale (`float`): gamma; 1 is off.
+        negative_prompt (`str`, *optional*): x^- of the guidance; `None` is the null prompt.
+        temperature (`float`): Above 0.
+        seed (`int`): Of the draws.
+        samples (`int`): How many.
+    """
+
+    prompt: str
+    weights: tuple[float, ...] = ()
+    guidance_scale: float = 1.0
+    negative_prompt: str | None = None
+    temperature: float = 0.99
+    seed: int = 0
+    samples: int = 4
+
+    def check(self, most_samples: int) -> None:
+        """
+        Raises:
+            ValueError: If a value is out of its range.
+        """
+        if not isinstance(self.prompt, str) or not self.prompt.strip() or len(self.prompt) > MAX_PROMPT:
+            raise ValueError(f"the prompt must have 1 to {MAX_PROMPT} characters, got {short_repr(self.prompt)}")
+        if self.negative_prompt is not None and len(self.negative_prompt) > MAX_PROMPT:
+            raise ValueError(f"the negative prompt must have at most {MAX_PROMPT} characters")
+        if not 0 < self.temperature <= MAX_TEMPERATURE:
+            raise ValueError(
+                f"the temperature must be above 0 and at most {MAX_TEMPERATURE:g}, got {self.temperature}"
+            )
+        if not 0 <= self.guidance_scale <= MAX_GUIDANCE:
+            raise ValueError(f"the guidance must be between 0 and {MAX_GUIDANCE:g}, got {self.guidance_scale}")
+        if not 1 <= self.samples <= most_samples:
+            raise ValueError(f"the number of samples must be between 1 and {most_samples}, got {self.samples}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"the seed must be between 0 and {2**32 - 1}, got {self.seed}")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """
+    Samples and their cost.
+
+    Args:
+        completions (`list`): Texts, or `(waveform, sampling_rate)` pairs.
+        seconds (`float`): Of the sampling, without the codec.
+        tokens (`int`): Of the longest completion, in steps.
+        passes (`float`): Sequences that went through the model for each sample and step: 1, or 2 with guidance.
+    """
+
+    completions: list[Completion]
+    seconds: float
+    tokens: int
+    passes: float
+
+    def cost(self) -> str:
+        """In words."""
+        plural = "pass" if round(self.passes) == 1 else "passes"
+        return (
+            f"{self.passes:.2g} {plural} a token, {self.seconds:.1f} s for {len(self.completions)} samples of up to "
+            f"{self.tokens} tokens"
+        )
+
+
+class Engine:
+    """
+    The models of the tab Play; one call samples at a time.
+
+    Args:
+        args ([`AppArguments`]): With `model`.
+
+    Raises:
+        FileNotFoundError, ValueError: If a model is not there, or the ends do not fit each other.
+    """
+
+    def __init__(self, args: AppArguments) -> None:
+        assert args.model is not None
+        self.args = args
+        check_model("model", args.model)
+        if args.ends:
+            self._rows = expand([{"name": "ends", "models": list(args.ends)}])
+        self.models = Models(args.model, getattr(torch, args.dtype))
+        check_ends(self.models.base, self._rows if args.ends else [])
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+        self.policy: Any = policy_for(self.models.base, self.tokenizer)
+        own = self.policy.codec(self.models.base)
+        self.codec: Any = SpectralCodec.from_pretrained(args.codec) if args.codec else own
+        self._one_at_a_time = threading.Lock()
+        if args.ends:
+            self.models(self._rows[0])  # loaded now, so that the first slide does not wait for it
+
+    @property
+    def names(self) -> list[str]:
+        """The ends, for people."""
+        return list(self.args.end_names) or [local_name(end) for end in self.args.ends]
+
+    @property
+    def sounds(self) -> bool:
+        """Whether completions are heard, not read."""
+        return self.codec is not None
+
+    def sample(self, ask: Ask, job: Job) -> Drawn:
+        """
+        Sets the weights in memory and samples; waits while another call does.
+
+        Args:
+            ask ([`Ask`]): What.
+            job ([`Job`]): Told of every step; cancelling it ends this with the model as it was set.
+
+        Returns:
+            [`Drawn`]: The completions.
+
+        Raises:
+            Cancelled: If the job was cancelled.
+            ValueError: If the ask is out of range.
+        """
+        ask.check(self.args.most_samples)
+        with self._one_at_a_time, torch.no_grad():
+            ends = tuple(self.args.ends) if ask.weights else ()
+            model = self.models(Row("play", ends, tuple(ask.weights)))
+            with self._counting(model, job) as rows:
+                samples = sample_prompts(
+                    model, self.tokenizer, [self._prompt(ask.prompt)], ask.samples, ask.guidance_scale,
+                    ask.negative_prompt or None, ask.temperature, self.args.max_new_tokens, ask.samples, ask.seed,
+                )  # fmt: skip
+            codebooks = getattr(self.policy, "num_codebooks", 1)
+            steps = max(map(len, samples.token_ids)) // codebooks
+            passes = sum(rows) / (ask.samples * max(1, steps))
+            return Drawn(self._decode(samples.token_ids), samples.seconds, steps, passes)
+
+    def _prompt(self, text: str) -> Prompt:
+        return [{"role": "user", "content": text}] if getattr(self.tokenizer, "chat_template", None) else text
+
+    def _decode(self, token_ids: list[list[int]]) -> list[Completion]:
+        if self.codec is not None:
+            return list(self.codec.decode(token_ids))
+        return list(self.tokenizer.batch_decode(token_ids, skip_special_tokens=True))
+
+    @contextmanager
+    def _counting(self, model: Any, job: Job) -> Iterator[list[int]]:
+        """Notes the sequences of every forward pass, and ends the sampling where the job is cancelled."""
+        inner = model.get_base_model() if hasattr(model, "peft_config") else model
+        # Of MusicGen the decoder, called at each step; its K codebooks are rows of their own
+        part = inner.decoder if hasattr(inner, "decoder") else inner.base_model
+        codebooks, rows = getattr(self.policy, "num_codebooks", 1), []
+
+        def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            job.step()
+            ids = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+            ids = args[0] if ids is None else ids
+            rows.append(ids.shape[0] // (codebooks if ids.ndim == 2 else 1))
+
+        handle = part.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield rows
+        finally:
+            handle.remove()

@@ -1,0 +1,49 @@
+"""HTML of the app and of the static page; Jinja escapes every text in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from trl_drcd.evaluation.report import Item, PromptItems, Sample
+
+TEMPLATES = Environment(
+    loader=PackageLoader("trl_drcd.app"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def asset(name: str) -> str:
+    """A file of `templates/`, as it is."""
+    return files("trl_drcd.app").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def render(template: str, **values: Any) -> str:
+    """A template with these values."""
+    return TEMPLATES.get_template(template).render(**values)
+
+
+def listening(prompts: Sequence[PromptItems]) -> str:
+    """Prompts, each with its strategies side by side."""
+    return render("prompts.html.j2", prompts=prompts)
+
+
+def column(heading: str, cost: str, samples: Sequence[Sample]) -> str:
+    """What the tab Play shows of one way to sample."""
+    return render("column.html.j2", heading=heading, cost=cost, item=Item(heading, list(samples)))
+
+
+def notice(text: str, kind: str = "info") -> str:
+    """A line that tells something; `kind` is `info` or `error`, which is announced at once."""
+    return render("notice.html.j2", text=text, kind=kind)
+
+
+def side(name: str, clips: Sequence[dict[str, Any]]) -> str:
+    """One side of a comparison, blind: its clips with `label`, and `text`, or `sound` and `played_url`."""
+    return render("side.html.j2", name=name, clips=clips)

@@ -1,0 +1,203 @@
+"""The tab Play: sample with lambda in memory, beside guidance on the base."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+from typing import Any
+
+from trl_drcd.app import pages
+from trl_drcd.app.engine import MAX_TEMPERATURE, Ask, Cancelled, Drawn, Engine, Job
+from trl_drcd.app.media import Media
+
+EVERY_S = 0.25
+
+
+class Play:
+    """
+    What the tab does, without its layout.
+
+    Args:
+        engine ([`Engine`]): The models.
+        media ([`Media`]): Where sounds and pictures go.
+    """
+
+    def __init__(self, engine: Engine, media: Media) -> None:
+        self.engine, self.media = engine, media
+        self._jobs: dict[str, Job] = {}
+
+    def weights(self, sliders: tuple[float, ...]) -> tuple[float, ...]:
+        """
+        Weights of the ends: of lambda where there are two, else each slider's share.
+
+        Raises:
+            ValueError: If all sliders are at 0.
+        """
+        if len(self.engine.args.ends) == 1:
+            return (1.0,)
+        if len(self.engine.args.ends) == 2:
+            return (1 - float(sliders[0]), float(sliders[0]))
+        if sliders and not sum(sliders) > 0:
+            raise ValueError("all sliders are at 0; give at least one model a share")
+        return tuple(float(share) / sum(sliders) for share in sliders)
+
+    def heading(self, weights: tuple[float, ...]) -> str:
+        """What is heard, in words."""
+        names = self.engine.names
+        if len(names) == 2:
+            return f"λ = {weights[1]:.2f} from {names[0]} to {names[1]}"
+        parts = [f"{weight:.2f} {name}" for weight, name in zip(weights, names, strict=True)]
+        return " + ".join(parts) if len(parts) > 1 else names[0] if names else "The model"
+
+    def asks(self, values: dict[str, Any], sliders: tuple[float, ...]) -> list[tuple[str, Ask]]:
+        """Headings, and what to sample under each."""
+        weights = self.weights(sliders)
+        ask = Ask(
+            str(values["prompt"] or ""), weights, 1.0, str(values["negative"] or "") or None,
+            float(values["temperature"]), int(values["seed"]), int(values["samples"]),
+        )  # fmt: skip
+        asked = [(self.heading(weights), ask)]
+        if values["beside"]:
+            gamma = float(values["gamma"])
+            asked.append((f"Base with guidance, γ = {gamma:g}", replace(ask, weights=(), guidance_scale=gamma)))
+        return asked
+
+    def run(self, session: str, values: dict[str, Any], sliders: tuple[float, ...]) -> Iterator[list[str | None]]:
+        """
+        Samples; yields the two columns and a line on how far it is, `None` for what has not changed.
+
+        Args:
+            session (`str`): Whose job it is.
+            values (`dict`): Of the controls, by their names.
+            sliders (`tuple[float, ...]`): lambda, or a share of each end.
+        """
+        job = self._jobs[session] = Job()
+        columns: list[str | None] = ["", ""]
+        try:
+            asked = self.asks(values, sliders)
+            yield [*columns, pages.notice("Starting")]
+            for number, (heading, ask) in enumerate(asked):
+                job.steps = 0
+                drawn = yield from self._progress(heading, ask, job)
+                columns[number] = self._column(heading, drawn)
+                yield [*[html if i == number else None for i, html in enumerate(columns)], None]
+            yield [None, None, pages.notice("Done")]
+        except Cancelled:
+            yield [None, None, pages.notice("Cancelled")]
+        except (RuntimeError, TypeError, ValueError) as error:
+            yield [None, None, pages.notice(str(error)[:500], "error")]
+        finally:
+            job.cancel()
+            if self._jobs.get(session) is job:
+                del self._jobs[session]
+
+    def _progress(self, heading: str, ask: Ask, job: Job) -> Generator[list[str | None], None, Drawn]:
+        """Samples in a thread of its own, so that a line can tell how far it is; returns what was drawn."""
+        result: list[Drawn] = []
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                result.append(self.engine.sample(ask, job))
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            while thread.is_alive():
+                thread.join(EVERY_S)
+                most = self.engine.args.max_new_tokens
+                yield [None, None, pages.notice(f"{heading}: step {job.steps} of at most {most}")]
+        except GeneratorExit:  # the page was closed
+            job.cancel()
+            thread.join()
+            raise
+        if errors:
+            raise errors[0]
+        return result[0]
+
+    def _column(self, heading: str, drawn: Drawn) -> str:
+        samples = [
+            self.media.sample(completion, f"{heading}, sample {number}")
+            for number, completion in enumerate(drawn.completions, 1)
+        ]
+        return pages.column(heading, drawn.cost(), samples)
+
+    def cancel(self, session: str) -> str:
+        """Ends what a session is sampling."""
+        job = self._jobs.get(session)
+        if job is None:
+            return pages.notice("Nothing is running")
+        job.cancel()
+        return pages.notice(f"Cancelled after {job.steps} steps")
+
+
+def build(gr: Any, blocks: Any, play: Play) -> None:
+    """The controls and the columns, inside a tab."""
+    ends, examples = play.engine.names, play.engine.args.examples
+    with gr.Row():
+        prompt = gr.Textbox(
+            examples[0] if examples else "",
+            label="Prompt",
+            lines=2,
+            max_lines=4,
+            scale=3,
+            min_width=280,
+            elem_id="play-prompt",
+        )
+        negative = gr.Textbox(
+            label="Negative prompt of the guidance",
+            lines=2,
+            max_lines=4,
+            scale=2,
+            min_width=280,
+            placeholder="none: unconditional",
+        )
+    if len(examples) > 1:
+        gr.Examples(examples, prompt, label="Prompts to begin with")
+    if len(ends) == 2:
+        sliders = [gr.Slider(0, 1, 0.5, step=0.01, label=f"λ: 0 is {ends[0]}, 1 is {ends[1]}", elem_id="play-lambda")]
+    else:
+        sliders = [gr.Slider(0, 1, 1, step=0.01, label=f"Share of {name}") for name in (ends if len(ends) > 2 else [])]
+    with gr.Row():
+        temperature = gr.Slider(0.1, min(2.0, MAX_TEMPERATURE), 0.99, step=0.01, label="Temperature")
+        samples = gr.Slider(
+            1, play.engine.args.most_samples, min(2, play.engine.args.most_samples), step=1, label="Samples"
+        )
+        seed = gr.Number(0, precision=0, minimum=0, label="Seed")
+    with gr.Row():
+        beside = gr.Checkbox(True, label="Beside it: guidance on the base, at the same seed")
+        gamma = gr.Slider(1, 8, 3, step=0.5, label="γ of the guidance")
+    with gr.Row():
+        button = gr.Button("Sample", variant="primary", elem_id="play-sample")
+        stop = gr.Button("Cancel", elem_id="play-cancel")
+    status = gr.HTML(elem_id="play-status")
+    columns = []
+    with gr.Row():
+        for side in ("left", "right"):
+            with gr.Column(min_width=280):
+                columns.append(gr.HTML(elem_id=f"play-{side}"))
+    names = ("prompt", "negative", "temperature", "seed", "samples", "beside", "gamma")
+    controls = [prompt, negative, temperature, seed, samples, beside, gamma]
+
+    def run(request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+        given = dict(zip(names, values, strict=False))
+        for shown in play.run(str(request.session_hash), given, tuple(values[len(names) :])):
+            yield [gr.skip() if html is None else html for html in shown]
+
+    def cancel(request: gr.Request) -> str:
+        return play.cancel(str(request.session_hash))
+
+    def close(request: gr.Request) -> None:
+        play.cancel(str(request.session_hash))
+
+    run.__annotations__["request"] = cancel.__annotations__["request"] = close.__annotations__["request"] = gr.Request
+    triggers: list[Callable[..., Any]] = [button.click, prompt.submit, *(slider.release for slider in sliders)]
+    event = gr.on(
+        triggers, run, [*controls, *sliders], [*columns, status], concurrency_limit=1, concurrency_id="model",
+        trigger_mode="always_last", show_progress="hidden", api_visibility="private",
+    )  # fmt: skip
+    stop.click(cancel, None, status, queue=False, cancels=[event], show_progress="hidden", api_visibility="private")
+    blocks.unload(close)

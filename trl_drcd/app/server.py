@@ -1,0 +1,158 @@
+"""The web application: Gradio, the routes of sounds, and headers that let nothing in from elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+from trl_drcd.app import listen as listen_tab
+from trl_drcd.app import pages
+from trl_drcd.app import rate as rate_tab
+from trl_drcd.app.arguments import AppArguments
+from trl_drcd.app.media import Media
+from trl_drcd.compat.extras import require
+from trl_drcd.ratings.store import CLIPS_FOLDER, Study
+
+if TYPE_CHECKING:
+    from trl_drcd.app.engine import Engine
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Gradio's page has scripts and styles in it; what a browser loads is from here alone
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self' https://huggingface.co"
+)
+SYSTEM_FONTS, SYSTEM_MONO = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+
+
+def gradio() -> Any:
+    """Gradio, with its telemetry off before it is imported."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    return require("gradio", "app")
+
+
+class Headers:
+    """Adds the headers to every answer; a plain ASGI layer, since answers may be streams."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
+        """ASGI."""
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                new = {
+                    b"content-security-policy": POLICY.encode(),
+                    b"x-content-type-options": b"nosniff",
+                    b"referrer-policy": b"same-origin",  # a personal link is a secret
+                }
+                kept = [(name, value) for name, value in message["headers"] if name.lower() not in new]
+                message["headers"] = [*kept, *new.items()]
+            await send(message)
+
+        await self.app(scope, receive, with_headers)
+
+
+def make_app(args: AppArguments, engine: Engine | None = None, sync: Any = None) -> Any:
+    """
+    The application, for uvicorn.
+
+    Args:
+        args ([`AppArguments`]): Everything.
+        engine ([`Engine`], *optional*): The models, where they are loaded already.
+        sync (*optional*): Copies ratings elsewhere after each; see [`Rate`].
+
+    Returns:
+        `fastapi.FastAPI`: With the tabs that `args` names.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: If what a tab needs is not there.
+    """
+    gr, fastapi = gradio(), require("fastapi", "app")
+    app, media = fastapi.FastAPI(openapi_url=None), Media()
+    listen = listen_tab.Listen(str(args.evaluation)) if "listen" in args.tabs else None
+    rate = rate_tab.Rate(Study(str(args.study)), sync) if "rate" in args.tabs else None
+    if "play" in args.tabs:  # else no model is loaded, nor what loads it
+        from trl_drcd.app import play as play_tab
+        from trl_drcd.app.engine import Engine
+
+        play = play_tab.Play(engine or Engine(args), media)
+    with gr.Blocks(title="trl-drcd", analytics_enabled=False, fill_width=True) as blocks, gr.Tabs():
+        if "play" in args.tabs:
+            with gr.Tab("Play", id="play"):
+                play_tab.build(gr, blocks, play)
+        if listen is not None:
+            with gr.Tab("Listen", id="listen"):
+                listen_tab.build(gr, listen)
+        if rate is not None:
+            with gr.Tab("Rate", id="rate"):
+                rate_tab.build(gr, blocks, rate)
+    _add_media(app, media)
+    if listen is not None:
+        static = require("fastapi.staticfiles", "app")
+        app.mount("/samples", static.StaticFiles(directory=listen.folder / "samples"))
+    if rate is not None:
+        _add_clips(app, rate.study)
+    app.add_middleware(Headers)
+    if args.host in LOOPBACK:  # else a page from elsewhere could reach this by a name of its own
+        trusted = require("starlette.middleware.trustedhost", "app")
+        app.add_middleware(trusted.TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "testserver"])
+    blocks.queue(max_size=64)
+    theme = gr.themes.Base(font=SYSTEM_FONTS, font_mono=SYSTEM_MONO)
+    return gr.mount_gradio_app(
+        app, blocks, path="/", server_name=args.host, server_port=args.port, ssr_mode=False, show_error=False,
+        max_file_size="1kb", footer_links=[], theme=theme, css=pages.asset("app.css"),
+        head=f"<script>{pages.asset('rate.js')}</script>",
+    )  # fmt: skip
+
+
+def _add_media(app: Any, media: Media) -> None:
+    responses = require("fastapi.responses", "app")
+
+    @app.get("/media/{name}")
+    def get_media(name: str) -> Any:
+        found = media.get(name)
+        return (
+            responses.Response(status_code=404) if found is None else responses.Response(found[0], media_type=found[1])
+        )
+
+
+def _add_clips(app: Any, study: Study) -> None:
+    """A rater's clips, by place and not by name, and what was played."""
+    responses = require("fastapi.responses", "app")
+
+    @app.get("/rate/clip/{link}/{slot}/{place}")
+    def get_clip(link: str, slot: int, place: str) -> Any:
+        try:
+            name = study.task(link, slot).clip(place)
+        except ValueError:
+            name = None
+        if name is None:
+            return responses.Response(status_code=404)
+        return responses.FileResponse(study.folder / CLIPS_FOLDER / name, headers={"cache-control": "private"})
+
+    @app.post("/rate/played/{link}/{slot}/{place}")
+    def played(link: str, slot: int, place: str) -> Any:
+        try:
+            study.mark_played(link, slot, place)
+        except ValueError:
+            return responses.Response(status_code=404)
+        return responses.Response(status_code=204)
+
+
+def serve(args: AppArguments) -> None:
+    """Serves until it is interrupted."""
+    sync = None
+    if args.sync_to and "rate" in args.tabs:
+        from trl_drcd.ratings.sync import Sync
+
+        sync = Sync(Study(str(args.study)), args.sync_to)
+    app = make_app(args, sync=sync)
+    print(f"Open http://{'127.0.0.1' if args.host == '0.0.0.0' else args.host}:{args.port}   (end with Ctrl-C)")
+    require("uvicorn", "app").run(app, host=args.host, port=args.port, log_level="warning")
