@@ -156,6 +156,8 @@ def main() -> None:
     print(f"Look and listen: {args.output / 'report.html'}   (WAV files: {args.output / 'samples'})")
     print(f"Models:  {', '.join(str(args.output / name) for name in (*RUNS, 'merged'))}")
     print(f"Numbers: {args.output / 'results.md'}, {args.output / 'results.jsonl'}")
+    given = "--demo" if args.output == Path("outputs/demo") else f"--evaluation {args.output}"
+    print(f"Play, slide, listen: trl-drcd app {given}   (extra `app`)")
     print(f"{(time.time() - began) / 60:.1f} minutes")
 
 
