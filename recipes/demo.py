@@ -139,7 +139,7 @@ def evaluation(args: argparse.Namespace) -> EvaluateArguments:
         batch_size=args.prompts * args.samples, num_processes=2, codec=str(models / "codec"),
         embedder=str(models / "embedder"), second_embedder=str(models / "descriptors"), judge=str(models / "judge"),
         reference=str(models / "judge" / "reference.safetensors"), preference=str(models / "preference"),
-        omega="equal", listen=args.listen,
+        omega="equal", listen=args.listen, listen_samples=args.samples,
     )  # fmt: skip
 
 

@@ -57,7 +57,9 @@ def design(arguments: Any) -> None:
     rows = [[f"{q}: {pair}", str(n), f"{left}", f"{place:.2f}"] for q, pair, n, left, place in check_design(made)]
     print(markdown(Table("", ["pair", "ratings", "first on the left", "mean place (0 to 1)"], rows)))
     if arguments.diversity_prompts is None and not any(item.question == "diversity" for item in made.items):
-        print("\nDiversity is left out: one sample of each is kept. For it, evaluate with `listen_samples: 2` or more.")
+        print(
+            "\nDiversity is left out: one sample of each is kept. For it, evaluate with `listen_samples: 2` or more."
+        )
     print(f"\n{study_size(made)}\nStudy: {study.folder}   (rate: trl-drcd app --tabs rate --study {study.folder})")
 
 
