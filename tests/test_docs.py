@@ -212,7 +212,7 @@ def test_names_of_the_library_import(page):
     modules = "|".join(path.stem for path in (ROOT / "trl_drcd").iterdir() if not path.name.startswith("_"))
     names |= {f"trl_drcd.{name}" for name in re.findall(rf"`((?:{modules})\.\w+)", prose(page))}
     for name in sorted(names - {"trl_drcd.md"}):
-        if not re.search(r"\.(?:py|md|png|yaml|jsonl?)$", name):
+        if not re.search(r"\.(?:py|md|png|yaml|csv|jsonl?)$", name):
             resolve(name)
 
 

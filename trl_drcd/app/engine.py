@@ -108,7 +108,7 @@ class Drawn:
         completions (`list`): Texts, or `(waveform, sampling_rate)` pairs.
         seconds (`float`): Of the sampling, without the codec.
         tokens (`int`): Of the longest completion, in steps.
-        passes (`float`): Sequences that went through the model for each sample and step: 1, or 2 with guidance.
+        passes (`float`): Sequences that went through the model for each token after the first: 1, or 2 with guidance.
     """
 
     completions: list[Completion]
@@ -187,9 +187,11 @@ class Engine:
                     ask.negative_prompt or None, ask.temperature, self.args.max_new_tokens, ask.samples, ask.seed,
                 )  # fmt: skip
             codebooks = getattr(self.policy, "num_codebooks", 1)
-            steps = max(map(len, samples.token_ids)) // codebooks
-            passes = sum(rows) / (ask.samples * max(1, steps))
-            return Drawn(self._decode(samples.token_ids), samples.seconds, steps, passes)
+            lengths = [len(ids) // codebooks for ids in samples.token_ids]
+            # The first pass reads the prompt, which equal prompts share; each later one is of one token of each sample
+            later = sum(max(0, length - 1) for length in lengths)
+            passes = sum(rows[1:]) / later if later else 1.0 + (ask.guidance_scale != 1)
+            return Drawn(self._decode(samples.token_ids), samples.seconds, max(lengths), passes)
 
     def _prompt(self, text: str) -> Prompt:
         return [{"role": "user", "content": text}] if getattr(self.tokenizer, "chat_template", None) else text
