@@ -15,7 +15,7 @@ from trl_drcd.ratings.design import DesignArguments
 from trl_drcd.ratings.store import Study
 from trl_drcd.ratings.study import create_study
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 EVIL = "<img src=x onerror=document.title='hacked'>"
 
