@@ -41,6 +41,7 @@ ORDER = [
     "cards",
     "distributed",
     "teacher",
+    "validation.self_check",
     "gradient_snr",
     "objective",
     "diversity_term",

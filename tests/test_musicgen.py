@@ -369,7 +369,7 @@ def test_special_tokens_dropout_and_frozen_parts(t5_tokenizer, tmp_path):
     policy, batch = trainer.policy, rollout(trainer)
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
     modes = [policy.hidden_states(model.train(mode), *(batch[name] for name in names)) for mode in (True, False)]
-    assert model.config.decoder.dropout == 0.1, "a model without dropout would test nothing"
+    assert config_of().decoder.dropout == 0.1, "a model without dropout would test nothing"
     torch.testing.assert_close(*modes)
 
 

@@ -47,6 +47,7 @@ from trl_drcd.reliability.writer import CheckpointWriter
 from trl_drcd.teacher import GuidedTeacher, TeacherStates
 from trl_drcd.validation.before_loading import check_before_loading
 from trl_drcd.validation.once_loaded import check_lengths, check_once_loaded, check_skipping
+from trl_drcd.validation.self_check import check_scoring
 
 logger = get_logger(__name__)
 
@@ -168,6 +169,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         self._checkpoints = CheckpointWriter(args, self.accelerator)
         self._checkpoints.identity = run_identity(args, student, self.train_dataset)
         self._snapshot: Snapshot | None = None  # after the last update
+        self._scoring_checked = False
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._gradient_norms = GradientNorms(self.accelerator)
         self._stopwatch = Stopwatch(self.accelerator)
@@ -269,6 +271,9 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         del output["old_logps"]
+        if self._mode == "train" and not self._scoring_checked:
+            check_scoring(self.policy, self.teacher, self.model_wrapped, output, self.state.global_step == 0)
+            self._scoring_checked = True
         with self._stopwatch.timed("teacher"):
             output |= self.teacher.stored(self._teacher_states(inputs, output), self.model_wrapped)
         if self._updates_per_rollout > 1 and self._mode == "train":

@@ -64,6 +64,9 @@ class Policy(Protocol):
     ) -> torch.Tensor:
         """Last hidden states `(B, S, H)` that predict each completion step."""
 
+    def own_logits(self, model: Any, prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
+        """Logits `(S, K, V)` of the model's own forward, perhaps wrapped, on one sequence without padding."""
+
     def heads(self, model: PreTrainedModel) -> list[Head]:
         """The `K` output heads."""
 

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import get_logger
 
+from trl_drcd.compat.dropout import turn_off_dropout
 from trl_drcd.compat.trl_private import CausalLMInTRL
 from trl_drcd.guidance import stacked_prompts
 from trl_drcd.heads import Head
@@ -44,7 +45,8 @@ class CausalLMPolicy:
         self.chat_template_kwargs = chat_template_kwargs or {}
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Everything trains, or what the adapter leaves."""
+        """Turns off all dropout; everything trains, or what the adapter leaves."""
+        turn_off_dropout(model)
 
     def save_extras(self, model: PreTrainedModel, folder: str | os.PathLike) -> None:
         """Model and tokenizer are all there is."""
@@ -130,7 +132,8 @@ class CausalLMPolicy:
         Returns:
             `torch.Tensor`: Shape `(B, S, H)`, after the final norm.
         """
-        backbone = _without_peft(model).base_model
+        own = _without_peft(model)
+        backbone, before_head = _backbone(own), _before_head(own)
         # The last completion token predicts nothing that is scored
         input_ids = torch.cat([prompt_ids, completion_ids[:, :-1]], dim=1)
         mask = torch.cat([prompt_mask, completion_mask[:, :-1]], dim=1)
@@ -139,7 +142,24 @@ class CausalLMPolicy:
             # As `generate` counts them; padding on the left must not shift learned positions
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         hidden: torch.Tensor = backbone(**inputs).last_hidden_state
-        return hidden[:, -completion_ids.shape[1] :]
+        hidden = hidden[:, -completion_ids.shape[1] :]
+        return hidden if before_head is None else before_head(hidden)
+
+    def own_logits(self, model: Any, prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
+        """
+        What the model itself says of one sequence without padding.
+
+        Args:
+            model (`PreTrainedModel`): Perhaps wrapped.
+            prompt_ids (`torch.Tensor`): int64, shape `(1, P)`.
+            completion_ids (`torch.Tensor`): int64, shape `(1, S)`.
+
+        Returns:
+            `torch.Tensor`: Logits that predict the completion, shape `(S, 1, V)`.
+        """
+        ids = torch.cat([prompt_ids, completion_ids], dim=1)
+        logits: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        return logits[0, prompt_ids.shape[1] - 1 : -1, None]
 
     def heads(self, model: PreTrainedModel) -> list[Head]:
         """The LM head with what the architecture does to its logits."""
@@ -155,7 +175,10 @@ class CausalLMPolicy:
         )
         if divisor := getattr(config, "logits_scaling", None):
             scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
-        return [Head(_full(head.weight), _full(head.bias), scale, getattr(config, "final_logit_softcapping", None))]
+        if divisor := getattr(config, "logits_mup_width_multiplier", None):
+            scale = 1 / divisor
+        softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+        return [Head(_full(head.weight), _full(head.bias), scale, softcap)]
 
     def ids_and_mask(
         self, completion_ids: torch.Tensor, completion_mask: torch.Tensor
@@ -200,7 +223,7 @@ class CausalLMPolicy:
         eos = as_list(config.eos_token_id) if eos_token_ids is None else eos_token_ids
         rows = stacked_prompts(prompt_ids, negative_prompt_ids, guidance_scale)
         with evaluating(model), cast_once(own, own.device.type):
-            if (reason := refusal(own)) is not None:
+            if (reason := refusal(own) or _head_refusal(own)) is not None:
                 logger.warning_once(f"Sampling goes through `generate`, which is slower: {reason}.")
                 return generate(model, rows, max_new_tokens, guidance_scale, temperature, eos)
             stream, fill = CausalStream(own.base_model, rows, max_new_tokens), (as_list(config.pad_token_id) or [0])[0]
@@ -224,6 +247,21 @@ class CausalLMPolicy:
 def as_list(token_ids: int | list[int] | None) -> list[int]:
     """What generation configs hold as one id, as a list, or not at all."""
     return [] if token_ids is None else [token_ids] if isinstance(token_ids, int) else list(token_ids)
+
+
+def _backbone(model: Any) -> Any:
+    """What gives last hidden states; of a causal LM that has no name for it, its decoder."""
+    return model.base_model if model.base_model is not model else model.get_decoder()
+
+
+def _before_head(model: Any) -> Any:
+    """What stands between the last hidden states and the output embeddings; `None` where nothing does."""
+    return model.lm_head if model.config.model_type == "modernbert-decoder" else None
+
+
+def _head_refusal(model: Any) -> str | None:
+    """Why the decode loop cannot project by itself."""
+    return None if _before_head(model) is None else f"{type(model).__name__} has layers before its output embeddings"
 
 
 def _without_peft(model: Any) -> PreTrainedModel:

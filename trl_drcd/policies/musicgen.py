@@ -15,6 +15,7 @@ import torch
 from transformers import EncodecFeatureExtractor, MusicgenProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_drcd.audio.codecs import CodebookCodec, is_coded
+from trl_drcd.compat.dropout import turn_off_dropout
 from trl_drcd.compat.musicgen import MusicgenInTRL
 from trl_drcd.compat.trl_private import forget_patched_forward
 from trl_drcd.guidance import left_pad, stacked_prompts
@@ -87,11 +88,7 @@ class MusicgenPolicy:
         for name in FROZEN:
             if hasattr(musicgen, name):
                 getattr(musicgen, name).requires_grad_(False)
-        # Functional dropout of T5's attention and of the decoder, which `disable_dropout_in_model` does not see
-        for module in musicgen.modules():
-            for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
-                if isinstance(getattr(module, name, None), int | float):
-                    setattr(module, name, 0.0)
+        turn_off_dropout(musicgen)
         forget_patched_forward(musicgen)  # TRL's fused LM head is for one head
         self.in_trl.restore_special_tokens(musicgen.generation_config, musicgen.config)
 
@@ -198,6 +195,24 @@ class MusicgenPolicy:
         )
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
+
+    def own_logits(self, model: Any, prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
+        """
+        What the model itself says of one sequence without padding.
+
+        Args:
+            model (`PreTrainedModel`): Perhaps wrapped.
+            prompt_ids (`torch.Tensor`): int64, shape `(1, P)`.
+            completion_ids (`torch.Tensor`): Delayed layout, int64, shape `(1, S * K)`.
+
+        Returns:
+            `torch.Tensor`: Logits that predict each step, shape `(S, K, V)`.
+        """
+        steps = self._steps(completion_ids)[0]
+        inputs = torch.cat([torch.full_like(steps[:1], self.mask_id), steps[:-1]]).T.contiguous()
+        text = {"input_ids": prompt_ids, "attention_mask": torch.ones_like(prompt_ids)}
+        logits: torch.Tensor = model(**text, decoder_input_ids=inputs).logits
+        return logits.transpose(0, 1)
 
     def heads(self, model: PreTrainedModel) -> list[Head]:
         """One head per codebook."""
