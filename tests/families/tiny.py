@@ -29,8 +29,8 @@ LAYERS = {
 RIGHT = (
     "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "qwen3_next", "gemma", "gemma2", "gemma3_text",
     "phi", "phi3", "opt", "gpt2", "gpt_neox", "gptj", "gpt_bigcode", "starcoder2", "bloom", "falcon", "mpt",
-    "stablelm", "olmo2", "cohere", "granite", "granitemoe", "nemotron", "mamba", "recurrent_gemma", "modernbert-decoder",
-    "smollm3", "lfm2", "gpt_oss", "nanochat", "hyperclovax", "inkling_text", "llama4_text",
+    "stablelm", "olmo2", "cohere", "granite", "granitemoe", "nemotron", "mamba", "recurrent_gemma",
+    "modernbert-decoder", "smollm3", "lfm2", "gpt_oss", "nanochat", "hyperclovax", "inkling_text", "llama4_text",
 )  # fmt: skip
 # Refused by the self-check, and what its message says
 REFUSED = {

@@ -26,6 +26,9 @@ CAUSAL_LM_ONLY = ("use_vllm", "use_transformers_continuous_batching", "mask_trun
 REWARD_SETTINGS = {"normalize_advantages": False, "reward_clip_range": None}
 # Arguments of `from_pretrained` after which a model's files lie elsewhere than `check_model` looks
 ELSEWHERE = {"subfolder", "variant", "gguf_file"}
+# Initialisations of LoRA that change nothing at first
+NEUTRAL_INITS = ("gaussian", "eva", "orthogonal", "mica")
+IMAGES = {"image", "images", "video", "videos"}
 
 
 def check_before_loading(
@@ -78,6 +81,11 @@ def _check_datasets(train_dataset: TrainData, eval_dataset: EvalData, args: CFGD
         if not isinstance(dataset, Dataset | IterableDataset):
             raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, got {type(dataset).__name__}")
         check_rows(dataset, f"`{name}`")
+        if images := IMAGES & set(dataset.column_names or ()):
+            raise ValueError(
+                f"`{name}` has a column `{min(images)}`: completions would be sampled with it and scored without; "
+                "give prompts of text alone"
+            )
     if args.eval_strategy != "no" and not eval_dataset:
         strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
         raise ValueError(f"`eval_strategy={strategy}` needs `eval_dataset`, got None")
@@ -145,6 +153,8 @@ def _check_adapter(model: object, peft_config: object) -> None:
             f"`peft_config` of type {type(peft_config).__name__} adds virtual tokens that the loss would not "
             "see; use LoRA"
         )
+    for config in [peft_config, *(model.peft_config.values() if isinstance(model, PeftModel) else [])]:
+        _check_base_is_kept(config, new=config is peft_config)
     if not isinstance(model, PeftModel):
         return
     parts = [(name, p) for name, p in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
@@ -157,6 +167,21 @@ def _check_adapter(model: object, peft_config: object) -> None:
         raise ValueError(
             "`model` has an adapter that was already trained, and the teacher would be the base without it. Merge "
             "it (`model.merge_and_unload()`) and pass the merged model with a new `peft_config`"
+        )
+
+
+def _check_base_is_kept(config: object, new: bool) -> None:
+    """With its adapter off the model must be the model that was given, from the first update to the last."""
+    init = getattr(config, "init_lora_weights", True)
+    if (new and init is False) or (isinstance(init, str) and init.lower() not in NEUTRAL_INITS):
+        raise ValueError(
+            f"`peft_config` has `init_lora_weights={init!r}`, with which the base is changed, or the adapter is not "
+            "neutral, before the first update; the teacher is the base with the adapter off. Leave it at True"
+        )
+    if (bias := getattr(config, "bias", "none")) != "none":
+        raise ValueError(
+            f"`peft_config` has `bias={bias!r}`, which trains biases of the base; the teacher is the base with the "
+            "adapter off, and would change with them. Set `bias='none'`, or `lora_bias=True` for biases of the adapter"
         )
 
 

@@ -49,6 +49,7 @@ def check_once_loaded(
     _check_vocabulary(policy, student, tokenizer)
     _check_finite_weights(student)
     _check_codec(codec, policy, student)
+    _check_router_loss(student, args)
     with _template_errors():
         kwargs: Any = args.chat_template_kwargs or {}
         _check_template(train_dataset, tokenizer, kwargs)
@@ -127,6 +128,20 @@ def _check_codec(codec: object, policy: Policy, model: PreTrainedModel) -> None:
                 f"`codec` reads tokens {codec.first_token_id} to {last}, beyond the model's vocabulary of {size}; "
                 "give the codec that the model was trained with"
             )
+
+
+def _check_router_loss(model: PreTrainedModel, args: CFGDistillDiversityConfig) -> None:
+    """RLOO adds the load-balancing loss of a mixture of experts; the loss here is that of Eq. (5) alone."""
+    if args.router_aux_loss_coef:
+        raise ValueError(
+            f"`router_aux_loss_coef={args.router_aux_loss_coef}` is not added to the loss, which is distillation "
+            "and reward alone; leave it out, or set 0"
+        )
+    config = model.config if args.router_aux_loss_coef is None else None
+    if getattr(config, "router_aux_loss_coef", 0) and hasattr(config, "output_router_logits"):
+        logger.warning(
+            "The load-balancing loss of this mixture of experts is not added: the teacher keeps its balance"
+        )
 
 
 # ---------------------------------------------------------------- prompts

@@ -1,0 +1,91 @@
+"""What the check before the first update refuses, and that a right model passes it unnoticed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+from peft import LoraConfig, get_peft_model
+from test_trainer import make_trainer, rows
+
+from trl_drcd.validation import self_check
+
+sys.path.insert(0, str(Path(__file__).parent / "families"))
+
+from tiny import REFUSED, make
+
+
+def first_update(tmp_path, tokenizer, **kwargs):
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, embedder=None, **kwargs)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2)])
+def test_a_right_model_passes_and_nothing_is_drawn(tmp_path, tokenizer, monkeypatch, peft_config):
+    """The check is made once, sees distances of rounding, and leaves the random state as it was."""
+    distances = []
+    own = self_check._Check.distance
+    monkeypatch.setattr(
+        self_check._Check, "distance", staticmethod(lambda *a: (distances.append(own(*a)), distances[-1])[1])
+    )
+    checked = first_update(tmp_path, tokenizer, peft_config=peft_config)
+    assert len(distances) == 2 and max(map(abs, distances)) < 1e-5
+    monkeypatch.setattr("trl_drcd.trainer.check_scoring", lambda *args: None)
+    unchecked = first_update(tmp_path / "unchecked", tokenizer, peft_config=peft_config)
+    for ours, theirs in zip(checked.model.parameters(), unchecked.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_families_that_are_scored_wrong_are_refused(tmp_path, tokenizer, name):
+    with pytest.raises(ValueError, match=f"`model`: what training would score .*{REFUSED[name]}"):
+        first_update(tmp_path, tokenizer, model=make(name))
+
+
+def test_what_differs_in_training_mode_is_refused(tmp_path, tokenizer):
+    class Noise(torch.nn.Module):
+        def forward(self, hidden):
+            return hidden + torch.randn_like(hidden) if self.training else hidden
+
+    model = make_model(tokenizer)
+    model.model.norm = torch.nn.Sequential(model.model.norm, Noise())
+    with pytest.raises(ValueError, match="in training mode it computes something else"):
+        first_update(tmp_path, tokenizer, model=model)
+
+
+def test_a_teacher_that_is_not_the_student_is_refused(tmp_path, tokenizer, monkeypatch):
+    """Whatever the configuration of the adapter says."""
+    monkeypatch.setattr("trl_drcd.validation.before_loading._check_adapter", lambda *args: None)
+    for name, config in {"pissa": LoraConfig(r=2, init_lora_weights="pissa"), "trained": LoraConfig(r=2)}.items():
+        model = get_peft_model(make_model(tokenizer), config)
+        if name == "trained":
+            for key, parameter in model.named_parameters():
+                if "lora_B" in key:
+                    torch.nn.init.normal_(parameter, std=0.5)
+        with pytest.raises(ValueError, match=r"the base with its adapter off, is .* nats per token away"):
+            first_update(tmp_path / name, tokenizer, model=model)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "`init_lora_weights='pissa'`, with which the base is changed"),
+        ({"init_lora_weights": "pissa_niter_4"}, "`init_lora_weights='pissa_niter_4'`"),
+        ({"init_lora_weights": "olora"}, "`init_lora_weights='olora'`"),
+        ({"init_lora_weights": False}, "`init_lora_weights=False`"),
+        ({"bias": "all"}, "`bias='all'`, which trains biases of the base"),
+        ({"bias": "lora_only"}, "`bias='lora_only'`"),
+    ],
+)
+def test_adapters_that_change_the_base_are_refused_by_name(tmp_path, tokenizer, config, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, tokenizer, peft_config=LoraConfig(r=2, **config))
+
+
+def test_images_and_router_losses_are_refused_by_name(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="`train_dataset` has a column `image`"):
+        make_trainer(tmp_path, tokenizer, dataset=rows(image=[None] * 16))
+    with pytest.raises(ValueError, match=r"`router_aux_loss_coef=0.1` is not added to the loss"):
+        make_trainer(tmp_path, tokenizer, model=make("mixtral"), router_aux_loss_coef=0.1)
