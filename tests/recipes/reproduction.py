@@ -4,9 +4,9 @@ Rows of results/music/results.jsonl drawn once more, on their first prompts and 
     python tests/recipes/reproduction.py    # writes reproduction.json anew, where a change of the draws is meant
 
 What is committed was measured in bfloat16, whose rounding differs between processors and turns draws; in float32 the
-same seed gives the same tokens on nearly every one. So `reproduction.json` holds digests of float32 tokens, and the
-committed numbers are compared as numbers. Eight samples of a prompt tell one row from all others only by the draws
-that they have in common (with another seed the nearest row is another): where the draws change, measure the rows anew.
+same seed gives the same tokens on nearly every one. So `reproduction.json` holds digests of float32 tokens.
+Eight samples of a prompt tell one committed row from all others only by draws in common: with a decode loop that draws
+otherwise, or another seed, the nearest row is another.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import os
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from safetensors.torch import load_file
 
 from trl_drcd import cli
@@ -61,21 +60,6 @@ def draw(name: str, folder: Path) -> dict:
     digests = [hashlib.sha256(part.numpy().astype("<i4").tobytes()).hexdigest()[:12] for part in parts]
     per_prompt = {metric: values for metric, values in line["per_prompt"].items() if metric not in LEFT_OUT}
     return {"sequences": digests, "per_prompt": per_prompt}
-
-
-def distances(drawn: dict) -> dict[str, float]:
-    """
-    How far each committed row is from one drawn now: mean over prompts and metrics of the squared difference, each
-    metric in units of its standard deviation over all committed rows and prompts.
-    """
-    rows = read_results(RESULTS)
-    found = dict.fromkeys((row["name"] for row in rows), 0.0)
-    for metric, values in drawn["per_prompt"].items():
-        table = np.array([row["per_prompt"][metric][:PROMPTS] for row in rows])
-        far = ((table - np.array(values)) ** 2).mean(1) / table.std(0).mean() ** 2
-        for row, distance in zip(rows, far, strict=True):
-            found[row["name"]] += distance / len(drawn["per_prompt"])
-    return found
 
 
 def main() -> None:
