@@ -112,8 +112,8 @@ MUTATIONS = [
     Mutation(
         "sign of the advantage, gradient taken with the terms",
         "trainer.py",
-        "weights = -torch.stack(torch.broadcast_tensors(*credits.values())).sum(0)",
-        "weights = torch.stack(torch.broadcast_tensors(*credits.values())).sum(0)",
+        "weights = -torch.stack(",
+        "weights = torch.stack(",
         "tests/test_trainer.py::test_an_update_is_the_same_whether_its_terms_are_logged",
     ),
     Mutation(
@@ -126,15 +126,15 @@ MUTATIONS = [
     Mutation(
         "mean over tokens in place of sequences",
         "losses.py",
-        "total = torch.stack(losses).sum() / len(mask) if losses else None",
-        "total = torch.stack(losses).sum() / mask.sum() if losses else None",
+        "total = (torch.stack(losses).sum() / len(mask))",
+        "total = (torch.stack(losses).sum() / mask.sum())",
         "tests/test_trainer.py::test_an_update_is_the_same_whether_its_terms_are_logged",
     ),
     Mutation(
         "one codebook dropped",
         "losses.py",
-        "total = torch.stack(losses).sum() / len(mask) if losses else None",
-        "total = torch.stack(losses)[:-1].sum() / len(mask) if losses else None",
+        "total = (torch.stack(losses).sum() / len(mask))",
+        "total = (torch.stack(losses)[:-1].sum() / len(mask))",
         "tests/test_musicgen.py::test_an_update_is_the_same_whether_its_terms_are_logged",
     ),
     Mutation(
@@ -205,8 +205,8 @@ MUTATIONS = [
     Mutation(
         "logits one step late",
         "policies/causal_lm.py",
-        "return hidden[:, -completion_ids.shape[1] :]",
-        "return hidden[:, -completion_ids.shape[1] :].roll(1, 1)",
+        "hidden = hidden[:, -completion_ids.shape[1] :]",
+        "hidden = hidden[:, -completion_ids.shape[1] :].roll(1, 1)",
         "tests/test_trainer.py::test_loss_and_gradient_equal_the_dense_reference",
     ),
     Mutation(
