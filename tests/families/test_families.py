@@ -28,6 +28,7 @@ def test_what_training_scores_is_what_the_model_says(name):
     """Values and gradients; in training mode, every dropout of the configuration 0.3, padded on both sides."""
     model = make(name)
     reference = copy.deepcopy(model).double().eval()
+    reference.set_experts_implementation("eager")  # torch's grouped products have no float64
     policy = CausalLMPolicy(None)
     policy.prepare(model)
     model.train()
@@ -42,11 +43,13 @@ def test_what_training_scores_is_what_the_model_says(name):
     (ours * weights).sum().backward()
     (theirs * weights).sum().backward()
     expected = dict(reference.named_parameters())
+    # Some gradients are 0, such as that of a key's bias, and rounding in ours
+    rounding = 1e-4 * max(parameter.grad.norm() for parameter in expected.values() if parameter.grad is not None)
     for key, parameter in model.named_parameters():
         if (wanted := expected[key].grad) is None:
             assert parameter.grad is None or not parameter.grad.any(), key
             continue
-        error = (parameter.grad.double() - wanted).norm() / wanted.norm().clamp(min=1e-6)
+        error = (parameter.grad.double() - wanted).norm() / wanted.norm().clamp(min=rounding)
         assert error < 1e-3, f"{key}: {error:.1e}"
 
 

@@ -20,7 +20,7 @@ SMALL = {
 }  # fmt: skip
 # Where two layers of the default pattern would leave out a kind
 LAYERS = {
-    "recurrent_gemma": {"num_hidden_layers": 3, "layer_types": ["recurrent", "recurrent", "full_attention"]},
+    "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"]},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
@@ -29,7 +29,7 @@ LAYERS = {
 RIGHT = (
     "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "qwen3_next", "gemma", "gemma2", "gemma3_text",
     "phi", "phi3", "opt", "gpt2", "gpt_neox", "gptj", "gpt_bigcode", "starcoder2", "bloom", "falcon", "mpt",
-    "stablelm", "olmo2", "cohere", "granite", "granitemoe", "nemotron", "mamba", "recurrent_gemma",
+    "stablelm", "olmo2", "cohere", "granite", "granitemoe", "nemotron", "mamba",
     "modernbert-decoder", "smollm3", "lfm2", "gpt_oss", "nanochat", "hyperclovax", "inkling_text", "llama4_text",
 )  # fmt: skip
 # Refused by the self-check, and what its message says
@@ -38,6 +38,7 @@ REFUSED = {
     "roberta": "not its output embeddings times the last hidden state",
     "bart": "padded on the left otherwise",
     "rwkv": "padded on the left otherwise",
+    "recurrent_gemma": "padded on the left otherwise",
 }
 
 

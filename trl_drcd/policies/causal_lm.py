@@ -250,8 +250,8 @@ def as_list(token_ids: int | list[int] | None) -> list[int]:
 
 
 def _backbone(model: Any) -> Any:
-    """What gives last hidden states; of a causal LM that has no name for it, its decoder."""
-    return model.base_model if model.base_model is not model else model.get_decoder()
+    """What gives last hidden states; `base_model` of some classes (Llama 4's text model) is the whole causal LM."""
+    return model.base_model if model.base_model is not model else model.model
 
 
 def _before_head(model: Any) -> Any:
@@ -261,6 +261,8 @@ def _before_head(model: Any) -> Any:
 
 def _head_refusal(model: Any) -> str | None:
     """Why the decode loop cannot project by itself."""
+    if model.base_model is model:
+        return f"`base_model` of {type(model).__name__} is itself"
     return None if _before_head(model) is None else f"{type(model).__name__} has layers before its output embeddings"
 
 
