@@ -62,9 +62,9 @@ MUTATIONS = [
     ),
     Mutation(
         "KL direction reversed, in the definition",
-        "losses.py",
-        "return (log_p.exp() * log_ratio).sum(-1)",
-        "return (log_q.exp() * -log_ratio).sum(-1)",
+        "heads.py",
+        "summands = log_p.exp() * log_ratio",
+        "summands = log_q.exp() * -log_ratio",
         "tests/test_losses.py::test_reverse_kl_is_its_definition",
     ),
     Mutation(
@@ -98,8 +98,8 @@ MUTATIONS = [
     Mutation(
         "groups mixed over prompts",
         "diversity.py",
-        "return (embeddings / lengths).view(-1, num_generations, embeddings.shape[1])",
-        "return (embeddings / lengths).view(num_generations, -1, embeddings.shape[1]).transpose(0, 1)",
+        "return _unit_vectors(embeddings).view(-1, num_generations, embeddings.shape[1])",
+        "return _unit_vectors(embeddings).view(num_generations, -1, embeddings.shape[1]).transpose(0, 1)",
         "tests/test_diversity.py",
     ),
     Mutation(

@@ -17,10 +17,24 @@ from trl_drcd.reliability.batches import raise_together, row_problems
 from trl_drcd.reliability.processes import report_status
 
 
+# Lengths outside of this lose digits, or all of them, in the squares of float32
+SHORT, LONG = 1e-15, 1e15
+
+
 def _without_direction(embeddings: torch.Tensor) -> torch.Tensor:
     """Which vectors are zero, infinite or NaN: boolean `(B,)`."""
-    lengths = embeddings.norm(dim=-1)
-    return ~(lengths.isfinite() & (lengths > 0))
+    return ~embeddings.isfinite().all(-1) | (embeddings == 0).all(-1)
+
+
+def _unit_vectors(embeddings: torch.Tensor) -> torch.Tensor:
+    """Vectors that have a direction, of length one however long they are."""
+    lengths = embeddings.norm(dim=-1, keepdim=True)
+    extreme = ~((lengths > SHORT) & (lengths < LONG))
+    if extreme.any():
+        largest = embeddings.abs().amax(-1, keepdim=True)
+        embeddings = torch.where(extreme, embeddings / largest, embeddings)
+        lengths = embeddings.norm(dim=-1, keepdim=True)
+    return embeddings / lengths
 
 
 def unit_groups(embeddings: torch.Tensor, num_generations: int) -> torch.Tensor:
@@ -45,7 +59,6 @@ def unit_groups(embeddings: torch.Tensor, num_generations: int) -> torch.Tensor:
             f"{tuple(embeddings.shape)}"
         )
     embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-    lengths = embeddings.norm(dim=-1, keepdim=True)
     bad = _without_direction(embeddings)
     if bad.any():
         rows = bad.nonzero().flatten().tolist()
@@ -53,7 +66,7 @@ def unit_groups(embeddings: torch.Tensor, num_generations: int) -> torch.Tensor:
             f"`embeddings` of rows {rows[:8]} have no direction (zero, infinite or NaN), so their cosine distance is "
             "undefined: the embedder must return a finite vector of non-zero length for every completion"
         )
-    return (embeddings / lengths).view(-1, num_generations, embeddings.shape[1])
+    return _unit_vectors(embeddings).view(-1, num_generations, embeddings.shape[1])
 
 
 def pairwise_cosine_distance(embeddings: torch.Tensor, num_generations: int) -> torch.Tensor:

@@ -61,6 +61,8 @@ def guide_logits(cond: torch.Tensor, uncond: torch.Tensor, guidance_scale: float
     cond, uncond = cond.to(dtype), uncond.to(dtype)
     if guidance_scale == 1:
         return cond  # exactly: `uncond + (cond - uncond)` is off by rounding, and NaN where both are -inf
+    if guidance_scale == 0:
+        return uncond  # also where `cond` is -inf
     guided = uncond + guidance_scale * (cond - uncond)
     # A token that either stream forbids (-inf) stays forbidden instead of becoming NaN
     forbidden = cond.isneginf() | uncond.isneginf()

@@ -79,6 +79,24 @@ class Head:
             total.addmm_(left, right.to(total.dtype))
 
 
+def kl_summands(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """
+    `p log(p / q)` of each token, whose sum is KL(p || q).
+
+    0 where p is 0, whatever q is; infinite where q alone is 0, also where p is too small for its data type.
+
+    Args:
+        log_p (`torch.Tensor`): Log-probabilities, nats, shape `(..., V)`.
+        log_q (`torch.Tensor`): Same shape.
+
+    Returns:
+        `torch.Tensor`: Same shape, nats; differentiable where it is finite.
+    """
+    log_ratio = torch.where(log_p.isneginf(), 0.0, log_p - log_q)
+    summands = log_p.exp() * log_ratio
+    return torch.where(log_ratio.isposinf(), torch.inf, summands)
+
+
 def chunk_terms(head: Head, hidden, ids, teacher_logits, temperature):
     """
     The terms of some rows, and what their gradient is made of: the student's logits, its probabilities p, and
@@ -92,6 +110,7 @@ def chunk_terms(head: Head, hidden, ids, teacher_logits, temperature):
             f"student and teacher must have the same vocabulary, got {logits.shape[-1]} and "
             f"{teacher_logits.shape[-1]} tokens"
         )
+    teacher_logits = teacher_logits.to(logits.dtype)
     log_p = (logits / temperature).log_softmax(-1)
     log_ratio = (teacher_logits / temperature).log_softmax(-1)
     torch.sub(log_p, log_ratio, out=log_ratio)
@@ -99,7 +118,13 @@ def chunk_terms(head: Head, hidden, ids, teacher_logits, temperature):
     weighted_log_ratio = log_ratio.mul_(p)
     log_probs = log_p.gather(-1, ids[:, None]).squeeze(-1)
     entropy = -log_p.mul_(p).sum(-1)
-    return TokenTerms(weighted_log_ratio.sum(-1), log_probs, entropy), logits, p, weighted_log_ratio
+    kl = weighted_log_ratio.sum(-1)
+    if not (kl + entropy).isfinite().all():  # tokens without probability, which the passes in place take for NaN
+        log_p, log_q = ((z / temperature).log_softmax(-1) for z in (logits, teacher_logits))
+        weighted_log_ratio = kl_summands(log_p, log_q)
+        kl = weighted_log_ratio.sum(-1)
+        entropy = -torch.where(log_p.isneginf(), 0.0, p * log_p).sum(-1)
+    return TokenTerms(kl, log_probs, entropy), logits, p, weighted_log_ratio
 
 
 class HeadGradients:

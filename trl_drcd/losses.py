@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from trl_drcd.guidance import guide_hidden_states, guide_logits
-from trl_drcd.heads import Head, TokenTerms, TokenTermsFunction, WeightedTerms, WeightedTermsFunction
+from trl_drcd.heads import Head, TokenTerms, TokenTermsFunction, WeightedTerms, WeightedTermsFunction, kl_summands
 
 # Logits of this many tokens x vocabulary entries exist at one time: 2**24 float32 are 64 MiB a buffer
 LOGITS_PER_CHUNK = 2**24
@@ -69,12 +69,10 @@ def reverse_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor, tempe
         )
     if not temperature > 0:
         raise ValueError(f"`temperature` must be above 0, got {temperature}")
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
     log_p = (student_logits.to(dtype) / temperature).log_softmax(-1)
     log_q = (teacher_logits.to(dtype) / temperature).log_softmax(-1)
-    # A token without probability adds nothing, also where the log-ratio is -inf or NaN
-    log_ratio = torch.where(log_p.isneginf(), 0.0, log_p - log_q)
-    return (log_p.exp() * log_ratio).sum(-1)
+    return kl_summands(log_p, log_q).sum(-1)
 
 
 def token_terms(
@@ -102,7 +100,7 @@ def token_terms(
         logits_per_chunk (`int`, *optional*): Entries of the `(rows, V)` logits that may exist at one time.
 
     Returns:
-        `TokenTerms`: `kl`, `log_probs`, `entropy`, each of shape `(N,)`, nats, float32 or float64.
+        `TokenTerms`: `kl`, `log_probs`, `entropy`, each of shape `(N,)`, nats, float32, or float64 where `hidden` is.
     """
     if hidden.shape[0] == 0:
         # Keeps all parameters in the graph where a process has no token to score: the others wait for their gradients
