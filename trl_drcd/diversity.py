@@ -16,7 +16,6 @@ from accelerate.utils import gather
 from trl_drcd.reliability.batches import raise_together, row_problems
 from trl_drcd.reliability.processes import report_status
 
-
 # Lengths outside of this lose digits, or all of them, in the squares of float32
 SHORT, LONG = 1e-15, 1e15
 
