@@ -4,6 +4,7 @@ paired 95 % intervals over prompts (and training seeds), and whether each claim 
 
     python recipes/claims.py results/music/results.jsonl
     python recipes/claims.py results/music/results.jsonl --omega equal --output results/music/claims.md
+    python recipes/claims.py results/music/results.jsonl --report outputs/report      # tables and plots too
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from trl_drcd.evaluation.claims import claims_tables
 from trl_drcd.evaluation.points import pooled, with_quality
+from trl_drcd.evaluation.report import write_report
 from trl_drcd.evaluation.results import read_results
 from trl_drcd.evaluation.tables import markdown
 from trl_drcd.files import write_text
@@ -29,10 +31,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quality", nargs="+", default=["quality", "adherence"], help="metrics taken as quality")
     parser.add_argument("--diversity", nargs="+", default=["diversity", "diversity_second"], help="as diversity")
     parser.add_argument("--output", type=Path, help="a Markdown file of the tables")
+    parser.add_argument("--report", type=Path, help="a folder for all tables and plots of the evaluation")
     args = parser.parse_args(argv)
     with one_line_errors("claims.py"):
         results = read_results(args.results)
-    points = pooled(with_quality(results, args.omega) if args.omega else results)
+    results = with_quality(results, args.omega) if args.omega else results
+    points = pooled(results)
     known = set.intersection(*(set(point.values) for point in points))
     if "preference" not in known:
         known -= {"adherence"}  # which quality then is
@@ -47,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     print(text)
     if args.output:
         write_text(args.output, text)
+    if args.report:
+        write_report(results, args.report)
 
 
 if __name__ == "__main__":

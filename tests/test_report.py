@@ -3,7 +3,6 @@
 import json
 import re
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,8 +171,7 @@ def test_a_report_of_one_strategy_without_judges(tmp_path):
         strategy="mine", point="mine", name="mine", metrics=metrics, per_prompt={"kl": [1.0, 2.0]}, prompts=2,
         samples_per_prompt=2,
     )  # fmt: skip
-    args = SimpleNamespace(output_dir=str(tmp_path), num_prompts=2, samples_per_prompt=2, seed=0)
-    write_report([row], args)
+    write_report([row], tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "KL to the guided teacher (nats)" in page and "not measured" not in page and "do not answer" not in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md", "summary.csv"]

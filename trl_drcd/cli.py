@@ -10,8 +10,10 @@ The command line.
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from inspect import cleandoc
@@ -158,8 +160,25 @@ def evaluate(argv: list[str]) -> None:
     )  # fmt: skip
     (arguments,) = parse_command_line(parser, argv)
     keep_freed_memory()
-    run(arguments)
+    with _one_line_at_a_signal("what is measured stays in results.jsonl; call this again to go on"):
+        run(arguments)
     print(f"Report: {arguments.output_dir}/report.html   (its tables: report.md; numbers: results.jsonl, summary.csv)")
+
+
+@contextmanager
+def _one_line_at_a_signal(remedy: str) -> Iterator[None]:
+    """SIGTERM and Ctrl-C end the program and its processes as an error does: one line, and the status of a shell."""
+
+    def end(number: int, frame: object) -> None:
+        print(f"\nended by {signal.Signals(number).name}: {remedy}", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def ratings(argv: list[str]) -> None:

@@ -48,18 +48,22 @@ def workers(parent):
 def test_no_worker_outlives_the_evaluation(command, tmp_path, number):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     # So long that no row could end by itself
-    process = subprocess.Popen([*command, "--max_new_tokens", "4000"], env=environment, cwd=tmp_path)
+    words = [*command, "--max_new_tokens", "4000"]
+    process = subprocess.Popen(words, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline, seen = time.monotonic() + 240, []
     while len(seen) < 2 or sum(one.cpu_times().user for one in seen) < 16:  # loaded, and sampling
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.5)
         seen = workers(process.pid)
     process.send_signal(number)
-    code = process.wait(timeout=60)
+    error, code = process.communicate(timeout=120)[1], process.returncode
+    assert "Traceback" not in error
+    if number != signal.SIGKILL:
+        assert f"ended by {number.name}: what is measured stays in results.jsonl" in error
     _, alive = psutil.wait_procs(seen, timeout=20)
     for one in alive:
         one.kill()
-    assert not alive and code != 0
+    assert not alive and code == (-9 if number == signal.SIGKILL else 128 + number)
     # What is there is whole, and a second call goes on
     subprocess.run(command, check=True, env=environment, cwd=tmp_path, timeout=300)
     assert [row.name for row in read_results(tmp_path / "out" / "results.jsonl")] == [

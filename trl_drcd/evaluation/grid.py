@@ -52,7 +52,7 @@ def evaluate(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction
         measured = [_as_asked(done[task.settings], task.about(args)) for task in tasks]
         results = with_quality(measured, args.omega)
         folder.arrange(results)
-        write_report(results, args)
+        write_report(results, folder.folder)
     return results
 
 

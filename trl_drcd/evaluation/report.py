@@ -10,7 +10,6 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -26,9 +25,6 @@ from trl_drcd.evaluation.results import Result
 from trl_drcd.evaluation.sampling import Prompt
 from trl_drcd.evaluation.tables import Table, markdown, markdown_text
 from trl_drcd.files import write_text
-
-if TYPE_CHECKING:
-    from trl_drcd.evaluation.arguments import EvaluateArguments
 
 # Nothing is loaded from elsewhere, and nothing runs
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data: 'self' file:; media-src 'self' file:; base-uri 'none'; form-action 'none'"  # noqa: E501
@@ -131,15 +127,15 @@ def _fenced(prompt: PromptItems) -> str:
 # ---------------------------------------------------------------- what is on it
 
 
-def write_report(results: Sequence[Result], args: EvaluateArguments) -> None:
+def write_report(results: Sequence[Result], folder: Path) -> None:
     """
     Writes `summary.csv`, plots, `report.html`, its tables and texts as `report.md`.
 
     Args:
         results (`list[Result]`): The lines, in order.
-        args ([`EvaluateArguments`]): Whose `output_dir` it goes to.
+        folder (`Path`): Where it goes; the kept samples of the rows are those in its `samples/`.
     """
-    folder, points = Path(args.output_dir), pooled(results)
+    points = pooled(results)
     write_text(folder / "summary.csv", summary(results))
     known = set.intersection(*(set(point.values) for point in points))
     qualities, diversities = axes(known, "quality"), axes(known, "diversity")
@@ -147,7 +143,7 @@ def write_report(results: Sequence[Result], args: EvaluateArguments) -> None:
         qualities = [key for key in qualities if key != "adherence"]  # which it is
     tables = report_tables(points, qualities, diversities)
     plots = write_plots(points, qualities, diversities, folder)
-    page = Page("Quality and diversity", about(points, args), tables, kept_samples(results, folder), plots)
+    page = Page("Quality and diversity", about(points), tables, kept_samples(results, folder), plots)
     write_text(folder / "report.html", page.html())
     write_text(folder / "report.md", page.markdown())
 
@@ -191,28 +187,29 @@ def request_of(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def about(points: Sequence[Point], args: EvaluateArguments) -> str:
+def about(points: Sequence[Point]) -> str:
     """What the numbers are, in words."""
-    first = points[0].metrics
+    first = points[0]
     parts = [
-        f"{args.num_prompts} held-out prompts x {args.samples_per_prompt} samples, seed {args.seed}; mean and 95 % "
+        f"{first.prompts} held-out prompts x {first.samples_per_prompt} samples, seed {first.seed}; mean and 95 % "
         "bootstrap interval over prompts; where a point has several training seeds, Student's t interval over prompts "
         "and seeds."
     ]
-    if "quality" in first:
-        omega = points[0].omega
+    if "quality" in first.metrics:
+        omega = first.omega
         parts.append(
             "Quality: text adherence." if omega is None else f"Quality: {omega:.4g} x adherence + preference."
         )
-    if "diversity" in first:
+    if "diversity" in first.metrics:
         parts.append(
             "Diversity: mean cosine distance of the samples of a prompt; 0 if they are equal, and its upper bound is "
             "that of samples of different prompts."
         )
-    if "frechet" in first:
+    if "frechet" in first.metrics:
+        floor = first.metrics["frechet_floor"]["mean"]
         parts.append(
             "Fréchet distance: to held-out recordings under the judge; as many draws of their own normal distribution "
-            f"score {first['frechet_floor']['mean']:.3f}, for so few samples are biased upwards."
+            f"score {floor:.3f}, for so few samples are biased upwards."
         )
     parts.append("Time per token: the first row's is 1; it tells little where other jobs ran beside it.")
     return " ".join(parts)

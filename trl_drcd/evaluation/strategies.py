@@ -238,6 +238,12 @@ def _ends(given: Given, where: str) -> list[str]:
         raise ValueError(
             f"{where}: `{BASE}` is one end beside trained `models`, got {ends}; for the base alone name no model"
         )
+    for end in trained:
+        if is_adapter(end) and (Path(end) / "model.safetensors").is_file():
+            raise ValueError(
+                f"{where}: {end} holds a whole model and a LoRA adapter, of which one is left from an earlier run; "
+                "remove the other's files, adapter_* or model.safetensors"
+            )
     adapters = [is_adapter(end) for end in trained]
     if any(adapters) and not all(adapters):
         raise ValueError(f"{where}: `models` mixes checkpoints and adapters: {ends}; merge the adapters first")
