@@ -127,7 +127,9 @@ def test_adapters_are_mixed_in_memory(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="`base` goes beside one adapter"):
         expand([{"name": "x", "models": [*folders, "base"]}])
     shutil.copy(tmp_path / "base" / "model.safetensors", folders[0])
-    with pytest.raises(ValueError, match="holds a whole model and a LoRA adapter, of which one is left from an earlier"):
+    with pytest.raises(
+        ValueError, match="holds a whole model and a LoRA adapter, of which one is left from an earlier"
+    ):
         expand([{"name": "x", "model": folders[0]}])
 
 

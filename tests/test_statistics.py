@@ -84,6 +84,19 @@ def test_variances_over_prompts_and_seeds_are_those_of_their_means():
     assert found == pytest.approx(t_interval(values.mean(), parts, [8, 3]))
 
 
+def test_what_is_not_linear_varies_as_its_draws_do():
+    # |mean|, of prompts whose mean is about 0: the jackknife sees a slope of 1 or -1, the draws the kink
+    values = np.random.default_rng(3).normal(size=(3, 50)) * 0.01 + np.random.default_rng(4).normal(size=(1, 50))
+    values -= values.mean()
+    resampling = Resampling.of([values])
+    means = resampling.means(values)
+    linear, kinked = resampling.interval(means), resampling.interval(np.abs(means))
+    draws = np.abs(means[1:2001]) - np.abs(means[0])
+    expected = np.sqrt((draws**2).mean())  # mean squared deviation of the draws from the statistic
+    assert (linear["high"] - linear["low"]) / 2 == pytest.approx(2.01 * values.mean(0).std(ddof=1) / 50**0.5, rel=0.01)
+    assert (kinked["high"] - kinked["low"]) / 2 == pytest.approx(2.01 * expected, rel=0.05)
+
+
 def test_one_training_is_the_bootstrap_over_prompts_also_beside_others_with_several():
     generator = np.random.default_rng(0)
     one, three = generator.normal(size=(1, 60)), generator.normal(size=(3, 60))
@@ -130,6 +143,8 @@ def test_bad_shapes_are_refused():
         Resampling.of([np.ones((2, 3)), np.ones((2, 4))])
     with pytest.raises(ValueError, match=r"got \[\(60,\)\]"):
         Resampling.of([np.ones(60)])
+    with pytest.raises(ValueError, match="at least 2 prompts where there are training seeds, got 1"):
+        Resampling.of([np.ones((2, 1))])
     with pytest.raises(ValueError, match=r"shape \(R, 3\) with R in \[1, 2\], got \(3, 3\)"):
         Resampling(3, (2,)).means(np.ones((3, 3)))
     with pytest.raises(ValueError, match=r"`replicates` must have shape \(2006,\), got \(2001,\)"):

@@ -5,10 +5,11 @@ Letters: `P` prompts, `R` training seeds. A statistic of several models is compu
 means ([`Resampling.means`]), so that whatever is compared is paired: replicate by replicate, the same prompts are
 drawn and the same training seed is left out for all.
 
-With training seeds the variance of a statistic has two parts, over prompts and over seeds, each estimated by leaving
-out one at a time (jackknife; of a mean it is the squared standard error). A bootstrap over three seeds would be too
-narrow by far: it draws from `(R - 1) / R` of their variance and ignores how uncertain that is. So the interval is
-Student's t with the degrees of freedom of Satterthwaite (https://doi.org/10.2307/3002019) for the sum of the two
+With training seeds the variance of a statistic has two parts, over seeds and over prompts. That over seeds is the
+jackknife's (each left out in turn); that over prompts is that of the bootstrap draws, with the jackknife for what is
+linear in the prompts, so that of a mean both are squared standard errors, exactly. A bootstrap over three seeds would
+be too narrow by far: it draws from `(R - 1) / R` of their variance and ignores how uncertain that is. So the interval
+is Student's t with the degrees of freedom of Satterthwaite (https://doi.org/10.2307/3002019) for the sum of the two
 parts, which counts the interaction of prompts and seeds twice and so is rather too wide than too narrow.
 """
 
@@ -168,12 +169,16 @@ class Resampling:
         For models with these values of a metric, each of shape `(R, P)`.
 
         Raises:
-            ValueError: If a shape is another, there are no values, or the models differ in their number of prompts.
+            ValueError: If a shape is another, there are no values, the models differ in their number of prompts, or
+                there is one prompt alone beside training seeds.
         """
         shapes = {np.shape(value) for value in values}
         if any(len(shape) != 2 or 0 in shape for shape in shapes) or len({shape[-1] for shape in shapes}) != 1:
             raise ValueError(f"`values` must have shapes (R, P) with one P and none of them 0, got {sorted(shapes)}")
-        return cls(shapes.copy().pop()[1], tuple(sorted({shape[0] for shape in shapes} - {1})))
+        ((_, prompts), *_), seeds = shapes, tuple(sorted({shape[0] for shape in shapes} - {1}))
+        if seeds and prompts < 2:
+            raise ValueError(f"`values` must have at least 2 prompts where there are training seeds, got {prompts}")
+        return cls(prompts, seeds)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -228,5 +233,18 @@ class Resampling:
         value, draws, *left_out = np.split(replicates, np.cumsum(self.sizes)[:-1])
         if all(np.allclose(block, value, rtol=1e-12, atol=0, equal_nan=True) for block in left_out[1:]):
             return percentile_interval(np.concatenate([value, draws]), level)
-        variances = [(len(block) - 1) * block.var() for block in left_out]  # of the jackknife
+        # Over seeds around the statistic itself, which also counts the jackknife's bias
+        variances = [(len(block) - 1) * ((block - value) ** 2).mean() for block in left_out]
+        variances[0] = self._variance_over_prompts(draws - value, left_out[0])
         return t_interval(float(value[0]), variances, [len(block) - 1 for block in left_out], level)
+
+    def _variance_over_prompts(self, differences: np.ndarray, left_out: np.ndarray) -> float:
+        """
+        The variance of a statistic over prompts: the mean square of its bootstrap draws' `differences` from it,
+        `(resamples,)`, where the part that is linear in the prompts, known from leaving out each, `(P,)`, counts with
+        its exact variance and not with that of the draws.
+        """
+        slopes = (1 - self.prompts) / self.prompts * (left_out - left_out.mean())
+        linear = _times_drawn(self.prompts, self.resamples, self.seed)[1:] @ slopes
+        not_linear = float(np.nanmean(differences**2 - linear**2))
+        return self.prompts / (self.prompts - 1) * float(np.maximum(0, slopes @ slopes + not_linear))
