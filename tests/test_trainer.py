@@ -228,6 +228,63 @@ def test_the_teacher_reads_in_evaluation_mode(tmp_path, tokenizer, peft_config):
     assert modes and not any(modes)
 
 
+def moved(model):
+    """The model, as if it had been trained."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2)])
+def test_another_teacher_is_distilled_in_place_of_the_initial_model(tmp_path, tokenizer, peft_config):
+    """Eq. (4) with the guidance of the model that was given, whatever the student is; it stays as it was."""
+    teacher = moved(make_model(tokenizer))
+    before = copy.deepcopy(teacher.state_dict())
+    trainer = make_trainer(
+        tmp_path, tokenizer, teacher=teacher, peft_config=peft_config, diversity_coef=0.0, learning_rate=1e-2
+    )
+    batch = rollout(trainer)
+    loss = trainer._compute_loss(trainer.model, batch)
+    kl, _ = dense_reference(copy.deepcopy(trainer.model), copy.deepcopy(teacher), batch, tokenizer, 3.0, 0.99)
+    torch.testing.assert_close(loss, kl.mean().to(loss), rtol=1e-4, atol=1e-5)
+    trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in trainer.teacher.copy.state_dict().items())
+
+
+def test_a_teacher_is_a_folder_of_a_model_or_of_an_adapter(tmp_path, tokenizer):
+    base = make_model(tokenizer)
+    base.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    ids = torch.tensor([[1, 5, 4, 6]])
+    for name in ("adapter", "merged"):
+        trainer = make_trainer(tmp_path / "out", tokenizer, copy.deepcopy(base), teacher=str(tmp_path / name))
+        torch.testing.assert_close(trainer.teacher.copy(ids).logits, merged(ids).logits)
+
+
+def test_a_teacher_that_cannot_be_one_is_refused(tmp_path, tokenizer):
+    with pytest.raises(TypeError, match="`teacher` must be a name, a folder or a loaded model, got int"):
+        make_trainer(tmp_path, tokenizer, teacher=3)
+    with pytest.raises(FileNotFoundError, match="teacher"):
+        make_trainer(tmp_path, tokenizer, teacher=str(tmp_path / "nothing"))
+    other = make_model(tokenizer)
+    other.resize_token_embeddings(len(tokenizer) + 7)
+    with pytest.raises(ValueError, match="`teacher` has another vocabulary than the student"):
+        make_trainer(tmp_path, tokenizer, teacher=other)
+
+
+def test_a_checkpoint_of_another_teacher_is_refused(tmp_path, tokenizer):
+    make_trainer(tmp_path, tokenizer, teacher=moved(make_model(tokenizer)), max_steps=1, save_strategy="steps").train()
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=2, save_strategy="steps")
+    with pytest.raises(ValueError, match=r"`teacher` LlamaForCausalLM .* instead of the initial model"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 # ------------------------------------------------------------------------------------------------ learning and logging
 
 

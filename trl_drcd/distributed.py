@@ -102,6 +102,11 @@ def frozen_copy(model: Any, accelerator: Accelerator) -> Any:
     with DistributedBackend(accelerator).gather_params(partitioned):
         teacher = copy.deepcopy(model, memo={id(parameter): parameter for parameter in frozen})
     forget_patched_forward(teacher)
+    return prepare_frozen(teacher, accelerator)
+
+
+def prepare_frozen(teacher: Any, accelerator: Accelerator) -> Any:
+    """A model that nothing trains, frozen, in evaluation mode, and spread over the processes as the launch says."""
     teacher.requires_grad_(False).eval()
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return prepare_deepspeed(teacher, accelerator)

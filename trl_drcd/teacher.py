@@ -1,17 +1,21 @@
 """
-The teacher: the initial model with classifier-free guidance, Eq. (1) of https://huggingface.co/papers/2410.06084.
+The teacher: the initial model, or another, with classifier-free guidance, Eq. (1) of
+https://huggingface.co/papers/2410.06084.
 
 Letters: `B` sequences, `S` steps, `K` codebooks, `V` vocabulary, `H` hidden size.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from trl_drcd.compat.trl_private import use_adapter
@@ -19,7 +23,8 @@ from trl_drcd.distributed import InsideForward
 from trl_drcd.guidance import guide_hidden_states
 from trl_drcd.heads import Head
 from trl_drcd.losses import guided_logits
-from trl_drcd.policies import Policy
+from trl_drcd.policies import Policy, policy_class
+from trl_drcd.validation.model_folders import check_adapter_folder, load_model
 
 
 class TeacherStates(NamedTuple):
@@ -31,15 +36,15 @@ class TeacherStates(NamedTuple):
 
 class GuidedTeacher:
     """
-    The initial model, guided: a frozen copy, or the student's own weights with the adapter off.
+    The initial model, guided: a frozen copy, or the student's own weights with the adapter off; or another model.
 
     It reads a rollout once ([`read`]); the loss then projects what [`stored`] keeps of it, token by token.
 
     Args:
         policy (`Policy`): Of the model family.
-        copy (`PreTrainedModel`, *optional*): The frozen copy, as wrapped for the launch; `None` where the student is a
-            PEFT model, whose base is the teacher.
-        guidance_scale (`float`): gamma; 1 is the initial model itself.
+        copy (`PreTrainedModel`, *optional*): The frozen copy or the other model, as wrapped for the launch; `None`
+            where the student is a PEFT model, whose base is the teacher.
+        guidance_scale (`float`): gamma; 1 is the teacher without guidance.
         accelerator (`Accelerator`): Of the launch.
     """
 
@@ -143,6 +148,48 @@ class GuidedTeacher:
             return guided_logits(heads[k], streams[0], streams[1] if streams[1:] else None, self.guidance_scale)
 
         return of_codebook
+
+
+def load_teacher(teacher: str | PreTrainedModel | PeftModel, student: PreTrainedModel, policy: Policy) -> Any:
+    """
+    A teacher other than the initial model, such as the model of an earlier run, whose guidance is distilled once more.
+
+    Args:
+        teacher (`str`, `PreTrainedModel` or `PeftModel`): A model, or the folder or name of one; of an adapter the
+            folder, which is merged into its base. It may be larger than the student.
+        student (`PreTrainedModel`): Whose vocabulary, data type and device the teacher must have, or gets.
+        policy (`Policy`): Of the student's family.
+
+    Raises:
+        ValueError: If it is of another family, or has another vocabulary.
+    """
+    if isinstance(teacher, str):
+        dtype = next(p.dtype for p in student.parameters() if p.is_floating_point())
+        teacher = _load_model_or_adapter(teacher, dtype)
+    else:
+        teacher = copy.deepcopy(teacher)  # which is frozen, and may be the student
+    model: Any = teacher.merge_and_unload() if isinstance(teacher, PeftModel) else teacher
+    if (family := policy_class(model)) is not type(policy):
+        raise ValueError(
+            f"`teacher` is of another family than the student: {family.__name__}, {type(policy).__name__}"
+        )
+    sizes = [[head.weight.shape[0] for head in policy.heads(each)] for each in (model, student)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"`teacher` has another vocabulary than the student, {sizes[0]} tokens and not {sizes[1]}: its "
+            "distribution is over other tokens; give a model with the student's tokenizer"
+        )
+    policy.prepare(model)
+    return model.to(student.device)
+
+
+def _load_model_or_adapter(name: str, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
+    if not (Path(name) / "adapter_config.json").is_file():
+        model: PreTrainedModel = load_model(name, dtype=dtype)
+        return model
+    check_adapter_folder("teacher", Path(name))
+    base = load_model(str(PeftConfig.from_pretrained(name).base_model_name_or_path), dtype=dtype)
+    return PeftModel.from_pretrained(base, name)
 
 
 def _stack_prompts(

@@ -24,13 +24,14 @@ from trl import RLOOTrainer
 from trl.models import unwrap_model_for_generation
 
 from trl_drcd.callbacks import SampleCallback, WarmupCheck
-from trl_drcd.cards import final_metrics, trained_model, write_card
+from trl_drcd.cards import base_of, final_metrics, trained_model, write_card
 from trl_drcd.compat.torch_distributed import set_group_timeout
 from trl_drcd.compat.trl_private import get_config_model_id
 from trl_drcd.config import CFGDistillDiversityConfig
-from trl_drcd.distributed import check_sharding, frozen_copy, shard, whole_weights
+from trl_drcd.distributed import check_sharding, frozen_copy, prepare_frozen, shard, whole_weights
 from trl_drcd.diversity import DiversityReward
 from trl_drcd.diversity_term import DiversityTerm
+from trl_drcd.files import local_name
 from trl_drcd.guidance import ancestral_generation_config, left_pad
 from trl_drcd.losses import BatchTerms
 from trl_drcd.monitoring import GradientNorms, RunningMeans, Stopwatch
@@ -44,7 +45,7 @@ from trl_drcd.reliability.processes import report_status
 from trl_drcd.reliability.sampler import EpochSampler
 from trl_drcd.reliability.snapshot import Snapshot, load_rollout, save_rollout, set_random_states
 from trl_drcd.reliability.writer import CheckpointWriter
-from trl_drcd.teacher import GuidedTeacher, TeacherStates
+from trl_drcd.teacher import GuidedTeacher, TeacherStates, load_teacher
 from trl_drcd.validation.before_loading import check_before_loading
 from trl_drcd.validation.once_loaded import check_lengths, check_once_loaded, check_skipping
 from trl_drcd.validation.self_check import check_scoring
@@ -57,8 +58,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
     Trainer of *Diversity-Rewarded CFG Distillation* (https://huggingface.co/papers/2410.06084).
 
     The student samples groups of completions without guidance. The teacher is the initial model with classifier-free
-    guidance: a frozen copy, or, with a PEFT adapter, the same weights with the adapter switched off. The loss of an
-    update is
+    guidance: a frozen copy, or, with a PEFT adapter, the same weights with the adapter switched off; or another model,
+    `teacher`. The loss of an update is
 
         mean over sequences of  sum over tokens KL(student || guided teacher)
                                 - (diversity_coef * A_diversity + A_extra) * log p(sequence)
@@ -78,6 +79,9 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             it diversity is not measured. See [`DiversityReward`].
         codec (*optional*): Turns completion ids into audio, for models of audio tokens; then E and the logged samples
             get audio. `None` is the model's own, where it has one (MusicGen).
+        teacher (`str`, `PreTrainedModel` or `PeftModel`, *optional*): A model or adapter with the student's vocabulary
+            whose guidance is distilled in place of the initial model's, such as that of an earlier run (iterated
+            amplification) or a larger one. It costs its memory.
         **kwargs (*optional*): `callbacks`, `optimizers`, `peft_config`, `quantization_config`,
             `reward_processing_classes` of [`~trl.RLOOTrainer`].
 
@@ -110,6 +114,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         processing_class: Any = None,
         embedder: Any = None,
         codec: Any = None,
+        teacher: str | PreTrainedModel | PeftModel | None = None,
         **kwargs,
     ):
         if args is None:
@@ -127,6 +132,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             extra_rewards,
             embedder,
             codec,
+            teacher,
         )
         if isinstance(model, str):
             args.model_init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})
@@ -160,14 +166,18 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         if embedder is not None:
             reward, decode = DiversityReward(embedder, args.num_generations, self.codec), self._decoded
             self._diversity = DiversityTerm(reward, decode, args, self.policy.num_codebooks, self.accelerator)
-        self.teacher = GuidedTeacher(self.policy, self._make_teacher(student), args.guidance_scale, self.accelerator)
+        other = None if teacher is None else load_teacher(teacher, student, self.policy)
+        identity = run_identity(args, student, self.train_dataset, other)
+        self._other_teacher = None if other is None else base_of(other)
+        taught_by = self._make_teacher(student, other)
+        self.teacher = GuidedTeacher(self.policy, taught_by, args.guidance_scale, self.accelerator)
         self._objective = JointObjective(
             self.policy, self.teacher, self.temperature, (args.epsilon, self.epsilon_high)
         )
         self._guard = BatchGuard(args.on_bad_batch, self._tokenizer, self.accelerator)
         self.reward_funcs = self._guard.checked_rewards(self.reward_funcs)
         self._checkpoints = CheckpointWriter(args, self.accelerator)
-        self._checkpoints.identity = run_identity(args, student, self.train_dataset)
+        self._checkpoints.identity = identity
         self._snapshot: Snapshot | None = None  # after the last update
         self._scoring_checked = False
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
@@ -177,12 +187,18 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         if args.sample_steps:
             self.add_callback(SampleCallback(self, self.codec))
 
-    def _make_teacher(self, student: PreTrainedModel) -> PreTrainedModel | None:
-        """The frozen copy, or `None` where the adapter's base teaches; with FSDP2 the student is sharded here too."""
+    def _make_teacher(self, student: PreTrainedModel, other: PreTrainedModel | None) -> PreTrainedModel | None:
+        """
+        The frozen copy or the other model, as the launch wraps it, or `None` where the adapter's base teaches; with
+        FSDP2 the student is sharded here too.
+        """
         parts_stay_whole = self.is_fsdp_enabled and self.policy.frozen is not None
         if parts_stay_whole:
             self.accelerator.state.fsdp_plugin.ignored_modules = self.policy.frozen
-        copy = None if is_peft_model(student) else frozen_copy(student, self.accelerator)
+        if other is not None:
+            copy = prepare_frozen(other, self.accelerator)
+        else:
+            copy = None if is_peft_model(student) else frozen_copy(student, self.accelerator)
         if parts_stay_whole:
             shard(student, self.accelerator)
         return copy
@@ -272,7 +288,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         output = super()._generate_and_score_completions(inputs)
         del output["old_logps"]
         if self._mode == "train" and not self._scoring_checked:
-            check_scoring(self.policy, self.teacher, self.model_wrapped, output, self.state.global_step == 0)
+            untouched = self.state.global_step == 0 and self._other_teacher is None
+            check_scoring(self.policy, self.teacher, self.model_wrapped, output, untouched)
             self._scoring_checked = True
         with self._stopwatch.timed("teacher"):
             output |= self.teacher.stored(self._teacher_states(inputs, output), self.model_wrapped)
@@ -507,6 +524,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
     def write_card(self, folder: str | Path, license: str | None = None, **settings):
         """Writes `README.md`: what the model is, how to sample from it; see [`~trl_drcd.cards.write_card`]."""
         student = self.accelerator.unwrap_model(self.model)
+        if self._other_teacher is not None:
+            settings["teacher"] = local_name(self._other_teacher)
         about = trained_model(
             student, self.args, self.state, self.policy, self._tokenizer, self.codec is not None, **settings
         )

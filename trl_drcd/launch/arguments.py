@@ -52,6 +52,13 @@ class PromptArguments:
         default=None,
         metadata={"help": "Further rewards, as TRL calls them: each `module.function`, or a reward model's name."},
     )
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Model or adapter whose guidance is distilled, if not the initial model: folder or Hub name, with "
+            "the same vocabulary."
+        },
+    )
     num_samples: int = field(default=4, metadata={"help": "Held-out prompts to write samples of after training."})
     max_minutes: float | None = field(
         default=None, metadata={"help": "End training after so many minutes, whatever max_steps says."}

@@ -63,6 +63,7 @@ def make_trainer(
             callbacks=[LogFile(), *([Deadline(script.max_minutes)] if script.max_minutes else [])],
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
+            teacher=script.teacher,
             **parts,
         )
 

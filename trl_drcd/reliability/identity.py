@@ -17,9 +17,10 @@ SETTINGS = (
 )
 
 ROWS = 256  # of the data, the first and the last ones are compared
+VALUES = 4  # of each tensor of a teacher
 
 
-def run_identity(args: Any, model: Any, train_dataset: Any) -> dict[str, str]:
+def run_identity(args: Any, model: Any, train_dataset: Any, teacher: Any = None) -> dict[str, str]:
     """
     What a checkpoint must share with the run that resumes from it, by name.
 
@@ -27,6 +28,7 @@ def run_identity(args: Any, model: Any, train_dataset: Any) -> dict[str, str]:
         args (`TrainingArguments`): Of the run.
         model (`PreTrainedModel`): The student, unwrapped.
         train_dataset (`Dataset` or `IterableDataset`): Of a stream only the columns are compared.
+        teacher (`PreTrainedModel`, *optional*): One that is not the initial model.
 
     Returns:
         `dict[str, str]`: Name to value, as texts.
@@ -34,6 +36,10 @@ def run_identity(args: Any, model: Any, train_dataset: Any) -> dict[str, str]:
     values: dict[str, Any] = {name: getattr(args, name, None) for name in SETTINGS}
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     values["model"] = f"{type(model).__name__} {_digest(shapes)}"
+    values["teacher"] = "the initial model"
+    if teacher is not None:
+        some = {name: p.detach().flatten()[:VALUES].tolist() for name, p in teacher.named_parameters()}
+        values["teacher"] = f"{type(teacher).__name__} {_digest(some)}"
     columns = sorted(train_dataset.column_names or [])
     if isinstance(train_dataset, Dataset):
         ends = [*range(min(ROWS, len(train_dataset))), *range(max(0, len(train_dataset) - ROWS), len(train_dataset))]

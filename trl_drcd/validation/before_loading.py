@@ -14,7 +14,7 @@ from trl_drcd.audio.front_end import SavedModule
 from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.diversity import DiversityReward
 from trl_drcd.policies import Policy, policy_class
-from trl_drcd.validation.model_folders import check_model, check_on_hub
+from trl_drcd.validation.model_folders import check_adapter_folder, check_model, check_on_hub
 from trl_drcd.validation.rows import check_rows
 
 Model: TypeAlias = str | PreTrainedModel | PeftModel
@@ -41,12 +41,14 @@ def check_before_loading(
     extra_rewards: Sequence[object],
     embedder: object,
     codec: object = None,
+    teacher: object = None,
 ) -> None:
     """
     Refuse arguments of the trainer that cannot give a right result, before a model is loaded.
 
     Args:
-        model, args, train_dataset, eval_dataset, processing_class, peft_config, embedder, codec: The trainer's.
+        model, args, train_dataset, eval_dataset, processing_class, peft_config, embedder, codec, teacher: The
+            trainer's.
         extra_rewards (`Sequence`): The trainer's `reward_funcs`, as a list.
 
     Raises:
@@ -57,6 +59,7 @@ def check_before_loading(
     _check_datasets(train_dataset, eval_dataset, args)
     _check_rollout_size(train_dataset, args)
     _check_kinds(model, args, processing_class, peft_config)
+    _check_teacher(teacher, args)
     _check_adapter(model, peft_config)
     _check_rewards(args, extra_rewards, embedder)
     options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
@@ -134,6 +137,18 @@ def _check_kinds(
         kind, in_words = kinds[name]
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"`{name}` must be {in_words}, got {type(value).__name__}")
+
+
+def _check_teacher(teacher: object, args: CFGDistillDiversityConfig) -> None:
+    """Another teacher must be loadable safely, as the model must."""
+    if isinstance(teacher, str):
+        if (Path(teacher) / "adapter_config.json").is_file():
+            return check_adapter_folder("teacher", Path(teacher))
+        check_model("teacher", teacher, args.trust_remote_code)
+        if not Path(teacher).is_dir():
+            check_on_hub(f"`teacher={teacher}`", teacher)
+    elif teacher is not None and not isinstance(teacher, PreTrainedModel | PeftModel):
+        raise TypeError(f"`teacher` must be a name, a folder or a loaded model, got {type(teacher).__name__}")
 
 
 def _check_name(model: str, args: CFGDistillDiversityConfig) -> None:
