@@ -92,6 +92,18 @@ def test_tokens_out_of_turn_are_skipped(codec):
     assert codec.to_codes([1, 2, word]).shape == (0, K)
 
 
+def test_a_draft_has_the_spectrum_of_the_decoded(codec):
+    """Without Griffin-Lim's iterations the phases are rough, and the sound is nearly the same."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, codec.codebook_size, (20, codec.num_codebooks), generator=generator)
+    ids = [codec.to_token_ids(codes), []]
+    (whole, rate), (draft, draft_rate) = codec.decode(ids)[0], codec.draft(ids)[0]
+    assert len(codec.draft(ids)) == 2 and rate == draft_rate and whole.shape == draft.shape
+    assert not torch.equal(whole, draft)
+    errors = [(codec.log_mel(wave) - codec.decode_log_mel(codes[None])).square().mean() for wave in (whole, draft)]
+    assert errors[0] < errors[1] < 2
+
+
 def test_decode_gives_one_waveform_per_stream_in_order(codec):
     streams = [codec.to_token_ids(torch.randint(0, C, (frames, K))) for frames in (4, 6, 4)]
     waveforms = codec.decode([streams[0], [], streams[1], streams[2]])

@@ -153,7 +153,12 @@ class Embedder(Protocol):
 
 
 class AudioDecoder(Protocol):
-    """Anything that makes audio of token ids: the `codec` of a model whose completions are music."""
+    """
+    Anything that makes audio of token ids: the `codec` of a model whose completions are music.
+
+    It may have a method `draft`, called as `decode` is, that decodes in less time what is only embedded, the
+    beginnings of completions ([`~trl_drcd.critic.embed_prefixes`]).
+    """
 
     def decode(self, token_ids: list[list[int]]) -> list[tuple[torch.Tensor, int]]:
         """Waveforms (float32, 1-D) with their sampling rates in Hz, one per sequence of token ids."""
@@ -195,13 +200,14 @@ class DiversityReward:
         self.num_generations = num_generations
         self.codec = codec
 
-    def embed(self, completions: list, completion_ids: list[list[int]]) -> torch.Tensor:
+    def embed(self, completions: list, completion_ids: list[list[int]], draft: bool = False) -> torch.Tensor:
         """
         Embeddings of this process's completions.
 
         Args:
             completions (`list`): `b` texts, or conversations whose turns' contents are joined.
             completion_ids (`list[list[int]]`): Their token ids; what the codec decodes.
+            draft (`bool`): Decode with the codec's `draft`, where it has this faster and rougher way.
 
         Returns:
             `torch.Tensor`: Shape `(b, D)`, float32 at least, on the process's device.
@@ -211,7 +217,8 @@ class DiversityReward:
             ValueError: If the embedder does not return one vector per completion.
         """
         if self.codec is not None:
-            inputs: list = self.codec.decode(completion_ids)
+            decode = getattr(self.codec, "draft", self.codec.decode) if draft else self.codec.decode
+            inputs: list = decode(completion_ids)
         else:
             inputs = [c if isinstance(c, str) else "\n".join(turn["content"] for turn in c) for c in completions]
         output = self.embedder(inputs)

@@ -102,12 +102,13 @@ class SpectralCodec(nn.Module):
         """The quantised log-mel spectrogram `(B, S, M)` of codes `(B, S, K)`: what `decode_codes` renders."""
         return torch.stack([book[codes[..., k]] for k, book in enumerate(self.codebooks)]).sum(0)
 
-    def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
+    def decode_codes(self, codes: torch.Tensor, iterations: int | None = None) -> torch.Tensor:
         """
         Waveforms of codes.
 
         Args:
             codes (`torch.Tensor`): Shape `(B, S, K)`, integers in `[0, C)`.
+            iterations (`int`, *optional*): Of Griffin-Lim; the codec's own if `None`.
 
         Returns:
             `torch.Tensor`: Shape `(B, S * hop_length)`, float32, in `[-1, 1]`.
@@ -125,10 +126,11 @@ class SpectralCodec(nn.Module):
         magnitude = torch.cat([magnitude, magnitude[..., -1:]], -1)
         # On a CPU, four clips at a time: larger temporaries are mapped anew on each iteration, which doubles the time.
         size = 4 if magnitude.device.type == "cpu" else max(1, len(magnitude))
-        waveforms = [self._griffin_lim(part, codes.shape[1] * self.hop_length) for part in magnitude.split(size)]
+        length, rounds = codes.shape[1] * self.hop_length, self.iterations if iterations is None else iterations
+        waveforms = [self._griffin_lim(part, length, rounds) for part in magnitude.split(size)]
         return torch.cat(waveforms).clamp(-1, 1)
 
-    def _griffin_lim(self, magnitude: torch.Tensor, length: int) -> torch.Tensor:
+    def _griffin_lim(self, magnitude: torch.Tensor, length: int, iterations: int) -> torch.Tensor:
         """Fast Griffin-Lim (Perraudin et al., 2013), from fixed phases, on magnitudes `(B, bins, S + 1)`."""
         # Each bin turns at its own frequency from one frame to the next: half as many iterations as from white phase.
         bins, frames = magnitude.shape[1:]
@@ -138,7 +140,7 @@ class SpectralCodec(nn.Module):
             torch.polar(torch.ones_like(turns), 2 * torch.pi * (turns % 1)).to(magnitude.device).expand_as(magnitude)
         )
         previous = torch.zeros_like(angles)
-        for _ in range(self.iterations):
+        for _ in range(iterations):
             waveform = self._istft(magnitude * angles, length)
             rebuilt = torch.stft(
                 waveform, self.n_fft, self.hop_length, window=self.window, pad_mode="constant", return_complex=True
@@ -179,11 +181,20 @@ class SpectralCodec(nn.Module):
         Streams of one length are decoded in one batch. See `to_codes` for tokens out of turn. A stream without a
         complete frame gives one frame of silence.
         """
+        return self._decode(token_ids, self.iterations)
+
+    def draft(self, token_ids: Sequence[Sequence[int]]) -> list[tuple[torch.Tensor, int]]:
+        """
+        As `decode`, but without refining the phases: a third of the time and less, for embedders, which hardly differ.
+        """
+        return self._decode(token_ids, 0)
+
+    def _decode(self, token_ids: Sequence[Sequence[int]], iterations: int) -> list[tuple[torch.Tensor, int]]:
         all_codes = [self.to_codes(tokens) for tokens in token_ids]
         waveforms = [torch.zeros(self.hop_length) for _ in all_codes]
         for frames in {len(codes) for codes in all_codes} - {0}:
             rows = [i for i, codes in enumerate(all_codes) if len(codes) == frames]
-            decoded = self.decode_codes(torch.stack([all_codes[i] for i in rows])).cpu()
+            decoded = self.decode_codes(torch.stack([all_codes[i] for i in rows]), iterations).cpu()
             for i, waveform in zip(rows, decoded, strict=True):
                 waveforms[i] = waveform
         return [(waveform, self.sampling_rate) for waveform in waveforms]
