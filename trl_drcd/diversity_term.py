@@ -108,7 +108,7 @@ class DiversityTerm:
         prefixes, reached = torch.zeros(0, 0, 0), torch.zeros(0, 0)
 
         def embed(ids: list[list[int]]) -> torch.Tensor:
-            return self.reward.embed(self._texts(ids), ids)
+            return self.reward.embed(self._texts(ids), ids, draft=True)
 
         try:
             prefixes, reached = embed_prefixes(embed, completion_ids, self.steps, size, self.num_codebooks)
