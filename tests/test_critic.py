@@ -260,6 +260,23 @@ def test_prefixes_are_decoded_for_themselves():
     torch.testing.assert_close(vectors[..., 0], torch.tensor([[3.0, 10, 0], [2, 0, 0], [0, 0, 0]]))
 
 
+def test_prefixes_can_be_drafted_at_once():
+    """`draft` is called once for all completions and lengths; what is not reached is not embedded."""
+    asked = []
+
+    def draft(completions, lengths):
+        asked.append((list(completions), lengths))
+        return [[f"{ids[0]}{length}" for ids in completions] for length in lengths]
+
+    completions = [[1, 2, 3, 4, 5, 6], [7, 1, 2, 2], [8, 7]]
+    vectors, reached = embed_prefixes(
+        lambda names: torch.tensor([[float(name), 1.0] for name in names]), completions, [1, 2, 3], 2, 2, draft
+    )
+    assert asked == [(completions, [2, 4, 6])]
+    assert reached.tolist() == [[True, True, False], [True, False, False], [False, False, False]]
+    assert vectors[..., 0].tolist() == [[12, 14, 0], [72, 0, 0], [0, 0, 0]]
+
+
 def test_a_prefix_of_delayed_codebooks_is_its_whole_frames():
     """After n steps the frames before n - K + 1 are whole; the codes of later ones are not read."""
     codes = torch.randint(0, 9, (1, 10, 4), generator=torch.Generator().manual_seed(0))

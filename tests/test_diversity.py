@@ -127,12 +127,6 @@ def test_reward_callable_on_texts_conversations_and_audio():
         assert all(rate == 16000 for _, rate in audio)
         return torch.stack([torch.tensor([wave.mean().item(), 1.0]) for wave, _ in audio])
 
-    codec = Codec()
-    assert DiversityReward(listen, codec=codec).embed([""], [[1]], draft=True).shape == (1, 2)  # it has none
-    codec.draft = lambda token_ids: [(torch.zeros(4), 16000) for _ in token_ids]
-    drafted = DiversityReward(listen, codec=codec)
-    assert drafted.embed([""], [[1]], draft=True)[0, 0] == 0 and drafted.embed([""], [[1]])[0, 0] == 1
-
     heard = DiversityReward(listen, num_generations=2, codec=Codec())(["p"] * 4, [""] * 4, ids)
     assert heard[0] == heard[1] > 0.01 and heard[2:] == pytest.approx([0, 0], abs=1e-6)
 

@@ -45,6 +45,7 @@ ORDER = [
     "gradient_snr",
     "objective",
     "diversity_term",
+    "clipping",
     "monitoring",
     "reliability",
     "trainer",

@@ -9,10 +9,12 @@ import torch
 from conftest import make_model
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
 from trl import RLOOTrainer
 
 from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer, DiversityReward
 from trl_drcd.callbacks import SampleCallback
+from trl_drcd.clipping import check_clipping
 from trl_drcd.config import diversity_coef_at
 from trl_drcd.diversity import diversity_advantages
 from trl_drcd.guidance import guide_logits
@@ -371,6 +373,78 @@ def test_an_update_is_the_same_whether_its_terms_are_logged(tmp_path, tokenizer)
     for logged, unlogged in zip(*states, strict=True):
         assert logged.abs().max() > 0
         torch.testing.assert_close(unlogged, logged, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("longest", [0.02, 1e6])
+@pytest.mark.parametrize("logging_steps", [1, 10])
+def test_terms_clipped_apart_equal_two_gradients_clipped_and_added(tmp_path, tokenizer, lora, longest, logging_steps):
+    """SGD's step is the gradient: of two forwards, an extra reward beside, the coefficient half way in its warm-up."""
+
+    def long(completion_ids, **kwargs):
+        return [float(len(ids)) for ids in completion_ids]
+
+    trainer = make_trainer(
+        tmp_path, tokenizer, diversity_coef=7.0, diversity_warmup_steps=4, gradient_accumulation_steps=2,
+        max_grad_norm=0.05, max_grad_norm_diversity=longest, optim="sgd", learning_rate=1.0, reward_funcs=[long],
+        max_steps=10, logging_steps=logging_steps, peft_config=LoraConfig(r=2) if lora else None,
+    )  # fmt: skip
+    seen, compute_loss = [], trainer._compute_loss
+
+    def remember(model, inputs):
+        if trainer.state.global_step == 2:
+            if not seen:
+                seen.append([p.detach().clone() for p in trainer.model.parameters()])
+            seen.append(inputs)
+        return compute_loss(model, inputs)
+
+    def after(args, state, control, **kwargs):
+        if state.global_step == 3:
+            seen.append([p.detach().clone() for p in trainer.model.parameters()])
+            control.should_training_stop = True
+        return control
+
+    callback = TrainerCallback()
+    callback.on_step_end = after
+    trainer._compute_loss = remember
+    trainer.add_callback(callback)
+    trainer.train()
+    before, *batches, moved = seen
+    assert len(batches) == 2
+    with torch.no_grad():
+        for parameter, value in zip(trainer.model.parameters(), before, strict=True):
+            parameter.copy_(value)
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    rest, diversity = 0.0, 0.0
+    for batch in batches:
+        terms = trainer._objective.terms(trainer.model, trainer.model, batch)
+        log_probs = terms.log_probs.sum((1, 2))
+        rest = rest + (terms.kl - batch["advantages"] * log_probs).mean() / 2
+        diversity = diversity - 3.5 * (batch["diversity_advantages"] * log_probs).mean() / 2
+    expected = [torch.zeros_like(p) for p in trained]
+    norms = []
+    for loss, limit in ((rest, 0.05), (diversity, longest / 2)):
+        gradient = torch.autograd.grad(loss, trained, retain_graph=True)
+        norms.append(torch.cat([g.flatten() for g in gradient]).norm())
+        expected = [a + g * (limit / norms[-1]).clamp(max=1) for a, g in zip(expected, gradient, strict=True)]
+    assert norms[0] > 0.05 and (norms[1] > longest / 2) == (longest < 1), "clipped, and not"
+    steps = [a - b for a, b, p in zip(before, moved, trainer.model.parameters(), strict=True) if p.requires_grad]
+    for step, gradient in zip(steps, expected, strict=True):
+        torch.testing.assert_close(step, gradient, rtol=1e-3, atol=1e-6)
+    if logging_steps == 1:
+        logged = [e for e in trainer.state.log_history if e["step"] == 3][0]
+        assert logged["grad_norm/diversity"] == pytest.approx(norms[1].item(), rel=1e-3)
+        assert logged["grad_norm"] == pytest.approx(torch.stack(norms).norm().item(), rel=1e-3)
+
+
+def test_clipping_apart_is_refused_where_gradients_lie_in_pieces():
+    from accelerate.utils import DistributedType
+
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        with pytest.raises(ValueError, match=f"`max_grad_norm_diversity=0.5` does not go with {kind.value}"):
+            check_clipping(0.5, SimpleNamespace(distributed_type=kind))
+        check_clipping(None, SimpleNamespace(distributed_type=kind))
+    check_clipping(0.5, SimpleNamespace(distributed_type=DistributedType.MULTI_CPU))
 
 
 def test_one_update_per_rollout_needs_no_pass_for_old_logps(tmp_path, tokenizer, monkeypatch):

@@ -63,6 +63,10 @@ class CFGDistillDiversityConfig(RLOOConfig):
         diversity_kernel (`str`, *optional*, defaults to `"pairs"`):
             `"pairs"` is the mean cosine distance of Eq. (3); `"logdet"` and `"vendi"` reward the volume that the
             completions of a prompt span ([`~trl_drcd.kernels.diversity_shares`]).
+        max_grad_norm_diversity (`float`, *optional*):
+            Length to which the gradient of the diversity term is clipped for itself, before it is added to that of the
+            other terms, which `max_grad_norm` clips ([`~trl_drcd.clipping`]); less in the warm-up, as the coefficient
+            is. `None` clips the sum of all terms. Not under FSDP or DeepSpeed, not with `fp16`.
         on_bad_batch (`str`, *optional*, defaults to `"stop"`):
             What happens where a reward, an embedder, the teacher, the student or a gradient gives NaN or infinity, or
             an embedder or a reward raises: `"stop"` saves a checkpoint of the state before that update and raises,
@@ -119,6 +123,10 @@ class CFGDistillDiversityConfig(RLOOConfig):
     diversity_kernel: str = field(
         default="pairs", metadata={"help": "What is rewarded: pairs (mean distance), logdet or vendi (volume)."}
     )
+    max_grad_norm_diversity: float | None = field(
+        default=None,
+        metadata={"help": "Clip the diversity's gradient apart, to this length; by default the sum of all terms."},
+    )
     on_bad_batch: str = field(
         default="stop",
         metadata={"help": "On NaN, infinity or a raising embedder or reward: stop (after a checkpoint) or skip."},
@@ -164,6 +172,12 @@ class CFGDistillDiversityConfig(RLOOConfig):
         """
         steps = self.diversity_warmup_steps
         return math.ceil(steps * max_steps) if 0 < steps < 1 else int(steps)
+
+    def max_grad_norm_diversity_at(self, step: int, max_steps: int) -> float | None:
+        """The length after `step` of `max_steps` updates; rises with the coefficient in its warm-up."""
+        if self.max_grad_norm_diversity is None or self.diversity_coef == 0:
+            return None
+        return self.max_grad_norm_diversity * self.diversity_coef_at(step, max_steps) / self.diversity_coef
 
     def diversity_coef_at(self, step: int, max_steps: int) -> float:
         """[`diversity_coef_at`] of this configuration, after `step` of `max_steps` updates."""

@@ -19,7 +19,7 @@ the unit of the kernel.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -66,35 +66,38 @@ def prefix_steps(max_steps: int, num_prefixes: int, least: int = 1) -> list[int]
 
 
 def embed_prefixes(
-    embed: Callable[[list[list[int]]], torch.Tensor],
+    embed: Callable[[list[Any]], torch.Tensor],
     completion_ids: Sequence[list[int]],
     steps: Sequence[int],
     size: int,
     ids_per_step: int = 1,
+    draft: Callable[[Sequence[list[int]], list[int]], list[list[Any]]] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Embeddings of the prefixes of completions, each prefix decoded for itself, so that nothing of what follows is in
-    it.
+    Embeddings of the prefixes of completions, each prefix decoded so that nothing of what follows is in it.
 
     Args:
-        embed (`Callable`): Embeddings `(len, D)` of a non-empty list of token ids.
+        embed (`Callable`): Embeddings `(len, D)` of a non-empty list of token ids, or of what `draft` makes of them.
         completion_ids (`Sequence[list[int]]`): `b` completions, without padding.
         steps (`Sequence[int]`): The `M` lengths of [`prefix_steps`].
         size (`int`): `D`.
         ids_per_step (`int`, *optional*, defaults to 1): `K` for codebooks.
+        draft (`Callable`, *optional*): Decodes all prefixes at once: called with the completions and the lengths of
+            prefixes in ids; returns, for each length, an item for each completion.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Embeddings `(b, M, D)`, and where there are some, bool `(b, M)`: only of
         prefixes that are shorter than the completion.
     """
-    vectors = torch.zeros(len(completion_ids), len(steps), size)
-    reached = torch.zeros(len(completion_ids), len(steps), dtype=torch.bool)
-    for m, step in enumerate(steps):
-        length = step * ids_per_step
-        rows = [row for row, ids in enumerate(completion_ids) if len(ids) > length]
+    lengths = [step * ids_per_step for step in steps]
+    reached = torch.tensor([[len(ids) > length for length in lengths] for ids in completion_ids])
+    vectors = torch.zeros(*reached.shape, size)
+    drafts = draft(completion_ids, lengths) if draft is not None else None
+    for m, length in enumerate(lengths):
+        rows = reached[:, m].nonzero().flatten().tolist()
         if rows:
-            reached[rows, m] = True
-            vectors[rows, m] = embed([completion_ids[row][:length] for row in rows]).to(vectors)
+            found = [completion_ids[row][:length] if drafts is None else drafts[m][row] for row in rows]
+            vectors[rows, m] = embed(found).to(vectors)
     return vectors, reached
 
 

@@ -156,8 +156,9 @@ class AudioDecoder(Protocol):
     """
     Anything that makes audio of token ids: the `codec` of a model whose completions are music.
 
-    It may have a method `draft`, called as `decode` is, that decodes in less time what is only embedded, the
-    beginnings of completions ([`~trl_drcd.critic.embed_prefixes`]).
+    It may have a method `draft` for the critic: `draft(token_ids, lengths)` gives, for each number of ids in `lengths`, a
+    list of what the beginnings of the streams sound like, in less time than `decode` takes for each
+    ([`~trl_drcd.critic.embed_prefixes`]).
     """
 
     def decode(self, token_ids: list[list[int]]) -> list[tuple[torch.Tensor, int]]:
@@ -200,14 +201,13 @@ class DiversityReward:
         self.num_generations = num_generations
         self.codec = codec
 
-    def embed(self, completions: list, completion_ids: list[list[int]], draft: bool = False) -> torch.Tensor:
+    def embed(self, completions: list, completion_ids: list[list[int]]) -> torch.Tensor:
         """
         Embeddings of this process's completions.
 
         Args:
             completions (`list`): `b` texts, or conversations whose turns' contents are joined.
             completion_ids (`list[list[int]]`): Their token ids; what the codec decodes.
-            draft (`bool`): Decode with the codec's `draft`, where it has this faster and rougher way.
 
         Returns:
             `torch.Tensor`: Shape `(b, D)`, float32 at least, on the process's device.
@@ -217,10 +217,25 @@ class DiversityReward:
             ValueError: If the embedder does not return one vector per completion.
         """
         if self.codec is not None:
-            decode = getattr(self.codec, "draft", self.codec.decode) if draft else self.codec.decode
-            inputs: list = decode(completion_ids)
+            inputs: list = self.codec.decode(completion_ids)
         else:
             inputs = [c if isinstance(c, str) else "\n".join(turn["content"] for turn in c) for c in completions]
+        return self.embed_decoded(inputs)
+
+    def embed_decoded(self, inputs: list[Any]) -> torch.Tensor:
+        """
+        Embeddings of texts or sounds.
+
+        Args:
+            inputs (`list`): What the embedder reads.
+
+        Returns:
+            `torch.Tensor`: Shape `(len(inputs), D)`, float32 at least, on the process's device.
+
+        Raises:
+            TypeError: If the embedder returns no numbers.
+            ValueError: If the embedder does not return one vector for each.
+        """
         output = self.embedder(inputs)
         try:
             embeddings = torch.as_tensor(output)

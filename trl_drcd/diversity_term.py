@@ -107,11 +107,20 @@ class DiversityTerm:
         cause: Exception | None = None
         prefixes, reached = torch.zeros(0, 0, 0), torch.zeros(0, 0)
 
+        draft = getattr(self.reward.codec, "draft", None)
+
         def embed(ids: list[list[int]]) -> torch.Tensor:
-            return self.reward.embed(self._texts(ids), ids, draft=True)
+            return self.reward.embed(self._texts(ids), ids)
 
         try:
-            prefixes, reached = embed_prefixes(embed, completion_ids, self.steps, size, self.num_codebooks)
+            prefixes, reached = embed_prefixes(
+                embed if draft is None else self.reward.embed_decoded,
+                completion_ids,
+                self.steps,
+                size,
+                self.num_codebooks,
+                draft,
+            )
         except Exception as error:  # the other processes wait for this one's embeddings
             cause = error
             problems = [f"the embedder raised {type(error).__name__} for beginnings of completions: {error}"]

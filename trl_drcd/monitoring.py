@@ -72,13 +72,17 @@ class GradientNorms:
                 list(gradient) if before is None else [a + b for a, b in zip(before, gradient, strict=True)]
             )
 
-    def measure(self, model: torch.nn.Module, diversity_coef: float) -> dict[str, float]:
+    def measure(
+        self, model: torch.nn.Module, diversity_coef: float, diversity: list[torch.Tensor] | None = None
+    ) -> dict[str, float]:
         """
         The norms, once the update's gradient is in `grad`; what is none of the other terms' is distillation's.
 
         Args:
             model (`torch.nn.Module`): The student.
             diversity_coef (`float`): By which the diversity's gradient is divided before updates are compared.
+            diversity (`list[torch.Tensor]`, *optional*): The diversity's gradient, mean over all processes, where it
+                is kept apart and is not in `grad`.
         """
         parts, self._parts = self._parts, {}
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -92,6 +96,9 @@ class GradientNorms:
             norms[f"grad_norm/{name}"] = _norm(part)
             if name == "diversity":
                 self.snr.add(part, diversity_coef)
+        if diversity is not None:
+            norms["grad_norm/diversity"] = _norm(diversity)
+            self.snr.add(diversity, diversity_coef)
         ratio = self.snr.value()
         return {"grad_norm/distillation": _norm(rest)} | norms | ({} if ratio is None else {"snr/diversity": ratio})
 

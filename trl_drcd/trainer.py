@@ -8,6 +8,7 @@ the loss is Eq. (5), from one student forward.
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,6 +26,7 @@ from trl.models import unwrap_model_for_generation
 
 from trl_drcd.callbacks import SampleCallback, WarmupCheck
 from trl_drcd.cards import base_of, final_metrics, trained_model, write_card
+from trl_drcd.clipping import SeparateGradient, check_clipping
 from trl_drcd.compat.torch_distributed import set_group_timeout
 from trl_drcd.compat.trl_private import get_config_model_id
 from trl_drcd.config import CFGDistillDiversityConfig
@@ -151,6 +153,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         self._updates_per_rollout = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
         check_sharding(self.accelerator, self._updates_per_rollout, family.frozen is not None)
         check_skipping(args, self.is_deepspeed_enabled)
+        check_clipping(args.max_grad_norm_diversity, self.accelerator)
         set_group_timeout(args.ddp_timeout)
         student = self.accelerator.unwrap_model(self.model)
         self.policy: Policy = family(self._tokenizer, student.config, self.chat_template_kwargs)
@@ -182,6 +185,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         self._scoring_checked = False
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._gradient_norms = GradientNorms(self.accelerator)
+        self._diversity_gradient = SeparateGradient(self.accelerator)
         self._stopwatch = Stopwatch(self.accelerator)
         self.add_callback(WarmupCheck())
         if args.sample_steps:
@@ -362,6 +366,10 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
     def _diversity_coef(self) -> float:
         return self.args.diversity_coef_at(self.state.global_step, self.state.max_steps)
 
+    @property
+    def _max_grad_norm_diversity(self) -> float | None:
+        return self.args.max_grad_norm_diversity_at(self.state.global_step, self.state.max_steps)
+
     def _credits(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """By how much each term beside the distillation raises log p of each token: `(B, 1, 1)`, or `(B, S, K)`."""
         zeros = torch.zeros(len(inputs["prompt_ids"]), device=self.accelerator.device)
@@ -372,20 +380,25 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
 
     def _compute_loss(self, model, inputs):
         train, credits = self._mode == "train", self._credits(inputs)
+        apart = train and bool(self._max_grad_norm_diversity)
         # One by one where the gradient of one term alone is asked for, or where a weight depends on `log_probs`
         separately = train and self._is_logging_step() and self._gradient_norms.measured
         separately = separately and (self._diversity_coef > 0 or bool(self.reward_funcs))
         weights = None
-        if train and not separately and "old_log_probs" not in inputs:
+        if train and not (separately or apart) and "old_log_probs" not in inputs:
             # In float64, so that the sum of credits rounds as the separate terms do; MPS has none
             exact = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
             weights = -torch.stack(torch.broadcast_tensors(*credits.values())).to(exact).sum(0)
         terms = self._objective.terms(model, self.model_wrapped, inputs, weights)
         losses = self._objective.losses(terms, credits, inputs.get("old_log_probs"))
+        forwards = self.current_gradient_accumulation_steps
         if separately:
-            parts = {name: losses[name].mean() for name in credits}
-            self._gradient_norms.add(self.model, parts, self.current_gradient_accumulation_steps)
+            parts = {name: losses[name].mean() for name in credits if not (apart and name == "diversity")}
+            self._gradient_norms.add(self.model, parts, forwards)
         means = self._log_terms(inputs, terms, losses)
+        if apart:
+            self._diversity_gradient.add(self.model, losses["diversity"].mean(), forwards)
+            losses["diversity"] = losses["diversity"].detach()
         if not train:  # of the whole global batch, which Trainer would take for a mean over this process's rows
             return means.sum().to(terms.kl)
         return sum(loss.mean() for loss in losses.values()) if terms.loss is None else terms.loss
@@ -440,10 +453,13 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             loss = self._guarded_step(model, inputs, num_items_in_batch)
         if self._step % self.current_gradient_accumulation_steps == 0:
             logged = self._is_logging_step()
-            norms = self._gradient_norms.measure(self.model, self._diversity_coef) if logged else {}
+            norms = self._measured_norms() if logged else {}
             for name, value in (norms | self._stopwatch.lap()).items():
                 self._metrics["train"][name].append(value)
         return loss
+
+    def _measured_norms(self) -> dict[str, float]:
+        return self._gradient_norms.measure(self.model, self._diversity_coef, self._diversity_gradient.mean())
 
     def _guarded_step(self, model, inputs, num_items_in_batch):
         if not self._guard.skips(self.state.global_step):
@@ -458,10 +474,13 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         """Without gradients the optimizer changes neither weights nor its state; the rollout is not used again."""
         self._guard.skip(self.state.global_step, problem)
         self.model.zero_grad(set_to_none=True)
+        self._diversity_gradient.clear()
         self._buffered_inputs = None
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if (longest := self._max_grad_norm_diversity) is not None:
+            grad_norm = math.hypot(float(grad_norm), self._diversity_gradient.join(self.model, longest))
         problem = self._guard.gradient_problem(grad_norm, self.args.fp16, self.is_deepspeed_enabled)
         if problem is None:
             return grad_norm

@@ -181,16 +181,39 @@ class SpectralCodec(nn.Module):
         Streams of one length are decoded in one batch. See `to_codes` for tokens out of turn. A stream without a
         complete frame gives one frame of silence.
         """
-        return self._decode(token_ids, self.iterations)
+        return self._decode([self.to_codes(tokens) for tokens in token_ids], self.iterations)
 
-    def draft(self, token_ids: Sequence[Sequence[int]]) -> list[tuple[torch.Tensor, int]]:
+    @torch.no_grad()
+    def draft(
+        self, token_ids: Sequence[Sequence[int]], lengths: Sequence[int]
+    ) -> list[list[tuple[torch.Tensor, int]]]:
         """
-        As `decode`, but without refining the phases: a third of the time and less, for embedders, which hardly differ.
-        """
-        return self._decode(token_ids, 0)
+        What the beginnings of token-id streams sound like, in one pass and without refining the phases.
 
-    def _decode(self, token_ids: Sequence[Sequence[int]], iterations: int) -> list[tuple[torch.Tensor, int]]:
-        all_codes = [self.to_codes(tokens) for tokens in token_ids]
+        Nothing that follows a beginning is in it: it ends half a window before its next frame. One that is too short for
+        that is silence, a hop of it.
+
+        Args:
+            token_ids (`Sequence`): As in `decode`.
+            lengths (`Sequence[int]`): Ids of each beginning.
+
+        Returns:
+            `list`: For each length, `(waveform, sampling_rate)` of each stream, as `decode` gives them.
+        """
+        whole = self._decode([self.to_codes(tokens) for tokens in token_ids], iterations=0)
+        silence = torch.zeros(self.hop_length)
+
+        def beginning(waveform: torch.Tensor, tokens: Sequence[int]) -> tuple[torch.Tensor, int]:
+            end = len(self.to_codes(tokens)) * self.hop_length - self.n_fft // 2
+            return (waveform[:end] if end > 0 else silence), self.sampling_rate
+
+        return [
+            [beginning(waveform, tokens[:length]) for (waveform, _), tokens in zip(whole, token_ids, strict=True)]
+            for length in lengths
+        ]
+
+    def _decode(self, all_codes: list[torch.Tensor], iterations: int) -> list[tuple[torch.Tensor, int]]:
+        """Of codes `(S, K)` of each stream."""
         waveforms = [torch.zeros(self.hop_length) for _ in all_codes]
         for frames in {len(codes) for codes in all_codes} - {0}:
             rows = [i for i, codes in enumerate(all_codes) if len(codes) == frames]

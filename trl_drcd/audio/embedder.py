@@ -133,15 +133,16 @@ class MusicEmbedder(SavedModule):
         Sums over time of the transformer's outputs; differentiable.
 
         Args:
-            frames (`torch.Tensor`): Log-mel windows, shape `(W, num_patches * patch_frames, n_mels)`.
-            num_patches (`torch.Tensor`): Patches of each window that count, shape `(W,)`, at least 1.
+            frames (`torch.Tensor`): Log-mel windows of N patches, shape `(W, N * patch_frames, n_mels)`; N at most the
+                model's `num_patches`.
+            num_patches (`torch.Tensor`): Patches of each window that count, shape `(W,)`, from 1 to N.
 
         Returns:
             `torch.Tensor`: Shape `(W, hidden_size)`.
         """
-        patches = frames.reshape(frames.shape[0], len(self.positions), -1)
-        beyond = torch.arange(len(self.positions), device=frames.device) >= num_patches[:, None]
-        hidden = self.encoder(self.patch_projection(patches) + self.positions, ~beyond)
+        patches = frames.unflatten(1, (-1, self.patch_frames)).flatten(2)
+        beyond = torch.arange(patches.shape[1], device=frames.device) >= num_patches[:, None]
+        hidden = self.encoder(self.patch_projection(patches) + self.positions[: patches.shape[1]], ~beyond)
         return hidden.masked_fill(beyond[..., None], 0.0).sum(1)
 
     def project(self, means: torch.Tensor) -> torch.Tensor:
@@ -164,12 +165,15 @@ class MusicEmbedder(SavedModule):
             ValueError: If a waveform is not 1-D or not finite, or a rate is not a positive whole number.
         """
         windows, lengths, owners = audio_windows(audio, self.sampling_rate, self.window)
-        num_patches = -(-lengths // (self.log_mel.hop_length * self.patch_frames))
+        patch = self.log_mel.hop_length * self.patch_frames  # samples
+        num_patches = -(-lengths // patch)
         device = self.positions.device
         sums = torch.zeros(len(audio), self.positions.shape[1], device=device)
         for start in range(0, len(windows), 16):  # small enough for the cache: twice as fast as all at once
             part = slice(start, start + 16)
-            encoded = self.encode(self.log_mel(windows[part].to(device)), num_patches[part].to(device))
+            longest = int(num_patches[part].max())  # beyond it there is only silence, which nothing attends to
+            frames = self.log_mel(windows[part, : longest * patch].to(device))
+            encoded = self.encode(frames, num_patches[part].to(device))
             sums.index_add_(0, owners[part].to(device), encoded.float())
         patches = torch.zeros(len(audio)).index_add_(0, owners, num_patches.float())
         return self.project(sums / patches[:, None].to(device)).cpu()

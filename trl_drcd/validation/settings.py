@@ -19,6 +19,7 @@ class Settings(Protocol):
     beta: float
     on_bad_batch: str
     gae_lambda: float
+    max_grad_norm_diversity: float | None
     fp16: bool
     generation_kwargs: dict | str | None
     disable_dropout: bool
@@ -42,6 +43,7 @@ RANGES = {
     ),
     "gae_lambda": Range(0),
     "diversity_prefixes": Range(1),
+    "max_grad_norm_diversity": Range(0, above=True, hint="leave it out to clip the sum of all terms"),
     "sample_steps": Range(0),
     "per_device_train_batch_size": Range(1),
     "gradient_accumulation_steps": Range(1),
@@ -130,6 +132,11 @@ def _check_reward(args: Settings) -> None:
             raise ValueError(f"`{name}` must be {' or '.join(map(repr, choices))}, got {value!r}")
     if not args.gae_lambda <= 1:
         raise ValueError(f"`gae_lambda` must be between 0 and 1, got {args.gae_lambda}")
+    if args.max_grad_norm_diversity is not None and args.fp16:
+        raise ValueError(
+            f"`max_grad_norm_diversity={args.max_grad_norm_diversity}` does not go with the gradient scaler of "
+            "`fp16=True`; use `bf16`"
+        )
     if args.on_bad_batch == "skip" and args.fp16:
         raise ValueError("`on_bad_batch='skip'` does not go with the gradient scaler of `fp16=True`; use `bf16`")
 
