@@ -152,7 +152,8 @@ def main() -> None:
     os.chdir(ROOT)  # the recipe's paths are relative to it
     texts = (row["prompt"] for row in read_prompts("dataset", str(WORLD / "data/test_prompts.jsonl"), "train"))
     prompts = distinct(texts, args.prompts)
-    done = {(r["run"], r["seed"], r["step"]) for r in (json.loads(args.output.read_text()) if args.output.is_file() else [])}  # fmt: skip
+    rows = json.loads(args.output.read_text()) if args.output.is_file() else []
+    done = {(row["run"], row["seed"], row["step"]) for row in rows}
     if ("base", 0, 0) not in done:
         base = AutoModelForCausalLM.from_pretrained(WORLD / "models/musiclm", dtype=torch.float32)
         record(args.output, {"run": "base", "seed": 0, "step": 0} | evaluate(base, prompts, args.samples))

@@ -432,7 +432,7 @@ def test_terms_clipped_apart_equal_two_gradients_clipped_and_added(tmp_path, tok
     for step, gradient in zip(steps, expected, strict=True):
         torch.testing.assert_close(step, gradient, rtol=1e-3, atol=1e-6)
     if logging_steps == 1:
-        logged = [e for e in trainer.state.log_history if e["step"] == 3][0]
+        logged = next(e for e in trainer.state.log_history if e["step"] == 3)
         assert logged["grad_norm/diversity"] == pytest.approx(norms[1].item(), rel=1e-3)
         assert logged["grad_norm"] == pytest.approx(torch.stack(norms).norm().item(), rel=1e-3)
 

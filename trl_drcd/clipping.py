@@ -1,11 +1,12 @@
 """
 The gradient of the diversity term, kept and clipped apart from that of the other terms.
 
-REINFORCE is noisy: where the sum of all terms is clipped, the noise of the diversity scales the distillation down. Apart,
+REINFORCE is noisy: where the sum of all terms is clipped, the noise of the diversity scales the
+distillation down. Apart,
 
-    gradient = clip(rest, max_grad_norm) + clip(diversity, max_grad_norm_diversity * diversity_coef(step) / diversity_coef)
+    gradient = clip(rest, max_grad_norm) + clip(diversity, max_grad_norm_diversity * coef(step) / diversity_coef)
 
-so that the warm-up of the coefficient holds for the limit as well.
+so that the warm-up of the coefficient, `coef(step)`, holds for the limit as well.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def check_clipping(max_norm: float | None, accelerator: Accelerator) -> None:
     """
     if max_norm is not None and is_sharded(accelerator):
         raise ValueError(
-            f"`max_grad_norm_diversity={max_norm}` does not go with {accelerator.distributed_type.value}, which spreads "
-            "gradients over processes; leave it out, or use DDP (recipes/accelerate/ddp.yaml)"
+            f"`max_grad_norm_diversity={max_norm}` does not go with {accelerator.distributed_type.value}, which "
+            "spreads gradients over processes; leave it out, or use DDP (recipes/accelerate/ddp.yaml)"
         )
 
 

@@ -156,8 +156,8 @@ class AudioDecoder(Protocol):
     """
     Anything that makes audio of token ids: the `codec` of a model whose completions are music.
 
-    It may have a method `draft` for the critic: `draft(token_ids, lengths)` gives, for each number of ids in `lengths`, a
-    list of what the beginnings of the streams sound like, in less time than `decode` takes for each
+    It may have a method `draft` for the critic: `draft(token_ids, lengths)` gives, for each number of ids in
+    `lengths`, a list of what the beginnings of the streams sound like, in less time than `decode` takes for each
     ([`~trl_drcd.critic.embed_prefixes`]).
     """
 

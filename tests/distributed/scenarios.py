@@ -40,6 +40,8 @@ SCENARIOS = {
     "lora": Scenario(lora=True, saves=True),
     "critic": Scenario({"diversity_credit": "critic", "gae_lambda": 0.9}),
     "accumulate": Scenario(accumulate=3, evaluates=False),
+    "apart": Scenario({"max_grad_norm": 0.5, "max_grad_norm_diversity": 0.25}, accumulate=3, evaluates=False),
+    "apart_lora": Scenario({"max_grad_norm": 0.5, "max_grad_norm_diversity": 0.25}, lora=True, evaluates=False),
     # No token of the last rows is scored, and the head has a bias that only scored tokens reach
     "masked": Scenario(
         {"mask_truncated_completions": True, "gradient_checkpointing": True}, family="phi", evaluates=False

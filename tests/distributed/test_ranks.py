@@ -125,7 +125,7 @@ def test_groups_lie_on_two_processes_and_one_has_nothing_but_empty_completions()
 
 
 def test_two_processes_train_as_one_does(alone, tmp_path):
-    names = ["full", "lora", "critic", "accumulate", "masked", "musicgen_lora"]
+    names = ["full", "lora", "critic", "accumulate", "apart", "apart_lora", "masked", "musicgen_lora"]
     launch("ddp", 2, [tmp_path, *names])
     for name in names:
         check_equal(name, "ddp", tmp_path, alone(name))

@@ -190,8 +190,8 @@ class SpectralCodec(nn.Module):
         """
         What the beginnings of token-id streams sound like, in one pass and without refining the phases.
 
-        Nothing that follows a beginning is in it: it ends half a window before its next frame. One that is too short for
-        that is silence, a hop of it.
+        Nothing that follows a beginning is in it: it ends half a window before its next frame. One that is too short
+        for that is silence, a hop of it.
 
         Args:
             token_ids (`Sequence`): As in `decode`.
