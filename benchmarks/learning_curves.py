@@ -46,10 +46,13 @@ from trl_drcd.scripts.train_music import MusicArguments
 
 ROOT = Path(__file__).parents[1]
 WORLD = ROOT / "recipes/tiny_music"
-RUNS = {  # what differs from the recipe
+RUNS: dict[str, dict[str, Any]] = {  # what differs from the recipe
     "sequence": {"diversity_credit": "sequence"},
-    "critic_0.95": {"diversity_credit": "critic", "gae_lambda": 0.95},
-    "critic_0.5": {"diversity_credit": "critic", "gae_lambda": 0.5},
+    "critic_0.5": {"diversity_credit": "critic", "gae_lambda": 0.5, "max_grad_norm_diversity": 1.0},
+    "critic_0.95": {"diversity_credit": "critic", "gae_lambda": 0.95, "max_grad_norm_diversity": 1.0},
+    "critic_0.5_sum": {"diversity_credit": "critic", "gae_lambda": 0.5},
+    "critic_0.7": {"diversity_credit": "critic", "gae_lambda": 0.7, "max_grad_norm_diversity": 1.0},
+    "sequence_apart": {"diversity_credit": "sequence", "max_grad_norm_diversity": 1.0},
 }
 SAME = {
     "lr_scheduler_type": "constant",
@@ -78,8 +81,8 @@ class ProcessorTime(TrainerCallback):
             lines.write(json.dumps({"step": state.global_step, "processor": seconds}) + "\n")
 
 
-def train(name: str, seed: int, steps: int, folder: Path) -> Any:
-    """Trains to the end, from the newest checkpoint where there is one; returns model and seconds of a step."""
+def train(name: str, seed: int, steps: int, folder: Path) -> tuple[Any, float, list[dict[str, Any]]]:
+    """Trains to the end, from the newest checkpoint where there is one; model, seconds of an update, log."""
     settings = SAME | RUNS[name] | {"seed": seed, "max_steps": steps, "output_dir": folder}
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     if list(folder.glob("checkpoint-*")):

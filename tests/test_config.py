@@ -102,3 +102,24 @@ def test_a_card_of_no_update_says_so(tmp_path, tokenizer):
     trainer.save_model()
     card = (tmp_path / "README.md").read_text()
     assert "**Not trained**" in card and "is in the weights" not in card and "reached" not in card
+
+
+def test_the_limit_of_the_diversitys_gradient_warms_up_with_its_coefficient(tmp_path):
+    args = config(tmp_path, diversity_coef=10.0, diversity_warmup_steps=4, max_grad_norm_diversity=0.5)
+    limits = [args.max_grad_norm_diversity_at(step, 100) for step in (0, 1, 4, 50)]
+    assert limits == pytest.approx([0.0, 0.125, 0.5, 0.5])
+    assert config(tmp_path, diversity_coef=10.0).max_grad_norm_diversity_at(50, 100) is None
+    assert config(tmp_path, max_grad_norm_diversity=0.5).max_grad_norm_diversity_at(50, 100) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_grad_norm_diversity": 0.0}, r"`max_grad_norm_diversity` must be .* got 0.0"),
+        ({"max_grad_norm_diversity": -1.0}, r"`max_grad_norm_diversity` must be .* got -1.0"),
+        ({"max_grad_norm_diversity": 0.5, "fp16": True}, "does not go with the gradient scaler of `fp16=True`"),
+    ],
+)
+def test_limits_that_cannot_be_right_are_refused(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, diversity_coef=1.0, **given)

@@ -391,13 +391,13 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             weights = -torch.stack(torch.broadcast_tensors(*credits.values())).to(exact).sum(0)
         terms = self._objective.terms(model, self.model_wrapped, inputs, weights)
         losses = self._objective.losses(terms, credits, inputs.get("old_log_probs"))
-        forwards = self.current_gradient_accumulation_steps
         if separately:
             parts = {name: losses[name].mean() for name in credits if not (apart and name == "diversity")}
-            self._gradient_norms.add(self.model, parts, forwards)
+            self._gradient_norms.add(self.model, parts, self.current_gradient_accumulation_steps)
         means = self._log_terms(inputs, terms, losses)
         if apart:
-            self._diversity_gradient.add(self.model, losses["diversity"].mean(), forwards)
+            loss = losses["diversity"].mean()
+            self._diversity_gradient.add(self.model, loss, self.current_gradient_accumulation_steps)
             losses["diversity"] = losses["diversity"].detach()
         if not train:  # of the whole global batch, which Trainer would take for a mean over this process's rows
             return means.sum().to(terms.kl)
