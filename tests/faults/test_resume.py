@@ -160,6 +160,7 @@ def test_a_complete_run_makes_no_more_updates(uninterrupted, tmp_path):
         ({"seed": 1}, "`seed` 42 instead of 1"),
         ({"train_dataset": Dataset.from_dict({"prompt": PROMPTS[1:6]})}, "`train_dataset` 5 rows"),
         ({"gae_lambda": 1.0}, "`gae_lambda` 0.95 instead of 1.0"),
+        ({"max_grad_norm_diversity": 1.0}, "`max_grad_norm_diversity` None instead of 1.0"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_by_name(uninterrupted, tmp_path, changed, message):

@@ -11,6 +11,7 @@ from datasets import Dataset
 # Of the arguments; what may change between a run and its continuation (paths, logging, saving, lengths) is not here
 SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "seed"),
+    "max_grad_norm_diversity",
     *("guidance_scale", "negative_prompt", "temperature", "diversity_coef", "diversity_warmup_steps"),
     *("diversity_credit", "gae_lambda", "diversity_prefixes", "diversity_kernel", "num_generations", "num_iterations"),
     *("generation_batch_size", "max_completion_length", "reward_weights", "bf16", "fp16"),
