@@ -59,7 +59,7 @@ class CFGDistillDiversityConfig(RLOOConfig):
             Of the critic's advantages: 1 is unbiased, below 1 has less noise and some bias.
         diversity_prefixes (`int`, *optional*, defaults to 9):
             Beginnings of each completion that the critic hears, at equal distances: so many more calls of the embedder
-            for each rollout, and finer credit.
+            for each rollout, and finer credit. `gae_lambda` is per beginning.
         diversity_kernel (`str`, *optional*, defaults to `"pairs"`):
             `"pairs"` is the mean cosine distance of Eq. (3); `"logdet"` and `"vendi"` reward the volume that the
             completions of a prompt span ([`~trl_drcd.kernels.diversity_shares`]).
