@@ -25,6 +25,16 @@ POLICY = (
     "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self' https://huggingface.co"
 )
 SYSTEM_FONTS, SYSTEM_MONO = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
+# Base's own colours are below 4.5:1
+CONTRAST = {
+    "button_primary_background_fill": "*primary_700",
+    "button_primary_background_fill_hover": "*primary_800",
+    "button_primary_background_fill_dark": "*primary_700",
+    "button_primary_background_fill_hover_dark": "*primary_800",
+    "body_text_color_subdued": "*neutral_500",
+    "input_placeholder_color": "*neutral_600",
+    "input_placeholder_color_dark": "*neutral_300",
+}
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 
@@ -104,7 +114,7 @@ def make_app(args: AppArguments, engine: Engine | None = None, sync: Any = None)
         trusted = require("starlette.middleware.trustedhost", "app")
         app.add_middleware(trusted.TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "testserver"])
     blocks.queue(max_size=64)
-    theme = gr.themes.Base(font=SYSTEM_FONTS, font_mono=SYSTEM_MONO)
+    theme = gr.themes.Base(font=SYSTEM_FONTS, font_mono=SYSTEM_MONO).set(**CONTRAST)
     return gr.mount_gradio_app(
         app, blocks, path="/", server_name=args.host, server_port=args.port, ssr_mode=False, show_error=False,
         max_file_size="1kb", footer_links=[], theme=theme, css=pages.asset("app.css"),
@@ -155,4 +165,7 @@ def serve(args: AppArguments) -> None:
         sync = Sync(Study(str(args.study)), args.sync_to)
     app = make_app(args, sync=sync)
     print(f"Open http://{'127.0.0.1' if args.host == '0.0.0.0' else args.host}:{args.port}   (end with Ctrl-C)")
-    require("uvicorn", "app").run(app, host=args.host, port=args.port, log_level="warning")
+    # An open page holds a connection, for which Ctrl-C would wait for ever; every rating is on the disk already
+    require("uvicorn", "app").run(
+        app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=3
+    )

@@ -19,3 +19,26 @@
   };
   for (const type of ["timeupdate", "ended"]) document.addEventListener(type, note, true);
 })();
+// Gradio's radio buttons are groups of one: these make each question one group, with a name, that arrow keys move in.
+(() => {
+  const questions = "fieldset[id^=rate-]";
+  const name = () => {
+    for (const group of document.querySelectorAll(questions + ":not([role])")) {
+      const label = group.querySelector("[data-testid=block-info]");
+      if (!label) continue;
+      group.setAttribute("role", "radiogroup");
+      group.setAttribute("aria-label", label.textContent.trim());
+    }
+  };
+  new MutationObserver(name).observe(document, { childList: true, subtree: true });
+  document.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    const group = event.target.closest && event.target.closest(questions);
+    if (!step || !group || event.target.type !== "radio") return;
+    const all = [...group.querySelectorAll("input[type=radio]")];
+    const next = all[(all.indexOf(event.target) + step + all.length) % all.length];
+    event.preventDefault();
+    next.focus();
+    next.click();
+  });
+})();
