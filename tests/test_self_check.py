@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_model
 from peft import LoraConfig, get_peft_model
-from test_trainer import make_trainer, rows
+from test_trainer import make_trainer, rollout, rows
 
 from trl_drcd.validation import self_check
 
@@ -32,10 +32,26 @@ def test_a_right_model_passes_and_nothing_is_drawn(tmp_path, tokenizer, monkeypa
     )
     checked = first_update(tmp_path, tokenizer, peft_config=peft_config)
     assert len(distances) == 2 and max(map(abs, distances)) < 1e-5
-    monkeypatch.setattr("trl_drcd.trainer.check_scoring", lambda *args: None)
+    monkeypatch.setattr("trl_drcd.trainer.check_scoring", lambda *args: True)
     unchecked = first_update(tmp_path / "unchecked", tokenizer, peft_config=peft_config)
     for ours, theirs in zip(checked.model.parameters(), unchecked.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_rows_without_a_scored_token_are_left_out(tmp_path, tokenizer):
+    """`mask_truncated_completions` masks all of a completion; where all are masked the next rollout is looked at."""
+    trainer = make_trainer(tmp_path, tokenizer, embedder=None)
+    batch = rollout(trainer)
+    check = trainer.policy, trainer.teacher, trainer.model_wrapped
+    mask = batch["completion_mask"]
+    assert not self_check.check_scoring(*check, batch | {"completion_mask": torch.zeros_like(mask)}, True)
+    one = torch.zeros_like(mask)
+    one[3] = mask[3]
+    assert self_check.check_scoring(*check, batch | {"completion_mask": one}, True)
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(3)
+    with pytest.raises(ValueError, match=r"the frozen copy, is .* nats per token away"):
+        self_check.check_scoring(*check, batch | {"completion_mask": one}, True)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -45,6 +45,7 @@ from trl_drcd.reliability.guard import BatchGuard
 from trl_drcd.reliability.identity import run_identity
 from trl_drcd.reliability.processes import report_status
 from trl_drcd.reliability.sampler import EpochSampler
+from trl_drcd.reliability.signals import SignalStop
 from trl_drcd.reliability.snapshot import Snapshot, load_rollout, save_rollout, set_random_states
 from trl_drcd.reliability.writer import CheckpointWriter
 from trl_drcd.teacher import GuidedTeacher, TeacherStates, load_teacher
@@ -183,10 +184,13 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         self._checkpoints.identity = identity
         self._snapshot: Snapshot | None = None  # after the last update
         self._scoring_checked = False
+        self.aux_loss_enabled = False  # TRL's load balancing of experts, which Eq. (5) has not
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._gradient_norms = GradientNorms(self.accelerator)
         self._diversity_gradient = SeparateGradient(self.accelerator)
         self._stopwatch = Stopwatch(self.accelerator)
+        self._signals = SignalStop(self.accelerator)
+        self.add_callback(self._signals)
         self.add_callback(WarmupCheck())
         if args.sample_steps:
             self.add_callback(SampleCallback(self, self.codec))
@@ -293,8 +297,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         del output["old_logps"]
         if self._mode == "train" and not self._scoring_checked:
             untouched = self.state.global_step == 0 and self._other_teacher is None
-            check_scoring(self.policy, self.teacher, self.model_wrapped, output, untouched)
-            self._scoring_checked = True
+            self._scoring_checked = check_scoring(self.policy, self.teacher, self.model_wrapped, output, untouched)
         with self._stopwatch.timed("teacher"):
             output |= self.teacher.stored(self._teacher_states(inputs, output), self.model_wrapped)
         if self._updates_per_rollout > 1 and self._mode == "train":
@@ -497,15 +500,17 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
 
         `resume_from_checkpoint=True` is the newest complete checkpoint of `output_dir`. A bad batch that stops the run
         leaves a checkpoint of the state before it; a process that is lost is named. A run that was complete makes no
-        more updates.
+        more updates. SIGTERM and Ctrl-C end it after the update under way, with a checkpoint (`SystemExit` with 143,
+        `KeyboardInterrupt`).
         """
         checkpoint = self._checkpoints.resolve(resume_from_checkpoint)
         explained = explained_failures(
             lambda: self.state.global_step, self._keep_last_state, self.args.on_bad_batch, self.args.ddp_timeout
         )
         # transformers aligns the special tokens of tokenizer and model
-        with explained, self._checkpoints.alone(), self.policy.in_trl.patched():
+        with explained, self._checkpoints.alone(), self.policy.in_trl.patched(), self._signals.watching():
             result = super().train(checkpoint, *args, **kwargs)
+        self._signals.end(self.state.global_step, self._where_to_resume())
         self._restore_special_tokens()
         return result
 
@@ -603,14 +608,18 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         step, last = self.state.global_step, self._snapshot
         if self._checkpoints.saved_step != step:
             if self.args.save_strategy == "no":
-                return "Nothing is saved, as `save_strategy='no'` says"
+                return self._where_to_resume()
             if last is not None and last.global_step == step:
                 self._step, self._buffered_inputs = last.forward, last.rollout
                 if self._diversity is not None:
                     self._diversity.state = last.critic
                 set_random_states(last.random)
             self._save_checkpoint(self.model, None)
-        if step == 0:
-            return "Nothing was learned before"
+        return "Nothing was learned before" if step == 0 else self._where_to_resume(" before")
+
+    def _where_to_resume(self, which: str = "") -> str:
+        step = self.state.global_step
+        if self._checkpoints.saved_step != step:
+            return "Nothing is saved, as `save_strategy='no'` says"
         folder = Path(self.args.output_dir, f"checkpoint-{step}")
-        return f"The state before is in {folder}: `resume_from_checkpoint=True` goes on from there"
+        return f"The state{which} is in {folder}: `resume_from_checkpoint=True` goes on from there"

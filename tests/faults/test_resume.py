@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
+from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 from worlds import PROMPTS, make_trainer, weights
 
@@ -193,3 +195,36 @@ def test_a_checkpoint_without_weights_is_none(tmp_path):
     with pytest.raises(RuntimeError, match="checkpoint-1 has no weights"):
         commit(staged, tmp_path / "checkpoint-1")
     assert not checkpoints(tmp_path)
+
+
+class SignalAt(TrainerCallback):
+    """Sends this process a signal as an update begins."""
+
+    def __init__(self, number, step):
+        self.number, self.step = number, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_ends_a_training_after_its_update_with_a_checkpoint(uninterrupted, tmp_path, capsys, number, raised):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    trainer = make_trainer("text", tmp_path, callbacks=[SignalAt(number, 6)])
+    with pytest.raises(raised) as ended:
+        trainer.train()
+    assert number == signal.SIGINT or ended.value.code == 143
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    line = f"Ended by {number.name} after 7 updates. The state is in {tmp_path}/checkpoint-7: `resume_from_checkpoint"
+    assert line in capsys.readouterr().err.splitlines()[-1]
+    assert why_incomplete(tmp_path / "checkpoint-7") is None
+    assert run("text", tmp_path, resume=True) == uninterrupted[1]
+
+
+def test_a_signal_after_a_run_that_saves_nothing(tmp_path, capsys):
+    trainer = make_trainer("text", tmp_path, callbacks=[SignalAt(signal.SIGTERM, 1)], save_strategy="no")
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert "after 2 updates. Nothing is saved, as `save_strategy='no'` says" in capsys.readouterr().err
+    assert checkpoints(tmp_path) == []

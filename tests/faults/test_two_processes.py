@@ -43,6 +43,15 @@ def test_what_one_process_finds_stops_both_with_a_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_update(tmp_path):
+    printed = launch("signal", tmp_path)
+    line = f"Ended by SIGTERM after 3 updates. The state is in {tmp_path}/checkpoint-3"
+    assert printed.count(line) == 1
+    assert "exitcode  : 143" in printed
+    assert find_checkpoint(True, tmp_path) == str(tmp_path / "checkpoint-3")
+
+
+@pytest.mark.slow
 def test_both_processes_leave_the_same_updates_out(tmp_path):
     """Once before any forward, once between forward and backward, which must not confuse DDP."""
     printed = launch("skip", tmp_path)

@@ -5,7 +5,8 @@ Two processes on the CPU (gloo), one of which fails in the third update; what th
         tests/faults/two_processes.py FAULT OUT
 
 It goes on from the newest checkpoint of OUT, if there is one. FAULT is `none`, `embedder` (raises on one process),
-`dies` (SIGKILL), `hangs`, `disk` (one cannot write), or `skip` (its embedder raises, then its teacher gives NaN).
+`dies` (SIGKILL), `hangs`, `signal` (SIGTERM), `disk` (one cannot write), or `skip` (its embedder raises, then its
+teacher gives NaN).
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def main(fault: str, output: Path) -> None:
                 raise TimeoutError("the embedding service does not answer")
             if fault == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
             if fault == "hangs":
                 time.sleep(600)
         return bag_of_words(texts)

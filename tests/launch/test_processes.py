@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import WORDS
+
+from trl_drcd.reliability.checkpoints import why_incomplete
 
 # A job whose program starts another, as `accelerate launch` does; each writes its pid and waits
 PROGRAM = """
@@ -120,7 +123,7 @@ def test_a_signal_ends_a_training_with_one_line(tmp_path, tokenizer, model, numb
         "output_dir": tmp_path / "out",
         "max_steps": 100_000, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "logging_steps": 1,
         "max_completion_length": 4, "gradient_checkpointing": False, "use_cpu": True, "bf16": False,
-        "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+        "report_to": "none", "save_strategy": "steps", "save_steps": 100_000, "disable_tqdm": True,
     }  # fmt: skip
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "trl_drcd.cli", "train", "text", *words]
@@ -130,6 +133,8 @@ def test_a_signal_ends_a_training_with_one_line(tmp_path, tokenizer, model, numb
         run.send_signal(number)
         _, errors = run.communicate(timeout=60)
     assert run.returncode == 128 + number
-    assert errors.splitlines()[-1] == "trl-drcd train text: ended by SIGTERM" and "Traceback" not in errors
+    said = re.fullmatch(r"Ended by SIGTERM after (\d+) updates. The state is in (.*): .*", errors.splitlines()[-1])
+    assert said is not None and "Traceback" not in errors
+    assert why_incomplete(Path(said[2])) is None and said[2] == str(tmp_path / "out" / f"checkpoint-{said[1]}")
     running = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if file.exists()]
     assert not any(str(tmp_path).encode() in line for line in running)

@@ -93,7 +93,8 @@ def end_on_signals(program: str) -> Iterator[None]:
     """
     Ends a training script at SIGTERM or Ctrl-C with one line and the right exit status (143, 130).
 
-    In a job of [`run_job`] the script also ends with the process that started it.
+    A trainer that trains handles them itself, and says in its line where the state is. In a job of [`run_job`] the
+    script also ends with the process that started it.
 
     Args:
         program (`str`): What the user calls the script.
@@ -103,17 +104,15 @@ def end_on_signals(program: str) -> Iterator[None]:
 
     def end(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent's end, say, must not cut short what follows
+        print(f"{program}: ended by SIGTERM", file=sys.stderr)
         raise SystemExit(128 + number)
 
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        if not error.args:  # else the trainer has said more
+            print(f"{program}: interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
-    except SystemExit as error:
-        if error.code == 128 + signal.SIGTERM:
-            print(f"{program}: ended by SIGTERM", file=sys.stderr)
-        raise
     finally:
         signal.signal(signal.SIGTERM, before)

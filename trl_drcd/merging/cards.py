@@ -104,8 +104,26 @@ def write_card(
     rows = [f"| {markdown_cell(parent)} | {weight:g} |" for parent, weight in names]
     table = "\n".join(["| parent | weight |", "|---|---|", *rows])
     record = f"`{RECORD}` has the exact weights."
-    body = "\n\n".join([f"# {markdown_text(title)}", about, "## Parents", table, record, *sections])
+    use = usage(title) if adapter_base and (folder / "generation_config.json").is_file() else []
+    body = "\n\n".join([f"# {markdown_text(title)}", about, *use, "## Parents", table, record, *sections])
     write_text(folder / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")))
+
+
+def usage(title: str) -> list[str]:
+    """The paragraphs of a card on how to load an adapter with its own generation config."""
+    code = [
+        "from trl_drcd.merging import load_adapter_model",
+        "",
+        f"name = {json.dumps(title)}  # of this folder, or on the Hub",
+        "model = load_adapter_model(name)",
+    ]
+    without = (
+        "transformers and PEFT by themselves sample with the generation config of the base model. Without trl-drcd "
+        "give them this folder's: `AutoModelForCausalLM.from_pretrained(name, "
+        "generation_config=GenerationConfig.from_pretrained(name))`, and the same for MusicGen with "
+        "`AutoModelForTextToWaveform`."
+    )
+    return ["## Use", "\n".join(["```python", *code, "```"]), without]
 
 
 def parent_card(file: Path) -> ModelCardData:

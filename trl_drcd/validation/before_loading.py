@@ -81,6 +81,8 @@ def _check_datasets(train_dataset: TrainData, eval_dataset: EvalData, args: CFGD
     for name, dataset in {"train_dataset": train_dataset, **evals}.items():
         if dataset is None and name != "train_dataset":
             continue
+        if dataset is None:
+            raise ValueError("`train_dataset` is required, got None; give a `Dataset` with a column `prompt`")
         if not isinstance(dataset, Dataset | IterableDataset):
             raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, got {type(dataset).__name__}")
         check_rows(dataset, f"`{name}`")

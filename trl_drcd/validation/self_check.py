@@ -33,7 +33,7 @@ PARTS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 Rows = dict[str, torch.Tensor]
 
 
-def check_scoring(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: Rows, untouched: bool) -> None:
+def check_scoring(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: Rows, untouched: bool) -> bool:
     """
     Refuse a model whose scoring is not its own forward, or whose teacher is not the student before it learns.
 
@@ -48,13 +48,20 @@ def check_scoring(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: R
         batch (`dict`): The first rollout: `prompt_ids`, `prompt_mask` `(B, P)`, `completion_ids`, `completion_mask`.
         untouched (`bool`): Whether the student has learned nothing in this run; else (b) and (c) are left out.
 
+    Returns:
+        `bool`: Whether there was a token to compare: `mask_truncated_completions` may leave none.
+
     Raises:
         ValueError: With what differs, by how much, and what to do.
     """
     report_status("it checks its scoring")
     device = teacher.accelerator.device
+    _, mask = policy.ids_and_mask(batch["completion_ids"], batch["completion_mask"])
+    if not teacher.accelerator.gather(mask.flatten(1).any(1)).any():
+        return False
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout that is left on draws
         _check(policy, teacher, wrapped, batch, untouched)
+    return True
 
 
 def _check(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: Rows, untouched: bool) -> None:
@@ -76,7 +83,10 @@ def _check(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: Rows, un
 
 
 def _few_rows(batch: Rows, policy: Policy) -> Rows:
-    """The rows of the shortest and of the longest prompt, the first steps of their completions."""
+    """The rows of the shortest and of the longest prompt of a scored completion, the first steps of these."""
+    _, mask = policy.ids_and_mask(batch["completion_ids"], batch["completion_mask"])
+    if (some := mask.flatten(1).any(1)).any():
+        batch = {name: batch[name][some] for name in PARTS}
     lengths = batch["prompt_mask"].sum(1)
     chosen = torch.stack([lengths.argmin(), lengths.argmax()])
     ids = max(STEPS, 2 * policy.num_codebooks) * policy.num_codebooks
@@ -142,7 +152,9 @@ class _Check:
 
     @staticmethod
     def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-        """KL(one || other), nats, mean over tokens; what is not finite in both counts as equal."""
+        """KL(one || other), nats, mean over tokens, 0 of none; what is not finite in both counts as equal."""
+        if not len(one):
+            return 0.0
         ratio = torch.where(one == other, 0.0, one - other)
         return float((one.exp() * ratio).nan_to_num(posinf=torch.inf).sum(-1).mean())
 
