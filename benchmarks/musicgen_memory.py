@@ -34,7 +34,7 @@ from trl_drcd.policies.musicgen import LORA_TARGETS
 MIB = 2**20
 # hidden size, layers, heads, feed-forward: config.json of facebook/musicgen-{small,medium,large}
 PUBLISHED = {"small": (1024, 24, 16, 4096), "medium": (1536, 48, 24, 6144), "large": (2048, 48, 32, 8192)}
-# Buffers of (rows, V) float32 that the chunked loss holds at one time: see trl_drcd/_head.py, chunk_terms
+# Buffers of (rows, V) float32 that the chunked loss holds at one time: see trl_drcd/losses.py
 LOGIT_BUFFERS = 4
 
 
