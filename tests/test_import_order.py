@@ -28,6 +28,7 @@ ORDER = [
     "losses",
     "diversity",
     "kernels",
+    "mixture",
     "credit",
     "critic",
     "audio",

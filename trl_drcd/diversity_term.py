@@ -20,6 +20,7 @@ from trl_drcd.credit import per_code
 from trl_drcd.critic import PrefixCritic, critic_advantages, embed_prefixes, prefix_steps
 from trl_drcd.diversity import DiversityReward
 from trl_drcd.kernels import kernel_advantages
+from trl_drcd.mixture import EmbedderMixture
 from trl_drcd.reliability.batches import raise_together
 
 FILE = "critic.safetensors"
@@ -28,7 +29,7 @@ FILE = "critic.safetensors"
 class ScoredDiversity(NamedTuple):
     """
     `rewards (b,)` of this process's completions and `all_rewards (B,)`, mean cosine distances; `advantages` of the
-    former, `(b,)`, or of their codes, `(b, S, K)`; and the critic's metrics by log key.
+    former, `(b,)`, or of their codes, `(b, S, K)`; and metrics by log key: the critic's, and of each embedder.
     """
 
     rewards: torch.Tensor
@@ -91,15 +92,23 @@ class DiversityTerm:
         scored = self.reward.score(prompts, self._texts(completion_ids), completion_ids, num_generations)
         start = self.accelerator.process_index * len(prompts)
         own = slice(start, start + len(prompts))
-        rewards = scored.rewards[own]
+        rewards, metrics = scored.rewards[own], self._of_each_embedder(scored.embeddings, num_generations)
         if self.critic is None:
             advantages = kernel_advantages(scored.embeddings, num_generations, self.kernel)[own]
-            return ScoredDiversity(rewards, scored.rewards, advantages, {})
+            return ScoredDiversity(rewards, scored.rewards, advantages, metrics)
         prefixes, reached = self._prefixes(completion_ids, scored.embeddings.shape[1])
-        blocks, metrics = critic_advantages(
+        blocks, learnt = critic_advantages(
             self.critic, prefixes, reached, scored.embeddings, num_generations, self.gae_lambda, self.kernel, fit
         )
-        return ScoredDiversity(rewards, scored.rewards, per_code(blocks[own], self.steps, mask), metrics)
+        return ScoredDiversity(rewards, scored.rewards, per_code(blocks[own], self.steps, mask), metrics | learnt)
+
+    def _of_each_embedder(self, embeddings: torch.Tensor, num_generations: int) -> dict[str, float]:
+        """`diversity/<name>` of the embedders of a mixture."""
+        embedder = self.reward.embedder
+        if not isinstance(embedder, EmbedderMixture):
+            return {}
+        found = embedder.diversities(embeddings, num_generations)
+        return {f"diversity/{name}": value for name, value in found.items()}
 
     def _prefixes(self, completion_ids: list[list[int]], size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """[`~trl_drcd.critic.embed_prefixes`] of all processes: `(B, M, D)`, and `(B, M)`."""

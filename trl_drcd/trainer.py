@@ -36,6 +36,7 @@ from trl_drcd.diversity_term import DiversityTerm
 from trl_drcd.files import local_name
 from trl_drcd.guidance import ancestral_generation_config, left_pad
 from trl_drcd.losses import BatchTerms
+from trl_drcd.mixture import as_embedder
 from trl_drcd.monitoring import GradientNorms, RunningMeans, Stopwatch
 from trl_drcd.objective import JointObjective
 from trl_drcd.policies import Policy, policy_class
@@ -79,7 +80,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         eval_dataset (*optional*): The same, or a dictionary of such.
         processing_class (`PreTrainedTokenizerBase`, *optional*): Loaded with the model if `None`.
         embedder (`Callable`, *optional*): E of the diversity reward; needed where `diversity_coef` is above 0. Without
-            it diversity is not measured. See [`DiversityReward`].
+            it diversity is not measured. See [`DiversityReward`]. A mapping of names to embedders rewards the mean of
+            their distances ([`~trl_drcd.mixture.EmbedderMixture`], which takes weights as well).
         codec (*optional*): Turns completion ids into audio, for models of audio tokens; then E and the logged samples
             get audio. `None` is the model's own, where it has one (MusicGen).
         teacher (`str`, `PreTrainedModel` or `PeftModel`, *optional*): A model or adapter with the student's vocabulary
@@ -123,6 +125,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = CFGDistillDiversityConfig(f"{name.rstrip('/').split('/')[-1]}-DRCD")
+        embedder = as_embedder(embedder)
         extra_rewards = [] if reward_funcs is None else reward_funcs
         extra_rewards = extra_rewards if isinstance(extra_rewards, list) else [extra_rewards]
         check_before_loading(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl_drcd.audio.front_end import SavedModule
 from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.diversity import DiversityReward
+from trl_drcd.mixture import EmbedderMixture
 from trl_drcd.policies import Policy, policy_class
 from trl_drcd.validation.model_folders import check_adapter_folder, check_model, check_on_hub
 from trl_drcd.validation.rows import check_rows
@@ -65,10 +66,11 @@ def check_before_loading(
     options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     family = policy_class(model, options.get("revision"))
     _check_family(family, args)
-    if isinstance(embedder, SavedModule) and codec is None and not family.has_own_codec:
+    parts = list(embedder.embedders.values()) if isinstance(embedder, EmbedderMixture) else [embedder]
+    hearing = [type(part).__name__ for part in parts if isinstance(part, SavedModule)]
+    if hearing and codec is None and not family.has_own_codec:
         raise ValueError(
-            f"`embedder` is a {type(embedder).__name__}, which hears audio, and there is no `codec` to make it; give "
-            "one"
+            f"`embedder` is a {hearing[0]}, which hears audio, and there is no `codec` to make it; give one"
         )
 
 
