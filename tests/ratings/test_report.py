@@ -146,6 +146,9 @@ def test_bad_files(study, tmp_path, text, message):
 
 def test_a_spreadsheet_runs_no_formula():
     assert to_csv([{"a": "=1+1", "b": -1, "c": None}], "abc") == "a,b,c\n'=1+1,-1,\n"
+    for text in ("+1", "-1", "@x", " =1", "＝1"):
+        assert to_csv([{"a": text}], "a") == f"a\n'{text}\n"
+    assert to_csv([{"a": "a - b"}], "a") == "a\na - b\n"
 
 
 def test_texts(tmp_path):

@@ -159,7 +159,10 @@ def _check_numbers(models: Sequence[str], prompts: int, samples: int, prompts_of
         raise ValueError(f"`models` must hold at least 2 different names, got {list(models)}")
     for question, count in prompts_of.items():
         if count > prompts:
-            raise ValueError(f"`{question}_prompts={count}`, but samples of {prompts} prompts are kept")
+            raise ValueError(
+                f"`{question}_prompts={count}`, but samples of {prompts} prompts are kept; ask for fewer, or "
+                f"evaluate with `listen={count}`"
+            )
         if count and samples < CLIPS[question]:
             raise ValueError(
                 f"{question} compares pairs of samples, but only {samples} is kept of each prompt; evaluate with "

@@ -24,8 +24,8 @@ SCORES = {
 }
 STATUS = ("AssignmentStatus", "Status", "status")
 REFUSED = {"rejected", "returned", "timed-out", "screened out"}
-# What a spreadsheet takes for a formula
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
+# What a spreadsheet takes for a formula, the full-width signs included
+FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 
 
 def items_csv(study: Study, base_url: str = "") -> str:
@@ -92,7 +92,12 @@ def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
     for row in rows:
         cells = (row.get(column) for column in columns)
         writer.writerow(
-            "" if c is None else f"'{c}" if isinstance(c, str) and c.startswith(FORMULA) else c for c in cells
+            ""
+            if c is None
+            else f"'{c}"
+            if isinstance(c, str) and (c.startswith(FORMULA) or c.strip().startswith(FORMULA))
+            else c
+            for c in cells
         )
     return file.getvalue()
 
