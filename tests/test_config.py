@@ -117,7 +117,7 @@ def test_the_limit_of_the_diversitys_gradient_warms_up_with_its_coefficient(tmp_
     [
         ({"max_grad_norm_diversity": 0.0}, r"`max_grad_norm_diversity` must be .* got 0.0"),
         ({"max_grad_norm_diversity": -1.0}, r"`max_grad_norm_diversity` must be .* got -1.0"),
-        ({"max_grad_norm_diversity": 0.5, "fp16": True}, "does not go with the gradient scaler of `fp16=True`"),
+        ({"max_grad_norm_diversity": 0.5, "fp16": True}, "does not work with the gradient scaler of `fp16=True`"),
     ],
 )
 def test_limits_that_cannot_be_right_are_refused(tmp_path, given, message):

@@ -48,7 +48,7 @@ def test_chats_sharegpt_and_alpaca_become_prompts(tmp_path, row, prompt, streami
 
 def test_a_chat_without_a_turn_of_the_user_is_refused_with_its_row(tmp_path):
     file = write(tmp_path, {"messages": [USER]}, {"messages": [SYSTEM, ANSWER]})
-    with pytest.raises(ValueError, match=r"`dataset=.*` has no prompt in rows \[1\] \(1 in all\)"):
+    with pytest.raises(ValueError, match=r"`dataset=.*` has no prompt in rows \[1\] \(1 in total\)"):
         load_prompts("dataset", file, "train")
 
 

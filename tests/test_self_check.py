@@ -56,7 +56,7 @@ def test_rows_without_a_scored_token_are_left_out(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_families_that_are_scored_wrong_are_refused(tmp_path, tokenizer, name):
-    with pytest.raises(ValueError, match=f"`model`: what training would score .*{REFUSED[name]}"):
+    with pytest.raises(ValueError, match=f"`model`: the training scores are .*{REFUSED[name]}"):
         first_update(tmp_path, tokenizer, model=make(name))
 
 
@@ -67,7 +67,7 @@ def test_what_differs_in_training_mode_is_refused(tmp_path, tokenizer):
 
     model = make_model(tokenizer)
     model.model.norm = torch.nn.Sequential(model.model.norm, Noise())
-    with pytest.raises(ValueError, match="in training mode it computes something else"):
+    with pytest.raises(ValueError, match="its output differs between training and evaluation mode"):
         first_update(tmp_path, tokenizer, model=model)
 
 
@@ -87,7 +87,7 @@ def test_a_teacher_that_is_not_the_student_is_refused(tmp_path, tokenizer, monke
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"init_lora_weights": "pissa"}, "`init_lora_weights='pissa'`, with which the base is changed"),
+        ({"init_lora_weights": "pissa"}, "`init_lora_weights='pissa'`, which changes the base"),
         ({"init_lora_weights": "pissa_niter_4"}, "`init_lora_weights='pissa_niter_4'`"),
         ({"init_lora_weights": "olora"}, "`init_lora_weights='olora'`"),
         ({"init_lora_weights": False}, "`init_lora_weights=False`"),

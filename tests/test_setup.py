@@ -68,7 +68,7 @@ def test_cuda_torchaudio_beside_cpu_torch_is_hidden_until_the_named_command_has_
     assert run_python("-c", HIDDEN, path=tmp_path).stdout == "None True\n"  # transformers would look so
     before = run_python("-c", REQUIRE, path=tmp_path)
     assert "ImportError: torchaudio is needed here, and the installed torch has no CUDA" in before.stderr
-    command = before.stderr.strip().rpartition("removes the rest: ")[2].split()
+    command = before.stderr.strip().rpartition("remove the rest with: ")[2].split()
     assert command == [sys.executable, *MEND]
     assert run_python(*command[1:], path=tmp_path).stdout == "torchaudio: removed 1 compiled files that need CUDA\n"
     assert run_python(*command[1:], path=tmp_path).stdout == "torchaudio: fits torch\n"

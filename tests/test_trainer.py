@@ -537,12 +537,12 @@ def test_samples_reach_other_backends_with_their_step(backend, audio, tmp_path, 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"top_k": 50}, "`top_k=50` samples from another distribution"),
-        ({"top_p": 0.9}, "`top_p=0.9` samples from another distribution"),
-        ({"min_p": 0.1}, "`min_p=0.1` samples from another distribution"),
-        ({"repetition_penalty": 1.2}, "`repetition_penalty=1.2` samples from another"),
+        ({"top_k": 50}, "`top_k=50` samples from a different distribution"),
+        ({"top_p": 0.9}, "`top_p=0.9` samples from a different distribution"),
+        ({"min_p": 0.1}, "`min_p=0.1` samples from a different distribution"),
+        ({"repetition_penalty": 1.2}, "`repetition_penalty=1.2` samples from a different"),
         ({"generation_kwargs": {"typical_p": 0.5}}, r"`generation_kwargs` has \['typical_p'\]"),
-        ({"disable_dropout": False}, "`disable_dropout=False` would score other networks"),
+        ({"disable_dropout": False}, "`disable_dropout=False` would score with a different network"),
         ({"num_generations": 1, "diversity_coef": 5.0}, "`num_generations` must be at least 2"),
         ({"guidance_scale": 0.5}, "`guidance_scale` must be finite and at least 1"),
         ({"guidance_scale": float("nan")}, "`guidance_scale` must be finite"),
@@ -569,9 +569,9 @@ def test_trainer_refuses_before_it_samples(tmp_path, tokenizer, monkeypatch):
         make_trainer(tmp_path, tokenizer, dataset=[{"prompt": "a"}])
     with pytest.raises(ValueError, match=r"`diversity_coef=5.0` needs `embedder`"):
         make_trainer(tmp_path, tokenizer, embedder=None, diversity_coef=5.0)
-    with pytest.raises(ValueError, match="holds a `DiversityReward`"):
+    with pytest.raises(ValueError, match="contains a `DiversityReward`"):
         make_trainer(tmp_path, tokenizer, reward_funcs=[DiversityReward(bag_of_words)])
-    with pytest.raises(ValueError, match="`num_generations_eval=1` leaves nothing to compare"):
+    with pytest.raises(ValueError, match="`num_generations_eval=1` is too small"):
         make_trainer(tmp_path, tokenizer, num_generations_eval=1)
 
 

@@ -47,7 +47,7 @@ ROWS = [
     row("sample steps negative", "-1", "at least 0", sample_steps=-1),
     row("sample prompts as one text", "'slow harp'", "a list of texts or none", TypeError, sample_prompts="slow harp"),
     row("sample prompts without a prompt", "[]", "at least one", sample_steps=1, sample_prompts=[]),
-    row("an empty sample prompt", "['']", "not empty", sample_prompts=[""]),
+    row("an empty sample prompt", "['']", "no empty one", sample_prompts=[""]),
     row("an unpaired surrogate in a sample prompt", "\\ud800", "valid Unicode", sample_prompts=["slow \ud800"]),
     row("an unpaired surrogate in the negative prompt", "\\ud800", "valid Unicode", negative_prompt="bad \ud800"),
     row("negative prompt as a number", "3", "a text or none", TypeError, negative_prompt=3),

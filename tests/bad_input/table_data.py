@@ -72,19 +72,19 @@ ROWS = [
     Bad(
         "a system turn that the template leaves out",
         lambda w, tmp: w.trainer(tmp, dataset=SYSTEM, processing_class=w.chat("{{ messages[-1]['content'] }}")),
-        ValueError, "`train_dataset`", "leaves it out", "at the beginning of the user's turn",
+        ValueError, "`train_dataset`", "drops it", "at the start of the user's turn",
     ),
     Bad(
         "a system turn that the template refuses",
         lambda w, tmp: w.trainer(tmp, dataset=SYSTEM, processing_class=w.chat(REFUSES.format(role="system"))),
-        ValueError, "`train_dataset`", "no such role", "at the beginning of the user's turn",
+        ValueError, "`train_dataset`", "no such role", "at the start of the user's turn",
     ),
     Bad(
         "a turn that the template refuses",
         lambda w, tmp: w.trainer(
             tmp, dataset=Dataset.from_dict({"prompt": CHAT}), processing_class=w.chat(REFUSES.format(role="user"))
         ),
-        ValueError, "`train_dataset`", "no such role", "give turns that it takes",
+        ValueError, "`train_dataset`", "no such role", "use turns that it accepts",
     ),
     Bad(
         "a stream of fewer rows than a rollout",

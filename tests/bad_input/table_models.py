@@ -132,7 +132,7 @@ ROWS = [
         lambda w: {"normalize_advantages": True},
     ),
     given(
-        "advantages normalised beside diversity", "True", "in the unit of `diversity_coef`", "`normalize_advantages",
+        "advantages normalised beside diversity", "True", "scaled by `diversity_coef`", "`normalize_advantages",
         lambda w: {"normalize_advantages": True, "diversity_coef": 1.0, "embedder": len, "reward_funcs": [len]},
     ),
     given(
@@ -140,7 +140,7 @@ ROWS = [
         lambda w: {"reward_clip_range": (-1.0, 1.0)},
     ),
     given(
-        "an embedder of sounds without a codec", "MusicEmbedder", "give one", "`embedder`",
+        "an embedder of sounds without a codec", "MusicEmbedder", "pass a `codec`", "`embedder`",
         lambda w: {"embedder": MusicEmbedder.from_pretrained(w / "embedder")},
     ),
     given(

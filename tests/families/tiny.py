@@ -34,11 +34,11 @@ RIGHT = (
 )  # fmt: skip
 # Refused by the self-check, and what its message says
 REFUSED = {
-    "bert": "not its output embeddings times the last hidden state",
-    "roberta": "not its output embeddings times the last hidden state",
-    "bart": "padded on the left otherwise",
-    "rwkv": "padded on the left otherwise",
-    "recurrent_gemma": "padded on the left otherwise",
+    "bert": "not a supported function of its output embeddings",
+    "roberta": "not a supported function of its output embeddings",
+    "bart": "left padding changes its output",
+    "rwkv": "left padding changes its output",
+    "recurrent_gemma": "left padding changes its output",
 }
 
 

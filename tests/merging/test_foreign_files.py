@@ -151,7 +151,7 @@ def test_a_single_file_beside_an_index(pair, tmp_path, merge):
     assert_equal_bits(dict(AutoModelForCausalLM.from_pretrained(pair[0]).state_dict()), single)
     assert_equal_bits(tensors_of(merge([pair[0], pair[1]], [1.0, 0.0], tmp_path / "m", verify=True)), single)
     os.truncate(pair[0] / "model.safetensors", 1000)
-    with pytest.raises(ValueError, match=r"a/model.safetensors is torn"):
+    with pytest.raises(ValueError, match=r"a/model.safetensors is truncated"):
         merge(pair, [0.5, 0.5], tmp_path / "n")
 
 

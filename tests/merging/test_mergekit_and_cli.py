@@ -180,7 +180,7 @@ def test_help_version_and_unknown_commands(capsys):
         cli.main(["merge", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert all(word in text for word in ("--interpolation_weight", "--svd_rank", "LoRA", "--config FILE.yaml"))
-    with pytest.raises(SystemExit, match="unknown argument '--interpolation'; do you mean `--interpolation_weight`"):
+    with pytest.raises(SystemExit, match="unknown argument '--interpolation'; did you mean `--interpolation_weight`"):
         cli.main(["merge", "--out", "x", "--interpolation", "1"])
 
 

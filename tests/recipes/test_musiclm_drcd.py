@@ -134,7 +134,7 @@ def test_lora_with_a_yaml_file(world, tmp_path, capsys, monkeypatch):
         ({"dataset": "none.jsonl"}, "`dataset=none.jsonl` is not a file"),
         ({"model_name_or_path": "./none"}, "`model_name_or_path=./none` is not a folder"),
         ({"codec": "./none"}, "`codec`: none has no config.json"),
-        ({"top_k": 50}, "`top_k=50` samples from another distribution"),
+        ({"top_k": 50}, "`top_k=50` samples from a different distribution"),
         ({"num_generations": 1}, "`num_generations` must be at least 2"),
         ({"resume_from_checkpoint": "true"}, "holds no checkpoint"),
         ({"config": "none.yaml"}, "none.yaml"),

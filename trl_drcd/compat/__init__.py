@@ -1,1 +1,4 @@
-"""Workarounds for libraries, one file each: what for, which version, and which test says when it can go."""
+"""
+Workarounds for other libraries, one file per library. Each file names the problem, the version, and the test that
+fails once the workaround is no longer needed.
+"""

@@ -1,9 +1,9 @@
 """
-transformers 5: dropout that is no `nn.Dropout`, which TRL's `disable_dropout_in_model` does not see.
+transformers 5: functional dropout, which TRL's `disable_dropout_in_model` misses.
 
-OPT, GPTBigCode, T5, MusicGen and others call `nn.functional.dropout` with a probability that a module or its
-configuration holds, and every attention has an `attention_dropout` of that kind. With it a model in training mode
-scores another distribution than the one that sampled. `tests/families` says which families need this.
+OPT, GPTBigCode, T5, MusicGen and others call `nn.functional.dropout` with a probability stored on a module or its
+configuration; `attention_dropout` works the same way in every attention layer. If it stays on, the model in training
+mode scores a different distribution from the one it sampled from. `tests/families` shows which families need this.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ DROPOUTS = (
 
 def turn_off_dropout(model: torch.nn.Module) -> None:
     """
-    Sets every probability of dropout in a model to 0: `nn.Dropout`, and numbers in (0, 1] that modules and their
-    configurations have under a name with "drop" in it.
+    Set every dropout probability of a model to 0.
+
+    Covers the `nn.Dropout` modules and every number in (0, 1] that a module or its configuration stores in an
+    attribute with "drop" in its name.
 
     Args:
-        model (`nn.Module`): Changed in place, its configurations too.
+        model (`nn.Module`): Modified in place, together with its configurations.
     """
     for module in model.modules():
         if isinstance(module, DROPOUTS):

@@ -1,8 +1,8 @@
 """
-MusicGen in TRL 1.16 and transformers 5: `config.get_text_config()` is ambiguous, and its processor looks like a vision
-model's.
+MusicGen in TRL 1.16 and transformers 5: `config.get_text_config()` is ambiguous, and TRL takes its processor for a
+vision model's.
 
-`tests/test_musicgen.py::test_trl_alone_fails_on_musicgen` says when this can go.
+This can be removed once `tests/test_musicgen.py::test_trl_alone_fails_on_musicgen` fails.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class MusicgenInTRL:
 
     @staticmethod
     def processing_class(model: Any, given: Any, revision: str | None = None) -> Any:
-        """The T5 tokenizer: TRL would take MusicGen's processor for that of a vision model."""
+        """Return the T5 tokenizer: TRL would take MusicGen's processor for a vision model's."""
         if given is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             given = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -33,10 +33,10 @@ class MusicgenInTRL:
     @contextmanager
     def patched() -> Iterator[None]:
         """
-        Makes `config.get_text_config()` work: with a text encoder and a decoder it is ambiguous, and an error.
+        Make `config.get_text_config()` return a copy of the decoder's configuration.
 
-        TRL and transformers read of it what a MusicGen does not have, and write the tokenizer's pad and eos ids to it,
-        which are none of the decoder's: they get a copy.
+        The original raises, because a model with both a text encoder and a decoder is ambiguous. A copy, because TRL
+        and transformers write the tokenizer's pad and eos ids to the result, and these are not the decoder's ids.
         """
         own = MusicgenConfig.get_text_config
 
@@ -48,7 +48,7 @@ class MusicgenInTRL:
 
     @staticmethod
     def restore_special_tokens(generation_config: GenerationConfig, model_config: Any) -> None:
-        """The decoder begins and is padded with the mask id, whatever the tokenizer's ids are; no id ends it."""
+        """Set the decoder's own ids: it starts and pads with the mask id and has no eos id."""
         mask_id = model_config.decoder.vocab_size
         generation_config.update(
             pad_token_id=mask_id, bos_token_id=mask_id, decoder_start_token_id=mask_id, eos_token_id=None

@@ -1,8 +1,8 @@
 """
-torch 2.11 to 2.14: timeouts and the store of the default process group, and the insides of FSDP2 modules.
+torch 2.11 to 2.14: timeout and store of the default process group, and the internal state of FSDP2 modules.
 
-torch has no public way to change the timeout of a group that exists, to reach its store, or to ask whether an FSDP2
-module gives up its weights after the forward pass. `tests/contract` compares the signatures.
+torch has no public API to change the timeout of an existing group, to get its store, or to tell whether an FSDP2
+module reshards its weights after the forward pass. `tests/contract` compares the signatures.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def set_group_timeout(seconds: float) -> None:
-    """How long a process waits for the others in an exchange, where a process group exists."""
+    """Set the timeout in seconds of collective operations in the default process group, if there is one."""
     if dist.is_initialized():
         distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 def default_store() -> Any:
-    """The key-value store of the default process group; `None` with MPI, which has none."""
+    """Return the key-value store of the default process group; `None` with MPI, which has no store."""
     return distributed_c10d._get_default_store()
 
 
 def initialize_fsdp_root(model: Any) -> None:
-    """Makes `model` the FSDP2 root before a part of it runs alone."""
+    """Make `model` the FSDP2 root before one of its submodules runs on its own."""
     model._get_fsdp_state()._lazy_init()
 
 
 def reshards_after_forward(module: FSDPModule) -> bool:
-    """Whether an FSDP2 module gives up its weights after each forward; all but the root's and the head's do."""
+    """Whether an FSDP2 module reshards its weights after each forward; all but the root and the head do."""
     groups: Any = module._get_fsdp_state()._fsdp_param_group
     return groups is not None and groups.post_forward_mesh_info is not None

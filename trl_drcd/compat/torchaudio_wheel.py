@@ -1,22 +1,22 @@
 """
-Hides a torchaudio that cannot be imported, and mends it.
+Hide or repair a torchaudio that cannot be imported.
 
 transformers imports torchaudio wherever it is installed, so a torchaudio that cannot be imported breaks every program
 that uses transformers. The wheel of torchaudio 2.11.0, its newest release, holds compiled extensions linked against
 CUDA 13.0. They fail in two cases:
 
-- beside a CPU-only torch, which has no CUDA libraries (`OSError: libcudart.so.13` or `libc10_cuda.so`);
-- beside a torch made with another CUDA: 2.11 to 2.14 have 13.0 and fit, 2.15 has 13.2 (`RuntimeError`).
+- with a CPU-only torch, which has no CUDA libraries (`OSError: libcudart.so.13` or `libc10_cuda.so`);
+- with a torch built for another CUDA version: 2.11 to 2.14 have 13.0 and work, 2.15 has 13.2 (`RuntimeError`).
 
-`import trl_drcd` therefore makes such a torchaudio look as if it were not installed: transformers then works, and so
-does all of this package but what hears sound, where `require` says what to do ([`torchaudio_problem`]). Only the
-pure-PyTorch transforms are used here, and torchaudio imports without the extensions when they are absent. So in the
-first case this deletes them (`make install` does it too); the second is for `pip` to mend:
+`import trl_drcd` therefore makes such a torchaudio look as if it were not installed. transformers then works, and so
+does this package except for its audio code, where `require` raises an error with the fix ([`torchaudio_problem`]).
+This package uses only the pure-PyTorch transforms, and torchaudio can be imported when the extension files are absent.
+In the first case the following command deletes them (`make install` runs it too); in the second, reinstall with `pip`:
 
     python -m trl_drcd.compat.torchaudio_wheel
 
-Nothing here imports torch or torchaudio: it is cheap, and it works when they do not. It can go when torchaudio has a
-release whose wheel fits every torch (tests/test_setup.py).
+This module imports neither torch nor torchaudio, so it is fast and works when they do not. It can be removed when
+torchaudio has a release whose wheel works with every torch (tests/test_setup.py).
 """
 
 import re
@@ -31,7 +31,7 @@ COMMAND = f"{sys.executable} -m trl_drcd.compat.torchaudio_wheel"
 
 def _package_dir(name: str) -> Path | None:
     """Folder of an installed package, without importing it; `None` if it is not installed."""
-    spec = PathFinder.find_spec(name)  # `importlib.util.find_spec` would not find what is hidden
+    spec = PathFinder.find_spec(name)  # `importlib.util.find_spec` would not find a hidden package
     return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
 
 
@@ -40,22 +40,22 @@ def _extension_files(torchaudio_dir: Path) -> list[Path]:
 
 
 def _version_file(package_dir: Path) -> dict[str, Any]:
-    """The names in a package's `version.py`; none if it has no such file."""
+    """Variables defined in a package's `version.py`; empty if there is no such file."""
     file = package_dir / "version.py"
     return runpy.run_path(str(file)) if file.is_file() else {}
 
 
 def cuda_versions(torch_dir: Path, torchaudio_dir: Path) -> tuple[str | None, str | None]:
     """
-    CUDA versions, such as `"13.0"`, that torch and torchaudio were made with.
+    CUDA versions, such as `"13.0"`, that torch and torchaudio were built with.
 
     Args:
         torch_dir (`pathlib.Path`): Folder of the installed torch.
         torchaudio_dir (`pathlib.Path`): Folder of the installed torchaudio.
 
     Returns:
-        `tuple[str | None, str | None]`: Of torch and of torchaudio; `None` stands for one made without CUDA, and for a
-        torchaudio without compiled extensions.
+        `tuple[str | None, str | None]`: The versions of torch and torchaudio; `None` for a build without CUDA, and for
+        a torchaudio without compiled extensions.
     """
     torch_cuda = _version_file(torch_dir).get("cuda")
     version = str(_version_file(torchaudio_dir).get("__version__"))
@@ -65,7 +65,7 @@ def cuda_versions(torch_dir: Path, torchaudio_dir: Path) -> tuple[str | None, st
 
 
 def torchaudio_problem() -> str | None:
-    """Why the installed torchaudio cannot be imported, and what to do; `None` if it can, or if there is none."""
+    """Why the installed torchaudio cannot be imported, with the fix; `None` if it can or is not installed."""
     torch_dir, torchaudio_dir = _package_dir("torch"), _package_dir("torchaudio")
     if torch_dir is None or torchaudio_dir is None:
         return None
@@ -75,21 +75,21 @@ def torchaudio_problem() -> str | None:
     if torch_cuda is None:
         return (
             f"the installed torch has no CUDA, but the installed torchaudio is linked against CUDA {torchaudio_cuda}, "
-            "so it cannot be imported. Only its pure-PyTorch part is needed here; this removes the rest: "
+            "so it cannot be imported. Only its pure-PyTorch part is needed here; remove the rest with: "
             f"{COMMAND}"
         )
     return (
-        f"the installed torch was made with CUDA {torch_cuda}, but the installed torchaudio with CUDA "
-        f"{torchaudio_cuda}, so it cannot be imported. Install a pair made with the same CUDA, such as the default "
+        f"the installed torch was built with CUDA {torch_cuda}, but the installed torchaudio with CUDA "
+        f"{torchaudio_cuda}, so it cannot be imported. Install versions built with the same CUDA, such as the default "
         'wheels of: pip install "torch>=2.11,<2.15" "torchaudio>=2.11,<2.12"'
     )
 
 
 def hide_unusable_torchaudio() -> None:
     """
-    Make a torchaudio that cannot be imported look as if it were not installed, to transformers too.
+    Make a torchaudio that cannot be imported look as if it were not installed, also to transformers.
 
-    `None` in `sys.modules` is Python's own way to say so: `find_spec` finds nothing, and an import is a
+    Sets its entry in `sys.modules` to `None`: `find_spec` then finds nothing, and an import raises
     `ModuleNotFoundError`.
     """
     if "torchaudio" not in sys.modules and torchaudio_problem():
@@ -101,7 +101,7 @@ def remove_cuda_extensions() -> list[Path]:
     Delete torchaudio's compiled extensions where torch is CPU-only and they are linked against CUDA.
 
     Returns:
-        `list[pathlib.Path]`: The deleted files; empty where nothing had to be done.
+        `list[pathlib.Path]`: The deleted files; empty if nothing had to be deleted.
     """
     torch_dir, torchaudio_dir = _package_dir("torch"), _package_dir("torchaudio")
     if torch_dir is None or torchaudio_dir is None:

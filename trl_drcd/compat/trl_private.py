@@ -1,5 +1,5 @@
 """
-TRL 1.16: its private helpers that are used here, in one place, and how its trainers take a model family.
+TRL 1.16: the private helpers used in this package, and the hooks that adapt its trainers to a model family.
 
 `tests/contract` compares the signatures of all private names with those of the pinned version.
 """
@@ -32,27 +32,27 @@ __all__ = [
 
 
 class FamilyInTRL(Protocol):
-    """What makes TRL and transformers, whose trainers know causal LMs alone, take another model family."""
+    """Hooks that let the TRL and transformers trainers, written for causal LMs, train another model family."""
 
     @staticmethod
     def processing_class(model: Any, given: Any, revision: str | None = None) -> Any:
-        """The tokenizer to give to TRL, from a model or its name and what the user gave."""
+        """Return the tokenizer to pass to TRL, given a model or its name and the user's `processing_class`."""
 
     @staticmethod
     def patched() -> AbstractContextManager[None]:
-        """Surrounds calls of TRL and transformers that know causal LMs alone."""
+        """Context for calls to TRL and transformers code that supports causal LMs only."""
 
     @staticmethod
     def restore_special_tokens(generation_config: Any, model_config: Any) -> None:
-        """Undoes in a generation config what TRL and transformers take from the tokenizer."""
+        """Undo the changes that TRL and transformers make to a generation config from the tokenizer's ids."""
 
 
 class CausalLMInTRL:
-    """TRL is made for causal LMs: there is nothing to work around."""
+    """Causal LMs, which TRL supports: every hook does nothing."""
 
     @staticmethod
     def processing_class(model: Any, given: Any, revision: str | None = None) -> Any:
-        """What was given; TRL loads the model's tokenizer where there is none."""
+        """Return the argument unchanged; for `None`, TRL loads the model's tokenizer."""
         return given
 
     @staticmethod
@@ -62,9 +62,9 @@ class CausalLMInTRL:
 
     @staticmethod
     def restore_special_tokens(generation_config: Any, model_config: Any) -> None:
-        """The tokenizer's are right."""
+        """Keep the tokenizer's ids, which are correct."""
 
 
 def forget_patched_forward(model: Any) -> None:
-    """Removes the `forward` that TRL patches onto an instance: a copy's would still call the original model."""
+    """Remove the `forward` that TRL patches onto an instance; in a copy it would still call the original model."""
     model.__dict__.pop("forward", None)

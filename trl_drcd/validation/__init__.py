@@ -1,1 +1,1 @@
-"""Where inputs are refused."""
+"""Validation of arguments, data and model files."""

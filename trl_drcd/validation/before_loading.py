@@ -1,4 +1,4 @@
-"""The first pass over what the trainer is given: before a model is loaded."""
+"""Validate the trainer's arguments before loading a model."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from trl_drcd.validation.rows import check_rows
 Model: TypeAlias = str | PreTrainedModel | PeftModel
 TrainData: TypeAlias = Dataset | IterableDataset
 EvalData: TypeAlias = TrainData | Mapping[str, TrainData] | None
-# What only TRL's own sampling of causal LMs can do
+# Options that only TRL's own sampling of causal LMs supports
 CAUSAL_LM_ONLY = ("use_vllm", "use_transformers_continuous_batching", "mask_truncated_completions")
-# What TRL does to the advantages of reward functions
+# Options of TRL that change the advantages of reward functions, with the value that turns each off
 REWARD_SETTINGS = {"normalize_advantages": False, "reward_clip_range": None}
-# Arguments of `from_pretrained` after which a model's files lie elsewhere than `check_model` looks
+# Arguments of `from_pretrained` with which the files have other paths or names than `check_model` expects
 ELSEWHERE = {"subfolder", "variant", "gguf_file"}
-# Initialisations of LoRA that change nothing at first
+# LoRA initialisations that leave the model's output unchanged
 NEUTRAL_INITS = ("gaussian", "eva", "orthogonal", "mica")
 IMAGES = {"image", "images", "video", "videos"}
 
@@ -45,17 +45,17 @@ def check_before_loading(
     teacher: object = None,
 ) -> None:
     """
-    Refuse arguments of the trainer that cannot give a right result, before a model is loaded.
+    Validate the trainer's arguments before a model is loaded.
 
     Args:
-        model, args, train_dataset, eval_dataset, processing_class, peft_config, embedder, codec, teacher: The
-            trainer's.
+        model, args, train_dataset, eval_dataset, processing_class, peft_config, embedder, codec, teacher: As passed to
+            the trainer.
         extra_rewards (`Sequence`): The trainer's `reward_funcs`, as a list.
 
     Raises:
         FileNotFoundError: If the model is neither a folder nor on the Hub.
-        TypeError: If an argument is of another kind than the trainer takes.
-        ValueError: If a value cannot give a right result; the message says what would be right.
+        TypeError: If an argument has a type that the trainer does not accept.
+        ValueError: If a value is invalid; the message gives the valid values.
     """
     _check_datasets(train_dataset, eval_dataset, args)
     _check_rollout_size(train_dataset, args)
@@ -78,7 +78,7 @@ def check_before_loading(
 
 
 def _check_datasets(train_dataset: TrainData, eval_dataset: EvalData, args: CFGDistillDiversityConfig) -> None:
-    """Every data set must have prompts, and a stream an end."""
+    """Every data set must have text prompts; evaluation needs data, and a streamed training set `max_steps`."""
     evals = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
     for name, dataset in {"train_dataset": train_dataset, **evals}.items():
         if dataset is None and name != "train_dataset":
@@ -90,20 +90,18 @@ def _check_datasets(train_dataset: TrainData, eval_dataset: EvalData, args: CFGD
         check_rows(dataset, f"`{name}`")
         if images := IMAGES & set(dataset.column_names or ()):
             raise ValueError(
-                f"`{name}` has a column `{min(images)}`: completions would be sampled with it and scored without; "
-                "give prompts of text alone"
+                f"`{name}` has a column `{min(images)}`: completions would be sampled with it but scored without it; "
+                "use text-only prompts"
             )
     if args.eval_strategy != "no" and not eval_dataset:
         strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
         raise ValueError(f"`eval_strategy={strategy}` needs `eval_dataset`, got None")
     if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
-        raise ValueError(
-            f"`train_dataset` is a stream, without an end by itself: set `max_steps`, got {args.max_steps}"
-        )
+        raise ValueError(f"`train_dataset` is a stream of unknown length: set `max_steps`, got {args.max_steps}")
 
 
 def _check_rollout_size(train_dataset: TrainData, args: CFGDistillDiversityConfig) -> None:
-    """A rollout takes that many different prompts; TRL's sampler drops what does not fill one, here everything."""
+    """The data must fill at least one rollout: TRL's sampler drops an incomplete last rollout."""
     prompts = (args.generation_batch_size or 0) // args.num_generations
     if isinstance(train_dataset, Dataset):
         rows = len(train_dataset)
@@ -124,15 +122,13 @@ def _check_rollout_size(train_dataset: TrainData, args: CFGDistillDiversityConfi
 def _check_kinds(
     model: object, args: CFGDistillDiversityConfig, processing_class: object, peft_config: object
 ) -> None:
-    """What the model is loaded from, and what comes with it, must be of the kinds that the trainer takes."""
+    """Check the types of `model`, `processing_class` and `peft_config`."""
     if isinstance(model, str):
         _check_name(model, args)
     elif not isinstance(model, PreTrainedModel | PeftModel):
         raise TypeError(f"`model` must be a name, a folder or a loaded model, got {type(model).__name__}")
     elif not hasattr(model, "generate") or model.get_output_embeddings() is None:
-        raise ValueError(
-            f"`model` is a {type(model).__name__}, which generates nothing; give a causal LM or a MusicGen"
-        )
+        raise ValueError(f"`model` is a {type(model).__name__}, which cannot generate; pass a causal LM or a MusicGen")
     kinds = {
         "processing_class": (PreTrainedTokenizerBase | ProcessorMixin, "a tokenizer, or `None` for the model's"),
         "peft_config": (PeftConfig, "a `LoraConfig`"),
@@ -144,7 +140,7 @@ def _check_kinds(
 
 
 def _check_teacher(teacher: object, args: CFGDistillDiversityConfig) -> None:
-    """Another teacher must be loadable safely, as the model must."""
+    """Check a separate teacher in the same way as the model."""
     if isinstance(teacher, str):
         if (Path(teacher) / "adapter_config.json").is_file():
             return check_adapter_folder("teacher", Path(teacher))
@@ -156,7 +152,7 @@ def _check_teacher(teacher: object, args: CFGDistillDiversityConfig) -> None:
 
 
 def _check_name(model: str, args: CFGDistillDiversityConfig) -> None:
-    """A folder must hold a model that can be loaded safely; another name must be on the Hub, or in its cache."""
+    """A folder must hold a model that can be loaded safely; any other name must be on the Hub or in its cache."""
     options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     if ELSEWHERE & set(options):
         return
@@ -166,11 +162,11 @@ def _check_name(model: str, args: CFGDistillDiversityConfig) -> None:
 
 
 def _check_adapter(model: object, peft_config: object) -> None:
-    """The teacher is the model with its adapter off, so a new adapter must not yet have changed anything."""
+    """The teacher is the model with its adapter off, so the adapter must be untrained and have no effect yet."""
     if isinstance(peft_config, PromptLearningConfig):
         raise ValueError(
-            f"`peft_config` of type {type(peft_config).__name__} adds virtual tokens that the loss would not "
-            "see; use LoRA"
+            f"`peft_config` of type {type(peft_config).__name__} adds virtual tokens that the loss does not "
+            "support; use LoRA"
         )
     for config in [peft_config, *(model.peft_config.values() if isinstance(model, PeftModel) else [])]:
         _check_base_is_kept(config, new=config is peft_config)
@@ -179,7 +175,7 @@ def _check_adapter(model: object, peft_config: object) -> None:
     parts = [(name, p) for name, p in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
     if not parts:
         raise ValueError(
-            "`model` is a `PeftModel` without LoRA weights, so whether its adapter is still neutral cannot be told; "
+            "`model` is a `PeftModel` without LoRA weights, so it is unknown whether its adapter is untrained; "
             "pass the base model and a `peft_config`"
         )
     if any(p.detach().any() for _, p in parts):
@@ -190,12 +186,12 @@ def _check_adapter(model: object, peft_config: object) -> None:
 
 
 def _check_base_is_kept(config: object, new: bool) -> None:
-    """With its adapter off the model must be the model that was given, from the first update to the last."""
+    """With the adapter off, the model must stay equal to the given model during the whole of training."""
     init = getattr(config, "init_lora_weights", True)
     if (new and init is False) or (isinstance(init, str) and init.lower() not in NEUTRAL_INITS):
         raise ValueError(
-            f"`peft_config` has `init_lora_weights={init!r}`, with which the base is changed, or the adapter is not "
-            "neutral, before the first update; the teacher is the base with the adapter off. Leave it at True"
+            f"`peft_config` has `init_lora_weights={init!r}`, which changes the base or gives the adapter an effect "
+            "before the first update; the teacher is the base with the adapter off. Leave it at True"
         )
     if (bias := getattr(config, "bias", "none")) != "none":
         raise ValueError(
@@ -205,12 +201,12 @@ def _check_base_is_kept(config: object, new: bool) -> None:
 
 
 def _check_family(family: type[Policy], args: CFGDistillDiversityConfig) -> None:
-    """What is TRL's own way to sample serves causal LMs alone."""
+    """Refuse options of TRL's own sampling for families other than causal LMs."""
     if family.rolls_out_with_trl:
         return
     for name in CAUSAL_LM_ONLY:
         if getattr(args, name):
-            raise ValueError(f"`{name}=True` does not serve this family of models; set it to False")
+            raise ValueError(f"`{name}=True` is not supported for this model family; set it to False")
 
 
 # ---------------------------------------------------------------- rewards
@@ -220,18 +216,18 @@ def _check_rewards(args: CFGDistillDiversityConfig, extra_rewards: Sequence[obje
     """Rewards, their weights and the embedder must fit together."""
     if any(isinstance(reward, DiversityReward) for reward in extra_rewards):
         raise ValueError(
-            "`reward_funcs` holds a `DiversityReward`; RLOO's leave-one-out baseline is biased for it. Pass its "
+            "`reward_funcs` contains a `DiversityReward`, for which RLOO's leave-one-out baseline is biased. Pass its "
             "embedder as `embedder=` (and `codec=`) and its weight as `diversity_coef`"
         )
     if embedder is None and args.diversity_coef > 0:
         raise ValueError(f"`diversity_coef={args.diversity_coef}` needs `embedder`, got None")
     if embedder is not None and args.num_generations_eval == 1:
-        raise ValueError("`num_generations_eval=1` leaves nothing to compare; diversity needs at least 2")
+        raise ValueError("`num_generations_eval=1` is too small: diversity compares at least 2 generations")
     if not extra_rewards and args.reward_weights is not None:
         raise ValueError(f"`reward_weights={args.reward_weights}` without `reward_funcs`; set `reward_weights=None`")
     for name, off in REWARD_SETTINGS.items():
         if getattr(args, name) != off and (not extra_rewards or args.diversity_coef > 0):
             raise ValueError(
-                f"`{name}={getattr(args, name)}` changes the advantages of `reward_funcs` alone: diversity has "
-                f"its own, unbiased ones, in the unit of `diversity_coef`; set `{name}={off}`"
+                f"`{name}={getattr(args, name)}` only applies to the advantages of `reward_funcs`: diversity has its "
+                f"own unbiased advantages, scaled by `diversity_coef`; set `{name}={off}`"
             )

@@ -1,4 +1,4 @@
-"""Command lines, with the YAML file that they name: known arguments only."""
+"""Parse the command line and the YAML file of `--config`; unknown arguments are errors."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from trl_drcd.validation.yaml_files import read_yaml
 
 def parse_command_line(parser: Any, argv: Sequence[str]) -> Any:
     """
-    What `TrlParser.parse_args_and_config` does, with [`read_yaml`]: the command line before the file of `--config`.
+    Parse like `TrlParser.parse_args_and_config`, but read the file with [`read_yaml`].
 
-    Environment variables, which TRL takes from the key `env`, are refused: a file that somebody sends could point
-    a logger, and with it the user's key, to another server.
+    Arguments of the command line override those of the file given by `--config`. The key `env`, from which TRL sets
+    environment variables, is refused: a config file from someone else could redirect a logger, and so the user's API
+    key, to another server.
 
     Args:
-        parser (`TrlParser`): Of dataclasses.
-        argv (`Sequence[str]`): The command line.
+        parser (`TrlParser`): Parser of dataclasses.
+        argv (`Sequence[str]`): The command line, without the program name.
 
     Returns:
-        `tuple`: The dataclasses.
+        `tuple`: One instance of each dataclass.
 
     Raises:
-        FileNotFoundError, ValueError: As [`read_yaml`] does, or if a key is unknown.
+        FileNotFoundError: See [`read_yaml`].
+        ValueError: See [`read_yaml`]; or if a key or an argument is unknown, or the file has the key `env`.
     """
     words, file = [], None
     given = iter(argv)
@@ -52,6 +54,6 @@ def parse_command_line(parser: Any, argv: Sequence[str]) -> Any:
 
 
 def _instead(name: str, known: Iterable[str]) -> str:
-    """The known name that is closest, as a hint."""
+    """A hint with the closest known name."""
     close = get_close_matches(name, known, 1)
-    return f"do you mean `{close[0]}`?" if close else "`--help` lists what there is"
+    return f"did you mean `{close[0]}`?" if close else "`--help` lists all arguments"

@@ -1,4 +1,4 @@
-"""Values compared with the types of the dataclass fields that they are given for."""
+"""Check the values of dataclass fields against their annotations."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ LISTS = {int: "a list of whole numbers", float: "a list of numbers", str: "a lis
 
 def check_types(arguments: Any) -> None:
     """
-    Compare the fields of a dataclass with their annotations, where these are made of numbers, texts, truth values,
-    lists of them, and `None`; other fields are left alone.
+    Check the fields of a dataclass against their annotations.
+
+    Only annotations made of `int`, `float`, `bool`, `str`, lists of these and `None` are checked.
+
+    Args:
+        arguments (`Any`): Instance of a dataclass.
 
     Raises:
-        TypeError: At the first value of another type; the message names the field.
+        TypeError: At the first field whose value has the wrong type; the message names the field.
     """
     hints = get_type_hints(type(arguments))
     for field in fields(arguments):
@@ -31,7 +35,7 @@ def check_types(arguments: Any) -> None:
 
 
 def _kinds(hint: Any) -> list[Any]:
-    """The alternatives of an annotation; none if one of them is not simple."""
+    """The alternatives of an annotation; empty if one of them is not checked here."""
     kinds = list(get_args(hint)) if get_origin(hint) in (Union, UnionType) else [hint]
     simple = all(
         kind in IN_WORDS or (get_origin(kind) is list and all(part in LISTS for part in get_args(kind)))
@@ -49,6 +53,6 @@ def _is(value: Any, kind: Any) -> bool:
         return isinstance(value, list) and all(_is(item, get_args(kind)[0]) for item in value)
     if kind in (int, float):
         return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-    if kind is str:  # folders are often given as paths
+    if kind is str:  # folders are often given as `Path`
         return isinstance(value, str | os.PathLike)
     return isinstance(value, kind)

@@ -1,4 +1,4 @@
-"""The language of errors: how a value stands in a message, whose fault it is, and how a program ends on one."""
+"""Helpers for error messages: formatting of values, names of arguments, and one-line errors of programs."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from contextlib import contextmanager
 
 
 def short_repr(value: object, length: int = 80) -> str:
-    """A value as it stands in a message: its `repr`, one line, cut when it is long."""
+    """The `repr` of a value in one line, cut after `length` characters."""
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     text = " ".join(text.split())
     return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"
 
 
 def is_valid_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: it has no unpaired surrogate."""
+    """Whether a text can be encoded as UTF-8, that is, has no unpaired surrogate."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @contextmanager
 def prefix_errors(argument: str) -> Iterator[None]:
-    """Puts the name of an argument before what is wrong with the folder that it names."""
+    """Prefix the message of a `FileNotFoundError` or `ValueError` with the name of an argument."""
     try:
         yield
     except (FileNotFoundError, ValueError) as error:
@@ -31,11 +31,11 @@ def prefix_errors(argument: str) -> Iterator[None]:
 @contextmanager
 def rename_arguments(names: Mapping[str, str]) -> Iterator[None]:
     """
-    Calls arguments in errors as the user calls them: a script's by those of the script, not by the trainer's.
+    Replace names of arguments in error messages, such as the trainer's by the script's.
 
     Args:
-        names (`Mapping[str, str]`): Name of an argument, as it stands in backticks, to what stands there instead, such
-            as `{"train_dataset": "dataset=prompts.jsonl"}`.
+        names (`Mapping[str, str]`): Name of an argument, as written in backticks in a message, to its replacement,
+            such as `{"train_dataset": "dataset=prompts.jsonl"}`.
     """
     try:
         yield
@@ -49,17 +49,17 @@ def rename_arguments(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def _restated(error: Exception, text: str) -> Exception:
-    """The same kind of error with another text; a kind that is made of more than a text becomes its parent."""
+    """The same type of error with another text; a subclass becomes its base, as it may take other arguments."""
     kinds = (FileNotFoundError, TypeError, ValueError)
     return (type(error) if type(error) in kinds else next(k for k in kinds if isinstance(error, k)))(text)
 
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Ends the program with one line, without a traceback, where what it was given is wrong."""
+    """Exit the program with a one-line message instead of a traceback on errors of the input."""
     try:
         yield
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        # What a program that was run has printed stays as it is
+        # A `RuntimeError` quotes the output of another program: keep its lines
         text = str(error) if isinstance(error, RuntimeError) else " ".join(str(error).split())
         raise SystemExit(f"{program}: error: {text}") from error

@@ -1,4 +1,4 @@
-"""Folders and hub names of models: looked at before anything is loaded, and no code in them is ever run."""
+"""Validate folders and Hub names of models before loading them. Code in a model's folder is never run."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from trl_drcd.validation.messages import prefix_errors
 from trl_drcd.validation.saved_files import open_safetensors, read_json, weight_files
 
-NO_SUCH = "transformers has no such model: name one that it has, or install the version that does"
+NO_SUCH = "the installed transformers has no such model; use another model, or install a version that has it"
 
 
 def check_model(argument: str, name: str | Path, trust_remote_code: bool | None = None) -> None:
     """
-    Look at a local folder before a model is loaded from it; names of the hub are left to transformers.
+    Check a local folder before a model is loaded from it. Hub names are left to transformers.
 
     Args:
-        argument (`str`): What the user calls it, for the messages.
-        name (`str` or `Path`): A folder, or a name on the hub.
-        trust_remote_code (`bool`, *optional*): Whether its own code may be run; `None` where nobody can say so.
+        argument (`str`): Name of the user's argument, for error messages.
+        name (`str` or `Path`): A folder, or a name on the Hub.
+        trust_remote_code (`bool`, *optional*): Whether the model's own code may be run; `None` if the caller has no
+            such option.
 
     Raises:
-        FileNotFoundError: If a path is none, or there is no model or no safetensors in it.
-        ValueError: If a file is broken, or the model needs code of its own.
+        FileNotFoundError: If the path does not exist, or has no model or no safetensors file.
+        ValueError: If a file is broken, or the model needs its own code.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -55,15 +56,15 @@ def check_model(argument: str, name: str | Path, trust_remote_code: bool | None 
 
 def check_on_hub(where: str, name: str, revision: str | None = None) -> None:
     """
-    A name that is not a folder must be a model's on the Hub, or in its cache, whose configuration can be read.
+    Check that the configuration of a model can be read from the Hub or its cache.
 
     Args:
-        where (`str`): What the user calls it, for the message.
-        name (`str`): Of the model.
-        revision (`str`, *optional*): Of the model.
+        where (`str`): The user's argument with its value, for error messages.
+        name (`str`): Name of the model on the Hub.
+        revision (`str`, *optional*): Branch, tag or commit of the model.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If the configuration cannot be read.
     """
     import transformers
 
@@ -76,7 +77,7 @@ def check_on_hub(where: str, name: str, revision: str | None = None) -> None:
 
 
 def is_hub_name(name: str | Path) -> bool:
-    """Whether a name could be one of the hub, `name` or `owner/name`."""
+    """Whether a name has the form of a Hub name, `name` or `owner/name`."""
     try:
         validate_repo_id(str(name))
     except HFValidationError:
@@ -85,7 +86,7 @@ def is_hub_name(name: str | Path) -> bool:
 
 
 def check_class(config: dict[str, Any], folder: Path) -> None:
-    """Refuses a type or a class of models that transformers does not have, unless code for it lies in the folder."""
+    """Raise `ValueError` if transformers lacks the model type or class, unless the folder has code for it."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -100,7 +101,7 @@ def check_class(config: dict[str, Any], folder: Path) -> None:
 
 
 def needs_code(config: dict[str, Any]) -> bool:
-    """Whether a configuration names code that lies beside it, and transformers has none of that type."""
+    """Whether a configuration refers to code in its folder and transformers lacks that model type or class."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -110,7 +111,7 @@ def needs_code(config: dict[str, Any]) -> bool:
 
 
 def tokenizer_needs_code(file: Path) -> bool:
-    """Whether a tokenizer's configuration names code that lies beside it, and transformers has no such class."""
+    """Whether a tokenizer's configuration refers to code in its folder and transformers lacks that class."""
     import transformers
 
     config = read_json(file) if file.is_file() else {}
@@ -118,7 +119,7 @@ def tokenizer_needs_code(file: Path) -> bool:
 
 
 def load_model(folder: str | Path, **kwargs: Any) -> Any:
-    """A model of the class that its configuration names: safetensors alone, and no code from its folder."""
+    """Load a model of the class named in its configuration, from safetensors only and without running its code."""
     import transformers
 
     config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -130,11 +131,15 @@ def load_model(folder: str | Path, **kwargs: Any) -> Any:
 
 def check_adapter_folder(argument: str, folder: Path) -> None:
     """
-    Look at the folder of a LoRA adapter before it is loaded.
+    Check the folder of a LoRA adapter before it is loaded.
+
+    Args:
+        argument (`str`): Name of the user's argument, for error messages.
+        folder (`Path`): Folder of the adapter.
 
     Raises:
-        FileNotFoundError: If it lacks its configuration, or its weights in safetensors.
-        ValueError: If a file is broken, or the adapter is of another kind.
+        FileNotFoundError: If it lacks `adapter_config.json` or `adapter_model.safetensors`.
+        ValueError: If a file is broken, or the adapter is not LoRA.
     """
     with prefix_errors(argument):
         if not (folder / "adapter_config.json").is_file():

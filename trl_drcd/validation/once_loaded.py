@@ -1,4 +1,4 @@
-"""The second pass: what the loaded model, its tokenizer and the prompts are to each other, before any is sampled."""
+"""Check that the loaded model, tokenizer, codec and prompts fit each other, before sampling."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trl_drcd.policies import Policy
 
 logger = get_logger(__name__)
 
-LONGEST = 8  # prompts, as texts, of which one has the most tokens
+LONGEST = 8  # prompts with the most characters, which are tokenized to find the longest
 
 
 def check_once_loaded(
@@ -31,20 +31,20 @@ def check_once_loaded(
     tokenize_prompts: Callable[[list], tuple],
 ) -> None:
     """
-    Refuse a model, a tokenizer, a codec and prompts that do not fit each other, before anything is sampled.
+    Check that model, tokenizer, codec and prompts fit each other, before sampling.
 
     Args:
-        policy ([`Policy`]): Of the model's family.
-        student (`PreTrainedModel`): Loaded, unwrapped, with its adapter.
-        tokenizer (`PreTrainedTokenizerBase`): That prompts go through.
-        train_dataset (`Dataset` or `IterableDataset`): With a column `prompt`.
-        args ([`CFGDistillDiversityConfig`]): The trainer's.
-        codec (`object`): The trainer's, or `None`.
-        tokenize_prompts (`Callable`): Prompts to a tuple whose first entry is their token ids.
+        policy ([`Policy`]): The policy of the model's family.
+        student (`PreTrainedModel`): The loaded model, unwrapped, with its adapter.
+        tokenizer (`PreTrainedTokenizerBase`): Tokenizer of the prompts.
+        train_dataset (`Dataset` or `IterableDataset`): Data set with a column `prompt`.
+        args ([`CFGDistillDiversityConfig`]): The trainer's arguments.
+        codec (`object`): The trainer's codec, or `None`.
+        tokenize_prompts (`Callable`): Maps a list of prompts to a tuple whose first entry is their token ids.
 
     Raises:
-        TypeError: If the codec cannot decode.
-        ValueError: If two of them do not fit; the message says which, and what would be right.
+        TypeError: If the codec has no `decode` method.
+        ValueError: If two of them do not fit; the message says which, and how to fix it.
     """
     _check_vocabulary(policy, student, tokenizer)
     _check_finite_weights(student)
@@ -54,39 +54,39 @@ def check_once_loaded(
         kwargs: Any = args.chat_template_kwargs or {}
         _check_template(train_dataset, tokenizer, kwargs)
         _check_longest(policy, train_dataset, args, student, tokenize_prompts)
-        if args.guidance_scale != 1:  # fails where the tokenizer has no rendering of the first row's negative prompt
+        if args.guidance_scale != 1:  # raises if the first row's negative prompt cannot be tokenized
             policy.negative_prompt_ids([next(iter(train_dataset))], args.negative_prompt)
     if any(head.softcap is not None for head in policy.heads(student)):
-        logger.warning("This model caps its logits: guidance is applied to the logits, one more projection per token.")
+        logger.warning("This model soft-caps its logits, so guidance needs one more head projection per token.")
 
 
 def check_skipping(args: CFGDistillDiversityConfig, deepspeed: bool) -> None:
-    """DeepSpeed updates by itself: nothing can be skipped."""
+    """Raise `ValueError` for `on_bad_batch="skip"` with DeepSpeed, whose optimizer step cannot be skipped."""
     if deepspeed and args.on_bad_batch == "skip":
-        raise ValueError("`on_bad_batch='skip'` does not go with DeepSpeed, which updates by itself; set 'stop'")
+        raise ValueError("`on_bad_batch='skip'` does not work with DeepSpeed, which runs its own updates; set 'stop'")
 
 
 def check_lengths(
     sequences: Sequence[Sequence[int]], what: str, max_completion_length: int | None, model: PreTrainedModel
 ) -> None:
     """
-    Nothing is cut: what is longer than the model can read, its completion included, is an error.
+    Check that the longest prompt and its completion fit the model's context. Prompts are never truncated.
 
     Args:
-        sequences (`Sequence[Sequence[int]]`): Token ids of prompts.
-        what (`str`): What they are, for the message.
-        max_completion_length (`int`, *optional*): Tokens that follow each.
-        model (`PreTrainedModel`): Whose configuration says how many positions it reads.
+        sequences (`Sequence[Sequence[int]]`): Token ids of the prompts.
+        what (`str`): Description of the sequences, for the error message.
+        max_completion_length (`int`, *optional*): Maximum number of completion tokens.
+        model (`PreTrainedModel`): Its configuration gives `max_position_embeddings`; without it nothing is checked.
 
     Raises:
-        ValueError: If the longest one does not fit.
+        ValueError: If the longest prompt and its completion exceed `max_position_embeddings`.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, sequences), default=0)
     if limit is not None and longest + (max_completion_length or 0) > limit:
         raise ValueError(
             f"{what} of {longest} tokens and `max_completion_length={max_completion_length}` do not fit the model, "
-            f"which reads {limit} positions; prompts are never cut: shorten it, or the completions"
+            f"which has {limit} positions; prompts are never truncated: shorten it, or the completions"
         )
 
 
@@ -94,7 +94,7 @@ def check_lengths(
 
 
 def _check_vocabulary(policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Prompts must not hold tokens that student and teacher do not have, and completions must be able to end."""
+    """The tokenizer needs eos and pad ids, and no more tokens than the model has."""
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
         raise ValueError(
             "`processing_class` has no `eos_token`, which ends and pads completions; set `tokenizer.eos_token` to the "
@@ -104,19 +104,19 @@ def _check_vocabulary(policy: Policy, model: PreTrainedModel, tokenizer: PreTrai
     if len(tokenizer) > size:
         raise ValueError(
             f"`processing_class` has {len(tokenizer)} tokens and the model {size}: they do not share a "
-            "vocabulary. Give the model's own tokenizer, or resize the model's embeddings before"
+            "vocabulary. Pass the model's own tokenizer, or resize the model's embeddings first"
         )
 
 
 def _check_finite_weights(model: PreTrainedModel) -> None:
-    """What is NaN or infinite can neither be trained nor teach."""
+    """Every weight must be finite."""
     for name, weights in model.named_parameters():
         if weights.is_floating_point() and not weights.is_meta and not weights.detach().isfinite().all():
             raise ValueError(f"`model` holds NaN or infinite values in {name}; load weights that are finite")
 
 
 def _check_codec(codec: object, policy: Policy, model: PreTrainedModel) -> None:
-    """A codec makes audio, of tokens that the model has."""
+    """The codec must have `decode`, and its tokens must be in the model's vocabulary."""
     if codec is None:
         return
     if not callable(getattr(codec, "decode", None)):
@@ -131,16 +131,16 @@ def _check_codec(codec: object, policy: Policy, model: PreTrainedModel) -> None:
 
 
 def _check_router_loss(model: PreTrainedModel, args: CFGDistillDiversityConfig) -> None:
-    """RLOO adds the load-balancing loss of a mixture of experts; the loss here is that of Eq. (5) alone."""
+    """Refuse the load-balancing loss of a mixture of experts: RLOO adds it, the loss of Eq. (5) does not have it."""
     if args.router_aux_loss_coef:
         raise ValueError(
-            f"`router_aux_loss_coef={args.router_aux_loss_coef}` is not added to the loss, which is distillation "
-            "and reward alone; leave it out, or set 0"
+            f"`router_aux_loss_coef={args.router_aux_loss_coef}` has no effect: the loss has only the distillation "
+            "and reward terms; leave it out, or set 0"
         )
     config = model.config if args.router_aux_loss_coef is None else None
     if getattr(config, "router_aux_loss_coef", 0) and hasattr(config, "output_router_logits"):
         logger.warning(
-            "The load-balancing loss of this mixture of experts is not added: the teacher keeps its balance"
+            "The load-balancing loss of this mixture of experts is not used: distillation keeps the teacher's routing"
         )
 
 
@@ -149,20 +149,20 @@ def _check_router_loss(model: PreTrainedModel, args: CFGDistillDiversityConfig) 
 
 @contextmanager
 def _template_errors() -> Iterator[None]:
-    """What a chat template refuses, with the name of what was given to it."""
+    """Turn errors of the chat template into a `ValueError` that names the argument."""
     try:
         yield
     except TemplateError as error:
         raise ValueError(
-            f"`train_dataset` holds conversations that the chat template of `processing_class` refuses ({error}); "
-            "give turns that it takes, or another template"
+            f"`train_dataset` has conversations that the chat template of `processing_class` rejects ({error}); "
+            "use turns that it accepts, or another template"
         ) from error
 
 
 def _check_template(
     dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]
 ) -> None:
-    """Conversations need a chat template, and system turns one that shows them to the model."""
+    """Conversations need a chat template, and system turns need one that renders them."""
     first = next(iter(dataset))["prompt"]
     if not isinstance(first, list):
         return
@@ -178,13 +178,13 @@ def _check_template(
     system = next(turn["content"] for turn in turns if turn["role"] == "system")
     try:
         rendered = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **kwargs))
-        lost = isinstance(system, str) and system.strip() not in rendered and "it leaves it out"
+        lost = isinstance(system, str) and system.strip() not in rendered and "it drops it"
     except TemplateError as error:
         lost = str(error)
     if lost:
         raise ValueError(
-            f"`train_dataset` has a system turn, which the chat template of `processing_class` has no place for "
-            f"({lost}); write it at the beginning of the user's turn, and leave `system_prompt` out"
+            f"`train_dataset` has a system turn, which the chat template of `processing_class` does not support "
+            f"({lost}); put its text at the start of the user's turn, and do not set `system_prompt`"
         )
 
 
@@ -195,9 +195,9 @@ def _check_longest(
     model: PreTrainedModel,
     tokenize: Callable[[list], tuple],
 ) -> None:
-    """[`check_lengths`] of the prompts that are longest as texts, before any is sampled; not of a stream."""
+    """[`check_lengths`] on the prompts with the most characters; streams are not checked."""
     if not policy.rolls_out_with_trl or not isinstance(dataset, Dataset):
-        return  # an encoder reads the prompt, or nobody knows them all
+        return  # the prompt goes to an encoder, or the data is a stream
     parts = {"a prompt": tokenize(nlargest(LONGEST, dataset["prompt"], key=_size))[0]}
     if args.guidance_scale != 1:
         rows = dataset.select(range(1))
@@ -210,5 +210,5 @@ def _check_longest(
 
 
 def _size(prompt: object) -> int:
-    """Characters of a prompt, a text or a conversation."""
+    """Number of characters of a prompt (a text or a conversation)."""
     return len(str(prompt))

@@ -1,4 +1,4 @@
-"""Files and hub data sets of prompts: read with errors that name the file and, of JSON lines, the line."""
+"""Read prompts from files and Hub data sets; errors name the file and, for JSON lines, the line."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ def read_rows(where: str, name: str, split: str, streaming: bool) -> Dataset | I
     The rows of a JSONL, CSV or Parquet file, or of a data set on the Hub.
 
     Args:
-        where (`str`): What the user calls it, for the messages.
-        name (`str`): The file, or the name on the Hub.
+        where (`str`): The user's argument with its value, for error messages.
+        name (`str`): Path of the file, or name on the Hub.
         split (`str`): Split of the data set on the Hub.
-        streaming (`bool`): Read rows as they are needed, without a look at all.
+        streaming (`bool`): Read rows lazily, without checking all of them first.
+
+    Returns:
+        `Dataset` or `IterableDataset`: The rows; an `IterableDataset` if `streaming`.
 
     Raises:
-        FileNotFoundError: If there is no such file, and nothing of the name on the Hub.
-        ValueError: If the format is not known, the file is empty, or cannot be read.
+        FileNotFoundError: If neither the file nor a Hub data set of that name exists.
+        ValueError: If the format is unknown, or the file is empty or unreadable.
     """
     path = Path(name)
     if path.suffix not in FORMATS and not path.exists():
@@ -70,7 +73,7 @@ def _read_from_hub(where: str, name: str, split: str, streaming: bool) -> Datase
 
 
 def _check_lines(where: str, name: str) -> None:
-    """What pyarrow refuses without saying where, or takes and writes as something else."""
+    """Check each JSON line: pyarrow reports no line number, and silently converts some values."""
     with open(name, "rb") as file:
         for number, line in enumerate(file, 1):
             if problem := line.strip() and _line_problem(line):
@@ -78,11 +81,11 @@ def _check_lines(where: str, name: str) -> None:
 
 
 def _line_problem(line: bytes) -> str | None:
-    """What is wrong with a line of JSON, and what would be right."""
+    """The problem with a line of JSON and its fix; `None` if it is valid."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        return "is not text in UTF-8; save the file as JSON lines in UTF-8"
+        return "is not valid UTF-8; save the file as JSON lines in UTF-8"
     except (ValueError, RecursionError) as error:
         return f"is not JSON ({error}); {REMEDIES['json']}"
     if not isinstance(row, dict):

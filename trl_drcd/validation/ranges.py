@@ -1,4 +1,4 @@
-"""Numbers compared with their ranges."""
+"""Range checks of numeric arguments."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 class Range(NamedTuple):
     """
-    The numbers that an argument may be; always finite.
+    Allowed values of a numeric argument: finite, and at least (or above) a bound.
 
     Args:
-        least (`float`): The smallest one.
-        above (`bool`): Whether `least` itself is too small.
-        hint (`str`): What is more to say about it.
+        least (`float`): Lower bound.
+        above (`bool`): Whether the bound itself is excluded.
+        hint (`str`): Addition to the error message.
     """
 
     least: float
@@ -27,7 +27,7 @@ class Range(NamedTuple):
         return value > self.least if self.above else value >= self.least
 
     def in_words(self, value: object) -> str:
-        """What is allowed, for the message about `value`."""
+        """The allowed values, as text for the error message about `value`."""
         bound = f"{'above' if self.above else 'at least'} {self.least:g}"
         finite = "finite and " if isinstance(value, float) else ""
         return f"{finite}{bound}{f' ({self.hint})' if self.hint else ''}"
@@ -35,14 +35,14 @@ class Range(NamedTuple):
 
 def check_ranges(arguments: object, ranges: Mapping[str, Range]) -> None:
     """
-    Compare attributes with their ranges; `None` is left alone.
+    Check attributes against their ranges. `None` is always allowed.
 
     Args:
-        arguments (`object`): Whose attributes are compared.
-        ranges (`Mapping[str, Range]`): Name of an attribute to what it may be.
+        arguments (`object`): Object with the attributes.
+        ranges (`Mapping[str, Range]`): Name of an attribute to its allowed range.
 
     Raises:
-        ValueError: At the first number out of its range; the message names it.
+        ValueError: At the first value out of its range; the message names the attribute.
     """
     for name, allowed in ranges.items():
         value = getattr(arguments, name)

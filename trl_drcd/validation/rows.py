@@ -1,4 +1,4 @@
-"""Rows of a data set of prompts: what the columns `prompt` and `negative_prompt` may hold."""
+"""Validate the columns `prompt` and `negative_prompt` of a data set."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datasets import Dataset, IterableDataset, Value
 
 TEXTS = ("string", "large_string", "string_view", "null")
-SHAPES = "it must hold texts or lists of turns with `role` and `content`"
+SHAPES = "it must contain texts or lists of turns with `role` and `content`"
 CONVERTED = (
     "rename the column that holds the prompts, or give `messages`, `conversations` (ShareGPT) or `instruction` "
     "(Alpaca), which are converted"
@@ -16,20 +16,20 @@ CONVERTED = (
 
 def check_rows(dataset: Dataset | IterableDataset, where: str) -> None:
     """
-    Refuse a data set without prompts, or whose prompts are neither texts nor lists of turns.
+    Check that every row has a prompt, either a text or a list of turns.
 
-    Of a stream, only the columns and their types are looked at.
+    For a stream, only the columns and their types are checked.
 
     Args:
-        dataset (`Dataset` or `IterableDataset`): With a column `prompt`, perhaps `negative_prompt`.
-        where (`str`): What the user calls it, for the messages.
+        dataset (`Dataset` or `IterableDataset`): Data set with a column `prompt` and optionally `negative_prompt`.
+        where (`str`): The user's argument with its value, for error messages.
 
     Raises:
-        ValueError: If there is no row, no column `prompt`, a row without a prompt, or a prompt of another kind.
+        ValueError: If there are no rows, no column `prompt`, a row without a prompt, or a prompt of another type.
     """
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"{where} is empty; it must have at least one row with a `prompt`")
-    columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know them before its first row
+    columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may need its first row to know them
     if "prompt" not in columns:
         raise ValueError(f"{where} must have a column `prompt`, got columns {columns}; {CONVERTED}")
     for column in ("prompt", "negative_prompt"):
@@ -40,8 +40,8 @@ def check_rows(dataset: Dataset | IterableDataset, where: str) -> None:
         return
     if empty := [row for row, prompt in enumerate(dataset["prompt"]) if not prompt]:
         raise ValueError(
-            f"{where} has no prompt in rows {empty[:8]} ({len(empty)} in all); give every row a prompt, or leave "
-            "it out"
+            f"{where} has no prompt in rows {empty[:8]} ({len(empty)} in total); give every row a prompt, or remove "
+            "the row"
         )
     for column in {"prompt", "negative_prompt"} & set(columns):
         if not isinstance(dataset.features[column], Value):
@@ -49,7 +49,7 @@ def check_rows(dataset: Dataset | IterableDataset, where: str) -> None:
 
 
 def _type_problem(feature: object) -> str | None:
-    """What is wrong with the type of a column, as far as it says."""
+    """The problem with the type of a column; `None` if there is none or the type does not tell."""
     if isinstance(feature, Value):
         return None if feature.dtype in TEXTS else f"is of type {feature.dtype}"
     turn = getattr(feature, "feature", feature)
@@ -57,11 +57,11 @@ def _type_problem(feature: object) -> str | None:
         return f"holds lists of {turn.dtype}"
     if isinstance(turn, Mapping) and not {"role", "content"} <= set(turn):
         return f"holds turns of {sorted(turn)}"
-    return None  # of turns, or of any JSON
+    return None  # turns, or untyped JSON
 
 
 def _check_turns(column: Iterable[object], where: str) -> None:
-    """Refuse rows whose turns have no text, and texts among conversations, which TRL would render as these."""
+    """Refuse turns without text, and texts among conversations, which TRL would render as conversations."""
     for row, prompt in enumerate(column):
         if prompt is not None and not _is_conversation(prompt):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""JSON and safetensors files of saved models: read with errors that name the file; a pickle is never read."""
+"""Read JSON and safetensors files of saved models; errors name the file. Pickle files are never read."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 
 def read_json(file: str | Path) -> dict[str, Any]:
     """
-    The object in a JSON file.
+    Read the object in a JSON file.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no JSON object.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not a JSON object.
     """
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}; give the folder of a saved model")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of UTF-8 too
-        raise ValueError(f"{path} is no JSON ({error}); copy or save it again") from error
+    except (ValueError, RecursionError) as error:  # also invalid UTF-8
+        raise ValueError(f"{path} is not valid JSON ({error}); copy or save it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; copy or save it again")
     return content
@@ -35,10 +35,18 @@ def read_json(file: str | Path) -> dict[str, Any]:
 
 def arguments_of(kind: Any, config: dict[str, Any], where: str | Path) -> dict[str, Any]:
     """
-    The entries of a configuration that are the arguments of a class, checked against its signature.
+    Check the entries of a configuration against the signature of the class that takes them as arguments.
+
+    Args:
+        kind (`Any`): The class.
+        config (`dict`): The entries.
+        where (`str` or `Path`): File of the configuration, for error messages.
+
+    Returns:
+        `dict`: `config`, unchanged.
 
     Raises:
-        ValueError: If an entry is unknown or missing, or has not the type that is annotated.
+        ValueError: If an entry is unknown or missing, or a number has the wrong type.
     """
     parameters = inspect.signature(kind, eval_str=True).parameters
     if unknown := sorted(set(config) - set(parameters)):
@@ -54,10 +62,11 @@ def arguments_of(kind: Any, config: dict[str, Any], where: str | Path) -> dict[s
 
 def load_state(model: Any, file: Path) -> None:
     """
-    Fill a module from a safetensors file.
+    Load the weights of a module from a safetensors file.
 
     Raises:
-        FileNotFoundError, ValueError: As [`open_safetensors`] does, or if the tensors are not those of the module.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is broken, or its tensors do not match the module's.
     """
     with open_safetensors(file) as weights:
         tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
@@ -70,11 +79,11 @@ def load_state(model: Any, file: Path) -> None:
 
 def open_safetensors(file: Path) -> Any:
     """
-    A safetensors file, its header read and its length compared with it, no tensor read.
+    Open a safetensors file: reads the header and checks the file's length, without reading tensors.
 
     Raises:
-        FileNotFoundError: If it is not there; the message says so where a pickle lies in its place.
-        ValueError: If it is torn, or something else.
+        FileNotFoundError: If it does not exist; the message mentions a pickle file in the same folder.
+        ValueError: If it is truncated or not a safetensors file.
     """
     if not file.is_file():
         pickles = sorted(p.name for p in file.parent.glob("*") if p.suffix in PICKLES)
@@ -87,15 +96,15 @@ def open_safetensors(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{file} is torn, or no safetensors file ({error}); copy or save it again") from error
+        raise ValueError(f"{file} is truncated, or not a safetensors file ({error}); copy or save it again") from error
 
 
 def weight_files(folder: Path) -> list[str]:
     """
-    Names of the safetensors files of a checkpoint, in one file or in shards.
+    Names of the safetensors files of a checkpoint: a single file, or shards.
 
-    Where a single file lies beside an index, transformers loads the single file, and so it is named here; the index
-    is checked all the same.
+    If there are both a single file and an index, transformers loads the single file, so that one is returned; the
+    index is still checked.
 
     Raises:
         ValueError: If the index of the shards is broken, or names a file outside the folder.

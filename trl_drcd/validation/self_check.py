@@ -1,10 +1,10 @@
 """
-Before the first update: what is scored is what the model says, and the teacher is the untrained student.
+Check, before the first update, that the loss scores the model's own distribution and that teacher and student agree.
 
-The loss does not call the model but its backbone, and projects by itself, in training mode, on padded rows, with the
-adapter on or off. On a few tokens of the first rollout this is compared with the model's own forward in evaluation
-mode on each unpadded row. A family whose head, padding or dropout is not known here is so refused, not trained on
-another objective.
+The loss calls the model's backbone and applies the head itself, in training mode, on padded rows, with the adapter on
+or off. On a few tokens of the first rollout, this is compared with the model's own forward in evaluation mode on each
+unpadded row. A family with an unsupported head, padding or dropout then raises an error instead of being trained on a
+different objective.
 
 Letters: `B` sequences, `S` steps, `K` codebooks, `V` vocabulary, `N` scored tokens.
 """
@@ -23,9 +23,9 @@ from trl_drcd.policies import Policy
 from trl_drcd.reliability.processes import report_status
 from trl_drcd.teacher import GuidedTeacher
 
-STEPS = 8  # of a completion that are compared
-# Nats per token between two computations of one distribution. Rounding of bfloat16 gives some 0.001; dropout of 0.1,
-# a wrong head or a shifted position 0.1 to 5
+STEPS = 8  # completion steps that are compared
+# Nats per token between two computations of one distribution. bfloat16 rounding gives about 0.001; dropout of 0.1, a
+# wrong head or a shifted position gives 0.1 to 5
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 HALF_TOLERANCE = 0.05
 PARTS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
@@ -35,24 +35,25 @@ Rows = dict[str, torch.Tensor]
 
 def check_scoring(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: Rows, untouched: bool) -> bool:
     """
-    Refuse a model whose scoring is not its own forward, or whose teacher is not the student before it learns.
+    Check that the loss scores the model's own distribution, and that an untrained student equals its teacher.
 
-    (a) In training mode the log-probabilities that the loss would use equal those of the model's own forward in
-    evaluation mode; (b), (c) with guidance 1 the KL of the untouched student to its teacher, the frozen copy or the
-    base with the adapter off, is 0. All processes raise if one does.
+    (a) The log-probabilities used by the loss, in training mode, must equal those of the model's own forward in
+    evaluation mode. (b) With guidance scale 1, the KL of the untrained student to its teacher must be 0, whether the
+    teacher is (b1) a frozen copy or (b2) the base with the adapter off. If one process fails, all raise.
 
     Args:
-        policy ([`Policy`]): Of the model's family.
-        teacher ([`~trl_drcd.teacher.GuidedTeacher`]): Of the run.
-        wrapped: The student as wrapped for the launch.
-        batch (`dict`): The first rollout: `prompt_ids`, `prompt_mask` `(B, P)`, `completion_ids`, `completion_mask`.
-        untouched (`bool`): Whether the student has learned nothing in this run; else (b) and (c) are left out.
+        policy ([`Policy`]): The policy of the model's family.
+        teacher ([`~trl_drcd.teacher.GuidedTeacher`]): The teacher.
+        wrapped (`Any`): The student as wrapped by Accelerate.
+        batch (`dict`): The first rollout: `prompt_ids` and `prompt_mask` of shape `(B, P)`, `completion_ids` and
+            `completion_mask`.
+        untouched (`bool`): Whether the student is untrained; if not, (b) is skipped.
 
     Returns:
         `bool`: Whether there was a token to compare: `mask_truncated_completions` may leave none.
 
     Raises:
-        ValueError: With what differs, by how much, and what to do.
+        ValueError: If either fails; the message gives the difference in nats per token, its cause and the fix.
     """
     report_status("it checks its scoring")
     device = teacher.accelerator.device
@@ -77,8 +78,8 @@ def _check(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: Rows, un
         what = "the base with its adapter off" if teacher.copy is None else "the frozen copy"
         raise ValueError(
             f"`model`: the teacher, {what}, is {teaching:.2g} nats per token away from the student before its first "
-            "update, where 0 is right: the adapter changes the base, or was trained before. Merge it into the model "
-            "first, and give a new one that begins at zero (`init_lora_weights=True`)"
+            "update, which should be 0: the adapter changes the base, or was trained before. Merge it into the model "
+            "first, and use a new adapter that starts at zero (`init_lora_weights=True`)"
         )
 
 
@@ -95,7 +96,7 @@ def _few_rows(batch: Rows, policy: Policy) -> Rows:
 
 
 class _Check:
-    """One model's log-probabilities `(N, V)` of the scored tokens of rows, computed in several ways."""
+    """Log-probabilities `(N, V)` of the scored tokens, computed in several ways."""
 
     def __init__(self, policy: Policy, teacher: GuidedTeacher, wrapped: Any) -> None:
         self.policy, self.teacher, self.wrapped = policy, teacher, wrapped
@@ -107,7 +108,7 @@ class _Check:
 
     @torch.no_grad()
     def own(self, rows: Rows) -> torch.Tensor:
-        """By the model's own forward in evaluation mode, each row without padding."""
+        """Log-probabilities from the model's own forward in evaluation mode, each row without padding."""
         parts = []
         with _mode(self.student, training=False), self.accelerator.autocast():
             for row in range(len(rows["prompt_ids"])):
@@ -121,11 +122,11 @@ class _Check:
         return self.policy.ids_and_mask(rows["completion_ids"], rows["completion_mask"])[1]
 
     def scored(self, rows: Rows, training: bool) -> torch.Tensor:
-        """As the loss does it, by the student."""
+        """The student's log-probabilities, computed as in the loss."""
         return self._projected(self.wrapped, self.student, rows, training)
 
     def taught(self, rows: Rows) -> torch.Tensor:
-        """As the loss does it, by the teacher without guidance."""
+        """The teacher's log-probabilities without guidance, computed as in the loss."""
         if self.teacher.copy is not None:
             return self._projected(self.teacher.copy, self.teacher.model(self.wrapped), rows, False)
         with use_adapter(self.student, None):
@@ -159,26 +160,26 @@ class _Check:
         return float((one.exp() * ratio).nan_to_num(posinf=torch.inf).sum(-1).mean())
 
     def blame(self, rows: Rows, own: torch.Tensor, found: float) -> str:
-        """What differs, and what to do."""
+        """The error message: the cause of the difference, and the fix."""
         name = type(self.student.get_base_model() if hasattr(self.student, "peft_config") else self.student).__name__
         begin = (
-            f"`model`: what training would score is {found:.2g} nats per token away from what {name} says itself "
-            f"(at most {self.tolerance:g} is rounding)"
+            f"`model`: the training scores are {found:.2g} nats per token away from the forward pass of {name} "
+            f"(rounding explains at most {self.tolerance:g})"
         )
         alone = torch.cat([self.scored(row, training=False) for row in _each(rows)])
         if not self._agree(own, alone):
             return (
-                f"{begin}: its logits are not its output embeddings times the last hidden state, in a way that is "
-                "known here. This family cannot be trained; give one whose head is linear"
+                f"{begin}: its logits are not a supported function of its output embeddings and last hidden state. "
+                "This family cannot be trained; use one whose head is linear"
             )
         if not self._agree(own, self.scored(rows, training=False)):
             return (
-                f"{begin}: it reads a prompt that is padded on the left otherwise than without padding. This family "
-                "cannot be trained on prompts of several lengths"
+                f"{begin}: left padding changes its output. This family cannot be trained on prompts of different "
+                "lengths"
             )
         return (
-            f"{begin}: in training mode it computes something else than in evaluation mode. Turn off what differs "
-            "(dropout of a kind of its own, noise, normalisation over the batch) in its configuration"
+            f"{begin}: its output differs between training and evaluation mode. Turn off the cause (custom dropout, "
+            "noise, batch normalisation) in its configuration"
         )
 
     def _agree(self, one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -187,7 +188,7 @@ class _Check:
 
 
 def _each(rows: Rows) -> Iterator[Rows]:
-    """Rows one by one, without padding on the left."""
+    """Iterate over the rows one at a time, without left padding."""
     for row in range(len(rows["prompt_ids"])):
         kept = rows["prompt_mask"][row].bool()
         one = {name: value[row : row + 1] for name, value in rows.items()}
@@ -196,7 +197,7 @@ def _each(rows: Rows) -> Iterator[Rows]:
 
 @contextmanager
 def _mode(model: torch.nn.Module, training: bool) -> Iterator[None]:
-    """The whole model in training or evaluation mode; afterwards each module in its own."""
+    """Put the whole model in training or evaluation mode; on exit restore the mode of each module."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:

@@ -1,4 +1,4 @@
-"""The settings of the trainer: values that cannot give a right result."""
+"""Validate the values of the trainer's config."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trl_drcd.validation.ranges import Range, check_ranges
 
 
 class Settings(Protocol):
-    """The fields of a `CFGDistillDiversityConfig` that are looked at one by one."""
+    """The fields of a `CFGDistillDiversityConfig` that are checked here individually."""
 
     diversity_warmup_steps: float
     reward_weights: list[float] | None
@@ -39,7 +39,7 @@ RANGES = {
     "diversity_warmup_steps": Range(0),
     "learning_rate": Range(0),
     "num_generations": Range(
-        2, hint="diversity compares generations of one prompt, and TRL's sampler asks for it also without"
+        2, hint="diversity compares generations of one prompt, and TRL's sampler always needs at least 2"
     ),
     "gae_lambda": Range(0),
     "diversity_prefixes": Range(1),
@@ -55,7 +55,7 @@ CHOICES = {
     "diversity_credit": ("sequence", "critic"),
     "diversity_kernel": ("pairs", "logdet", "vendi"),
 }
-# What leaves the sampled distribution as it is; the first value is what an error proposes
+# Values that leave the sampled distribution unchanged; error messages suggest the first one
 NEUTRAL = {
     "top_k": (0, -1, None),
     "top_p": (1.0, None),
@@ -67,13 +67,13 @@ HARMLESS_GENERATION_KWARGS = {"cache_implementation", "cache_config", "compile_c
 
 def check_settings(args: Settings) -> None:
     """
-    Refuse settings that cannot give a right result, whatever the model and the data.
+    Check the values of a config that are invalid for any model and data.
 
     Args:
-        args (`CFGDistillDiversityConfig`): With values of the types of their fields.
+        args (`CFGDistillDiversityConfig`): The config; the types of its fields are already checked.
 
     Raises:
-        ValueError: At the first such value.
+        ValueError: At the first invalid value.
     """
     check_ranges(args, RANGES)
     _check_sampling(args)
@@ -83,26 +83,26 @@ def check_settings(args: Settings) -> None:
 
 
 def _check_sampling(args: Settings) -> None:
-    """Refuse what would make the sampled distribution another one than the scored one."""
+    """Refuse options that make the sampled distribution differ from the scored one."""
     for name, allowed in NEUTRAL.items():
         if (value := getattr(args, name)) not in allowed:
             raise ValueError(
-                f"`{name}={value}` samples from another distribution than the one that the KL and the policy gradient "
-                f"score; set `{name}={allowed[0]}`"
+                f"`{name}={value}` samples from a different distribution than the one scored by the KL and the policy "
+                f"gradient; set `{name}={allowed[0]}`"
             )
     if changed := sorted(set(_generation_kwargs(args)) - HARMLESS_GENERATION_KWARGS):
         raise ValueError(
-            f"`generation_kwargs` has {changed}, which may change the sampled distribution or the length behind the "
-            f"trainer's back; allowed are {sorted(HARMLESS_GENERATION_KWARGS)}"
+            f"`generation_kwargs` has {changed}, which may change the sampled distribution or the length without the "
+            f"trainer knowing; allowed are {sorted(HARMLESS_GENERATION_KWARGS)}"
         )
     if not args.disable_dropout:
         raise ValueError(
-            "`disable_dropout=False` would score other networks than the one that sampled; set it to True"
+            "`disable_dropout=False` would score with a different network than the one that sampled; set it to True"
         )
 
 
 def _generation_kwargs(args: Settings) -> dict[str, object]:
-    """The field, which may be a mapping in JSON."""
+    """`generation_kwargs` as a dict; the field may be a JSON string."""
     given: object = args.generation_kwargs or {}
     try:
         kwargs = json.loads(given) if isinstance(given, str) else given
@@ -114,12 +114,12 @@ def _generation_kwargs(args: Settings) -> dict[str, object]:
 
 
 def _check_reward(args: Settings) -> None:
-    """Refuse what pulls against the objective, and a warm-up that is neither steps nor a share."""
+    """Refuse options that conflict with the objective or with each other."""
     if not all(map(math.isfinite, args.reward_weights or [])):
         raise ValueError(f"`reward_weights` must be finite, got {args.reward_weights}")
     if args.beta != 0:
         raise ValueError(
-            f"`beta={args.beta}` is TRL's KL penalty to the base without guidance, which pulls against the guided "
+            f"`beta={args.beta}` is TRL's KL penalty to the base without guidance, which conflicts with the guided "
             "teacher; set `beta=0` (the paper's beta is `diversity_coef`)"
         )
     steps = args.diversity_warmup_steps
@@ -134,18 +134,18 @@ def _check_reward(args: Settings) -> None:
         raise ValueError(f"`gae_lambda` must be between 0 and 1, got {args.gae_lambda}")
     if args.max_grad_norm_diversity is not None and args.fp16:
         raise ValueError(
-            f"`max_grad_norm_diversity={args.max_grad_norm_diversity}` does not go with the gradient scaler of "
+            f"`max_grad_norm_diversity={args.max_grad_norm_diversity}` does not work with the gradient scaler of "
             "`fp16=True`; use `bf16`"
         )
     if args.on_bad_batch == "skip" and args.fp16:
-        raise ValueError("`on_bad_batch='skip'` does not go with the gradient scaler of `fp16=True`; use `bf16`")
+        raise ValueError("`on_bad_batch='skip'` does not work with the gradient scaler of `fp16=True`; use `bf16`")
 
 
 def _check_rollout(args: Settings) -> None:
-    """A rollout is made of whole groups; TRL checks where its size is given by other fields."""
+    """A rollout must consist of whole groups; TRL checks this if other fields set its size."""
     if args.generation_batch_size is not None or args.steps_per_generation is not None:
         return
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # transformers has not started its own yet
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # the process group is not initialised yet
     rollout = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     if rollout % args.num_generations:
         raise ValueError(
@@ -156,12 +156,12 @@ def _check_rollout(args: Settings) -> None:
 
 
 def _check_texts(args: Settings) -> None:
-    """Refuse prompts that are empty, or not valid Unicode."""
+    """Refuse prompts that are empty or not valid Unicode."""
     prompts = args.sample_prompts
     if prompts is not None and not (prompts and all(map(str.strip, prompts))):
         raise ValueError(
-            f"`sample_prompts` must hold at least one prompt, and texts that are not empty, got {prompts}; leave it "
-            "out for the first prompts of the data"
+            f"`sample_prompts` must have at least one prompt and no empty one, got {prompts}; leave it out to use the "
+            "first prompts of the data"
         )
     texts = {"negative_prompt": [args.negative_prompt or ""], "sample_prompts": prompts or []}
     for name, values in texts.items():

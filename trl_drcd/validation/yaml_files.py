@@ -1,4 +1,4 @@
-"""YAML files: plain values, of a bounded size, without a key twice."""
+"""Read YAML files: plain values only, bounded size, no repeated keys."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ MAX_YAML_NODES = 100_000
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
     """
-    The mapping in a YAML file: plain values only, as with `yaml.safe_load`, and of a bounded size.
+    Read the mapping in a YAML file: plain values only, as with `yaml.safe_load`, and of bounded size.
 
-    Anchors are counted as often as they are used, before any of them is expanded, so that a few lines cannot become
-    gigabytes.
+    The size with all anchors expanded is computed before expanding any, so that a small file cannot use up the memory.
 
     Args:
-        file (`str` or `Path`): At most 1 MiB of UTF-8.
+        file (`str` or `Path`): UTF-8 file of at most 1 MiB.
+
+    Returns:
+        `dict`: The mapping; its keys are strings.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no YAML mapping of plain values, repeats a key, or is too large.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not a YAML mapping of plain values, repeats a key, or is too large.
     """
     path = Path(file)
     where = f"`config={file}`"
     if not path.is_file():
-        raise FileNotFoundError(f"{where} is no file; give a YAML file, such as those in recipes/")
+        raise FileNotFoundError(f"{where} is not a file; give a YAML file, such as those in recipes/")
     if (size := path.stat().st_size) > MAX_YAML_BYTES:
-        raise ValueError(f"{where} has {size} bytes; a configuration has at most {MAX_YAML_BYTES}")
+        raise ValueError(f"{where} has {size} bytes; at most {MAX_YAML_BYTES} are allowed")
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -40,24 +42,24 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
             _count(root, {}, where)
         values = yaml.safe_load(text)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is no text in UTF-8 (byte {error.start}); save it as UTF-8") from error
+        raise ValueError(f"{where} is not valid UTF-8 (byte {error.start}); save it as UTF-8") from error
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         mark = getattr(error, "problem_mark", None)
         at = f" (line {mark.line + 1})" if mark is not None else ""
-        raise ValueError(f"{where} is no YAML of plain values: {problem}{at}; mend that line") from error
+        raise ValueError(f"{where} is not YAML of plain values: {problem}{at}; correct that line") from error
     except RecursionError as error:
-        raise ValueError(f"{where} is nested too deeply; a configuration is a mapping of a few levels") from error
+        raise ValueError(f"{where} is nested too deeply; use a mapping with a few levels") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"{where} must hold a mapping, lines of `name: value`, got {short_repr(values)}")
+        raise ValueError(f"{where} must contain a mapping, lines of `name: value`, got {short_repr(values)}")
     return values
 
 
 def _count(node: yaml.Node, counted: dict[int, int], where: str) -> int:
-    """Nodes below and with this one, each anchor as often as it is used."""
+    """Number of nodes in this subtree, counting an anchor each time it is used."""
     if id(node) in counted:
         if counted[id(node)] == 0:
-            raise ValueError(f"{where} has an anchor inside itself (line {node.start_mark.line + 1}); write it out")
+            raise ValueError(f"{where} has an anchor inside itself (line {node.start_mark.line + 1}); remove it")
         return counted[id(node)]
     counted[id(node)] = 0
     total = 1
@@ -71,7 +73,7 @@ def _count(node: yaml.Node, counted: dict[int, int], where: str) -> int:
         total += sum(_count(part, counted, where) for part in node.value)
     if total > MAX_YAML_NODES:
         raise ValueError(
-            f"{where} has more than {MAX_YAML_NODES} values when its anchors are expanded; write out what is meant"
+            f"{where} has more than {MAX_YAML_NODES} values when its anchors are expanded; use fewer anchors"
         )
     counted[id(node)] = total
     return total
