@@ -80,7 +80,7 @@ def test_torchaudio_of_another_cuda_is_hidden_and_not_touched(tmp_path):
     assert run_python("-c", HIDDEN, path=tmp_path).stdout == "None True\n"
     for result in (run_python("-c", REQUIRE, path=tmp_path), run_python(*MEND, path=tmp_path)):
         assert result.returncode == 1
-        assert "torch was made with CUDA 13.2, but the installed torchaudio with CUDA 13.0" in result.stderr
+        assert "torch was built with CUDA 13.2, but the installed torchaudio with CUDA 13.0" in result.stderr
         assert '"torch>=2.11,<2.15"' in result.stderr
     assert len(list(tmp_path.rglob("*.so"))) == 1
 

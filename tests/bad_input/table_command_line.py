@@ -108,7 +108,7 @@ ROWS = [
     recipe("no minutes", "`max_minutes`", "0.0", "finite and above 0", max_minutes=0),
     recipe("minutes NaN", "`max_minutes`", "nan", "finite and above 0", max_minutes="nan"),
     recipe("nothing to resume", "`resume_from_checkpoint=", "true", "no checkpoint", resume_from_checkpoint="true"),
-    recipe("resuming from elsewhere", "`resume_from_checkpoint=", "/none", "no complete checkpoint",
+    recipe("resuming from elsewhere", "`resume_from_checkpoint=", "/none", "not a complete checkpoint",
            resume_from_checkpoint="/none"),
     recipe("a reward without a module", "`reward_funcs=", "length", "give `module.function`", reward_funcs="length"),
     recipe("a reward of a module that is not there", "`reward_funcs=", "there is no module `no_such`",

@@ -39,7 +39,7 @@ DAMAGES = {
     "missing": (lambda c: (c / "deep" / "optimizer.bin").unlink(), "deep/optimizer.bin is missing"),
     "cut": (lambda c: os.truncate(c / "model.safetensors", 10), "model.safetensors has 10 bytes instead of 1000"),
     "empty": (lambda c: os.truncate(c / "model.safetensors", 0), "model.safetensors has 0 bytes instead of 1000"),
-    "bit": (lambda c: flip_a_bit(c / "model.safetensors"), "model.safetensors has other content"),
+    "bit": (lambda c: flip_a_bit(c / "model.safetensors"), "model.safetensors has changed since"),
     "unfinished": (lambda c: (c / MANIFEST).unlink(), "it has no complete.json"),
     "half a list": (lambda c: os.truncate(c / MANIFEST, 30), "it cannot be read (JSONDecodeError"),
     "no list": (lambda c: (c / MANIFEST).write_text("[]"), "it cannot be read (TypeError"),
@@ -65,7 +65,7 @@ def test_the_newest_complete_checkpoint_is_taken(tmp_path, caplog, damage):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint that is complete \(checkpoint-10: .*checkpoint-8: "):
         find_checkpoint(True, tmp_path)
     if damage in ("missing", "cut", "bit", "half a list"):
-        with pytest.raises(FileNotFoundError, match="is no complete checkpoint: "):
+        with pytest.raises(FileNotFoundError, match="is not a complete checkpoint: "):
             find_checkpoint(str(tmp_path / "checkpoint-10"), tmp_path)
 
 

@@ -147,8 +147,8 @@ def test_it_leaves_the_update_out(tmp_path, name, caplog):
     trainer, poison, message = poisoned(tmp_path, name, on_bad_batch="skip")
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    lines = [r.message for r in caplog.records if "is left out" in r.message]
-    assert len(lines) == 1 and re.search(rf"Update 3 is left out \(`on_bad_batch='skip'`\): .*{message}", lines[0])
+    lines = [r.message for r in caplog.records if "is skipped" in r.message]
+    assert len(lines) == 1 and re.search(rf"Update 3 is skipped \(`on_bad_batch='skip'`\): .*{message}", lines[0])
     assert len(poison.after) == 4
     for parameter in poison.after[0]:
         steps = [weights_after[parameter] for weights_after in poison.after]
@@ -159,7 +159,7 @@ def test_it_leaves_the_update_out(tmp_path, name, caplog):
 def test_a_run_that_learns_nothing_ends(tmp_path):
     trainer, poison, _ = poisoned(tmp_path, "reward raises", on_bad_batch="skip", max_steps=50)
     poison.always = True
-    message = rf"After {SKIPPED_IN_A_ROW} updates: {SKIPPED_IN_A_ROW} updates in a row were left out, and again the"
+    message = rf"After {SKIPPED_IN_A_ROW} updates: {SKIPPED_IN_A_ROW} updates in a row were skipped, and again the"
     with pytest.raises(BadBatchError, match=message):
         trainer.train()
 

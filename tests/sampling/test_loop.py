@@ -71,9 +71,9 @@ def test_every_family_is_decoded_by_the_loop(name):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("mamba", "MambaModel keeps its past in something else than a `Cache`"),
-        ("gpt", "OpenAIGPTModel keeps its past in something else than a `Cache`"),
-        ("phi3", "Phi3ForCausalLM prepares the inputs of a step in a way of its own"),
+        ("mamba", "MambaModel does not keep its past in a `Cache`"),
+        ("gpt", "OpenAIGPTModel does not keep its past in a `Cache`"),
+        ("phi3", "Phi3ForCausalLM overrides `prepare_inputs_for_generation`"),
     ],
 )
 def test_what_it_cannot_feed_samples_by_generate_and_says_why(name, reason, caplog):

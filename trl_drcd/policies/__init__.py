@@ -1,8 +1,8 @@
 """
-Policies: all that differs between model families, behind one protocol.
+Policies: everything that differs between model families, behind one protocol.
 
-The losses and the trainer see `hidden (B, S, H)`, `K` heads, and `ids`, `mask` of shape `(B, S, K)`; a text LM has `K
-= 1`. Between them, a completion is a list of ids: `S` of them, or `S * K`, as the family lays them out.
+The losses and the trainer use `hidden (B, S, H)`, `K` heads, and `ids` and `mask` of shape `(B, S, K)`; a text LM has
+`K = 1`. Elsewhere a completion is a flat list of `S` or `S * K` ids, in the family's own layout.
 """
 
 from __future__ import annotations
@@ -20,39 +20,42 @@ from trl_drcd.sampling import Rollout
 
 
 class Policy(Protocol):
-    """What trainer and evaluation ask of a model family. Made of `(tokenizer, config, chat_template_kwargs)`."""
+    """Interface of a model family for training and evaluation. Built from `(tokenizer, config, chat_template_kwargs)`.
+
+    Letters: `B` sequences, `P` prompt tokens, `S` steps, `K` codebooks, `V` vocabulary, `H` hidden size.
+    """
 
     rolls_out_with_trl: bool
-    """Whether TRL can sample the rollouts (vLLM, continuous batching), where it is asked for."""
+    """Whether TRL can sample the rollouts (vLLM, continuous batching) on request."""
     has_own_codec: bool
-    """Whether completions are made audio by a part of the model."""
+    """Whether the model itself decodes completions to audio."""
     num_codebooks: int
-    """K: how many ids a step has."""
+    """K: number of ids per step."""
     in_trl: Any
     """A [`~trl_drcd.compat.trl_private.FamilyInTRL`]."""
     frozen: str | None
-    """Pattern of the names of parts that never train; each process keeps them whole where the rest is sharded."""
+    """Regular expression for the names of frozen modules; they stay unsharded when the rest is sharded."""
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Freezes what must not train, before the teacher is copied and the optimiser is made."""
+        """Freeze the modules that must not train, before the teacher is copied and the optimizer is created."""
 
     def save_extras(self, model: PreTrainedModel, folder: str | os.PathLike) -> None:
-        """Writes what a saved folder needs beside model and tokenizer."""
+        """Write the files that a saved folder needs in addition to model and tokenizer."""
 
     def codec(self, model: PreTrainedModel) -> Any:
-        """The model's own codec, where `has_own_codec`; else `None`."""
+        """The model's own codec; `None` unless `has_own_codec`."""
 
     def prompt_vocabulary(self, model: PreTrainedModel) -> int:
-        """Number of tokens that a prompt may hold."""
+        """Vocabulary size of prompts."""
 
     def sampled_from(self, model: PreTrainedModel) -> torch.nn.Module:
-        """The module whose output, logits or last hidden states, each step that TRL samples comes from."""
+        """The module whose output (logits or last hidden states) TRL samples each step from."""
 
     def check_length(self, max_completion_length: int) -> None:
-        """Refuses completions that are too short for the family's layout."""
+        """Raise `ValueError` if `max_completion_length` is too short for the family's layout."""
 
     def negative_prompt_ids(self, rows: list[dict[str, Any]], negative_prompt: Any) -> list[list[int]]:
-        """Token ids of each row's `x^-`: its own `negative_prompt`, else the given one, else the null prompt."""
+        """Token ids of each row's negative prompt: its own, else the given one, else the null prompt."""
 
     def hidden_states(
         self,
@@ -65,7 +68,7 @@ class Policy(Protocol):
         """Last hidden states `(B, S, H)` that predict each completion step."""
 
     def own_logits(self, model: Any, prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
-        """Logits `(S, K, V)` of the model's own forward, perhaps wrapped, on one sequence without padding."""
+        """Logits `(S, K, V)` of the model's own forward on one unpadded sequence; the model may be wrapped."""
 
     def heads(self, model: PreTrainedModel) -> list[Head]:
         """The `K` output heads."""
@@ -73,7 +76,7 @@ class Policy(Protocol):
     def ids_and_mask(
         self, completion_ids: torch.Tensor, completion_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scored tokens, int64 `(B, S, K)`, and the boolean mask of those that count, `(B, S, K)`."""
+        """Token ids, int64 `(B, S, K)`, and a boolean mask of the scored ones, `(B, S, K)`."""
 
     def rollout(
         self,
@@ -85,7 +88,7 @@ class Policy(Protocol):
         max_new_tokens: int = 20,
         eos_token_ids: list[int] | None = None,
     ) -> Rollout:
-        """Samples, without truncation or penalties, guided where `guidance_scale` is not 1, with log-probabilities."""
+        """Sample without truncation or penalties, guided if `guidance_scale` is not 1, with log-probabilities."""
 
     def sample(
         self,
@@ -101,17 +104,20 @@ class Policy(Protocol):
 
 def policy_class(model: Any, revision: str | None = None) -> type[CausalLMPolicy] | type[MusicgenPolicy]:
     """
-    The policy of a model family, by `config.model_type`: the one place where a family is chosen.
+    Choose the policy class of a model from `config.model_type`.
 
     Args:
         model (`PreTrainedModel`, `PeftModel` or `str`): A model, or its name or folder.
-        revision (`str`, *optional*): Of a name on the hub.
+        revision (`str`, *optional*): Branch, tag or commit of a model on the Hub.
+
+    Returns:
+        `type`: [`MusicgenPolicy`] for MusicGen, [`CausalLMPolicy`] for every other type.
 
     Raises:
-        ValueError: If the checkpoint is of a family or kind that is known and not supported.
+        ValueError: If the model is a stereo or melody MusicGen, which are not supported.
     """
     if isinstance(model, str):
-        # The bare dictionary: it says the family also of a model whose configuration is code of its own
+        # The raw dictionary also works for models whose configuration class is custom code
         fields, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
         model_type = fields.get("model_type")
     else:

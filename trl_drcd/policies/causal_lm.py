@@ -24,8 +24,8 @@ class CausalLMPolicy:
     The policy of a causal LM.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): Makes negative prompts into tokens.
-        config (`PretrainedConfig`, *optional*): Not used: all that a causal LM is asked for is in the model.
+        tokenizer (`PreTrainedTokenizerBase`): Tokenizes negative prompts.
+        config (`PretrainedConfig`, *optional*): Not used.
         chat_template_kwargs (`dict`, *optional*): Passed to the chat template, as the trainer does for prompts.
     """
 
@@ -45,18 +45,18 @@ class CausalLMPolicy:
         self.chat_template_kwargs = chat_template_kwargs or {}
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Turns off all dropout; everything trains, or what the adapter leaves."""
+        """Turn off all dropout. No parameter is frozen here."""
         turn_off_dropout(model)
 
     def save_extras(self, model: PreTrainedModel, folder: str | os.PathLike) -> None:
-        """Model and tokenizer are all there is."""
+        """Write nothing: model and tokenizer are enough."""
 
     def codec(self, model: PreTrainedModel) -> Any:
-        """None: a codec stands beside the model."""
+        """`None`: the codec of an audio-token model is a separate object."""
         return None
 
     def prompt_vocabulary(self, model: PreTrainedModel) -> int:
-        """The head's vocabulary: prompt and completion are one stream."""
+        """The head's vocabulary size: prompt and completion share one vocabulary."""
         weight: Any = self.heads(model)[0].weight
         return int(getattr(weight, "ds_shape", weight.shape)[0])  # DeepSpeed ZeRO-3 leaves the weight itself empty
 
@@ -66,25 +66,25 @@ class CausalLMPolicy:
         return head
 
     def check_length(self, max_completion_length: int) -> None:
-        """Any length will do."""
+        """Accept any length."""
 
     def negative_prompt_ids(self, rows: list[dict[str, Any]], negative_prompt: Any) -> list[list[int]]:
         """
         Token ids of each row's negative prompt.
 
-        A row's own `negative_prompt` comes before the given one. `None` is the null prompt: the tokenizer's rendering
-        of an empty text (for MusicLM-like models a begin token and the audio marker), for conversations an empty user
-        turn. A text becomes a user turn where the row's prompt is a conversation. Nothing is truncated.
+        A row's own `negative_prompt` takes precedence over the argument. `None` is the null prompt: the tokenized
+        empty text (for MusicLM-like models a begin token and the audio marker) or, for conversations, an empty user
+        turn. If the row's prompt is a conversation, a text becomes a user turn. Nothing is truncated.
 
         Args:
-            rows (`list[dict]`): Dataset rows with `prompt` and perhaps `negative_prompt`.
-            negative_prompt (`str`, `list[dict]` or `None`): For rows that have none of their own.
+            rows (`list[dict]`): Dataset rows with `prompt` and optionally `negative_prompt`.
+            negative_prompt (`str`, `list[dict]` or `None`): Used for rows without their own.
 
         Returns:
             `list[list[int]]`: One non-empty sequence per row.
 
         Raises:
-            ValueError: If the null prompt has no token at all: nothing would condition the first step.
+            ValueError: If a negative prompt has no tokens, or is a conversation while the prompt is a text.
         """
         return [self._negative_ids(row, negative_prompt) for row in rows]
 
@@ -125,21 +125,21 @@ class CausalLMPolicy:
         Args:
             model (`PreTrainedModel`): Unwrapped causal LM, with or without adapters.
             prompt_ids (`torch.Tensor`): Left-padded, int64, shape `(B, P)`.
-            prompt_mask (`torch.Tensor`): 1 where a token stands, shape `(B, P)`.
+            prompt_mask (`torch.Tensor`): 1 for tokens, 0 for padding, shape `(B, P)`.
             completion_ids (`torch.Tensor`): Right-padded, int64, shape `(B, S)`.
-            completion_mask (`torch.Tensor`): 1 where a token counts, shape `(B, S)`.
+            completion_mask (`torch.Tensor`): 1 for tokens, 0 for padding, shape `(B, S)`.
 
         Returns:
             `torch.Tensor`: Shape `(B, S, H)`, after the final norm.
         """
         own = _without_peft(model)
         backbone, before_head = _backbone(own), _before_head(own)
-        # The last completion token predicts nothing that is scored
+        # No scored token follows the last completion token
         input_ids = torch.cat([prompt_ids, completion_ids[:, :-1]], dim=1)
         mask = torch.cat([prompt_mask, completion_mask[:, :-1]], dim=1)
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
         if "position_ids" in inspect.signature(backbone.forward).parameters:
-            # As `generate` counts them; padding on the left must not shift learned positions
+            # Same positions as in `generate`: left padding must not shift learned positions
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         hidden: torch.Tensor = backbone(**inputs).last_hidden_state
         hidden = hidden[:, -completion_ids.shape[1] :]
@@ -147,10 +147,10 @@ class CausalLMPolicy:
 
     def own_logits(self, model: Any, prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
         """
-        What the model itself says of one sequence without padding.
+        Logits of the model's own forward on one unpadded sequence.
 
         Args:
-            model (`PreTrainedModel`): Perhaps wrapped.
+            model (`PreTrainedModel`): The model, wrapped or not.
             prompt_ids (`torch.Tensor`): int64, shape `(1, P)`.
             completion_ids (`torch.Tensor`): int64, shape `(1, S)`.
 
@@ -162,7 +162,7 @@ class CausalLMPolicy:
         return logits[0, prompt_ids.shape[1] - 1 : -1, None]
 
     def heads(self, model: PreTrainedModel) -> list[Head]:
-        """The LM head with what the architecture does to its logits."""
+        """The LM head, with the scaling and soft cap that the architecture applies to its logits."""
         head = _without_peft(model).get_output_embeddings()
         config = model.config.get_text_config()
         scale = next(
@@ -197,19 +197,19 @@ class CausalLMPolicy:
         eos_token_ids: list[int] | None = None,
     ) -> Rollout:
         """
-        Sample completions, with classifier-free guidance (one doubled batch) where `guidance_scale` is not 1.
+        Sample completions, with classifier-free guidance (one doubled batch) if `guidance_scale` is not 1.
 
-        Ancestral: no truncation and no penalty, whatever the model's generation config says; only the temperature.
-        Models that the decode loop does not know to feed sample by `generate`.
+        Ancestral sampling: the temperature applies, but no truncation and no penalty, regardless of the model's
+        generation config. Models that the decode loop does not support are sampled with `generate`.
 
         Args:
             model (`PreTrainedModel`): Unwrapped causal LM, with or without adapters.
-            prompt_ids (`list[list[int]]`): `B` prompts; equal ones are read once.
-            negative_prompt_ids (`list[list[int]]`, *optional*): As many; needed with guidance.
-            guidance_scale (`float`, *optional*, defaults to 1.0): gamma; 1 samples the model alone.
+            prompt_ids (`list[list[int]]`): `B` prompts; equal prompts are encoded once.
+            negative_prompt_ids (`list[list[int]]`, *optional*): `B` negative prompts; required with guidance.
+            guidance_scale (`float`, *optional*, defaults to 1.0): gamma of Eq. (1); 1 disables guidance.
             temperature (`float`, *optional*, defaults to 1.0): Above 0.
-            max_new_tokens (`int`, *optional*, defaults to 20): Largest number of completion tokens.
-            eos_token_ids (`list[int]`, *optional*): Tokens that end a completion; by default those of the model's
+            max_new_tokens (`int`, *optional*, defaults to 20): Maximum number of completion tokens.
+            eos_token_ids (`list[int]`, *optional*): Tokens that end a completion; defaults to those of the model's
                 generation config.
 
         Returns:
@@ -238,39 +238,39 @@ class CausalLMPolicy:
         temperature: float = 1.0,
         max_new_tokens: int = 20,
     ) -> list[list[int]]:
-        """The completions of [`rollout`], each up to and with its first eos."""
+        """The completions of [`rollout`], each up to and including its first eos."""
         return self.rollout(
             model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens
         ).completions()
 
 
 def as_list(token_ids: int | list[int] | None) -> list[int]:
-    """What generation configs hold as one id, as a list, or not at all."""
+    """Token ids of a generation config entry, which may be one id, a list or `None`, as a list."""
     return [] if token_ids is None else [token_ids] if isinstance(token_ids, int) else list(token_ids)
 
 
 def _backbone(model: Any) -> Any:
-    """What gives last hidden states; `base_model` of some classes (Llama 4's text model) is the whole causal LM."""
+    """The module that returns last hidden states. For some classes (Llama 4 text) `base_model` is the causal LM."""
     return model.base_model if model.base_model is not model else model.model
 
 
 def _before_head(model: Any) -> Any:
-    """What stands between the last hidden states and the output embeddings; `None` where nothing does."""
+    """Layers between the last hidden states and the output embeddings; `None` if there are none."""
     return model.lm_head if model.config.model_type == "modernbert-decoder" else None
 
 
 def _head_refusal(model: Any) -> str | None:
-    """Why the decode loop cannot project by itself."""
+    """Why the decode loop cannot apply the head itself; `None` if it can."""
     if model.base_model is model:
         return f"`base_model` of {type(model).__name__} is itself"
     return None if _before_head(model) is None else f"{type(model).__name__} has layers before its output embeddings"
 
 
 def _without_peft(model: Any) -> PreTrainedModel:
-    """The transformers model inside a `PeftModel`, its adapters in place; any other model itself."""
+    """The transformers model inside a `PeftModel`, with its adapters; other models are returned unchanged."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def _full(parameter: Any) -> Any:
-    """A parameter that FSDP2 has in pieces, gathered without gradient; any other, as in a forward, as it is."""
+    """An FSDP2-sharded parameter gathered and detached; other parameters are returned unchanged."""
     return parameter.detach().full_tensor() if hasattr(parameter, "full_tensor") else parameter

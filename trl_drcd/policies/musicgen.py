@@ -1,9 +1,9 @@
 """
-MusicGen: a T5 encoder, a decoder with `K` heads over delayed codebooks, and the codec that makes audio of its codes.
+MusicGen: a T5 encoder, a decoder with `K` heads over delayed codebooks, and an audio codec.
 
-A completion travels as one list of `S * K` ids: the delayed layout step by step, its `K` codebooks in order, as
-`generate` has it. Codebook `k` begins `k` steps late and ends `K - 1 - k` steps early; there stands the mask id,
-which is `vocab_size`. It is undelayed only in the codec ([`~trl_drcd.audio.codecs.CodebookCodec`]).
+A completion is one list of `S * K` ids in the delay pattern of `generate`: step by step, the `K` codebooks of each
+step in order. Codebook `k` starts `k` steps late and ends `K - 1 - k` steps early; the remaining positions hold the
+mask id, `vocab_size`. Only the codec undoes the delay ([`~trl_drcd.audio.codecs.CodebookCodec`]).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from trl_drcd.policies.causal_lm import _full
 from trl_drcd.policies.causal_lm import _without_peft as unwrapped
 from trl_drcd.sampling import Rollout, cast_once, decode, distinct_rows, evaluating, preallocated_cross_cache
 
-# Parts that never train, as attributes of the model. The projection belongs to the conditioning, as in AudioCraft
+# Attributes of the model that are always frozen. As in AudioCraft, the projection is part of the conditioning
 FROZEN = ("text_encoder", "audio_encoder", "enc_to_dec_proj")
-# Linear layers of the decoder alone: T5 and EnCodec have none of these names
+# Linear layers of the decoder; T5 and EnCodec use other names
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 
@@ -34,16 +34,16 @@ class MusicgenPolicy:
     """
     The policy of a mono `MusicgenForConditionalGeneration`.
 
-    The decoder trains, with its embeddings and heads. Text encoder, its projection and audio codec are frozen, so that
-    teacher and student share them.
+    The decoder is trained, including its embeddings and heads. The text encoder, its projection and the audio codec
+    are frozen, and shared by teacher and student.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The T5 tokenizer.
-        config (`MusicgenConfig`): The model's.
-        chat_template_kwargs (`dict`, *optional*): Not used: prompts are texts.
+        config (`MusicgenConfig`): The model's configuration.
+        chat_template_kwargs (`dict`, *optional*): Not used, as prompts are texts.
 
     Raises:
-        ValueError: If the checkpoint is a stereo one.
+        ValueError: If the checkpoint is stereo.
     """
 
     rolls_out_with_trl = False
@@ -61,7 +61,7 @@ class MusicgenPolicy:
 
     @staticmethod
     def check_config(config: Any) -> None:
-        """Refuses stereo checkpoints, whose codebooks come in pairs."""
+        """Raise `ValueError` for stereo checkpoints, whose codebooks come in pairs."""
         if config.decoder.audio_channels != 1:
             raise ValueError(
                 f"`model` is a stereo MusicGen (`audio_channels={config.decoder.audio_channels}`), which is not "
@@ -70,10 +70,10 @@ class MusicgenPolicy:
 
     def prepare(self, model: PreTrainedModel) -> None:
         """
-        Freezes what must not train, turns off all dropout, and undoes what TRL did to the model.
+        Freeze [`FROZEN`], turn off all dropout, and undo TRL's changes to the model.
 
         Raises:
-            ValueError: If an adapter stands where it has no effect, or on a frozen part.
+            ValueError: If an adapter targets the heads, where it has no effect, or a frozen module.
         """
         musicgen: Any = unwrapped(model)
         trainable = [name for name, p in musicgen.named_parameters() if p.requires_grad]
@@ -89,11 +89,11 @@ class MusicgenPolicy:
             if hasattr(musicgen, name):
                 getattr(musicgen, name).requires_grad_(False)
         turn_off_dropout(musicgen)
-        forget_patched_forward(musicgen)  # TRL's fused LM head is for one head
+        forget_patched_forward(musicgen)  # TRL's fused LM head supports a single head only
         self.in_trl.restore_special_tokens(musicgen.generation_config, musicgen.config)
 
     def save_extras(self, model: PreTrainedModel, folder: str | os.PathLike) -> None:
-        """Writes `preprocessor_config.json`, which processors and pipelines look for."""
+        """Write `preprocessor_config.json`, which processors and pipelines need."""
         config = model.config.audio_encoder
         extractor = EncodecFeatureExtractor(config.audio_channels, config.sampling_rate, padding_side="left")
         MusicgenProcessor(extractor, self.tokenizer).save_pretrained(folder)
@@ -103,18 +103,18 @@ class MusicgenPolicy:
         return CodebookCodec(unwrapped(model).audio_encoder, self.num_codebooks, self.mask_id)
 
     def prompt_vocabulary(self, model: PreTrainedModel) -> int:
-        """Tokens that the text encoder knows."""
+        """Vocabulary size of the text encoder."""
         musicgen: Any = unwrapped(model)
         return int(musicgen.text_encoder.get_input_embeddings().num_embeddings)
 
     def sampled_from(self, model: PreTrainedModel) -> torch.nn.Module:
-        """The decoder without its heads, which `sample` applies itself."""
+        """The decoder without its heads, which `rollout` applies itself."""
         musicgen: Any = unwrapped(model)
         decoder: torch.nn.Module = musicgen.decoder.model
         return decoder
 
     def check_length(self, max_completion_length: int) -> None:
-        """With fewer steps than the delays take, `generate` leaves the delay out without a word."""
+        """Raise `ValueError` if there are fewer steps than the delays need: `generate` would silently skip them."""
         if max_completion_length < (least := 2 * self.num_codebooks - 2):
             raise ValueError(
                 f"`max_completion_length={max_completion_length}` decoder steps are too few for the delays of "
@@ -125,17 +125,17 @@ class MusicgenPolicy:
 
     def negative_prompt_ids(self, rows: list[dict[str, Any]], negative_prompt: Any) -> list[list[int]]:
         """
-        Token ids of each row's negative prompt; none for the null condition.
+        Token ids of each row's negative prompt; an empty list is the null condition.
 
-        An empty list makes a row of padding, whose mask sets all encoder states to zero: the null condition of
-        `generate`. The empty text, in contrast, is a prompt like another.
+        An empty list becomes a row of padding, whose mask zeroes all encoder states, as in the null condition of
+        `generate`. The empty text, in contrast, is an ordinary prompt.
 
         Args:
-            rows (`list[dict]`): Dataset rows with `prompt` and perhaps `negative_prompt`.
-            negative_prompt (`str` or `None`): For rows that have none of their own.
+            rows (`list[dict]`): Dataset rows with `prompt` and optionally `negative_prompt`.
+            negative_prompt (`str` or `None`): Used for rows without their own.
 
         Returns:
-            `list[list[int]]`: One sequence per row, perhaps empty.
+            `list[list[int]]`: One sequence per row; may be empty.
 
         Raises:
             ValueError: If a prompt is not a text.
@@ -147,20 +147,20 @@ class MusicgenPolicy:
         return [[] if text is None else list(self.tokenizer(text)["input_ids"]) for text in texts]
 
     def _condition(self, model: Any, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the decoder's cross-attention sees: projected encoder states, zero where the mask is, and the mask."""
-        if prompt_ids.shape[1] == 0:  # nothing but null conditions
+        """Inputs of the decoder's cross-attention: projected encoder states, zero where masked, and the mask."""
+        if prompt_ids.shape[1] == 0:  # null conditions only
             prompt_ids, prompt_mask = (torch.nn.functional.pad(t, (0, 1)) for t in (prompt_ids, prompt_mask))
         states = model.text_encoder(input_ids=prompt_ids, attention_mask=prompt_mask).last_hidden_state
         if hasattr(model, "enc_to_dec_proj"):
             states = model.enc_to_dec_proj(states)
-        # Selected, not multiplied: what a row of nothing but padding encodes to may be anything
+        # `where` and not a product: the encoder states of an all-padding row may be NaN
         states = states.where(prompt_mask[..., None].bool(), 0.0)
         return {"encoder_hidden_states": states, "encoder_attention_mask": prompt_mask}
 
     # ---------------------------------------------------------------- scoring
 
     def _steps(self, completion_ids: torch.Tensor) -> torch.Tensor:
-        """`(B, S * K)`, perhaps with padding on the right, as `(B, S, K)`."""
+        """Reshape `(B, S * K)`, possibly right-padded, to `(B, S, K)`."""
         steps = completion_ids.shape[1] // self.num_codebooks
         return completion_ids[:, : steps * self.num_codebooks].unflatten(1, (steps, self.num_codebooks))
 
@@ -178,9 +178,9 @@ class MusicgenPolicy:
         Args:
             model (`PreTrainedModel`): Unwrapped, with or without adapters.
             prompt_ids (`torch.Tensor`): Left-padded, int64, shape `(B, P)`.
-            prompt_mask (`torch.Tensor`): 1 where a token stands, shape `(B, P)`; a row of zeros is the null condition.
+            prompt_mask (`torch.Tensor`): 1 for tokens, shape `(B, P)`; a row of zeros is the null condition.
             completion_ids (`torch.Tensor`): Delayed layout, int64, shape `(B, S * K)`.
-            completion_mask (`torch.Tensor`): 1 where an id counts, shape `(B, S * K)`.
+            completion_mask (`torch.Tensor`): 1 for ids, 0 for padding, shape `(B, S * K)`.
 
         Returns:
             `torch.Tensor`: Shape `(B, S, H)`.
@@ -198,10 +198,10 @@ class MusicgenPolicy:
 
     def own_logits(self, model: Any, prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
         """
-        What the model itself says of one sequence without padding.
+        Logits of the model's own forward on one unpadded sequence.
 
         Args:
-            model (`PreTrainedModel`): Perhaps wrapped.
+            model (`PreTrainedModel`): The model, wrapped or not.
             prompt_ids (`torch.Tensor`): int64, shape `(1, P)`.
             completion_ids (`torch.Tensor`): Delayed layout, int64, shape `(1, S * K)`.
 
@@ -225,7 +225,7 @@ class MusicgenPolicy:
         """
         Ids and boolean mask `(B, S, K)`: False in the delays and in padding.
 
-        The ids where it is False are none that a head has.
+        Where the mask is False, the id may be outside the heads' vocabulary.
         """
         ids = self._steps(completion_ids)
         return ids, self._steps(completion_mask).bool() & (ids != self.mask_id)
@@ -243,19 +243,20 @@ class MusicgenPolicy:
         eos_token_ids: list[int] | None = None,
     ) -> Rollout:
         """
-        Sample completions, with classifier-free guidance (one doubled batch) where `guidance_scale` is not 1.
+        Sample completions, with classifier-free guidance (one doubled batch) if `guidance_scale` is not 1.
 
-        `generate` decodes what it samples to audio, knows no negative prompts and takes guidance and truncation from
+        Replaces `generate`, which decodes to audio, has no negative prompts, and takes guidance and truncation from
         the checkpoint.
 
         Args:
             model (`PreTrainedModel`): Unwrapped, with or without adapters.
-            prompt_ids (`list[list[int]]`): `B` prompts; equal ones are encoded once.
-            negative_prompt_ids (`list[list[int]]`, *optional*): As many; needed with guidance. Empty is null.
-            guidance_scale (`float`, *optional*, defaults to 1.0): gamma; 1 samples the model alone.
+            prompt_ids (`list[list[int]]`): `B` prompts; equal prompts are encoded once.
+            negative_prompt_ids (`list[list[int]]`, *optional*): `B` negative prompts, required with guidance; an empty
+                one is the null condition.
+            guidance_scale (`float`, *optional*, defaults to 1.0): gamma of Eq. (1); 1 disables guidance.
             temperature (`float`, *optional*, defaults to 1.0): Above 0.
             max_new_tokens (`int`, *optional*, defaults to 256): Decoder steps `S`.
-            eos_token_ids (`list[int]`, *optional*): Not used: nothing ends before its last step.
+            eos_token_ids (`list[int]`, *optional*): Not used: every completion has `S` steps.
 
         Returns:
             [`~trl_drcd.sampling.Rollout`]: Delayed layout; the mask id where a codebook has no code.
@@ -294,14 +295,14 @@ class MusicgenPolicy:
 
 class MusicgenStream:
     """
-    The decoder of a MusicGen; each different prompt is encoded once, and its cross-attention computed once.
+    Decoding stream of a MusicGen. Each distinct prompt is encoded once, and its cross-attention computed once.
 
     Args:
-        decoder (`MusicgenModel`): Without its heads.
-        condition (`dict`): Of [`MusicgenPolicy._condition`], for each of the `U` different prompts.
-        begin (`torch.Tensor`): What the decoder begins with, int64, shape `(U, K)`.
-        index (`torch.Tensor`): The prompt of each row, int64, shape `(R,)`.
-        steps (`int`): Decoder steps.
+        decoder (`MusicgenModel`): The decoder without its heads.
+        condition (`dict`): Output of [`MusicgenPolicy._condition`] for the `U` distinct prompts.
+        begin (`torch.Tensor`): Start tokens of the decoder, int64, shape `(U, K)`.
+        index (`torch.Tensor`): Index of each row's prompt, int64, shape `(R,)`.
+        steps (`int`): Number of decoder steps.
     """
 
     def __init__(
@@ -311,7 +312,7 @@ class MusicgenStream:
         self.cache: Any = preallocated_cross_cache(decoder.config, steps)
 
     def start(self) -> torch.Tensor:
-        """Every row begins alike, so that the first step is one of prompts."""
+        """Hidden states `(R, H)` of the first step, computed once per distinct prompt: all rows start alike."""
         hidden = self.step(self.begin)
         if len(self.index) != len(hidden):
             self.keep(self.index)
@@ -319,7 +320,7 @@ class MusicgenStream:
         return hidden
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Hidden states `(R, H)` after a step of `K` codes for each row."""
+        """Hidden states `(R, H)` after one step of `K` codes per row, int64 `(R, K)`."""
         output = self.decoder(
             input_ids=tokens.flatten()[:, None], past_key_values=self.cache, use_cache=True, **self.condition
         )
@@ -327,6 +328,6 @@ class MusicgenStream:
         return hidden
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Goes on with the given rows."""
+        """Keep only the given rows, int64, in that order."""
         self.cache.reorder_cache(rows)
         self.condition = {name: tensor[rows] for name, tensor in self.condition.items()}

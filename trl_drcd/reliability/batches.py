@@ -1,4 +1,4 @@
-"""Batches that must not be learned from: what is wrong, with which prompt, agreed upon by all processes."""
+"""Detect bad batches (non-finite values, failing reward functions) and report them on all processes together."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from torch import nn
 from trl_drcd.compat.trl_private import is_async_callable
 from trl_drcd.reliability.processes import report_status
 
-SHOWN = 4  # problems that a message names
+SHOWN = 4  # maximum number of problems listed in a message
 
 
 class BadBatchError(ValueError):
-    """A reward, an embedder, the teacher or the student gave what cannot be learned from."""
+    """A reward, the embedder, the teacher or the student returned a non-finite value or raised."""
 
 
 class Problems:
-    """What is wrong with the batch at hand on this process; `cause` is the first exception among it."""
+    """Problems of the current batch on this process; `cause` is the first exception."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.cause: BaseException | None = None
 
     def add(self, *texts: str, cause: BaseException | None = None) -> None:
-        """Each text says what is wrong, with which prompt."""
+        """Add problems; each text gives the problem and the prompt."""
         self.texts.extend(texts)
         self.cause = self.cause or cause
 
     def clear(self) -> None:
-        """Before the next batch."""
+        """Remove all problems, before the next batch."""
         self.texts, self.cause = [], None
 
     def raise_together(self) -> None:
-        """Raises in every process if any process has a problem; see [`raise_together`]."""
+        """Raise on every process if any process has a problem; see [`raise_together`]."""
         raise_together(self.texts, self.cause)
 
 
 def raise_together(problems: list[str], cause: BaseException | None = None) -> None:
     """
-    Raises in every process if any process has a problem; one number is exchanged where none has.
+    Raise on every process if any process has a problem. Without problems, only one number is communicated.
 
     Args:
-        problems (`list[str]`): Of this process; each says what is wrong with which prompt.
-        cause (`BaseException`, *optional*): What was raised in this process.
+        problems (`list[str]`): Problems of this process, each with its prompt.
+        cause (`BaseException`, *optional*): Exception raised on this process.
 
     Raises:
-        BadBatchError: With the problems of all processes.
+        BadBatchError: If there is a problem on any process; lists the problems of all.
     """
     state = PartialState()
     if state.num_processes > 1:
@@ -65,27 +65,27 @@ def raise_together(problems: list[str], cause: BaseException | None = None) -> N
 
 
 def row_problems(what: str, bad: torch.Tensor, prompts: list) -> list[str]:
-    """One problem for each row that is bad: `bad` has shape `(b,)`, `prompts` are those of the rows."""
+    """One problem for each bad row: `bad` is boolean of shape `(b,)`, `prompts` has one entry per row."""
     return [what + for_prompt(prompts[row]) for row in bad.nonzero().flatten().tolist()]
 
 
 def for_prompt(prompt: Any) -> str:
-    """The beginning of a prompt, as it stands at the end of a problem."""
+    """The start of a prompt, as the last part of a problem's text."""
     return f" for the prompt {str(prompt)[:80]!r}"
 
 
 def checked_reward(reward: Callable, problems: Problems) -> Callable:
     """
-    The reward function, which adds to `problems` instead of raising or of giving NaN or an infinite value.
+    Wrap a reward function so that exceptions and non-finite values are added to `problems`.
 
-    `None` stays what it is for TRL: this function does not judge that completion.
+    `None` keeps its meaning in TRL: the function does not apply to that completion.
     """
     name = getattr(reward, "__name__", type(reward).__name__)
 
     def checked(prompts: list, values: Any) -> list:
         values = [None if value is None else float(value) for value in values]
         if len(values) != len(prompts):
-            return values  # TRL says so
+            return values  # TRL raises the error for a wrong length
         problems.add(
             *(
                 f"the reward `{name}` is {value}{for_prompt(prompt)}"
@@ -121,22 +121,22 @@ def checked_reward(reward: Callable, problems: Problems) -> Callable:
 @contextmanager
 def finite_sampling(module: nn.Module) -> Iterator[list[torch.Tensor]]:
     """
-    While it lasts, sequences whose logits are not finite are sampled from uniformly, and remembered.
+    Replace non-finite outputs of `module` by zeros, so that sampling is uniform there, and record the rows.
 
-    On a GPU sampling from them would end the process without naming them.
+    On a GPU, sampling from NaN would crash the process without naming the prompt.
 
     Args:
-        module (`nn.Module`): Gives logits `(b, ..., V)`, or an output with `last_hidden_state` `(b, ..., H)`.
+        module (`nn.Module`): Returns logits `(b, ..., V)`, or an output with `last_hidden_state` `(b, ..., H)`.
 
     Yields:
-        `list[torch.Tensor]`: In the end, boolean, shape `(b,)` each: of which rows values were not finite.
+        `list[torch.Tensor]`: Filled on exit: boolean, shape `(b,)` each, True for rows with non-finite values.
     """
     seen: dict[int, torch.Tensor] = {}
 
     def replace(module: nn.Module, args: Any, output: Any) -> Any:
         logits = isinstance(output, torch.Tensor)
         values: torch.Tensor = output if logits else output.last_hidden_state
-        # Of logits -inf is as good as another value, unless all are
+        # A logit may be -inf, unless all of the row are
         wrong = ~(values if logits else values.abs()).amax(-1, keepdim=True).isfinite()
         rows = wrong.flatten(1).any(1)
         seen[len(rows)] = seen.get(len(rows), False) | rows

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or not there: written aside, listed with sizes and checksums, then renamed."""
+"""Atomic checkpoints: written to a staging folder, listed with sizes and checksums, then renamed."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ from trl_drcd.files import write_text
 logger = logging.getLogger(__name__)
 
 MANIFEST = "complete.json"
-# Of one process, of an adapter, of FSDP and DeepSpeed in parts
+# First parts of the names of weight files: one process, adapter, FSDP and DeepSpeed shards
 WEIGHTS = ("model", "adapter_model", "pytorch_model", "global_step")
-STAGING = ".incomplete"  # no name that anybody takes for a checkpoint
+STAGING = ".incomplete"  # does not match `checkpoint-<step>`
 
 
 def commit(staged: Path, final: Path, identity: dict[str, str] | None = None) -> None:
     """
-    Turn a folder that is written to the end into a checkpoint, in one step; an older one of that name is replaced.
+    Turn a completely written folder into a checkpoint, atomically, replacing an older one of the same name.
+
+    Adds `complete.json`, with the size in bytes and the CRC-32 of every file.
 
     Args:
-        staged (`Path`): All files are there; on the file system of `final`.
-        final (`Path`): `checkpoint-<step>`, with `complete.json` in it: size in bytes and CRC-32 of every file.
-        identity (`dict`, *optional*): Of the run, see [`~trl_drcd.reliability.identity.run_identity`].
+        staged (`Path`): Folder with all files, on the same file system as `final`.
+        final (`Path`): Path of the checkpoint, `checkpoint-<step>`.
+        identity (`dict`, *optional*): Identity of the run, see [`~trl_drcd.reliability.identity.run_identity`].
 
     Raises:
-        OSError: If the disk does not take it; `final` is then as it was.
-        RuntimeError: If no weights are among the files.
+        OSError: If writing fails; `final` is then unchanged.
+        RuntimeError: If there is no weight file in `staged`.
     """
     names = sorted(path for path in staged.rglob("*") if path.is_file())
     files = {path.relative_to(staged).as_posix(): [path.stat().st_size, _crc32(path, sync=True)] for path in names}
@@ -49,7 +51,7 @@ def commit(staged: Path, final: Path, identity: dict[str, str] | None = None) ->
 
 
 def read_identity(checkpoint: str | Path) -> dict[str, str] | None:
-    """What [`commit`] was told of the run; `None` for a folder that another program has written."""
+    """The run's identity stored by [`commit`]; `None` for a folder written by another program."""
     try:
         found = json.loads((Path(checkpoint) / MANIFEST).read_bytes()).get("run")
     except (OSError, ValueError, AttributeError):
@@ -59,9 +61,9 @@ def read_identity(checkpoint: str | Path) -> dict[str, str] | None:
 
 def why_incomplete(checkpoint: Path, read: bool = True) -> str | None:
     """
-    What is wrong with a checkpoint; `None` if every file is as it was when the checkpoint was complete.
+    The reason why a checkpoint is not intact; `None` if every file is unchanged since [`commit`].
 
-    Where `read` is `False` only the files' sizes are looked at.
+    With `read=False`, only the file sizes are compared, not the checksums.
     """
     try:
         files = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
@@ -72,7 +74,7 @@ def why_incomplete(checkpoint: Path, read: bool = True) -> str | None:
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes instead of {size}"
             if read and _crc32(path) != checksum:
-                return f"{name} has other content than what was written"
+                return f"{name} has changed since it was written"
     except FileNotFoundError:
         return f"it has no {MANIFEST}, which is written last"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -82,13 +84,21 @@ def why_incomplete(checkpoint: Path, read: bool = True) -> str | None:
 
 def find_checkpoint(wanted: str | bool, output_dir: str | Path, read: bool = True) -> str:
     """
-    The folder that `resume_from_checkpoint` means: `true` is the newest complete checkpoint of the output folder.
+    Resolve `resume_from_checkpoint` to a folder: `true` is the newest complete checkpoint of the output folder.
 
-    A folder that is named is taken also without a `complete.json`: another program may have written it. Which one is
-    taken, and what was skipped, goes to the log; a first look, without `read`, says nothing.
+    A folder given by name may lack `complete.json`, as another program may have written it. With `read`, the chosen
+    checkpoint and the skipped ones are logged.
+
+    Args:
+        wanted (`str` or `bool`): `True`, `"true"`, `"last"`, or a folder.
+        output_dir (`str` or `Path`): Output folder of the run.
+        read (`bool`, *optional*, defaults to `True`): Compare checksums, not only file sizes.
+
+    Returns:
+        `str`: The folder.
 
     Raises:
-        FileNotFoundError: If there is none, or the one that is named is not whole.
+        FileNotFoundError: If there is no checkpoint, or the given one is incomplete.
     """
     if str(wanted).lower() not in ("true", "last"):
         named = Path(str(wanted))
@@ -96,7 +106,7 @@ def find_checkpoint(wanted: str | bool, output_dir: str | Path, read: bool = Tru
         if not (named / "trainer_state.json").is_file():
             problem = "it has no trainer_state.json"
         if problem:
-            raise FileNotFoundError(f"`resume_from_checkpoint={wanted}` is no complete checkpoint: {problem}")
+            raise FileNotFoundError(f"`resume_from_checkpoint={wanted}` is not a complete checkpoint: {problem}")
         return str(wanted)
     skipped: list[str] = []
     for checkpoint in checkpoints(output_dir):
@@ -117,7 +127,7 @@ def find_checkpoint(wanted: str | bool, output_dir: str | Path, read: bool = Tru
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """Folders `checkpoint-<step>`, the last step first."""
+    """Folders `checkpoint-<step>`, latest step first."""
     if not Path(output_dir).is_dir():
         return []
     found = [path for path in Path(output_dir).iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
@@ -126,14 +136,14 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 def rotate(output_dir: Path, limit: int | None, keep: set[Path]) -> None:
     """
-    Deletes checkpoints until `limit` are left: first torn ones, then what an earlier run left, then the oldest.
+    Delete checkpoints until `limit` are left: incomplete ones first, then those of an earlier run, then the oldest.
 
     Args:
-        output_dir (`Path`): Where they are.
+        output_dir (`Path`): Folder of the checkpoints.
         limit (`int`, *optional*): `save_total_limit`; nothing is deleted if `None` or 0.
-        keep (`set[Path]`): The newest and the best one, which stay.
+        keep (`set[Path]`): Checkpoints that are never deleted: the newest and the best one.
     """
-    found = checkpoints(output_dir)  # the last step first
+    found = checkpoints(output_dir)  # latest step first
     newest = max(_step(checkpoint) for checkpoint in keep)
     found.sort(key=lambda c: (why_incomplete(c, read=False) is None, _step(c) <= newest), reverse=True)
     others = [checkpoint for checkpoint in found if checkpoint not in keep]
@@ -147,7 +157,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _crc32(path: Path, sync: bool = False) -> int:
-    """Of the file's content; with `sync` the content is on the disk when this returns."""
+    """CRC-32 of a file's content; with `sync`, the content is flushed to disk first."""
     checksum = 0
     with path.open("rb") as file:
         if sync:
@@ -158,7 +168,7 @@ def _crc32(path: Path, sync: bool = False) -> int:
 
 
 def _sync(path: Path) -> None:
-    """What the file or folder holds is on the disk when this returns."""
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What a training run says when it stops: after how many updates, why, and what there is to resume from."""
+"""Error messages of a failed training run: number of updates, cause, and checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ def explained_failures(
     updates: Callable[[], int], keep_last_state: Callable[[], str], on_bad_batch: str, timeout: float
 ) -> Iterator[None]:
     """
-    Says of a bad batch, and of a process that is lost, where the run was and how to go on.
+    Add the number of updates and the way to resume to the errors of bad batches and lost processes.
 
     Args:
-        updates (`Callable`): Number of updates done.
-        keep_last_state (`Callable`): Makes a checkpoint of the state after the last update; says where it is.
+        updates (`Callable`): Returns the number of updates done.
+        keep_last_state (`Callable`): Saves a checkpoint of the state after the last update, and returns a sentence
+            with its path.
         on_bad_batch (`str`): `"stop"` or `"skip"`.
         timeout (`float`): Seconds that a process waits for the others.
 
     Raises:
-        BadBatchError, RuntimeError: With the exception of the body as their cause.
+        BadBatchError: In place of a `BadBatchError` of the body.
+        RuntimeError: If another process was lost.
     """
     try:
         yield

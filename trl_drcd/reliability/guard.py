@@ -1,4 +1,4 @@
-"""The guard against bad batches: stop before an update that is not finite, or skip it."""
+"""The guard against bad batches: stop before a non-finite update, or skip it."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from trl_drcd.reliability.processes import report_status
 
 logger = logging.getLogger(__name__)
 
-SKIPPED_IN_A_ROW = 10  # updates; a run that learns nothing must not go on for days
+SKIPPED_IN_A_ROW = 10  # updates; then the run stops, as it no longer learns anything
 
 
 class BatchGuard:
     """
-    Finds out whether rewards, embeddings, losses and gradients are finite before an update, on all processes together.
+    Check that rewards, embeddings, losses and gradients are finite before an update, on all processes together.
 
     Args:
         on_bad_batch (`str`): `"stop"` or `"skip"`.
-        tokenizer: Decodes the prompts that messages name.
-        accelerator (`Accelerator`): Of the launch.
+        tokenizer: Decodes prompts for error messages.
+        accelerator (`Accelerator`): The trainer's accelerator.
     """
 
     def __init__(self, on_bad_batch: str, tokenizer: Any, accelerator: Accelerator) -> None:
         self.on_bad_batch, self.tokenizer, self.accelerator = on_bad_batch, tokenizer, accelerator
-        self.problems = Problems()  # of this process in this rollout
-        self.skipped_step: int | None = None  # the last update that was
+        self.problems = Problems()  # of this process and rollout
+        self.skipped_step: int | None = None  # the last skipped update
         self.in_a_row = 0
 
-    # ---------------------------------------------------------------- finding out
+    # ---------------------------------------------------------------- detection
 
     @contextmanager
     def watched_sampling(self, module: nn.Module, prompt_ids: list[list[int]]) -> Iterator[None]:
-        """Remembers for which prompts the output of `module`, which TRL samples from, was not finite."""
+        """Record the prompts for which the output of `module`, which TRL samples from, is not finite."""
         report_status("it samples")
         with finite_sampling(module) as found:
             yield
@@ -49,7 +49,7 @@ class BatchGuard:
             self.note_not_finite(rows, prompt_ids)
 
     def note_not_finite(self, rows: torch.Tensor, prompt_ids: list[list[int]]) -> None:
-        """Remembers the prompts of the rows `(b,)` that were sampled from logits which are not finite."""
+        """Record the prompts of the rows, boolean `(b,)`, that were sampled from non-finite logits."""
         what = "the student's logits are not finite while it samples"
         if rows.any():
             known = len(rows) == len(prompt_ids)
@@ -60,7 +60,7 @@ class BatchGuard:
         return texts
 
     def checked_rewards(self, reward_funcs: list[Any]) -> list[Any]:
-        """Reward functions that report instead of raising; reward models as they are."""
+        """Wrap reward functions so that they report problems instead of raising; reward models are unchanged."""
         return [
             reward if isinstance(reward, nn.Module) else checked_reward(reward, self.problems)
             for reward in reward_funcs
@@ -68,7 +68,7 @@ class BatchGuard:
 
     @contextmanager
     def watched_rewards(self) -> Iterator[Problems]:
-        """Raises at the end, in every process, what the body and the sampling before it have found."""
+        """On exit, raise the problems of the body and of the preceding sampling, on every process."""
         report_status("it computes rewards")
         try:
             yield self.problems
@@ -77,7 +77,7 @@ class BatchGuard:
             self.problems.clear()
 
     def check_model_rewards(self, names: list[str], reward_funcs: list[Any], rewards: torch.Tensor, prompts: list):
-        """Reports what reward models gave for the rows of this process, `rewards (b, n)`, that is not finite."""
+        """Record non-finite rewards of reward models; `rewards` has shape `(b, n)`, the rows of this process."""
         for number, (name, reward) in enumerate(zip(names, reward_funcs, strict=True)):
             if isinstance(reward, nn.Module):
                 what = f"the reward `{name}` is not finite"
@@ -85,13 +85,16 @@ class BatchGuard:
 
     def check_losses(self, means: torch.Tensor, rows: dict[str, torch.Tensor], prompt_ids: torch.Tensor) -> None:
         """
-        Raises before the backward pass if a loss is not finite, in every process.
+        Raise before the backward pass, on every process, if a loss is not finite.
 
         Args:
-            means (`torch.Tensor`): Losses, means over all processes.
-            rows (`dict`): Of each sequence of this process, `(b,)`: `student` (entropy and log-probability), `kl` and
-                `advantages`.
-            prompt_ids (`torch.Tensor`): Of this process, `(b, P)`.
+            means (`torch.Tensor`): Losses, averaged over all processes.
+            rows (`dict`): Values of each sequence of this process, shape `(b,)`: `student` (entropy plus
+                log-probability), `kl` and `advantages`.
+            prompt_ids (`torch.Tensor`): Prompts of this process, int64 `(b, P)`.
+
+        Raises:
+            BadBatchError: If a loss is not finite.
         """
         report_status("it updates")
         if means.isfinite().all():
@@ -110,36 +113,36 @@ class BatchGuard:
 
     def gradient_problem(self, grad_norm: Any, fp16: bool, deepspeed: bool) -> str | None:
         """
-        What is wrong with the gradient's norm, if anything is; with `fp16` the scaler finds out.
+        A message if the gradient norm is not finite, else `None`. With `fp16` the gradient scaler handles it.
 
         Raises:
-            FloatingPointError: Under DeepSpeed, which has updated by it.
+            FloatingPointError: With DeepSpeed, which has already applied the update.
         """
         if grad_norm is None or fp16 or math.isfinite(grad_norm):
             return None
         message = f"the norm of the gradient is {float(grad_norm)}, although the losses are finite"
         if deepspeed:
-            raise FloatingPointError(f"{message}; DeepSpeed has updated by it: resume from an older checkpoint")
+            raise FloatingPointError(f"{message}; DeepSpeed has applied it: resume from an older checkpoint")
         return message
 
-    # ---------------------------------------------------------------- what follows
+    # ---------------------------------------------------------------- skipping
 
     def skips(self, step: int) -> bool:
-        """Whether the update after `step` others is skipped: the rest of its forwards need not run."""
+        """Whether the update after `step` others is skipped, so that its remaining forwards need not run."""
         return self.skipped_step == step
 
     def skip(self, step: int, problem: BadBatchError) -> None:
         """
-        Skips the update after `step` others.
+        Mark the update after `step` others as skipped.
 
         Raises:
-            BadBatchError: With `on_bad_batch="stop"`, or if too many updates in a row are bad.
+            BadBatchError: With `on_bad_batch="stop"`, or after more than `SKIPPED_IN_A_ROW` bad updates in a row.
         """
         if self.on_bad_batch == "stop":
             raise problem
         self.in_a_row = self.in_a_row + 1 if self.skipped_step == step - 1 else 1
         self.skipped_step = step
         if self.in_a_row > SKIPPED_IN_A_ROW:
-            raise BadBatchError(f"{SKIPPED_IN_A_ROW} updates in a row were left out, and again {problem}") from problem
+            raise BadBatchError(f"{SKIPPED_IN_A_ROW} updates in a row were skipped, and again {problem}") from problem
         if self.accelerator.is_main_process:
-            logger.warning(f"Update {step + 1} is left out (`on_bad_batch='skip'`): {problem}")
+            logger.warning(f"Update {step + 1} is skipped (`on_bad_batch='skip'`): {problem}")

@@ -1,4 +1,4 @@
-"""Which run a checkpoint belongs to: what of settings, data and model makes a resumed run another one."""
+"""The identity of a run: the settings, data and model that a checkpoint must share with the run that resumes it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
-# Of the arguments; what may change between a run and its continuation (paths, logging, saving, lengths) is not here
+# Arguments that must not change on resume; paths, logging, saving and lengths may
 SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "seed"),
     "max_grad_norm_diversity",
@@ -17,22 +17,22 @@ SETTINGS = (
     *("generation_batch_size", "max_completion_length", "reward_weights", "bf16", "fp16"),
 )
 
-ROWS = 256  # of the data, the first and the last ones are compared
-VALUES = 4  # of each tensor of a teacher
+ROWS = 256  # number of first and of last rows of the data that are compared
+VALUES = 4  # number of values of each tensor of a separate teacher that are compared
 
 
 def run_identity(args: Any, model: Any, train_dataset: Any, teacher: Any = None) -> dict[str, str]:
     """
-    What a checkpoint must share with the run that resumes from it, by name.
+    The identity of a run, which a checkpoint must share with the run that resumes from it.
 
     Args:
-        args (`TrainingArguments`): Of the run.
+        args (`TrainingArguments`): Arguments of the run.
         model (`PreTrainedModel`): The student, unwrapped.
-        train_dataset (`Dataset` or `IterableDataset`): Of a stream only the columns are compared.
-        teacher (`PreTrainedModel`, *optional*): One that is not the initial model.
+        train_dataset (`Dataset` or `IterableDataset`): Training data; for a stream, only the columns are used.
+        teacher (`PreTrainedModel`, *optional*): A teacher other than the initial model.
 
     Returns:
-        `dict[str, str]`: Name to value, as texts.
+        `dict[str, str]`: Name to value.
     """
     values: dict[str, Any] = {name: getattr(args, name, None) for name in SETTINGS}
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
@@ -51,14 +51,14 @@ def run_identity(args: Any, model: Any, train_dataset: Any, teacher: Any = None)
 
 
 def identity_problem(found: dict[str, str] | None, own: dict[str, str]) -> str | None:
-    """What of a checkpoint's identity is not this run's; `None` if all is, or if the checkpoint has none."""
+    """The differences between the identities of a checkpoint and a run; `None` if there are none to compare."""
     if not found:
         return None
     different = [name for name in own if name in found and found[name] != own[name]]
     if not different:
         return None
     listed = ", ".join(f"`{name}` {found[name]} instead of {own[name]}" for name in different[:4])
-    return f"it is of another run: {listed}"
+    return f"it belongs to a different run: {listed}"
 
 
 def _digest(value: Any) -> str:

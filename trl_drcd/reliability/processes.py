@@ -1,4 +1,4 @@
-"""What the processes of a run know of each other: what each does, and how long it waits for the others."""
+"""Status of the processes of a run, for the error message when one of them is lost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KEY = "trl_drcd/status/"
 
 
 def report_status(what: str) -> None:
-    """Tells the other processes what this one does now."""
+    """Publish what this process is doing, in the store of the process group."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         store = default_store()
         if store is not None:
@@ -20,20 +20,20 @@ def report_status(what: str) -> None:
 
 
 def last_statuses() -> str:
-    """What each process reported last; for the message after an exchange that failed."""
+    """The last status of each process, for the message after a failed collective operation."""
     told = []
     try:
         store = default_store()
-        store.set_timeout(timedelta(seconds=2))  # its process may be the one that is gone
+        store.set_timeout(timedelta(seconds=2))  # the process that hosts the store may be the lost one
         for rank in range(dist.get_world_size()):
             key = f"{KEY}{rank}"
             told.append(f"process {rank}: {store.get(key).decode() if store.check([key]) else 'nothing yet'}")
     except (RuntimeError, AttributeError):
-        told.append("the others cannot be asked")
+        told.append("the status of the others is not available")
     return "; ".join(told)
 
 
 def is_lost_process(error: RuntimeError) -> bool:
-    """Whether an exchange between processes failed, by what the backends say then."""
+    """Whether an error is a failed communication between processes, by the messages of the backends."""
     signs = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)

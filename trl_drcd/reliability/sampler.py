@@ -13,11 +13,11 @@ from trl_drcd.compat.trl_private import RepeatSampler
 
 class EpochSampler(Sampler):
     """
-    TRL's `RepeatSampler`, which reproduces its order on resume in a later epoch.
+    Wraps TRL's `RepeatSampler` so that it reproduces its order on resume in a later epoch.
 
     Args:
-        sampler (`RepeatSampler`): Shuffles anew at each epoch, by one generator.
-        trainer (`Trainer`): Whose state says which epoch it is.
+        sampler (`RepeatSampler`): Reshuffles at each epoch with one generator.
+        trainer (`Trainer`): Its state gives the current epoch.
     """
 
     def __init__(self, sampler: RepeatSampler, trainer: Any) -> None:

@@ -1,4 +1,4 @@
-"""The state after an update that its weights and optimizer do not hold: random states and the rollout in use."""
+"""The state of a run besides weights and optimizer: random states and the current rollout."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Batches = list[dict[str, torch.Tensor]]
 
 
 def random_states() -> tuple[Any, ...]:
-    """Of Python, NumPy, torch, and the GPU that this process uses."""
+    """Random states of Python, NumPy, torch, and the GPU that this process uses."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda  # noqa: NPY002
 
 
 def set_random_states(states: tuple[Any, ...]) -> None:
-    """Restores what [`random_states`] gave."""
+    """Restore the states returned by [`random_states`]."""
     random.setstate(states[0])
     np.random.set_state(states[1])  # noqa: NPY002
     torch.set_rng_state(states[2])
@@ -33,14 +33,14 @@ def set_random_states(states: tuple[Any, ...]) -> None:
 @dataclass
 class Snapshot:
     """
-    What a checkpoint after an update would hold beside weights and optimizer.
+    The state after an update that a checkpoint stores besides weights and optimizer.
 
     Args:
-        global_step (`int`): Updates done.
-        forward (`int`): Forwards done, by which TRL knows which part of a rollout is next.
-        rollout (`list[dict]`, *optional*): The batches of the rollout in use.
-        critic (`dict`): State of the critic, whose tensors are never changed in place; empty without one.
-        random (`tuple`): [`random_states`], as of now by default.
+        global_step (`int`): Number of updates done.
+        forward (`int`): Number of forwards done, from which TRL derives the next part of a rollout.
+        rollout (`list[dict]`, *optional*): The batches of the current rollout.
+        critic (`dict`): State of the critic, whose tensors are never modified in place; empty without a critic.
+        random (`tuple`): [`random_states`]; defaults to the current ones.
     """
 
     global_step: int
@@ -55,7 +55,7 @@ def _rollout_file(folder: Path, process: int) -> Path:
 
 
 def save_rollout(folder: Path, rollout: Batches, forward: int, process: int, processes: int) -> None:
-    """Writes the batches of this process that are sampled but not used up, where a rollout serves several updates."""
+    """Write the sampled batches of this process that later updates still need (several updates per rollout)."""
     tensors = {
         f"{number}.{name}": tensor.contiguous()
         for number, batch in enumerate(rollout)
@@ -68,17 +68,17 @@ def load_rollout(
     folder: Path, count: int, process: int, processes: int, device: torch.device
 ) -> tuple[Batches, int] | None:
     """
-    The batches and the number of forwards that [`save_rollout`] wrote.
+    Read the batches and the number of forwards written by [`save_rollout`].
 
     Args:
         folder (`Path`): The checkpoint.
-        count (`int`): Batches of a rollout.
+        count (`int`): Number of batches of a rollout.
         process, processes (`int`): Rank and number of processes.
-        device (`torch.device`): Where the tensors go.
+        device (`torch.device`): Device of the tensors.
 
     Returns:
-        `tuple`, or `None` where there is no such file, or one of another number of processes: then the rollout is
-        sampled anew.
+        `tuple`: Batches and number of forwards; `None` if there is no file or the number of processes differs, in
+        which case the rollout is sampled again.
     """
     file = _rollout_file(folder, process)
     if not file.is_file():
@@ -88,7 +88,7 @@ def load_rollout(
         if metadata["processes"] != str(processes):
             return None
         batches: Batches = [{} for _ in range(count)]
-        for key in tensors.keys():  # noqa: SIM118 - it is no dictionary
+        for key in tensors.keys():  # noqa: SIM118 - not a dictionary
             number, name = key.split(".", 1)
             batches[int(number)][name] = tensors.get_tensor(key)
     return batches, int(metadata["step"])

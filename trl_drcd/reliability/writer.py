@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: complete or not there, on any number of processes."""
+"""Atomic checkpoints of a training run, on any number of processes."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from trl_drcd.reliability.processes import report_status
 
 class CheckpointWriter:
     """
-    Has a trainer write its checkpoints into `<output_dir>/.incomplete`.
+    Makes a trainer write its checkpoints to `<output_dir>/.incomplete` first.
 
-    When the files of all processes are there, they are listed with their checksums, and the folder is renamed to
-    `checkpoint-<step>`; only then are older ones deleted.
+    Once all processes have written their files, these are listed with their checksums, and the folder is renamed to
+    `checkpoint-<step>`. Older checkpoints are deleted only afterwards.
 
     Args:
-        args (`TrainingArguments`): Of the run.
-        accelerator (`Accelerator`): Of the launch.
+        args (`TrainingArguments`): Arguments of the run.
+        accelerator (`Accelerator`): The trainer's accelerator.
 
     Attributes:
-        saved_step (`int`): Of the newest checkpoint that this run wrote or started from.
-        resumed_step (`int`): Of the checkpoint that this run started from; 0 where it started anew.
-        identity (`dict`): [`~trl_drcd.reliability.identity.run_identity`], which goes into each checkpoint.
+        saved_step (`int`): Step of the newest checkpoint that this run wrote or resumed from.
+        resumed_step (`int`): Step of the checkpoint that this run resumed from; 0 for a new run.
+        identity (`dict`): [`~trl_drcd.reliability.identity.run_identity`], stored in each checkpoint.
     """
 
     def __init__(self, args: TrainingArguments, accelerator: Accelerator) -> None:
@@ -46,17 +46,16 @@ class CheckpointWriter:
         self.identity: dict[str, str] = {}
 
     def place(self, folder: str) -> str:
-        """Where the trainer is to write what belongs into `folder`."""
+        """The folder to write to instead of `folder`: the staging folder while a checkpoint is written."""
         return str(Path(folder, STAGING)) if self.staging else folder
 
     @contextmanager
     def writing(self, run: Path, state: TrainerState) -> Iterator[Path]:
         """
-        While it lasts, the trainer writes a checkpoint into the folder that this yields; then it is there as
-        `run / "checkpoint-<step>"`.
+        Yield the folder into which the trainer writes a checkpoint; on exit, commit it as `run / "checkpoint-<step>"`.
 
         Raises:
-            OSError: If the disk does not take it, with the room that is left and what there is to resume from.
+            OSError: If writing fails; the message gives the free disk space and the checkpoint to resume from.
         """
         name = f"checkpoint-{state.global_step}"
         if self.args.should_save:
@@ -76,7 +75,7 @@ class CheckpointWriter:
         self.saved_step = state.global_step
 
     def commit(self, staged: Path, final: Path, state: TrainerState) -> None:
-        """Commits the folder once all processes have written."""
+        """Commit the folder once all processes have written their files."""
         moved = state.best_model_checkpoint == str(staged)
         if moved:
             state.best_model_checkpoint = str(final)
@@ -90,10 +89,10 @@ class CheckpointWriter:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """
-        While it lasts, no other training writes into the output folder.
+        Lock the output folder against other training runs.
 
         Raises:
-            BlockingIOError: On every process, if another one does.
+            BlockingIOError: On every process, if another run holds the lock.
         """
         with ExitStack() as stack:
             problem: list[Any] = [None]
@@ -109,11 +108,11 @@ class CheckpointWriter:
 
     def resolve(self, wanted: str | bool | None) -> str | None:
         """
-        The folder that `resume_from_checkpoint` means, on every process alike: [`find_checkpoint`].
+        Resolve `resume_from_checkpoint` to a folder, the same on every process; see [`find_checkpoint`].
 
         Raises:
-            FileNotFoundError: On every process, if there is none.
-            ValueError: On every process, if it is a checkpoint of another run.
+            FileNotFoundError: On every process, if there is no complete checkpoint.
+            ValueError: On every process, if the checkpoint belongs to a different run.
         """
         self.resumed_step = 0
         if not wanted:
@@ -125,7 +124,7 @@ class CheckpointWriter:
                 state = TrainerState.load_from_json(str(Path(folder, "trainer_state.json")))
                 found = [folder, state.global_step, None]
                 if problem := identity_problem(read_identity(folder), self.identity):
-                    remedy = "give the settings that it was trained with, or another `output_dir`"
+                    remedy = "use the settings that it was trained with, or another `output_dir`"
                     found[2] = ValueError(f"{folder} cannot be resumed from: {problem}; {remedy}")
             except FileNotFoundError as error:
                 found = [None, 0, error]
@@ -135,7 +134,7 @@ class CheckpointWriter:
         return checkpoint
 
     def rotate(self, run: Path, state: TrainerState) -> None:
-        """Deletes what is left of staging, and the checkpoints beyond `save_total_limit`."""
+        """Delete the staging folder, and the checkpoints beyond `save_total_limit`."""
         if self.args.should_save:
             newest = run / f"checkpoint-{self.saved_step}"
             shutil.rmtree(run / STAGING, ignore_errors=True)
@@ -143,13 +142,13 @@ class CheckpointWriter:
 
 
 def _is_of_the_disk(error: Exception) -> bool:
-    """Whether writing failed; what torch raises then is a `RuntimeError` that does not say so."""
+    """Whether an error is a failed write; torch raises an unspecific `RuntimeError` for it."""
     where = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     return isinstance(error, (OSError, SafetensorError)) or where == Path(torch.serialization.__file__)
 
 
 def _disk_message(run: Path, name: str, error: Exception) -> str:
-    """What failed, how much room there was, and what there is to resume from; makes room."""
+    """The error message: cause, free disk space, and checkpoint to resume from. Deletes the staging folder."""
     free = shutil.disk_usage(run).free / 2**20
     shutil.rmtree(run / STAGING, ignore_errors=True)
     older = checkpoints(run)

@@ -1,4 +1,4 @@
-"""One decode loop for all families of models: the cache, guidance, and how a token is drawn."""
+"""The decode loop for all model families: cache, guidance, and drawing of tokens."""
 
 from trl_drcd.sampling.cache import PreallocatedLayer, preallocated_cache, preallocated_cross_cache
 from trl_drcd.sampling.drawing import Drawn, draw

@@ -1,4 +1,4 @@
-"""A cache of keys and values that is allocated once, for any model of transformers that takes a `Cache`."""
+"""A key-value cache that is allocated once, for any transformers model that takes a `Cache`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from transformers.cache_utils import DynamicLayer
 
 class PreallocatedLayer(DynamicLayer):
     """
-    Keys and values of a layer of full attention, written in place and returned as views.
+    Keys and values of a full-attention layer, written in place and returned as views.
 
-    transformers' own layer concatenates at each token, that is, copies everything that is there.
+    transformers' own layer concatenates at each token, which copies the whole cache.
 
     Args:
-        length (`int`): Positions that it holds, prompt and completion.
+        length (`int`): Capacity in positions, prompt and completion together.
     """
 
     def __init__(self, length: int):
@@ -24,7 +24,7 @@ class PreallocatedLayer(DynamicLayer):
         self.length = length
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocates, once the shape and the dtype of keys and values are known."""
+        """Allocate the storage, given the shape and dtype of the first keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self._storage = tuple(self._empty(states, len(states)) for states in (key_states, value_states))
         self._show(0)
@@ -34,7 +34,7 @@ class PreallocatedLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Appends new positions.
+        Append new positions.
 
         Args:
             key_states, value_states (`torch.Tensor`): Shape `(B, heads, positions, size)`.
@@ -43,7 +43,7 @@ class PreallocatedLayer(DynamicLayer):
             `tuple[torch.Tensor, torch.Tensor]`: All keys and values so far: views, valid until the next call.
 
         Raises:
-            ValueError: If there is no room left.
+            ValueError: If the cache is full.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -55,7 +55,7 @@ class PreallocatedLayer(DynamicLayer):
         return self._show(start + new)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Keeps the given rows, int64 `(rows,)`, in that order; a row may come more than once."""
+        """Keep the given rows, int64 `(rows,)`, in that order; a row may be repeated."""
         if not self.is_initialized:
             return
         filled, rows = self.get_seq_length(), beam_idx.to(self.device)
@@ -67,11 +67,11 @@ class PreallocatedLayer(DynamicLayer):
         self._show(filled)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """[`reorder_cache`] by another name."""
+        """Same as [`reorder_cache`]."""
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row."""
+        """Repeat every row `repeats` times."""
         if self.is_initialized:
             self.reorder_cache(torch.arange(len(self._storage[0]), device=self.device).repeat_interleave(repeats))
 
@@ -86,16 +86,16 @@ class PreallocatedLayer(DynamicLayer):
 
 def preallocated_cache(config: PreTrainedConfig, length: int) -> DynamicCache:
     """
-    The cache that transformers makes for a model, its layers of full attention allocated once.
+    The cache that transformers creates for a model, with preallocated full-attention layers.
 
-    Sliding windows, linear attention and what mixes them keep their own layers, whose size does not grow.
+    Layers of sliding-window and linear attention stay as they are, since their size is bounded.
 
     Args:
-        config (`PreTrainedConfig`): The model's.
+        config (`PreTrainedConfig`): The model's configuration.
         length (`int`): Positions of the longest sequence.
 
     Returns:
-        `DynamicCache`: Empty.
+        `DynamicCache`: An empty cache.
     """
     cache = DynamicCache(config=config)
     cache.layers = [PreallocatedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]

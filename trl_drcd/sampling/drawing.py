@@ -1,5 +1,5 @@
 """
-Tokens drawn from logits by the inverse of the distribution function.
+Draw tokens from logits by inverse transform sampling.
 
 Letters: `N` draws, `V` vocabulary.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-BLOCK = 128  # tokens whose probabilities are first added up: about the square root of a large vocabulary
+BLOCK = 128  # tokens per block of the two-level search: about the square root of a large vocabulary
 
 
 class Drawn(NamedTuple):
@@ -23,11 +23,12 @@ class Drawn(NamedTuple):
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0) -> Drawn:
     """
-    One token per row from `softmax(logits / temperature)`: the first whose cumulated probability exceeds `uniform`.
+    Draw one token per row from `softmax(logits / temperature)`: the first whose cumulative probability exceeds
+    `uniform`.
 
-    The distribution function is computed in two levels, of blocks of tokens and inside the block that is met, so that
-    no float64 array of the size of the logits exists; `torch.multinomial` makes a random number for every token. A
-    token without probability is never drawn. A row with NaN, or without a largest finite logit, is drawn uniformly.
+    The cumulative distribution is computed in two levels, over blocks of tokens and inside the selected block, so that
+    no float64 array of the size of the logits is needed. (`torch.multinomial` draws a random number per token.) A
+    token with probability 0 is never drawn. If a row has NaN or no finite maximum, its token is drawn uniformly.
 
     Args:
         logits (`torch.Tensor`): Shape `(N, V)`, float32 or float64; overwritten.
@@ -35,7 +36,7 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0) 
         temperature (`float`, *optional*, defaults to 1.0): Above 0.
 
     Returns:
-        [`Drawn`]: Tokens, log-probabilities and which rows were finite.
+        [`Drawn`]: Tokens, their log-probabilities in nats, and whether each row was finite; each of shape `(N,)`.
     """
     rows, vocabulary = logits.shape
     p = logits.div_(temperature).softmax(-1)
@@ -53,7 +54,7 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0) 
 
 def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The first index whose cumulated weight exceeds `uniform` of the sum, and where in its own share it was met.
+    The first index whose cumulative weight exceeds `uniform` times the sum, and the relative position inside it.
 
     Args:
         weights (`torch.Tensor`): Not negative, shape `(N, M)`.
@@ -64,7 +65,7 @@ def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor,
     """
     cumulated = weights.cumsum(-1, dtype=torch.float64)
     total = cumulated[:, -1:]
-    # Rounding must not reach the total, beyond which there is nothing
+    # Rounding must not give the total itself, which no index exceeds
     target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cumulated, target, right=True).clamp(max=weights.shape[1] - 1)
     share = weights.gather(1, index).double()

@@ -1,4 +1,4 @@
-"""Sampling through transformers' `generate`, for causal LMs that the decode loop does not know to feed."""
+"""Sampling with transformers' `generate`, for causal LMs that the decode loop does not support."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trl_drcd.sampling.loop import Rollout, check_sampling
 
 
 class DrawingProcessor(LogitsProcessor):
-    """Draws the tokens of each step as [`~trl_drcd.sampling.loop.decode`] does, and keeps what was drawn."""
+    """Draw the tokens of each step as [`~trl_drcd.sampling.loop.decode`] does, and record them in `steps`."""
 
     def __init__(self, guidance_scale: float, temperature: float):
         self.guidance_scale, self.temperature = guidance_scale, temperature
@@ -39,12 +39,19 @@ def generate(
     eos_token_ids: list[int],
 ) -> Rollout:
     """
-    [`~trl_drcd.sampling.loop.decode`] by `generate`: no prompt is shared, no sequence leaves the batch.
+    [`~trl_drcd.sampling.loop.decode`] with `generate`: equal prompts are not shared, and finished sequences stay in
+    the batch.
 
     Args:
         model (`PreTrainedModel`): A causal LM, with or without adapters.
-        rows (`list[list[int]]`): The prompts, and with guidance the unconditional ones after them.
+        rows (`list[list[int]]`): Token ids of the prompts, followed, with guidance, by the unconditional prompts.
         steps, guidance_scale, temperature, eos_token_ids: As in [`~trl_drcd.sampling.loop.decode`].
+
+    Returns:
+        [`~trl_drcd.sampling.Rollout`]: `K` is 1.
+
+    Raises:
+        ValueError: If `temperature` is not above 0 or `steps` is below 1.
     """
     check_sampling(steps, temperature)
     processor = DrawingProcessor(guidance_scale, temperature)

@@ -1,5 +1,5 @@
 """
-The decode loop: one for all families of models.
+The decode loop for all model families.
 
 Letters: `B` sequences, `R` rows in the batch (`2B` with guidance), `S` steps, `K` codebooks, `V` vocabulary, `H`
 hidden size.
@@ -16,8 +16,8 @@ from trl_drcd.losses import Head, guided_logits
 from trl_drcd.sampling.drawing import draw
 from trl_drcd.sampling.streams import Stream
 
-SYNCHRONISED = 8  # steps of an accelerator between two looks at how many sequences have ended
-ENDED_SHARE = 0.25  # of the batch: to leave it out is then cheaper than to carry it along
+SYNCHRONISED = 8  # on an accelerator, steps between two checks for finished sequences, which synchronise with the CPU
+ENDED_SHARE = 0.25  # finished share of the batch from which removing these rows costs less than keeping them
 
 
 @dataclass
@@ -26,12 +26,12 @@ class Rollout:
     Sampled completions.
 
     Args:
-        ids (`torch.Tensor`): int64, shape `(B, <= S, K)`; the fill id where nothing was drawn.
-        log_probs (`torch.Tensor`): Of the distribution that was sampled from, nats, same shape; 0 where nothing was
-            drawn.
-        drawn (`torch.Tensor`): Where it was, boolean, same shape.
-        finite (`torch.Tensor`): Whether all logits of a sequence were, boolean, shape `(B,)`; where not, its tokens
-            are drawn uniformly.
+        ids (`torch.Tensor`): int64, shape `(B, <= S, K)`; the fill id where no token was drawn.
+        log_probs (`torch.Tensor`): Log-probabilities under the sampled distribution, nats, same shape; 0 where no
+            token was drawn.
+        drawn (`torch.Tensor`): Whether a token was drawn, boolean, same shape.
+        finite (`torch.Tensor`): Whether all logits of a sequence were finite, boolean, shape `(B,)`; tokens with
+            non-finite logits were drawn uniformly.
     """
 
     ids: torch.Tensor
@@ -40,7 +40,7 @@ class Rollout:
     finite: torch.Tensor
 
     def completions(self) -> list[list[int]]:
-        """Each sequence's ids up to and with its last step, those of a step together."""
+        """Ids of each sequence up to its last drawn step, the `K` ids of a step next to each other."""
         steps = torch.arange(1, self.ids.shape[1] + 1, device=self.ids.device)
         lengths = (self.drawn.any(2) * steps).amax(1).tolist()
         rows: list[list[list[int]]] = self.ids.tolist()
@@ -49,7 +49,7 @@ class Rollout:
 
 def check_sampling(steps: int, temperature: float) -> None:
     """
-    Refuses what cannot be sampled with.
+    Check the arguments of sampling.
 
     Raises:
         ValueError: If `temperature` is not above 0 or `steps` is below 1.
@@ -62,15 +62,17 @@ def check_sampling(steps: int, temperature: float) -> None:
 
 def joined(heads: Sequence[Head], token_ids: torch.Tensor | None = None) -> Head:
     """
-    `K` heads as one of `K * V` rows, in the dtype that they project in.
+    Stack `K` heads into one with `K * V` rows, in the dtype of their projection.
 
     Args:
-        heads (`Sequence[Head]`): Alike but for their weights.
-        token_ids (`torch.Tensor`, *optional*): The tokens that may be drawn, int64 `(V',)`: the other rows are left
-            out.
+        heads (`Sequence[Head]`): Heads that differ in weight and bias only.
+        token_ids (`torch.Tensor`, *optional*): Keep only the rows of these tokens, int64 `(V',)`.
+
+    Returns:
+        [`Head`]: Without gradient.
 
     Raises:
-        ValueError: If the heads differ in more than their weights.
+        ValueError: If the heads differ in scale or soft cap, or only some have a bias.
     """
     first = heads[0]
     if any((h.scale, h.softcap, h.bias is None) != (first.scale, first.softcap, first.bias is None) for h in heads):
@@ -100,28 +102,29 @@ def decode(
     token_ids: torch.Tensor | None = None,
 ) -> Rollout:
     """
-    Sample, without truncation or penalties, with classifier-free guidance where `guidance_scale` is not 1.
+    Sample without truncation or penalties, with classifier-free guidance if `guidance_scale` is not 1.
 
-    With guidance the stream's first half is conditional and its second half, in the same order, unconditional: both
-    are given the same tokens. Each sequence has random numbers of its own, whatever becomes of the others; those that
-    have ended leave the batch when they are a quarter of it.
+    With guidance, the first half of the stream's rows is conditional and the second half, in the same order,
+    unconditional; both get the same tokens. The random numbers of a sequence do not depend on when the others end.
+    Finished sequences are removed from the batch once they make up a quarter of it.
 
     Args:
         stream ([`Stream`]): The model and its prompts, `R` rows.
         heads (`Sequence[Head]`): The `K` output heads.
-        steps (`int`): Largest number of steps `S`, at least 1.
+        steps (`int`): Maximum number of steps `S`, at least 1.
         guidance_scale (`float`, *optional*, defaults to 1.0): gamma of Eq. (1).
         temperature (`float`, *optional*, defaults to 1.0): Above 0.
         eos_token_ids (`Sequence[int]`, *optional*): Tokens that end a sequence.
-        fill (`int`, *optional*, defaults to 0): Stands where nothing is drawn.
-        layout (`torch.Tensor`, *optional*): Where tokens are drawn, boolean `(S, K)`; everywhere by default.
-        token_ids (`torch.Tensor`, *optional*): The tokens that may be drawn, int64 `(V',)`; all by default.
+        fill (`int`, *optional*, defaults to 0): Id where no token is drawn.
+        layout (`torch.Tensor`, *optional*): Positions where tokens are drawn, boolean `(S, K)`; all by default.
+        token_ids (`torch.Tensor`, *optional*): Restrict sampling to these tokens, int64 `(V',)`; all by default.
 
     Returns:
         [`Rollout`]: On the stream's device.
 
     Raises:
-        ValueError: If `temperature` is not above 0 or `steps` is below 1.
+        ValueError: If `temperature` is not above 0, `steps` is below 1, or the heads differ in more than weight and
+            bias.
     """
     check_sampling(steps, temperature)
     guided, books, head = guidance_scale != 1, len(heads), joined(heads, token_ids)
@@ -132,7 +135,7 @@ def decode(
     drawn = torch.zeros(ids.shape, dtype=torch.bool, device=device)
     finite = torch.ones(sequences, dtype=torch.bool, device=device)
     eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=device)
-    rows = torch.arange(sequences, device=device)  # the sequences that are in the batch
+    rows = torch.arange(sequences, device=device)  # indices of the sequences still in the batch
     running = torch.ones(sequences, dtype=torch.bool, device=device)
     for step in range(steps):
         cond, uncond = hidden.chunk(2) if guided else (hidden, None)

@@ -1,5 +1,5 @@
 """
-What the decode loop asks of a model: hidden states of the prompts, then of one step after another.
+Streams: the interface between the decode loop and a model. They return hidden states for the prompts, then per step.
 
 Letters: `R` rows in the batch (twice the sequences with guidance), `P` longest prompt, `K` codebooks, `H` hidden size.
 """
@@ -20,27 +20,27 @@ from trl_drcd.sampling.cache import preallocated_cache
 
 
 class Stream(Protocol):
-    """Rows that are decoded together."""
+    """A batch of rows that are decoded together."""
 
     def start(self) -> torch.Tensor:
-        """Reads the prompts; hidden states `(R, H)` that predict the first step."""
+        """Encode the prompts; returns the hidden states `(R, H)` that predict the first step."""
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Takes a step's tokens, int64 `(R, K)`; hidden states `(R, H)` that predict the next one."""
+        """Feed the tokens of a step, int64 `(R, K)`; returns the hidden states `(R, H)` that predict the next step."""
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Goes on with the given rows alone, int64, in that order."""
+        """Keep only the given rows, int64, in that order."""
 
 
 def distinct_rows(rows: list[list[int]]) -> tuple[list[list[int]], torch.Tensor]:
     """
-    The different ones among rows of token ids, and which of them each row is.
+    Deduplicate rows of token ids.
 
     Args:
         rows (`list[list[int]]`): `R` rows.
 
     Returns:
-        `tuple`: The different rows in the order of their first appearance, and an int64 tensor `(R,)` of indices.
+        `tuple`: The distinct rows in order of first appearance, and the index of each row among them, int64 `(R,)`.
     """
     places: dict[tuple[int, ...], int] = {}
     index = [places.setdefault(tuple(row), len(places)) for row in rows]
@@ -49,35 +49,35 @@ def distinct_rows(rows: list[list[int]]) -> tuple[list[list[int]], torch.Tensor]
 
 def refusal(model: Any) -> str | None:
     """
-    Why [`CausalStream`] cannot decode a causal LM, so that `generate` has to; `None` where it can.
+    Why [`CausalStream`] cannot decode a causal LM and `generate` is used instead; `None` if it can.
 
     Args:
-        model (`PreTrainedModel`): Without PEFT's wrapper.
+        model (`PreTrainedModel`): A causal LM without PEFT's wrapper.
     """
     name, backbone = type(model).__name__, model.base_model
     if _cache_argument(backbone) is None or not model._supports_default_dynamic_cache():
-        return f"{type(backbone).__name__} keeps its past in something else than a `Cache`"
+        return f"{type(backbone).__name__} does not keep its past in a `Cache`"
     if type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
-        return f"{name} prepares the inputs of a step in a way of its own"
+        return f"{name} overrides `prepare_inputs_for_generation`"
     if is_deepspeed_zero3_enabled():
         return "DeepSpeed ZeRO-3 needs all processes in every forward"
     return None
 
 
 def _cache_argument(backbone: Any) -> str | None:
-    """Name of the argument of `forward` that takes the cache: transformers 5.24 renames it."""
+    """Name of the cache argument of `forward`; transformers 5.24 renames it."""
     names = inspect.signature(backbone.forward).parameters
     return next((name for name in ("past_key_values", "cache") if name in names), None)
 
 
 class CausalStream:
     """
-    A decoder-only transformer whose prompts are padded on the left; each different prompt is read once.
+    Decoding stream of a decoder-only transformer with left-padded prompts. Each distinct prompt is encoded once.
 
     Args:
-        backbone (`PreTrainedModel`): Gives hidden states after the final norm; its [`refusal`] is `None`.
-        prompt_ids (`list[list[int]]`): `R` rows, none empty.
-        steps (`int`): Largest number of completion tokens.
+        backbone (`PreTrainedModel`): Returns hidden states after the final norm; its [`refusal`] is `None`.
+        prompt_ids (`list[list[int]]`): `R` non-empty rows.
+        steps (`int`): Maximum number of completion tokens.
 
     Raises:
         ValueError: If a prompt is empty.
@@ -111,7 +111,7 @@ class CausalStream:
         return self._forward(tokens, self.mask[:, : self.length], self.positions)
 
     def keep(self, rows: torch.Tensor) -> None:
-        self.cache.reorder_cache(rows)  # which every kind of layer has, for beam search
+        self.cache.reorder_cache(rows)  # every cache layer has this, for beam search
         self.mask, self.positions = self.mask[rows], self.positions[rows]
         self.padded = not bool(self.mask.all())
 
@@ -127,9 +127,9 @@ class CausalStream:
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """
-    Evaluation mode, and afterwards each module's own.
+    Put a model in evaluation mode; on exit restore the mode of each module.
 
-    In training mode gradient checkpointing would leave out the cache, and dropout sample from another distribution.
+    In training mode, gradient checkpointing would disable the cache, and dropout would change the distribution.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -143,10 +143,10 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def cast_once(model: torch.nn.Module, device_type: str) -> Iterator[None]:
     """
-    Lets autocast keep its copies of frozen weights too, which it would make anew for every token.
+    Make autocast cache the casts of frozen weights, which it would otherwise repeat for every token.
 
-    Autocast keeps the copy of a float32 weight until its context ends, but only of weights that ask for a gradient.
-    Use it without gradients.
+    Autocast caches the cast of a float32 weight until its context ends, but only if the weight requires a gradient, so
+    this sets `requires_grad` temporarily. Use it under `torch.no_grad()`.
     """
     frozen = []
     if torch.is_autocast_enabled(device_type):
