@@ -20,14 +20,14 @@ logger = logging.getLogger(__name__)
 
 class SampleCallback(TrainerCallback):
     """
-    Logs one completion of each fixed prompt every `sample_steps` steps, with the same random draws each time.
+    Logs one completion of each fixed prompt every `sample_steps` steps, with the same random numbers each time.
 
-    Goes to TensorBoard, and to Weights & Biases and trackio where `report_to` names them: audio where there is a
-    codec.
+    Logs to those of TensorBoard, Weights & Biases and trackio that are in `report_to`: audio if there is a codec, else
+    text.
 
     Args:
-        trainer (`CFGDistillDiversityTrainer`): Whose model, tokenizer and arguments are used.
-        codec (*optional*): Makes audio of completion ids.
+        trainer (`CFGDistillDiversityTrainer`): Provides the model, tokenizer and arguments.
+        codec (*optional*): Decodes completion ids to audio.
     """
 
     def __init__(self, trainer: RLOOTrainer, codec: Any = None):
@@ -35,7 +35,7 @@ class SampleCallback(TrainerCallback):
         self.codec = codec
         self.prompts = trainer.args.sample_prompts or _first_prompts(trainer)
         texts = [prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) for prompt in self.prompts]
-        self.names = distinct_names(texts)  # backends make file names of them
+        self.names = distinct_names(texts)  # backends use them as file names
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.sample_steps == 0:
@@ -46,7 +46,7 @@ class SampleCallback(TrainerCallback):
     def _sample(self) -> list:
         trainer = self.trainer
         prompt_ids, _, _ = trainer._tokenize_prompts(self.prompts)
-        # Drawn apart from the training's random state, which samples must not move
+        # Sampling must not change the random state of training
         devices = [torch.cuda.current_device()] if trainer.accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(trainer.args.seed)
@@ -72,7 +72,7 @@ class SampleCallback(TrainerCallback):
                 self._log_to(__import__(name), samples, step)
 
     def _log_to(self, backend: Any, samples: list, step: int):
-        entries: dict[str, Any] = {"train/global_step": step}  # the axis of transformers' own entries
+        entries: dict[str, Any] = {"train/global_step": step}  # the x-axis that transformers logs with
         for name, sample in zip(self.names, samples, strict=True):
             if self.codec:
                 entries[f"samples/{name}"] = backend.Audio(sample[0].numpy(), sample_rate=sample[1])
@@ -90,7 +90,7 @@ def _first_prompts(trainer: RLOOTrainer, count: int = 2) -> list:
 
 
 class WarmupCheck(TrainerCallback):
-    """Warns where the run is too short for `diversity_coef` to reach its value."""
+    """Warns if the run ends before `diversity_coef` reaches its full value."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         reached = args.diversity_coef_at(state.max_steps - 1, state.max_steps)
@@ -106,7 +106,7 @@ class LogFile(TrainerCallback):
     """Keeps `log.jsonl` in the output folder up to date: one JSON object per entry of the log."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:  # what a resumed run knows of; lines after its checkpoint come again
+        if state.is_world_process_zero:  # a resumed run drops the lines after its checkpoint and logs them again
             write_text(self._file(args), "".join(map(self._line, state.log_history)))
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -122,7 +122,7 @@ class LogFile(TrainerCallback):
 
 
 class Deadline(TrainerCallback):
-    """Ends training after so many minutes, with the step that is under way."""
+    """Stops training after the given minutes, at the end of the current step."""
 
     def __init__(self, minutes: float):
         self.end = time.monotonic() + 60 * minutes

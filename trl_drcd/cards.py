@@ -1,4 +1,4 @@
-"""Model cards of training runs: what a model was made from and by, how to sample from it, what was measured."""
+"""Model cards of training runs: base model, settings, how to sample, and metrics."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ Metrics = Mapping[str, Mapping[str, float]]
 @dataclass(frozen=True)
 class TrainedModel:
     """
-    What a card tells of a model and of the run that made it.
+    The contents of a model card.
 
     Args:
-        base (`str`): Hub name or folder of the model that was trained.
+        base (`str`): Hub name or folder of the base model.
         family (`str`): `"text"`, `"audio tokens"` (a causal LM with a codec) or `"musicgen"`.
-        adapter (`bool`): Whether a PEFT adapter was trained, and not all weights.
-        steps (`int`): Updates done; after none, nothing is in the weights.
+        adapter (`bool`): Whether a PEFT adapter was trained instead of all weights.
+        steps (`int`): Number of updates; 0 for an untrained model.
         guidance_scale (`float`): gamma of the teacher.
         temperature (`float`): T.
-        max_completion_length (`int`): Largest length of a completion, in tokens or, for MusicGen, decoder steps.
-        conversational (`bool`): Whether prompts are turns of a chat.
+        max_completion_length (`int`): Maximum length of a completion, in tokens or, for MusicGen, decoder steps.
+        conversational (`bool`): Whether prompts are chat turns.
         settings (`Mapping`): Rows of the table of settings.
     """
 
@@ -68,16 +68,19 @@ def trained_model(
     **settings: object,
 ) -> TrainedModel:
     """
-    What a trainer knows of its model.
+    Collect the contents of a model card from a trainer.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): Unwrapped.
-        args ([`CFGDistillDiversityConfig`]): The trainer's.
-        state (`TrainerState`): The trainer's, with the number of updates.
-        policy ([`Policy`]): Of the model's family.
-        tokenizer (`PreTrainedTokenizerBase`): With its chat template, if it has one.
-        has_codec (`bool`): Whether completions become sound.
-        **settings: Further rows for the table of settings, before the others.
+        model (`PreTrainedModel` or `PeftModel`): The unwrapped model.
+        args ([`CFGDistillDiversityConfig`]): The trainer's arguments.
+        state (`TrainerState`): The trainer's state, with the number of updates.
+        policy ([`Policy`]): The policy of the model's family.
+        tokenizer (`PreTrainedTokenizerBase`): Tokenizer; one with a chat template makes the model conversational.
+        has_codec (`bool`): Whether completions are decoded to audio.
+        **settings: Additional rows at the top of the table of settings.
+
+    Returns:
+        [`TrainedModel`]: The contents.
     """
     steps, coef = state.global_step, args.diversity_coef
     rows: dict[str, object] = {
@@ -103,7 +106,7 @@ def trained_model(
 
 
 def base_of(model: PreTrainedModel | PeftModel) -> str:
-    """Hub name or folder that a model, or the base of an adapter, was loaded from; empty where it was not loaded."""
+    """Hub name or folder that a model, or the base of an adapter, was loaded from; empty if it was not loaded."""
     if isinstance(model, PeftModel):
         return str(model.active_peft_config.base_model_name_or_path or "")
     return str(model.config._name_or_path or "")
@@ -111,11 +114,11 @@ def base_of(model: PreTrainedModel | PeftModel) -> str:
 
 def final_metrics(log_history: Sequence[Mapping[str, float]], held_out: bool) -> dict[str, dict[str, float]]:
     """
-    Metrics before and after, for the model card: of the held-out prompts, or of the first and the last logged steps.
+    Metrics before and after training, for the model card.
 
     Args:
         log_history (`list[dict]`): The trainer's log.
-        held_out (`bool`): Whether the run evaluated.
+        held_out (`bool`): Use the metrics of the evaluation set instead of those of the training steps.
 
     Returns:
         `dict`: `"first (step 0)"` and `"last (step 60)"` to `kl`, `kl_per_token` and `entropy` in nats, `diversity`.
@@ -138,19 +141,19 @@ def final_metrics(log_history: Sequence[Mapping[str, float]], held_out: bool) ->
 
 def base_metadata(base: str) -> dict[str, object]:
     """
-    What the card of the base says that holds for what is made of it.
+    Metadata of the base model's card that also applies to models derived from it.
 
     Args:
         base (`str`): Hub name or folder.
 
     Returns:
-        `dict`: `base_model`, a name on the hub: a folder's own `base_model`, as a bare folder name says nothing to
-        anybody else; and `license`, `license_name`, `license_link`. What is not known is left out.
+        `dict`: `base_model`, a Hub name (for a folder, the `base_model` of its card, as a local path is of no use to
+        others); and `license`, `license_name`, `license_link`. Unknown entries are left out.
     """
     folder = Path(base)
     try:
         card = ModelCard.load(folder / "README.md" if folder.is_dir() else base).data.to_dict()
-    except Exception as error:  # whatever is wrong with somebody's card must not lose a finished run
+    except Exception as error:  # a broken card must not make a finished run fail
         logger.debug(f"no model card of {base}: {error}")
         card = {}
     found = {name: card[name] for name in ("license", "license_name", "license_link") if card.get(name)}
@@ -166,10 +169,10 @@ def write_card(folder: str | Path, model: TrainedModel, metrics: Metrics, licens
     Write `README.md` of a trained model.
 
     Args:
-        folder (`str` or `Path`): Of the model; its name is the title.
-        model ([`TrainedModel`]): What the card tells.
+        folder (`str` or `Path`): Folder of the model; its name is the title.
+        model ([`TrainedModel`]): Contents of the card.
         metrics (`Mapping`): See [`final_metrics`].
-        license (`str`, *optional*): Identifier of the licence; the base's if `None`.
+        license (`str`, *optional*): Identifier of the licence; defaults to the base model's.
     """
     folder = Path(folder)
     extras = [name for name in ("samples", "codec") if (folder / name).is_dir()]
@@ -184,17 +187,20 @@ def model_card(
 
     Args:
         name (`str`): Title, and the model's name in the example.
-        model ([`TrainedModel`]): What the card tells.
+        model ([`TrainedModel`]): Contents of the card.
         metrics (`Mapping`): See [`final_metrics`].
-        license (`str`, *optional*): Identifier of the licence; the base's if `None`.
-        extras (`Sequence[str]`): Folders beside the model: `"samples"`, `"codec"`.
+        license (`str`, *optional*): Identifier of the licence; defaults to the base model's.
+        extras (`Sequence[str]`): Additional folders of the model: `"samples"`, `"codec"`.
+
+    Returns:
+        `ModelCard`: The card.
     """
     header = base_metadata(model.base) | ({"license": license} if license else {})
     if "base_model" in header:
         header["base_model_relation"] = "adapter" if model.adapter else "finetune"
     data = ModelCardData(
         library_name="peft" if model.adapter else "transformers",
-        # `pipeline("text-to-audio")` would give the token ids of an audio-token model as sound
+        # `pipeline("text-to-audio")` would return the token ids of an audio-token model as audio
         pipeline_tag="text-to-audio" if model.family == "musicgen" else "text-generation",
         tags=["trl", "trl-drcd", "cfg-distillation", *(["music"] if model.family != "text" else [])],
     )
@@ -218,5 +224,5 @@ def model_card(
 
 
 def _code(text: str) -> str:
-    """A text in a code span of Markdown, which no backtick of its own ends."""
+    """A text as a Markdown code span, with its backticks removed."""
     return f"`{' '.join(text.replace('`', '').split())}`"

@@ -31,7 +31,7 @@ TRAINERS = {"music": "train_music", "text": "train_text"}
 
 @dataclass
 class MergeArguments:
-    """What `trl-drcd merge` takes; `--config FILE.yaml` gives the same from a file."""
+    """Arguments of `trl-drcd merge`; they can also be read from a file with `--config FILE.yaml`."""
 
     out: str = field(metadata={"help": "Folder to write."})
     quality: str | None = field(default=None, metadata={"help": "Model, or LoRA adapter, at lambda 0."})
@@ -62,10 +62,10 @@ class MergeArguments:
 
 def ends(arguments: MergeArguments) -> tuple[list[str], list[float]]:
     """
-    Models and weights, from either way to give them.
+    Models and weights, from `quality` and `diversity` or from `models` and `weights`.
 
     Raises:
-        ValueError: If neither way is complete, or both are used.
+        ValueError: If neither pair is complete, or both are given.
     """
     from trl_drcd.merging.blend import check_weights, two_weights
 
@@ -119,7 +119,7 @@ def merge(argv: list[str]) -> None:
 
 
 def train(argv: list[str]) -> None:
-    """`accelerate launch` of the training script for music or for text, with what follows as its arguments."""
+    """`accelerate launch` the training script for music or text with the remaining arguments."""
     if not argv or argv[0] not in TRAINERS:
         print(
             "usage: trl-drcd train {music,text} [--config FILE.yaml] [--ARGUMENT VALUE ...]\n\n"
@@ -134,7 +134,7 @@ def train(argv: list[str]) -> None:
         return
     from trl_drcd.launch.processes import run_job
 
-    # Quiet of itself: what the script says last is what went wrong
+    # `--quiet`: without accelerate's traceback, the script's own error is the last output
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
     if status := run_job([*launch, str(SCRIPTS / f"{script}.py"), *words]):
         raise SystemExit(status)
@@ -167,7 +167,7 @@ def evaluate(argv: list[str]) -> None:
 
 @contextmanager
 def _one_line_at_a_signal(remedy: str) -> Iterator[None]:
-    """SIGTERM and Ctrl-C end the program and its processes as an error does: one line, and the status of a shell."""
+    """On SIGTERM or Ctrl-C, exit with one line and status 128 + signal, ending child processes as on an error."""
 
     def end(number: int, frame: object) -> None:
         print(f"\nended by {signal.Signals(number).name}: {remedy}", file=sys.stderr)
@@ -182,14 +182,14 @@ def _one_line_at_a_signal(remedy: str) -> Iterator[None]:
 
 
 def ratings(argv: list[str]) -> None:
-    """People's ratings of an evaluation's samples: design, report and more; `trl-drcd ratings --help` lists them."""
+    """Human ratings of an evaluation's samples; `trl-drcd ratings --help` lists the commands."""
     from trl_drcd.ratings.commands import main
 
     main(argv)
 
 
 def app(argv: list[str]) -> None:
-    """Play, listen and rate in a browser, or a static page of samples."""
+    """Browser app to play, listen and rate; or a static page of samples."""
     from trl_drcd.app.commands import main
 
     main(argv)
@@ -201,7 +201,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`trl-drcd COMMAND ...`; errors in the arguments end it with one line."""
+    """Run `trl-drcd COMMAND ...`; input errors are reported in one line."""
     words = sys.argv[1:] if argv is None else argv
     if words and words[0] == "--version":
         print(f"trl-drcd {trl_drcd.__version__}")

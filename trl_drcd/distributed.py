@@ -21,16 +21,16 @@ from trl_drcd.heads import Head
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether parts of the model, or of its gradients, lie on other processes."""
+    """Whether the model or its gradients are sharded over processes."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 class InsideForward:
     """
-    Calls a function inside the forward of a model as wrapped for several processes, whose hooks gather its weights.
+    Calls a function inside the forward of a wrapped model, so that the wrapper's hooks gather its weights.
 
     Args:
-        accelerator (`Accelerator`): Of the launch.
+        accelerator (`Accelerator`): The trainer's accelerator.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -38,7 +38,7 @@ class InsideForward:
         self.redirect = ForwardRedirection()
 
     def __call__(self, wrapper: Any, model: Any, function: Callable[[], Any]) -> Any:
-        """What `function` returns; `wrapper` is `model` as wrapped, or `model` itself."""
+        """Return the result of `function`; `wrapper` is the wrapped `model`, or `model` itself."""
         if not self.sharded_by_fsdp:
             return self.redirect(wrapper, model, function)
         kept: list[Any] = []
@@ -47,26 +47,26 @@ class InsideForward:
             kept.append(function())
             return kept[0]
 
-        # FSDP2 looks for gradients at what a forward returns, but then rounds it to bfloat16: take what was before
+        # FSDP2 registers gradient hooks on the output of forward, but also casts it to bfloat16: return the original
         self.redirect(wrapper, model, forward)
         return kept[0]
 
 
 def check_sharding(accelerator: Accelerator, updates_per_rollout: float, keeps_parts_whole: bool = False) -> None:
     """
-    Refuses what gives no right result.
+    Raise an error for unsupported kinds of sharding.
 
-    FSDP 1 hides the head, with which the loss projects, in flat parameters; ZeRO-3 gives it up before the backward
-    pass, which projects again where there are several updates per rollout, and has the codec of a MusicGen in pieces;
-    accelerate broadcasts only what FSDP2 has in pieces.
+    FSDP 1 stores the head, which the loss uses directly, in flat parameters. ZeRO-3 releases the head before the
+    backward pass, which needs it with several updates per rollout, and shards the codec of a MusicGen. With
+    `cpu_ram_efficient_loading`, accelerate broadcasts only the parameters that FSDP2 shards.
 
     Args:
-        accelerator (`Accelerator`): Of the launch.
-        updates_per_rollout (`float`): Updates that one rollout serves.
-        keeps_parts_whole (`bool`, *optional*): Whether the family has parts that are not sharded.
+        accelerator (`Accelerator`): The trainer's accelerator.
+        updates_per_rollout (`float`): Number of updates per rollout.
+        keeps_parts_whole (`bool`, *optional*): Whether the model family has modules that are not sharded.
 
     Raises:
-        ValueError: If the launch asks for one of these.
+        ValueError: If the launch uses one of these.
     """
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is not None and fsdp.fsdp_version != 2:
@@ -76,29 +76,29 @@ def check_sharding(accelerator: Accelerator, updates_per_rollout: float, keeps_p
         )
     if fsdp is not None and fsdp.cpu_ram_efficient_loading and keeps_parts_whole:
         raise ValueError(
-            "`fsdp_cpu_ram_efficient_loading=true` does not load the parts of this model that stay whole; set it to "
-            "false in the accelerate config"
+            "`fsdp_cpu_ram_efficient_loading=true` does not load the unsharded modules of this model; set it to false "
+            "in the accelerate config"
         )
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None or plugin.zero_stage != 3:
         return
     if keeps_parts_whole:
-        raise ValueError("`zero_stage=3` of DeepSpeed does not go with MusicGen; use FSDP2, ZeRO-2, or LoRA with DDP")
+        raise ValueError("`zero_stage=3` of DeepSpeed does not work with MusicGen; use FSDP2, ZeRO-2, or LoRA and DDP")
     if updates_per_rollout > 1:
         raise ValueError(
-            f"{updates_per_rollout:g} updates per rollout do not go with DeepSpeed ZeRO-3; set `num_iterations=1` and "
-            "leave out `steps_per_generation`, or use FSDP2 or ZeRO-2"
+            f"{updates_per_rollout:g} updates per rollout do not work with DeepSpeed ZeRO-3; set `num_iterations=1` "
+            "and leave out `steps_per_generation`, or use FSDP2 or ZeRO-2"
         )
 
 
 def frozen_copy(model: Any, accelerator: Accelerator) -> Any:
     """
-    A copy of the initial model that nothing trains, spread over the processes as the model itself will be.
+    A frozen copy of the initial model, sharded in the same way as the model itself.
 
-    What is frozen in the model is shared with it, unless either is sharded.
+    Without sharding, frozen parameters are shared with the model instead of copied.
     """
     frozen = [] if is_sharded(accelerator) else [p for p in model.parameters() if not p.requires_grad]
-    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]  # by ZeRO-3, while it was loaded
+    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]  # partitioned by ZeRO-3 during loading
     with DistributedBackend(accelerator).gather_params(partitioned):
         teacher = copy.deepcopy(model, memo={id(parameter): parameter for parameter in frozen})
     forget_patched_forward(teacher)
@@ -106,23 +106,23 @@ def frozen_copy(model: Any, accelerator: Accelerator) -> Any:
 
 
 def prepare_frozen(teacher: Any, accelerator: Accelerator) -> Any:
-    """A model that nothing trains, frozen, in evaluation mode, and spread over the processes as the launch says."""
+    """Freeze a model, put it in evaluation mode, and shard or wrap it as the launch requires."""
     teacher.requires_grad_(False).eval()
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return prepare_deepspeed(teacher, accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
-        # Not TRL's `prepare_fsdp`: that makes one unit of the whole model, frees it before the loss has projected, and
-        # takes from the other processes the weights that `cpu_ram_efficient_loading` never loaded there
+        # Not TRL's `prepare_fsdp`: it wraps the whole model as one unit, reshards it before the loss uses the head,
+        # and does not broadcast weights that `cpu_ram_efficient_loading` loads on one process only
         return shard(teacher, accelerator)
     return accelerator.prepare_model(teacher, evaluation_mode=True)
 
 
 def shard(model: Any, accelerator: Accelerator) -> Any:
     """
-    Spreads a model over the processes by FSDP2, as accelerate does when training starts.
+    Shard a model with FSDP2, as accelerate does when training starts.
 
-    accelerate takes embeddings and head for units of their own, which is wrong where the head is a list, that nothing
-    calls (MusicGen), or the embeddings are those of a frozen part: there both belong to the unit of the whole model.
+    accelerate makes embeddings and head separate units. This fails if the head is a list, whose forward is never
+    called (MusicGen), or if the embeddings belong to a frozen module; both then stay in the root unit.
     """
     own = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(own.get_output_embeddings(), torch.nn.ModuleList):
@@ -133,7 +133,7 @@ def shard(model: Any, accelerator: Accelerator) -> Any:
 
 
 def whole_heads(*heads: Head) -> AbstractContextManager[None]:
-    """Gathers the weights of output heads that the loss itself projects with, under ZeRO-3; on all processes alike."""
+    """Under ZeRO-3, gather the weights of output heads that the loss uses directly; call it on all processes."""
     parameters: Any = [tensor for head in heads for tensor in (head.weight, head.bias)]
     return maybe_gather_lm_head_ctx(*parameters)
 
@@ -141,10 +141,10 @@ def whole_heads(*heads: Head) -> AbstractContextManager[None]:
 @contextmanager
 def whole_weights(model: Any) -> Iterator[None]:
     """
-    Gathers the weights of an FSDP2 model once for all forwards of the body, which then do not communicate.
+    Gather the weights of an FSDP2 model once, for all forwards inside the context, which then do not communicate.
 
-    Without it each token that is sampled gathers all weights anew, and what calls a part of the model by itself, as
-    MusicGen's sampling does, meets pieces.
+    Otherwise every sampled token would gather all weights again, and code that calls a submodule directly, such as
+    MusicGen's sampling, would find sharded weights.
     """
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if modules:

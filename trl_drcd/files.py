@@ -1,4 +1,4 @@
-"""Write files to a temporary name, then rename them, so that nobody reads half a file."""
+"""Atomic writing of files, disk-space checks, and names of files."""
 
 from __future__ import annotations
 
@@ -24,20 +24,24 @@ NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 def write_bytes(path: str | Path, content: bytes) -> None:
     """
-    Write a file in one step; its folder is made, an existing file replaced.
+    Write a file atomically, creating its folder and replacing an existing file.
 
-    The content goes to a new file of an unpredictable name in the same folder, reaches the disk, and then takes the
-    file's name. If writing fails, that new file is removed; after a kill see [`remove_temporaries`].
+    The content is written to a temporary file with a random name in the same folder, flushed to disk, and renamed. If
+    writing fails, the temporary file is removed; after a kill, see [`remove_temporaries`].
+
+    Args:
+        path (`str` or `Path`): File to write.
+        content (`bytes`): Its content.
 
     Raises:
-        OSError: If the disk is full or not writable; the message names the file, the free room and the remedy.
+        OSError: If the disk is full or not writable; the message gives the file, the free space and the fix.
     """
     path = Path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         try:
-            with open(temporary, "xb") as file:  # "x": never a file or a link that is there already
+            with open(temporary, "xb") as file:  # "x": never write to an existing file or link
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -48,34 +52,34 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """[`write_bytes`] of a text in UTF-8."""
+    """[`write_bytes`] for a text, encoded as UTF-8."""
     write_bytes(path, text.encode())
 
 
 def remove_temporaries(folder: str | Path, older_than: float = 3600.0) -> None:
     """
-    Remove what killed processes left of [`write_bytes`] in a folder, its subfolders not included.
+    Remove the temporary files that killed processes left in a folder (not in its subfolders).
 
     Args:
-        folder (`str` or `Path`): A folder, which need not exist.
-        older_than (`float`, *optional*, defaults to 3600.0): Seconds since the last write; a younger file may belong
-            to a process that is still writing it.
+        folder (`str` or `Path`): A folder, which may not exist.
+        older_than (`float`, *optional*, defaults to 3600.0): Minimum age in seconds; a younger file may still be in
+            use.
     """
     for file in Path(folder).glob(".*.tmp"):
         try:
             if len(file.name.split(".")[-2]) == 16 and time.time() - file.lstat().st_mtime > older_than:
                 file.unlink()
         except OSError:
-            continue  # another process was first, or it is not ours
+            continue  # already removed by another process, or owned by another user
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """
-    Say what to do where writing `path` fails for want of room or of permission.
+    Give a helpful message if writing `path` fails because of a full disk or missing permission.
 
     Raises:
-        OSError: With the `errno` of the failure, and a message that names the file, the free room and the remedy.
+        OSError: With the original `errno`, and a message with the file, the free space and the fix.
     """
     try:
         yield
@@ -91,48 +95,49 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an exception, of whatever library, says that the disk is full or a quota used up."""
+    """Whether an exception from any library means that the disk is full or a quota is exceeded."""
     return getattr(error, "errno", None) in DISK_FULL or "No space left on device" in str(error)
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes on the disk of a path, of which only the first folders need exist."""
+    """Free bytes on the disk of a path, which need not exist itself."""
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
     return shutil.disk_usage(existing).free
 
 
 def check_room(path: Path, needed: int) -> None:
     """
-    Refuse, before anything is computed, to write more than the disk has room for.
+    Check, before any compute, that the disk has room for a file or folder.
 
     Args:
-        path (`Path`): What is to be written.
-        needed (`int`): Its size in bytes.
+        path (`Path`): Path to be written.
+        needed (`int`): Size in bytes.
 
     Raises:
-        OSError: If less is free.
+        OSError: If less than `needed` is free.
     """
     if free_bytes(path) < needed:
         raise OSError(errno.ENOSPC, f"no room for {needed / 2**20:.1f} MiB: {room(path)}", str(path))
 
 
 def room(path: Path) -> str:
-    """How much is free on the disk of a path, and what to do."""
+    """Free space on the disk of a path, and the fix, for error messages."""
     return f"{free_bytes(path) / 2**20:.1f} MiB are free on its disk; free some, or write to another disk"
 
 
 def plain_name(text: str, length: int = 80) -> str:
     """
-    A text as a name for files and log entries: letters, digits, spaces and a few marks, at most `length` of them.
+    Turn a text into a name for files and log entries: letters, digits, spaces and a few punctuation marks.
 
-    Characters with a meaning in a path, a page or a shell become `_`, and so do invisible ones.
+    Characters with a special meaning in a path, a page or a shell and invisible characters become `_`. The name has at
+    most `length` characters.
     """
     kept = "".join(c if c.isalnum() or c in " ,;-_+()!" else "_" for c in text)
     return kept[:length].strip() or "_"
 
 
 def distinct_names(texts: Sequence[str]) -> list[str]:
-    """[`plain_name`] of each text, with its number before it where an earlier one has the same name."""
+    """[`plain_name`] of each text; duplicates are prefixed with their index."""
     names: list[str] = []
     for number, text in enumerate(texts):
         name = plain_name(text)
@@ -146,10 +151,10 @@ def wav_bytes(waveform: torch.Tensor, sampling_rate: int) -> bytes:
 
     Args:
         waveform (`torch.Tensor`): Shape `(T,)`, float samples in `[-1, 1]`, on the CPU.
-        sampling_rate (`int`): In Hz.
+        sampling_rate (`int`): Sampling rate in Hz.
 
     Returns:
-        `bytes`: For [`write_bytes`], or to embed in a page.
+        `bytes`: The file's content.
 
     Raises:
         ImportError: If soundfile is missing; it comes with the extra `audio`.
@@ -160,19 +165,23 @@ def wav_bytes(waveform: torch.Tensor, sampling_rate: int) -> bytes:
 
 
 def local_name(path: str) -> str:
-    """The last part of a local path; a hub name as it is."""
+    """The last part of an existing local path; any other name, such as a Hub name, unchanged."""
     return Path(path).resolve().name if Path(path).exists() else path
 
 
 def own_file(folder: str | Path, name: str) -> Path | None:
     """
-    A file of a model's folder, by its path inside the folder; `None` if there is none.
+    Path of a file in a model's folder; `None` if it does not exist.
 
-    Links may lead to other files of the folder, and from a snapshot in the Hub's cache to the blobs of that
-    repository, where the cache keeps all contents.
+    Links may point to other files of the folder and, in a snapshot of the Hub's cache, to the blobs of that
+    repository.
+
+    Args:
+        folder (`str` or `Path`): The model's folder.
+        name (`str`): Path of the file inside the folder.
 
     Raises:
-        ValueError: If the file is a link that leaves the folder: what it names may be anything on this machine.
+        ValueError: If the file is a link to outside the folder, which could expose any file of this machine.
     """
     root, path = Path(folder).resolve(), Path(folder, name)
     if not path.is_file():

@@ -1,8 +1,8 @@
 """
-Signal and noise of a term's gradient, from gradients of different updates.
+Signal and noise of a loss term's gradient, from gradients of different updates.
 
-The squared length of one gradient is signal and noise together; the inner product of two gradients of different
-samples is signal alone, in expectation. Gradients are kept as sketches, which keep inner products.
+The squared norm of one gradient has the expectation signal plus noise; the inner product of two gradients from
+different samples has the expectation signal. Gradients are stored as sketches, which preserve inner products.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 
 def sketch(tensors: Sequence[torch.Tensor], size: int = 2**14, seed: int = 0) -> torch.Tensor:
     """
-    A short vector whose inner products are those of the long ones, but for an error of about `1 / sqrt(size)`.
+    A short vector that preserves inner products up to a relative error of about `1 / sqrt(size)`.
 
-    Every entry gets a random sign, and the entries a distance of `size` apart are added up.
+    Every entry is multiplied by a random sign, and entries at a distance of `size` are summed.
 
     Args:
-        tensors (`Sequence[torch.Tensor]`): One long vector, in parts.
+        tensors (`Sequence[torch.Tensor]`): A vector, in parts.
         size (`int`, *optional*, defaults to 16384): Entries of the sketch.
-        seed (`int`, *optional*, defaults to 0): Of the signs; sketches of one seed, and of one kind of device, can be
-            compared.
+        seed (`int`, *optional*, defaults to 0): Seed of the signs; only sketches with the same seed and device type
+            can be compared.
 
     Returns:
         `torch.Tensor`: Shape `(size,)`, float32.
@@ -39,14 +39,14 @@ def sketch(tensors: Sequence[torch.Tensor], size: int = 2**14, seed: int = 0) ->
 
 def signal_and_noise(sketches: torch.Tensor, squares: torch.Tensor) -> tuple[float, float]:
     """
-    Squared length of the mean gradient, and trace of the covariance.
+    Squared norm of the mean gradient, and trace of its covariance.
 
-    `signal = mean over a != b of g_a . g_b` and `noise = mean |g_a|^2 - signal`, both unbiased; the signal may come
-    out below 0 where there is little of it.
+    `signal = mean over a != b of g_a . g_b` and `noise = mean |g_a|^2 - signal`. Both estimates are unbiased; a small
+    signal may have a negative estimate.
 
     Args:
-        sketches (`torch.Tensor`): Of gradients of different samples, shape `(N, size)`, N at least 2.
-        squares (`torch.Tensor`): Squared length of each gradient, shape `(N,)`.
+        sketches (`torch.Tensor`): Sketches of gradients of different samples, shape `(N, size)`, N at least 2.
+        squares (`torch.Tensor`): Squared norm of each gradient, shape `(N,)`.
 
     Returns:
         `tuple[float, float]`: Signal and noise, in squared units of the gradient.
@@ -58,14 +58,14 @@ def signal_and_noise(sketches: torch.Tensor, squares: torch.Tensor) -> tuple[flo
 
 class GradientSNR:
     """
-    Signal-to-noise ratio of a term's gradient over the last updates that were measured.
+    Signal-to-noise ratio of a loss term's gradient over the last measured updates.
 
-    Its value estimates `|E g|^2 / trace Cov(g)` of the gradient g of one update of this run's batch, as if the weights
-    had stood still in between. With N gradients its standard error is about `1 / N` of 1 over the root of the number
-    of directions that the noise has: a ratio below one in a hundred shows after some thirty.
+    Estimates `|E g|^2 / trace Cov(g)` of the gradient g of one update with this run's batch size, assuming that the
+    weights change little within the window. With N gradients, the standard error is about `1 / (N sqrt(d))`, where d
+    is the effective number of dimensions of the noise: ratios below 0.01 become visible after about thirty gradients.
 
     Args:
-        window (`int`, *optional*, defaults to 32): Gradients that count, the last ones.
+        window (`int`, *optional*, defaults to 32): Number of most recent gradients that are used.
         size (`int`, *optional*, defaults to 16384): Entries of a sketch.
     """
 
@@ -76,12 +76,12 @@ class GradientSNR:
 
     def add(self, gradient: Sequence[torch.Tensor], scale: float = 1.0) -> None:
         """
-        Adds an update's gradient.
+        Add the gradient of an update; ignored if it is not finite or `scale` is not above 0.
 
         Args:
-            gradient (`Sequence[torch.Tensor]`): Of all parameters, the mean over all processes.
-            scale (`float`, *optional*, defaults to 1.0): Divides it: the term's coefficient, which changes in
-                training.
+            gradient (`Sequence[torch.Tensor]`): Gradient of all parameters, averaged over all processes.
+            scale (`float`, *optional*, defaults to 1.0): Divides the gradient: the term's coefficient, which changes
+                during training.
         """
         if not scale > 0:
             return
@@ -92,16 +92,16 @@ class GradientSNR:
             self._squares = torch.cat([self._squares, torch.tensor([square], dtype=torch.float64)])[-self.window :]
 
     def value(self) -> float | None:
-        """The ratio, no unit; `None` before the second gradient."""
+        """The ratio (no unit); `None` with fewer than two gradients, or if the noise is not above 0."""
         if len(self._sketches) < 2:
             return None
         signal, noise = signal_and_noise(self._sketches, self._squares)
         return signal / noise if noise > 0 else None
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint has to hold, so that a resumed run logs the same."""
+        """The state to store in a checkpoint, so that a resumed run logs the same values."""
         return {"sketches": self._sketches, "squares": self._squares}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes the gradients of a checkpoint."""
+        """Restore the state from a checkpoint."""
         self._sketches, self._squares = state["sketches"], state["squares"]

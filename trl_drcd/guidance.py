@@ -1,5 +1,5 @@
 """
-Classifier-free guidance, Eq. (1) of https://huggingface.co/papers/2410.06084, on logits, on hidden states, and in
+Classifier-free guidance, Eq. (1) of https://huggingface.co/papers/2410.06084: on logits, on hidden states, and in
 sampling.
 
 Letters: `B` sequences, `S` steps, `V` vocabulary, `H` hidden size.
@@ -15,18 +15,19 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 def ancestral_generation_config(config: GenerationConfig, temperature: float, **overrides: Any) -> GenerationConfig:
     """
-    A generation config that samples from the model's own distribution `softmax(logits / temperature)`, guidance off.
+    A generation config for sampling from the model's own distribution `softmax(logits / temperature)`, without
+    guidance.
 
-    Each neutral value is given explicitly, because `generate` fills what is `None` with its defaults (`top_k=50`). Of
-    the given config only the special token ids and the lengths are kept.
+    All neutral values are set explicitly, because `generate` replaces `None` by its defaults (`top_k=50`). Only the
+    special token ids and the lengths are copied from the given config.
 
     Args:
-        config (`GenerationConfig`): The model's own.
+        config (`GenerationConfig`): The model's own config.
         temperature (`float`): T, above 0.
         **overrides: Further fields, e.g. `max_new_tokens`.
 
     Returns:
-        `GenerationConfig`: A new one.
+        `GenerationConfig`: A new config.
     """
     kept = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "max_length", "max_new_tokens")
     fields: dict[str, Any] = {name: getattr(config, name) for name in kept if getattr(config, name) is not None}
@@ -60,7 +61,7 @@ def guide_logits(cond: torch.Tensor, uncond: torch.Tensor, guidance_scale: float
     dtype = torch.promote_types(torch.promote_types(cond.dtype, uncond.dtype), torch.float32)
     cond, uncond = cond.to(dtype), uncond.to(dtype)
     if guidance_scale == 1:
-        return cond  # exactly: `uncond + (cond - uncond)` is off by rounding, and NaN where both are -inf
+        return cond  # exact: `uncond + (cond - uncond)` has rounding errors, and is NaN where both are -inf
     if guidance_scale == 0:
         return uncond  # also where `cond` is -inf
     guided = uncond + guidance_scale * (cond - uncond)
@@ -73,9 +74,9 @@ def guide_hidden_states(cond: torch.Tensor, uncond: torch.Tensor, guidance_scale
     """
     Classifier-free guidance before the output head: `uncond + guidance_scale * (cond - uncond)`.
 
-    Logits are affine in the last hidden state and the weights `guidance_scale` and `1 - guidance_scale` add up to 1,
-    so that projecting the guided hidden state once gives the guided logits, bias included. It does not hold when the
-    logits pass through something non-linear afterwards (`final_logit_softcapping`): guide the logits themselves there.
+    Logits are affine in the last hidden state, and the weights `guidance_scale` and `1 - guidance_scale` sum to 1, so
+    projecting the guided hidden state once gives the guided logits, bias included. This does not hold if a non-linear
+    function is applied to the logits (`final_logit_softcapping`): guide the logits themselves there.
 
     Args:
         cond (`torch.Tensor`): Conditional last hidden states, shape `(..., H)`.
@@ -95,11 +96,11 @@ class TeacherCFGLogitsProcessor(LogitsProcessor):
     """
     Samples from the guided distribution inside `generate`, with both streams in one doubled batch.
 
-    The batch given to `generate` holds the conditional rows first and their unconditional rows after them, in the same
-    order. Each step this processor guides the two halves (Eq. 1), draws one token per pair from
-    `softmax(guided / temperature)`, and returns scores that leave only that token possible, in both halves: so the
-    halves stay equal, and each keeps its own cache and its own padding. Call `generate(do_sample=False, ...)`, so that
-    nothing touches the scores before or afterwards, or use [`generate_guided`], which does all of it.
+    The batch passed to `generate` has the conditional rows first, then the unconditional rows in the same order. At
+    each step this processor applies guidance to the two halves (Eq. 1), draws one token per pair from
+    `softmax(guided / temperature)`, and returns scores that allow only that token, in both halves. Both halves so get
+    the same tokens, while each has its own cache and padding. Call `generate(do_sample=False, ...)`, so that no other
+    processor changes the scores, or use [`generate_guided`].
 
     Args:
         guidance_scale (`float`): gamma; no unit.
@@ -123,8 +124,8 @@ class TeacherCFGLogitsProcessor(LogitsProcessor):
         return (guide_logits(cond, uncond, self.guidance_scale) / self.temperature).log_softmax(-1)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        # Inverse of the distribution function, in float64 so that no rare token is lost: with a large vocabulary
-        # `torch.multinomial`, which draws a random number for every token, takes many times as long
+        # Inverse transform sampling, in float64 so that rare tokens are not lost. For a large vocabulary
+        # `torch.multinomial`, which draws a random number per token, takes many times as long
         cumulated = self.guided_log_probs(scores).exp().cumsum(-1, dtype=torch.float64)
         draw = torch.rand(len(cumulated), 1, dtype=torch.float64, device=scores.device) * cumulated[:, -1:]
         token = torch.searchsorted(cumulated, draw, right=True).clamp(max=scores.shape[1] - 1).repeat(2, 1)
@@ -136,8 +137,8 @@ def left_pad(sequences: list[list[int]], pad_token_id: int) -> tuple[torch.Tenso
     Left-pad token sequences into one batch.
 
     Args:
-        sequences (`list[list[int]]`): `B` sequences of token ids; an empty one becomes padding alone.
-        pad_token_id (`int`): Token that fills the left.
+        sequences (`list[list[int]]`): `B` sequences of token ids; an empty one becomes a row of padding.
+        pad_token_id (`int`): Padding token.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Ids and attention mask, each int64 of shape `(B, longest)`.
@@ -152,10 +153,10 @@ def stacked_prompts(
     prompt_ids: list[list[int]], negative_prompt_ids: list[list[int]] | None, guidance_scale: float
 ) -> list[list[int]]:
     """
-    The rows of one batch: the prompts, and with guidance the unconditional or negative prompts after them.
+    The rows of one batch: the prompts, followed, with guidance, by the unconditional or negative prompts.
 
     Raises:
-        ValueError: If guidance is asked for without as many negative prompts as prompts.
+        ValueError: If `guidance_scale` is not 1 and there is not one negative prompt per prompt.
     """
     if guidance_scale == 1:
         return list(prompt_ids)
@@ -177,25 +178,25 @@ def generate_guided(
     max_new_tokens: int = 20,
 ) -> torch.Tensor:
     """
-    Sample completions from a causal LM, with classifier-free guidance where `guidance_scale` is not 1.
+    Sample completions from a causal LM, with classifier-free guidance if `guidance_scale` is not 1.
 
-    Sampling is ancestral: no truncation and no penalty, whatever the model's generation config says; only the
-    temperature. With guidance, one doubled batch per step.
+    Ancestral sampling: the temperature applies, but no truncation and no penalty, regardless of the model's generation
+    config. With guidance, each step runs one doubled batch.
 
     Args:
         model (`PreTrainedModel`): A causal LM; its generation config gives the pad and eos ids.
         prompt_ids (`list[list[int]]`): `B` prompts, token ids.
-        negative_prompt_ids (`list[list[int]]`, *optional*): The `B` unconditional or negative prompts; needed with
+        negative_prompt_ids (`list[list[int]]`, *optional*): `B` unconditional or negative prompts; required with
             guidance.
-        guidance_scale (`float`, *optional*, defaults to 1.0): gamma. 1 samples the model alone, at half the cost.
+        guidance_scale (`float`, *optional*, defaults to 1.0): gamma. 1 disables guidance, at half the cost.
         temperature (`float`, *optional*, defaults to 1.0): Above 0.
-        max_new_tokens (`int`, *optional*, defaults to 20): Largest number of completion tokens.
+        max_new_tokens (`int`, *optional*, defaults to 20): Maximum number of completion tokens.
 
     Returns:
         `torch.Tensor`: Completion ids, int64, shape `(B, <= max_new_tokens)`, filled with the pad id after an eos.
 
     Raises:
-        ValueError: If guidance is asked for without as many negative prompts as prompts.
+        ValueError: If `guidance_scale` is not 1 and there is not one negative prompt per prompt.
     """
     guided, rows = guidance_scale != 1, stacked_prompts(prompt_ids, negative_prompt_ids, guidance_scale)
     if not guided:
@@ -209,13 +210,13 @@ def generate_drawn(
     model: Any, rows: list[list[int]], processor: LogitsProcessor, max_new_tokens: int, **overrides: Any
 ) -> torch.Tensor:
     """
-    `generate` with a processor that draws the tokens itself and leaves only one possible in each row.
+    `generate` with a processor that draws the tokens itself and allows only the drawn token in each row.
 
     Args:
         model (`PreTrainedModel`): A causal LM.
-        rows (`list[list[int]]`): Token ids, not yet padded.
-        processor (`LogitsProcessor`): Gets the model's own logits, unless its generation config forbids tokens.
-        max_new_tokens (`int`): Largest number of completion tokens.
+        rows (`list[list[int]]`): Unpadded token ids.
+        processor (`LogitsProcessor`): Gets the model's unprocessed logits.
+        max_new_tokens (`int`): Maximum number of completion tokens.
         **overrides: Further fields of the generation config, e.g. `eos_token_id`.
 
     Returns:
@@ -223,19 +224,19 @@ def generate_drawn(
     """
     overrides["max_new_tokens"] = max_new_tokens
     config = ancestral_generation_config(model.generation_config, 1.0, **overrides)
-    config.update(do_sample=False, top_k=50)  # the values that `generate` does not warn of
+    config.update(do_sample=False, top_k=50)  # values for which `generate` gives no warning
     return generate_rows(model, rows, config, processor)
 
 
 def generate_rows(
     model: Any, rows: list[list[int]], config: GenerationConfig, *processors: LogitsProcessor
 ) -> torch.Tensor:
-    """Completion ids `(len(rows), <= max_new_tokens)` of `generate` with `config` alone, whatever the model's own."""
+    """Completion ids `(len(rows), <= max_new_tokens)` of `generate` with `config` instead of the model's config."""
     own_config = model.generation_config
     ids, mask = left_pad(rows, config.pad_token_id or 0)
     ids, mask = ids.to(model.device), mask.to(model.device)
     try:
-        model.generation_config = config  # whose gaps `generate` would fill from the model's own
+        model.generation_config = config  # `generate` would fill missing fields from the model's own config
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,

@@ -1,5 +1,5 @@
 """
-An output head, and the terms of its tokens in chunks of rows: the `(N, V)` logits never exist in whole.
+Output heads, and per-token loss terms computed in chunks of rows, so that the full `(N, V)` logits are never stored.
 
 Letters: `N` scored tokens, `V` vocabulary, `H` hidden size. KL, log-probabilities and entropy are in nats.
 """
@@ -14,7 +14,7 @@ import torch
 
 
 class TokenTerms(NamedTuple):
-    """What the loss and the log need of each token: `kl`, `log_probs` (both differentiable) and `entropy`; nats."""
+    """Terms of each token, shape `(N,)`, nats: `kl` and `log_probs`, both differentiable, and `entropy`."""
 
     kl: torch.Tensor
     log_probs: torch.Tensor
@@ -22,7 +22,7 @@ class TokenTerms(NamedTuple):
 
 
 class WeightedTerms(NamedTuple):
-    """The weighted sum of token terms, which alone is differentiable, and the terms; nats."""
+    """The weighted sum of the token terms, a differentiable scalar, and the terms, shape `(N,)`, detached; nats."""
 
     loss: torch.Tensor
     kl: torch.Tensor
@@ -37,16 +37,17 @@ def _cuda_autocast_dtype() -> torch.dtype | None:
 @dataclass
 class Head:
     """
-    An output head: `logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`, or without the tanh.
+    An output head: `logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`; without `softcap`, no
+    tanh.
 
     Args:
         weight (`torch.Tensor`): Shape `(V, H)`.
         bias (`torch.Tensor`, *optional*): Shape `(V,)`.
-        scale (`float`, *optional*, defaults to 1.0): Factor some architectures put on the logits.
+        scale (`float`, *optional*, defaults to 1.0): Factor that some architectures apply to the logits.
         softcap (`float`, *optional*): `final_logit_softcapping` of the architecture.
-        compute_dtype (`torch.dtype`, *optional*): On CUDA, what the inputs of the projection are rounded to; its sums
-            and results stay float32. Defaults to autocast's dtype where the head is made under autocast. A CPU
-            projects in float32.
+        compute_dtype (`torch.dtype`, *optional*): On CUDA, the dtype to which the inputs of the projection are
+            rounded; sums and results stay float32. Defaults to autocast's dtype if the head is created under autocast.
+            On a CPU the projection is in float32.
     """
 
     weight: torch.Tensor
@@ -56,7 +57,7 @@ class Head:
     compute_dtype: torch.dtype | None = field(default_factory=_cuda_autocast_dtype)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits `(N, V)` of hidden states `(N, H)`, in float32 (float64 where the hidden states are)."""
+        """Logits `(N, V)` of hidden states `(N, H)`, in float32 (float64 if the hidden states are float64)."""
         if hidden.is_cuda and self.compute_dtype is not None:
             inputs = hidden.to(self.compute_dtype), self.weight.to(self.compute_dtype).t()
             logits = torch.mm(*inputs, out_dtype=torch.float32)
@@ -81,9 +82,9 @@ class Head:
 
 def kl_summands(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """
-    `p log(p / q)` of each token, whose sum is KL(p || q).
+    The summands `p log(p / q)` of KL(p || q).
 
-    0 where p is 0, whatever q is; infinite where q alone is 0, also where p is too small for its data type.
+    0 where p is 0; infinite where q is 0 and p is not, even if `p` underflows.
 
     Args:
         log_p (`torch.Tensor`): Log-probabilities, nats, shape `(..., V)`.
@@ -99,10 +100,10 @@ def kl_summands(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 def chunk_terms(head: Head, hidden, ids, teacher_logits, temperature):
     """
-    The terms of some rows, and what their gradient is made of: the student's logits, its probabilities p, and
-    p log(p / q), q being the teacher's, each `(rows, V)`.
+    The terms of some rows, and the tensors needed for their gradient: the student's logits, its probabilities p, and
+    p log(p / q), where q are the teacher's probabilities; each `(rows, V)`.
 
-    In place where it can be: on a CPU the passes over `(rows, V)` cost about as much as the projections.
+    Works in place where possible: on a CPU, the passes over `(rows, V)` cost about as much as the projections.
     """
     logits = head.logits(hidden)
     if teacher_logits.shape != logits.shape:
@@ -119,7 +120,7 @@ def chunk_terms(head: Head, hidden, ids, teacher_logits, temperature):
     log_probs = log_p.gather(-1, ids[:, None]).squeeze(-1)
     entropy = -log_p.mul_(p).sum(-1)
     kl = weighted_log_ratio.sum(-1)
-    if not (kl + entropy).isfinite().all():  # tokens without probability, which the passes in place take for NaN
+    if not (kl + entropy).isfinite().all():  # tokens of probability 0 give NaN in the passes above
         log_p, log_q = ((z / temperature).log_softmax(-1) for z in (logits, teacher_logits))
         weighted_log_ratio = kl_summands(log_p, log_q)
         kl = weighted_log_ratio.sum(-1)
@@ -144,8 +145,8 @@ class HeadGradients:
         )
 
     def add(self, chunk: slice, hidden, ids, kl_weights, log_prob_weights, kl, logits, p, weighted_log_ratio):
-        """Adds the rows of one chunk, from what `chunk_terms` gave, which is overwritten."""
-        slope = self.head.scale / self.temperature  # d z / d (hidden @ weight.T + bias), but for the cap's
+        """Add the rows of one chunk, from the outputs of `chunk_terms`, which are overwritten."""
+        slope = self.head.scale / self.temperature  # d z / d (hidden @ weight.T + bias), without the soft cap
         kl_weights, log_prob_weights = (slope * w[:, None].to(p.dtype) for w in (kl_weights, log_prob_weights))
         grad = weighted_log_ratio.mul_(kl_weights)
         grad.addcmul_(p, kl_weights * kl[:, None] + log_prob_weights, value=-1)
@@ -160,7 +161,7 @@ class HeadGradients:
             self.bias += grad.sum(0)
 
     def as_given(self) -> list[torch.Tensor | None]:
-        """In the dtypes of hidden states, weight and bias."""
+        """The gradients in the dtypes of hidden states, weight and bias."""
         grads = self.hidden, self.weight, self.bias
         return [None if g is None else g.to(dtype) for g, dtype in zip(grads, self.dtypes, strict=True)]
 
@@ -171,9 +172,9 @@ def chunks_of(rows: int, size: int) -> list[slice]:
 
 class TokenTermsFunction(torch.autograd.Function):
     """
-    [`~trl_drcd.losses.token_terms`] in chunks of rows: the `(N, V)` logits never exist in whole, forward or backward.
+    [`~trl_drcd.losses.token_terms`] in chunks of rows: neither forward nor backward stores the full `(N, V)` logits.
 
-    The backward pass projects again instead of keeping the logits.
+    The backward pass recomputes the projection instead of keeping the logits.
     """
 
     @staticmethod
@@ -199,7 +200,7 @@ class TokenTermsFunction(torch.autograd.Function):
 
 
 class WeightedTermsFunction(torch.autograd.Function):
-    """[`~trl_drcd.losses.weighted_terms`] in chunks of rows; each chunk's gradient is taken while its logits exist."""
+    """[`~trl_drcd.losses.weighted_terms`] in chunks of rows; the forward pass also computes each chunk's gradient."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, ids, teacher_logits, head, kl_weights, log_prob_weights, temperature, rows):

@@ -11,7 +11,7 @@ import torch
 from trl_drcd.diversity import diversity_advantages, unit_groups
 
 KERNELS = ("pairs", "logdet", "vendi")
-# Added to the diagonal of the kernel, so that the share of a copy of another completion is not -infinity
+# Added to the diagonal of the kernel, so that the share of a duplicate completion is not -infinity
 LOGDET_EPSILON = 0.1
 
 
@@ -30,11 +30,11 @@ def _logdet_shares(cosines: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     itself = torch.eye(group, dtype=torch.bool, device=cosines.device)
     cross = (
         itself[:, :, None] ^ itself[:, None, :]
-    )  # (G, G, G): of j, what its row and column are but for the diagonal
+    )  # (G, G, G): for each j, the off-diagonal entries of its row and column
     kernel = cosines + LOGDET_EPSILON * itself.to(cosines)
     without = kernel[:, None].masked_fill(cross, 0.0)
     explained = torch.einsum("pjni,pjik,pjnk->pjn", rows, torch.linalg.inv(without), rows)
-    # Never below epsilon for cosines of vectors; a prediction may be none
+    # At least epsilon for true cosines; predicted cosines may not belong to any set of vectors
     return (1 + LOGDET_EPSILON - explained).clamp(min=LOGDET_EPSILON).log()
 
 
@@ -59,30 +59,30 @@ def _vendi_shares(cosines: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 def diversity_shares(cosines: torch.Tensor, rows: torch.Tensor | None = None, kernel: str = "pairs") -> torch.Tensor:
     """
-    What each completion adds to the diversity of its group: `f(group) - f(group without j)`.
+    The contribution of each completion to the diversity of its group: `f(group) - f(group without j)`.
 
-    Since `f(group without j)` does not depend on `y_j`, the share is a reward with an unbiased baseline, and `mean_j
-    share_j * grad log p(y_j)` has the expectation `grad E[f] / G`, with f
+    Since `f(group without j)` does not depend on `y_j`, it is an unbiased baseline, and `mean_j share_j * grad log
+    p(y_j)` has the expectation `grad E[f] / G`. The function f is
 
-    - `"pairs"`: the sum of the distances of all pairs over `G - 1`; the share is `r_j` of
-      [`~trl_drcd.diversity.group_diversity`], and the gradient one half of that of Eq. (3). Two tight clusters score
-      as well as a spread.
-    - `"logdet"`: `log det(C + 0.1 I)` of the cosines C, in nats: the volume that the completions span. A share lies in
-      `[log 0.1, log 1.1]`.
+    - `"pairs"`: the sum of the distances of all pairs, divided by `G - 1`. The share is `r_j` of
+      [`~trl_drcd.diversity.group_diversity`], and the gradient is half of that of Eq. (3). Two tight clusters can
+      score as high as evenly spread completions.
+    - `"logdet"`: `log det(C + 0.1 I)` of the cosines C, in nats: the volume spanned by the completions. A share lies
+      in `[log 0.1, log 1.1]`.
     - `"vendi"`: the Vendi score (https://huggingface.co/papers/2210.02410), the exponential of the entropy of the
-      eigenvalues of `C / G`: the effective number of different completions, in `[1, G]`.
+      eigenvalues of `C / G`: the effective number of distinct completions, in `[1, G]`.
 
     Args:
         cosines (`torch.Tensor`): Cosines inside each group, shape `(P, G, G)`.
-        rows (`torch.Tensor`, *optional*): Cosines of sample j to each sample i that stand in place of its true ones,
-            one case after the other, shape `(P, G, S, G)`; entries with `i = j` are not read.
+        rows (`torch.Tensor`, *optional*): `S` alternative (e.g. predicted) rows of cosines of sample j to each sample
+            i, used in place of the true ones, shape `(P, G, S, G)`; entries with `i = j` are ignored.
         kernel (`str`): `"pairs"`, `"logdet"` or `"vendi"`.
 
     Returns:
-        `torch.Tensor`: Shape `(P, G)`, or `(P, G, S)` with `rows`.
+        `torch.Tensor`: Shape `(P, G)`, or `(P, G, S)` with `rows`; in the unit of f.
 
     Raises:
-        ValueError: If `kernel` is another.
+        ValueError: If `kernel` is unknown.
     """
     functions = {"pairs": _pairs_shares, "logdet": _logdet_shares, "vendi": _vendi_shares}
     if kernel not in functions:
@@ -97,12 +97,12 @@ def kernel_advantages(embeddings: torch.Tensor, num_generations: int, kernel: st
     [`diversity_shares`] minus a baseline that does not depend on `y_j`; for `"pairs"`,
     [`~trl_drcd.diversity.diversity_advantages`].
 
-    The baseline is what the other completions add on average where j is left out of the group, `mean_{k != j} (f(group
-    without j) - f(group without j and k))`, and then the mean advantage of the other prompts of the batch, for what
-    one completion adds falls with their number. At `G = 2` only the latter is left.
+    The baseline has two parts. The first is the mean share of the other completions in the group without j, `mean_{k
+    != j} (f(group without j) - f(group without j and k))`; at `G = 2` it is left out. The second is the mean advantage
+    of the other prompts of the batch: it corrects for the smaller group of the first part, where shares are larger.
 
     Args:
-        embeddings (`torch.Tensor`): Shape `(B, D)` of the global batch (of all processes), groups contiguous.
+        embeddings (`torch.Tensor`): Embeddings of the global batch (all processes), shape `(B, D)`, groups contiguous.
         num_generations (`int`): Group size `G`; at least 2, and divides `B`.
         kernel (`str`): `"pairs"`, `"logdet"` or `"vendi"`.
 
@@ -110,7 +110,7 @@ def kernel_advantages(embeddings: torch.Tensor, num_generations: int, kernel: st
         `torch.Tensor`: Shape `(B,)`, in the unit of the kernel.
 
     Raises:
-        ValueError: If `B` is not a multiple of `num_generations`, an embedding has no length, or `kernel` is another.
+        ValueError: If `B` is not a multiple of `num_generations`, an embedding is zero, or `kernel` is unknown.
     """
     if kernel == "pairs":
         return diversity_advantages(embeddings, num_generations)

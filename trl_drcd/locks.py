@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""A lock that allows one process at a time in a folder."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ LOCK = ".lock"
 @contextmanager
 def only_process(folder: str | Path, what: str) -> Iterator[None]:
     """
-    While it lasts, no other process gets past this in the same folder.
+    Hold an exclusive lock on a folder.
 
-    The system frees the lock when the process ends, however it ends; the file `.lock` stays.
+    The operating system releases the lock when the process ends, even after a crash; the file `.lock` stays.
 
     Args:
-        folder (`str` or `Path`): Made if it is not there.
-        what (`str`): What is done in it, for the message: `"a training"`.
+        folder (`str` or `Path`): Folder to lock; created if needed.
+        what (`str`): What the process does, for the error message, such as `"a training"`.
 
     Raises:
-        BlockingIOError: If another process is in it; the message names the process.
+        BlockingIOError: If another process holds the lock; the message names the process.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder, LOCK), "a+") as file:

@@ -1,5 +1,5 @@
 """
-Per-token terms of the joint objective, and the objective itself. Pure functions of tensors.
+Per-token terms of the joint objective, and its loss terms. Pure functions of tensors.
 
 Letters: `B` sequences, `S` steps, `K` codebooks (1 for a text LM), `N` scored tokens, `V` vocabulary, `H` hidden size.
 KL, log-probabilities and entropy are in nats.
@@ -15,7 +15,7 @@ import torch
 from trl_drcd.guidance import guide_hidden_states, guide_logits
 from trl_drcd.heads import Head, TokenTerms, TokenTermsFunction, WeightedTerms, WeightedTermsFunction, kl_summands
 
-# Logits of this many tokens x vocabulary entries exist at one time: 2**24 float32 are 64 MiB a buffer
+# Maximum size (tokens x vocabulary) of a chunk of logits: 2**24 float32 values are 64 MiB per buffer
 LOGITS_PER_CHUNK = 2**24
 
 
@@ -23,18 +23,18 @@ def guided_logits(
     head: Head, cond: torch.Tensor, uncond: torch.Tensor | None, guidance_scale: float
 ) -> Callable[[slice], torch.Tensor]:
     """
-    The guided logits of a teacher, projected only for the rows that are asked for.
+    The guided logits of a teacher, projected only for the requested rows.
 
-    Guidance is on the hidden states, one projection per row; on the logits where the head is not affine.
+    Guidance is applied to the hidden states, with one projection per row; if the head is not affine, to the logits.
 
     Args:
-        head (`Head`): The teacher's.
+        head (`Head`): The teacher's head.
         cond (`torch.Tensor`): Conditional last hidden states, shape `(N, H)`.
-        uncond (`torch.Tensor`, *optional*): Unconditional ones, same shape; `None` means no guidance.
+        uncond (`torch.Tensor`, *optional*): Unconditional hidden states, same shape; `None` means no guidance.
         guidance_scale (`float`): gamma of Eq. (1).
 
     Returns:
-        `Callable`: Maps a slice of the `N` rows to logits `(rows, V)`, float32 at least.
+        `Callable`: Maps a slice of the `N` rows to logits `(rows, V)`, float32 or float64.
     """
     if uncond is None:
         return lambda rows: head.logits(cond[rows])
@@ -52,8 +52,8 @@ def reverse_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor, tempe
 
     Args:
         student_logits (`torch.Tensor`): Shape `(..., V)`.
-        teacher_logits (`torch.Tensor`): Same shape; already guided.
-        temperature (`float`, *optional*, defaults to 1.0): Divides both; above 0.
+        teacher_logits (`torch.Tensor`): Guided logits, same shape.
+        temperature (`float`, *optional*, defaults to 1.0): T of both softmaxes; above 0.
 
     Returns:
         `torch.Tensor`: Shape `(...)`, nats, in float32 (float64 where an input is float64). Infinite where the teacher
@@ -84,26 +84,28 @@ def token_terms(
     logits_per_chunk: int = LOGITS_PER_CHUNK,
 ) -> TokenTerms:
     """
-    Reverse KL to the teacher, log-probability of the sampled token, and entropy, of each token; one projection for
-    all.
+    Reverse KL to the teacher, log-probability of the sampled token, and entropy, for each token, from one projection.
 
     Equal to `reverse_kl(head.logits(hidden), teacher_logits(:), temperature)` and `log_softmax` of the same logits,
-    but in chunks of tokens, so that memory does not grow with `N * V`. Gradients reach `hidden` and the head's
-    parameters, never the teacher.
+    but in chunks of tokens, so that memory does not grow with `N * V`. Gradients flow to `hidden` and the head's
+    parameters, not to the teacher.
 
     Args:
         hidden (`torch.Tensor`): The student's last hidden states, shape `(N, H)`.
         head (`Head`): The student's output head.
         ids (`torch.Tensor`): The sampled tokens, int64, shape `(N,)`.
         teacher_logits (`Callable`): Maps a slice of the `N` rows to the guided teacher's logits `(rows, V)`.
-        temperature (`float`, *optional*, defaults to 1.0): T of the softmax of both.
-        logits_per_chunk (`int`, *optional*): Entries of the `(rows, V)` logits that may exist at one time.
+        temperature (`float`, *optional*, defaults to 1.0): T of both softmaxes.
+        logits_per_chunk (`int`, *optional*): Maximum number of entries of a chunk of logits `(rows, V)`.
 
     Returns:
-        `TokenTerms`: `kl`, `log_probs`, `entropy`, each of shape `(N,)`, nats, float32, or float64 where `hidden` is.
+        `TokenTerms`: `kl`, `log_probs`, `entropy`, each of shape `(N,)`, nats, float32 (float64 if `hidden` is).
+
+    Raises:
+        ValueError: If student and teacher have different vocabulary sizes.
     """
     if hidden.shape[0] == 0:
-        # Keeps all parameters in the graph where a process has no token to score: the others wait for their gradients
+        # Keep all parameters in the graph even if this process has no token to score: the others wait for gradients
         bias = 0.0 if head.bias is None else head.bias.sum()
         nothing = (hidden.sum() + head.weight.sum() + bias) * hidden.new_zeros(0)
         return TokenTerms(nothing, nothing, nothing.detach())
@@ -124,10 +126,10 @@ def weighted_terms(
     logits_per_chunk: int = LOGITS_PER_CHUNK,
 ) -> WeightedTerms:
     """
-    `sum_n kl_weight_n kl_n + log_prob_weight_n log_prob_n` of [`token_terms`], for weights that are known beforehand.
+    `sum_n kl_weight_n kl_n + log_prob_weight_n log_prob_n` of [`token_terms`], for weights that are known in advance.
 
-    The gradient is computed along with the terms, so that no chunk is projected twice: two thirds of the projections
-    of [`token_terms`] and its backward pass. Equation (5) has this form wherever there is one update per rollout.
+    The gradient is computed in the forward pass, so that no chunk is projected twice. This takes two thirds of the
+    projections of [`token_terms`] and its backward pass. Eq. (5) has this form with one update per rollout.
 
     Args:
         hidden, head, ids, teacher_logits, temperature, logits_per_chunk: As in [`token_terms`].
@@ -135,8 +137,11 @@ def weighted_terms(
         log_prob_weights (`torch.Tensor`): Shape `(N,)`.
 
     Returns:
-        `WeightedTerms`: `loss`, a scalar, differentiable by `hidden` and the head's parameters; `kl`, `log_probs` and
-        `entropy`, each of shape `(N,)`, without gradient.
+        `WeightedTerms`: `loss`, a scalar, differentiable with respect to `hidden` and the head's parameters; `kl`,
+        `log_probs` and `entropy`, each of shape `(N,)`, nats, without gradient.
+
+    Raises:
+        ValueError: If student and teacher have different vocabulary sizes.
     """
     if hidden.shape[0] == 0:
         terms = token_terms(hidden, head, ids, teacher_logits)
@@ -163,8 +168,8 @@ def sum_per_sequence(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     Sum token values over the steps and codebooks of each sequence.
 
     Args:
-        values (`torch.Tensor`): One value per valid token, in the order of `mask`'s true entries, shape `(N,)`.
-        mask (`torch.Tensor`): True where a token counts, shape `(B, S, K)`, with `N` true entries.
+        values (`torch.Tensor`): One value per scored token, in the order of the True entries of `mask`, shape `(N,)`.
+        mask (`torch.Tensor`): True where a token is scored, shape `(B, S, K)`, with `N` True entries.
 
     Returns:
         `torch.Tensor`: Shape `(B,)`, the unit of `values`.
@@ -175,11 +180,11 @@ def sum_per_sequence(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 class BatchTerms(NamedTuple):
     """
-    What the objective and the log need of a batch; nats.
+    The terms of a batch, in nats.
 
-    `kl` and `entropy`, summed over the tokens of each sequence, and the number of `tokens`, shape `(B,)`; `log_probs`
-    of the sampled tokens, shape `(B, S, K)`, 0 where none is scored; `loss`, a scalar, where its gradient was computed
-    along with the terms, which are then without gradient.
+    `kl` and `entropy`, summed over the tokens of each sequence, shape `(B,)`; `log_probs` of the sampled tokens, shape
+    `(B, S, K)`, 0 where no token is scored; `tokens`, the number of scored tokens, shape `(B,)`; `loss`, a
+    differentiable scalar, if the weights were known in advance: the other terms are then detached. Otherwise `None`.
     """
 
     kl: torch.Tensor
@@ -201,23 +206,26 @@ def batch_terms(
     """
     The terms of a batch, from one student forward.
 
-    With `log_prob_weights` w, which must be known beforehand, the gradient of
-    `mean over sequences of sum over tokens (kl + w log p)` is computed along with the terms, at less cost
-    ([`weighted_terms`]).
+    With `log_prob_weights` w, the gradient of `mean over sequences of sum over tokens (kl + w log p)` is computed in
+    the forward pass, at a lower cost ([`weighted_terms`]).
 
     Args:
-        hidden (`torch.Tensor`): The student's last hidden states, shape `(B, S, H)`, or `(B, S, K, H)` where each
+        hidden (`torch.Tensor`): The student's last hidden states, shape `(B, S, H)`, or `(B, S, K, H)` if each
             codebook has its own.
         heads (`list[Head]`): The student's `K` heads.
         ids (`torch.Tensor`): The sampled tokens, int64, shape `(B, S, K)`.
         mask (`torch.Tensor`): True where a token is scored, shape `(B, S, K)`.
-        teacher_logits (`Callable`): Maps a codebook to the function that maps a slice of its scored tokens, in the
-            order of `mask[..., k]`, to the guided teacher's logits.
-        temperature (`float`): T of the softmax of both.
-        log_prob_weights (`torch.Tensor`, *optional*): Shape `(B, S, K)`, or one that broadcasts to it.
+        teacher_logits (`Callable`): Maps a codebook to a function from a slice of its scored tokens, in the order of
+            `mask[..., k]`, to the guided teacher's logits.
+        temperature (`float`): T of both softmaxes.
+        log_prob_weights (`torch.Tensor`, *optional*): Shape `(B, S, K)`, or broadcastable to it.
 
     Returns:
-        `BatchTerms`: Differentiable by the student where `log_prob_weights` is `None`; else its `loss` is.
+        `BatchTerms`: Its `kl` and `log_probs` are differentiable if `log_prob_weights` is `None`; otherwise only its
+        `loss` is.
+
+    Raises:
+        ValueError: If student and teacher have different vocabulary sizes.
     """
     terms: list[TokenTerms] = []
     losses: list[torch.Tensor] = []
@@ -242,7 +250,7 @@ def batch_terms(
 
 
 def _spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The values of the true entries of `mask` at their places, 0 elsewhere; differentiable."""
+    """Scatter values to the True entries of `mask`, with 0 elsewhere; differentiable."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
@@ -254,21 +262,21 @@ def policy_gradient_losses(
     epsilon_high: float = 0.2,
 ) -> torch.Tensor:
     """
-    REINFORCE of each sequence: `-advantage * log p`; with `old_log_probs`, RLOO's clipped surrogate of it.
+    REINFORCE loss of each sequence, `-advantage * log p`; with `old_log_probs`, RLOO's clipped surrogate.
 
     Eq. (4) of https://huggingface.co/papers/2410.06084. The surrogate `-min(r A, clip(r) A)`, `r = p / p_old`, is for
-    more than one update per rollout; at the first update both have one gradient. Advantages of tokens, shape `(B, S,
-    K)`, are summed over those of a sequence, each with the ratio of its own token.
+    several updates per rollout; at the first update, both losses have the same gradient. With per-token advantages,
+    shape `(B, S, K)`, each token has its own ratio, and the losses are summed over the tokens of a sequence.
 
     Args:
         log_probs (`torch.Tensor`): log p of each sampled sequence, nats, shape `(B,)`; or of each token, `(B, S, K)`.
-        advantages (`torch.Tensor`): Reward minus baseline, same shape; no gradient flows through it.
-        old_log_probs (`torch.Tensor`, *optional*): log p when the sequences were sampled, same shape.
-        epsilon_low (`float`, *optional*, defaults to 0.2): The ratio is clipped below `1 - epsilon_low`.
-        epsilon_high (`float`, *optional*, defaults to 0.2): The ratio is clipped above `1 + epsilon_high`.
+        advantages (`torch.Tensor`): Reward minus baseline, same shape; detached.
+        old_log_probs (`torch.Tensor`, *optional*): log p at sampling time, nats, same shape.
+        epsilon_low (`float`, *optional*, defaults to 0.2): Lower clipping bound of the ratio is `1 - epsilon_low`.
+        epsilon_high (`float`, *optional*, defaults to 0.2): Upper clipping bound of the ratio is `1 + epsilon_high`.
 
     Returns:
-        `torch.Tensor`: Shape `(B,)`.
+        `torch.Tensor`: Shape `(B,)`, in the unit of the advantages.
     """
     advantages = advantages.detach()
     if old_log_probs is None:
@@ -299,17 +307,17 @@ def token_log_probs(
     logits_per_chunk: int = LOGITS_PER_CHUNK,
 ) -> torch.Tensor:
     """
-    Log-probability of each token, in chunks of tokens, without gradient: the `log_probs` of [`token_terms`] alone.
+    Log-probability of each token, in chunks of tokens and without gradient: only the `log_probs` of [`token_terms`].
 
     Args:
         hidden (`torch.Tensor`): Last hidden states, shape `(N, H)`.
         head (`Head`): The output head.
         ids (`torch.Tensor`): The tokens, int64, shape `(N,)`.
         temperature (`float`, *optional*, defaults to 1.0): T of the softmax; above 0.
-        logits_per_chunk (`int`, *optional*): Entries of the `(rows, V)` logits that may exist at one time.
+        logits_per_chunk (`int`, *optional*): Maximum number of entries of a chunk of logits `(rows, V)`.
 
     Returns:
-        `torch.Tensor`: Shape `(N,)`, nats, float32 or float64; `-inf` where the head forbids the token.
+        `torch.Tensor`: Shape `(N,)`, nats, float32 or float64; `-inf` if the token has probability 0.
 
     Raises:
         ValueError: If `temperature` is not above 0.
@@ -330,7 +338,7 @@ def batch_log_probs(
     hidden: torch.Tensor, heads: list[Head], ids: torch.Tensor, mask: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
     """
-    Log-probability of each sampled token of a batch, without gradient: [`token_log_probs`] of each codebook.
+    Log-probability of each sampled token of a batch, without gradient: [`token_log_probs`] for each codebook.
 
     Args:
         hidden (`torch.Tensor`): Last hidden states, shape `(B, S, H)`, or `(B, S, K, H)`.

@@ -1,4 +1,4 @@
-"""Markdown of what people and programs write: tables and single texts, shown letter by letter."""
+"""Render untrusted texts as Markdown tables and lines, with all markup escaped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 
 def markdown_table(rows: Mapping[str, Mapping[str, object]]) -> str:
-    """A Markdown table of named rows, numbers with 4 digits, texts as they are; the columns are the first row's."""
+    """A Markdown table of named rows, floats with 4 significant digits; the columns are those of the first row."""
     columns = list(next(iter(rows.values()), {}))
     lines = ["| | " + " | ".join(columns) + " |" if columns else "| |", "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():
@@ -19,11 +19,11 @@ def markdown_table(rows: Mapping[str, Mapping[str, object]]) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """A text in one cell of a Markdown table, which would take a part of it for markup."""
+    """Escape a text for one cell of a Markdown table."""
     safe = html.escape(text, quote=False).replace("|", "\\|").replace("`", "\\`").replace("](", "]\\(")
     return " ".join(safe.split())
 
 
 def markdown_text(text: str) -> str:
-    """A text on one line of Markdown, shown letter by letter: no markup, no link, no HTML."""
+    """Escape a text for one line of Markdown: no markup, links or HTML."""
     return re.sub(r"([\\`*_{}\[\]()#+\-.!|~<>&:@])", r"\\\1", " ".join(text.split()))

@@ -1,4 +1,4 @@
-"""What the trainer measures of an update, over all processes: means of its terms, norms of their gradients, times."""
+"""Metrics of an update over all processes: means of the loss terms, norms of their gradients, and times."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ class RunningMeans:
     """
     Means of the loss terms since the last log, over the rows and tokens of all processes and forwards.
 
-    Sums are kept: forwards and processes have unequal numbers of tokens, and the last one of an evaluation fewer rows.
+    Accumulates sums, because the numbers of tokens and rows differ between forwards and processes.
     """
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
 
     def reset(self) -> None:
-        """Starts again."""
+        """Reset all sums."""
         self.sums = {}
 
     def add(self, rows: dict[str, torch.Tensor]) -> None:
         """
-        Adds a forward of all processes.
+        Add one forward of all processes.
 
         Args:
-            rows (`dict[str, torch.Tensor]`): Of each sequence, shape `(B,)`: the loss terms by their names,
-                `distillation` (KL) among them, `entropy`, all in nats, and the number of `tokens`.
+            rows (`dict[str, torch.Tensor]`): Values of each sequence, shape `(B,)`: the loss terms by name, including
+                `distillation` (the KL); `entropy`; all in nats; and the number of `tokens`.
         """
         names, values = list(rows), torch.stack(list(rows.values()))
         for name, value in zip([*names, "rows"], [*values.sum(1).tolist(), values.shape[1]], strict=True):
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def values(self) -> dict[str, float]:
-        """Loss terms and KL per sequence; KL and entropy per token; nats."""
+        """Means in nats: loss terms and KL per sequence, KL and entropy per token."""
         sums = dict(self.sums)
         rows, tokens, entropy = sums.pop("rows"), max(1.0, sums.pop("tokens")), sums.pop("entropy")
         kl = sums["distillation"]
@@ -50,8 +50,9 @@ class RunningMeans:
 
 class GradientNorms:
     """
-    Norms of the terms' gradients before clipping, of an update that is logged, and the diversity's signal-to-noise
-    ratio over the last of them ([`~trl_drcd.gradient_snr.GradientSNR`]); not of sharded gradients.
+    Norms of the gradients of the loss terms before clipping, for updates that are logged, and the signal-to-noise
+    ratio of the diversity gradient over recent ones ([`~trl_drcd.gradient_snr.GradientSNR`]). Disabled for sharded
+    gradients.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -61,7 +62,7 @@ class GradientNorms:
         self._parts: dict[str, list[torch.Tensor]] = {}
 
     def add(self, model: torch.nn.Module, losses: dict[str, torch.Tensor], forwards: int) -> None:
-        """Adds the gradients of the terms beside the distillation, of one of the update's `forwards` here."""
+        """Add the gradients of the terms other than distillation, from one of the update's `forwards` forwards."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         for name, loss in losses.items():
             gradient = torch.autograd.grad(
@@ -76,13 +77,19 @@ class GradientNorms:
         self, model: torch.nn.Module, diversity_coef: float, diversity: list[torch.Tensor] | None = None
     ) -> dict[str, float]:
         """
-        The norms, once the update's gradient is in `grad`; what is none of the other terms' is distillation's.
+        Compute the norms from the accumulated gradients of the update.
+
+        The gradient of the distillation term is the total gradient minus those of the other terms.
 
         Args:
-            model (`torch.nn.Module`): The student.
-            diversity_coef (`float`): By which the diversity's gradient is divided before updates are compared.
-            diversity (`list[torch.Tensor]`, *optional*): The diversity's gradient, mean over all processes, where it
-                is kept apart and is not in `grad`.
+            model (`torch.nn.Module`): The student, with the gradient of the update in `grad`.
+            diversity_coef (`float`): Divides the diversity gradient, so that different updates can be compared.
+            diversity (`list[torch.Tensor]`, *optional*): The diversity gradient, averaged over all processes, if it is
+                kept separately and not included in `grad`.
+
+        Returns:
+            `dict[str, float]`: `grad_norm/...` for each term, and `snr/diversity` (no unit) once it is defined; empty
+            if the update was skipped or gradients are sharded.
         """
         parts, self._parts = self._parts, {}
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -91,7 +98,7 @@ class GradientNorms:
         rest = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         norms = {"grad_norm/diversity": 0.0}
         for name, part in parts.items():
-            part = [self.accelerator.reduce(values, reduction="mean") for values in part]  # on all processes alike
+            part = [self.accelerator.reduce(values, reduction="mean") for values in part]  # collective
             rest = [a - b for a, b in zip(rest, part, strict=True)]
             norms[f"grad_norm/{name}"] = _norm(part)
             if name == "diversity":
@@ -104,13 +111,13 @@ class GradientNorms:
 
 
 def _norm(tensors: list[torch.Tensor]) -> float:
-    """Of all of them together, taken in float32 at least."""
+    """The norm of all tensors together, in float32 or float64."""
     norms = [values.to(torch.promote_types(values.dtype, torch.float32)).norm() for values in tensors]
     return float(torch.stack(norms).norm()) if norms else 0.0
 
 
 class Stopwatch:
-    """Seconds of an update by what they were spent on; what is none of `parts` is the update's own."""
+    """Seconds of an update, split into `parts`; the remaining time is counted as `update`."""
 
     parts = ("rollout", "teacher", "reward")
 
@@ -120,7 +127,7 @@ class Stopwatch:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Adds the seconds that the body takes."""
+        """Add the duration of the body to `name`."""
         start = time.perf_counter()
         yield
         if self.accelerator.device.type == "cuda" and name != "update":
@@ -129,13 +136,13 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Forgets what the body takes."""
+        """Do not count the duration of the body."""
         before = dict(self.seconds)
         yield
         self.seconds = before
 
     def lap(self) -> dict[str, float]:
-        """`time/...` of this update, mean over the processes, so that they add up; starts the next one."""
+        """Return `time/...` of this update in seconds, averaged over the processes, and start the next update."""
         self.seconds["update"] -= sum(self.seconds[name] for name in self.parts)
         here = torch.tensor(list(self.seconds.values()), device=self.accelerator.device)
         means = self.accelerator.reduce(here, reduction="mean").tolist()

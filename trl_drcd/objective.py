@@ -20,14 +20,16 @@ PARTS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 
 class JointObjective:
     """
-    Distillation and policy gradient of batches with `prompt_ids`, `prompt_mask`, `completion_ids`, `completion_mask`
-    and what the teacher stored.
+    Distillation and policy gradient losses of a batch.
+
+    A batch is a dict with `prompt_ids`, `prompt_mask`, `completion_ids`, `completion_mask` and the entries of
+    [`~trl_drcd.teacher.GuidedTeacher.stored`].
 
     Args:
-        policy (`Policy`): Of the model family.
-        teacher ([`~trl_drcd.teacher.GuidedTeacher`]): Of the run.
-        temperature (`float`): T.
-        epsilons (`tuple[float, float]`): The ratio of more than one update per rollout is clipped to `[1 - low, 1 +
+        policy (`Policy`): The policy of the model family.
+        teacher ([`~trl_drcd.teacher.GuidedTeacher`]): The teacher.
+        temperature (`float`): T of student and teacher.
+        epsilons (`tuple[float, float]`): With several updates per rollout, the ratio is clipped to `[1 - low, 1 +
             high]`.
     """
 
@@ -46,8 +48,8 @@ class JointObjective:
         [`~trl_drcd.losses.batch_terms`] of the student's forward.
 
         Args:
-            model: The student as wrapped for this forward.
-            wrapped: The student as wrapped for the launch, whose base may be the teacher.
+            model: The student as wrapped by the trainer for this forward.
+            wrapped: The student as wrapped by Accelerate; with an adapter, its base is the teacher.
             batch (`dict`): See the class.
             log_prob_weights (`torch.Tensor`, *optional*): As in `batch_terms`.
         """
@@ -66,7 +68,7 @@ class JointObjective:
 
     @torch.no_grad()
     def old_log_probs(self, wrapped: Any, batch: dict[str, Any], batch_size: int) -> torch.Tensor:
-        """log p of each sampled token by the student as it sampled, nats, `(B, S, K)`; 0 where none is scored."""
+        """log p of each sampled token under the current student, nats, `(B, S, K)`; 0 where no token is scored."""
         student, parts = self.accelerator.unwrap_model(wrapped), []
         for start in range(0, len(batch["prompt_ids"]), batch_size):
             rows = {name: batch[name][start : start + batch_size] for name in PARTS}
@@ -83,13 +85,17 @@ class JointObjective:
         self, terms: BatchTerms, credits: dict[str, torch.Tensor], old_log_probs: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         """
-        The terms of the loss of each sequence, shape `(B,)`: `distillation`, and one policy gradient for each credit.
+        The loss terms of each sequence, shape `(B,)`: `distillation` in nats, and one policy gradient per entry of
+        `credits`.
 
         Args:
-            terms (`BatchTerms`): Of the student.
-            credits (`dict`): By how much log p is to rise: of sequences, shape `(B, 1, 1)`, or of tokens, `(B, S, K)`;
-                with `old_log_probs` the ratio is of the same.
+            terms (`BatchTerms`): The student's terms.
+            credits (`dict`): Advantages by name: per sequence, shape `(B, 1, 1)`, or per token, `(B, S, K)`. The
+                ratios to `old_log_probs` are per sequence or per token accordingly.
             old_log_probs (`torch.Tensor`, *optional*): See [`old_log_probs`].
+
+        Returns:
+            `dict[str, torch.Tensor]`: Name to loss.
         """
         losses = {"distillation": terms.kl}
         for name, credit in credits.items():

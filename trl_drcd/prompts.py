@@ -1,4 +1,4 @@
-"""Prompts of a file or of the Hub, from the columns that data sets have for them."""
+"""Load prompts from a file or the Hub, converting common column formats."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 def load_prompts(argument: str, name: str, split: str, streaming: bool = False) -> Any:
     """
-    Prompts of a local file or of the Hub, in the columns `prompt` and, where it is there, `negative_prompt`; checked.
+    Load and validate the columns `prompt` and, if present, `negative_prompt` of a local file or a Hub data set.
 
     Args:
-        argument (`str`): What the user calls it, for the messages.
+        argument (`str`): Name of the user's argument, for error messages.
         name (`str`): A JSONL, CSV or Parquet file, or the name of a data set on the Hub.
         split (`str`): Split of the data set on the Hub.
-        streaming (`bool`, *optional*, defaults to `False`): Read rows as they are needed, without a look at all.
+        streaming (`bool`, *optional*, defaults to `False`): Read rows lazily, without checking all of them first.
 
     Returns:
-        `Dataset`: Not empty, no prompt empty; an `IterableDataset` where `streaming`.
+        `Dataset`: At least one row, no empty prompt; an `IterableDataset` if `streaming`.
 
     Raises:
-        FileNotFoundError: If the name is that of a file, and there is none.
-        ValueError: If the format is not known, there is no row, no column `prompt`, or a row without a prompt.
+        FileNotFoundError: If neither the file nor a Hub data set of that name exists.
+        ValueError: If the format is unknown, there are no rows, no column `prompt`, or a row without a prompt.
     """
     dataset = read_prompts(argument, name, split, streaming)
     check_rows(dataset, f"`{argument}={name}`")
@@ -46,21 +46,28 @@ def read_prompts(
     argument: str, name: str, split: str, streaming: bool = False, keep_columns: bool = False
 ) -> Dataset | IterableDataset:
     """
-    [`load_prompts`] without a look at the rows, for the trainer, which looks at them itself.
+    [`load_prompts`] without validating the rows, for the trainer, which validates them itself.
 
-    Rows in the form of chats (`messages`), ShareGPT (`conversations`) or Alpaca (`instruction`, perhaps `input`)
-    become prompts: the turns up to the last one of the user, or one turn of the user.
+    Rows with `messages` (chat), `conversations` (ShareGPT) or `instruction` and optionally `input` (Alpaca) are
+    converted to prompts: the turns up to the last user turn, or a single user turn.
 
     Args:
         argument, name, split, streaming: See [`load_prompts`].
-        keep_columns (`bool`, *optional*, defaults to `False`): Keep the other columns, for reward functions, which TRL
-            gives them.
+        keep_columns (`bool`, *optional*, defaults to `False`): Keep the other columns, which TRL passes to reward
+            functions.
+
+    Returns:
+        `Dataset`: The prompts; an `IterableDataset` if `streaming`.
+
+    Raises:
+        FileNotFoundError: If neither the file nor a Hub data set of that name exists.
+        ValueError: If the format is unknown, or the file is empty or unreadable.
     """
     dataset = read_rows(f"`{argument}={name}`", name, split, streaming)
     columns = dataset.column_names or list(next(iter(dataset), {}))
     column = next((column for column in ("prompt", *CONVERSIONS) if column in columns), None)
     if column in CONVERSIONS:
-        logger.warning(f"`{argument}={name}` has no column `prompt`: prompts are made of `{column}`")
+        logger.warning(f"`{argument}={name}` has no column `prompt`: prompts are taken from `{column}`")
         dataset = dataset.map(_converted, fn_kwargs={"column": column})
     columns = ["prompt", *columns] if column else columns
     if column and not keep_columns:
@@ -69,12 +76,12 @@ def read_prompts(
     if isinstance(dataset, Dataset) and "negative_prompt" in columns:
         kind = dataset.features["negative_prompt"]
         if getattr(kind, "dtype", None) == "float64" and not any(n is not None for n in dataset["negative_prompt"]):
-            dataset = dataset.remove_columns("negative_prompt")  # an empty column of a CSV file, read as numbers
+            dataset = dataset.remove_columns("negative_prompt")  # an empty CSV column, which is read as numbers
     return dataset
 
 
 def _converted(row: Row, column: str) -> dict[str, Any]:
-    """The prompt of a row that has another column for it."""
+    """The prompt of a row, converted from another column."""
     return {"prompt": CONVERSIONS[column](row)}
 
 
@@ -97,7 +104,7 @@ def _from_alpaca(row: Row) -> list[dict[str, Any]]:
 
 
 def _up_to_the_user(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """The turns with the last one of the user at the end; what is left open in some rows only is left out."""
+    """The turns up to the last user turn, without `None` entries (fields that only some rows have)."""
     last = max((number for number, turn in enumerate(turns) if turn.get("role") == "user"), default=-1)
     return [{key: value for key, value in turn.items() if value is not None} for turn in turns[: last + 1]]
 
@@ -110,7 +117,7 @@ CONVERSIONS: dict[str, Callable[[Row], list[dict[str, Any]]]] = {
 
 
 def with_system_prompt(row: Row, system_prompt: str) -> dict[str, Any]:
-    """The row's prompt with a system turn before it, unless it has one; a text becomes a conversation."""
+    """Prepend a system turn to the row's prompt, unless it has one; a text becomes a conversation."""
     prompt = row["prompt"]
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else prompt
     if isinstance(turns, list) and turns and turns[0].get("role") != "system":
@@ -119,5 +126,5 @@ def with_system_prompt(row: Row, system_prompt: str) -> dict[str, Any]:
 
 
 def distinct(prompts: Iterable[Any], count: int) -> list[Any]:
-    """The first `count` different prompts, texts or conversations."""
+    """The first `count` distinct prompts (texts or conversations)."""
     return [json.loads(prompt) for prompt in list(dict.fromkeys(map(json.dumps, prompts)))[:count]]

@@ -1,5 +1,5 @@
 """
-The teacher: the initial model, or another, with classifier-free guidance, Eq. (1) of
+The teacher: the initial model, or a separate one, with classifier-free guidance, Eq. (1) of
 https://huggingface.co/papers/2410.06084.
 
 Letters: `B` sequences, `S` steps, `K` codebooks, `V` vocabulary, `H` hidden size.
@@ -28,7 +28,7 @@ from trl_drcd.validation.model_folders import check_adapter_folder, load_model
 
 
 class TeacherStates(NamedTuple):
-    """Last hidden states `(B, S, H)` of the teacher on completions: `cond`, and `uncond` where it is guided."""
+    """The teacher's last hidden states `(B, S, H)` on completions: `cond`, and `uncond` with guidance."""
 
     cond: torch.Tensor
     uncond: torch.Tensor | None
@@ -36,16 +36,17 @@ class TeacherStates(NamedTuple):
 
 class GuidedTeacher:
     """
-    The initial model, guided: a frozen copy, or the student's own weights with the adapter off; or another model.
+    The guided teacher: a frozen copy of the initial model, the student with its adapter off, or a separate model.
 
-    It reads a rollout once ([`read`]); the loss then projects what [`stored`] keeps of it, token by token.
+    [`read`] runs the teacher's forward once per rollout. The loss then applies the teacher's head to the hidden states
+    kept by [`stored`].
 
     Args:
-        policy (`Policy`): Of the model family.
-        copy (`PreTrainedModel`, *optional*): The frozen copy or the other model, as wrapped for the launch; `None`
-            where the student is a PEFT model, whose base is the teacher.
-        guidance_scale (`float`): gamma; 1 is the teacher without guidance.
-        accelerator (`Accelerator`): Of the launch.
+        policy (`Policy`): The policy of the model family.
+        copy (`PreTrainedModel`, *optional*): The frozen copy or the separate model, wrapped by Accelerate; `None` if
+            the student is a PEFT model whose base is the teacher.
+        guidance_scale (`float`): gamma of Eq. (1); 1 disables guidance.
+        accelerator (`Accelerator`): The trainer's accelerator.
     """
 
     def __init__(self, policy: Policy, copy: PreTrainedModel | None, guidance_scale: float, accelerator: Accelerator):
@@ -54,11 +55,11 @@ class GuidedTeacher:
 
     @property
     def guided(self) -> bool:
-        """Whether there is an unconditional stream."""
+        """Whether guidance is on, so that there is an unconditional stream."""
         return self.guidance_scale != 1
 
     def model(self, student: Any) -> PreTrainedModel:
-        """The unwrapped model that teaches `student`."""
+        """The unwrapped teacher of `student`."""
         model: PreTrainedModel = self.accelerator.unwrap_model(student if self.copy is None else self.copy)
         return model
 
@@ -71,14 +72,17 @@ class GuidedTeacher:
         batch_size: int,
     ) -> TeacherStates:
         """
-        The teacher's forward on completions; conditional and unconditional stream run as one batch.
+        Run the teacher's forward on completions, conditional and unconditional stream in one batch.
 
         Args:
-            student: The student as wrapped.
+            student: The wrapped student.
             batch (`dict`): `prompt_ids`, `prompt_mask` `(B, P)`, left-padded, and `completion_ids`, `completion_mask`.
-            negative_prompt (`tuple`, *optional*): Ids and mask of each row's x^-, left-padded, int64 `(B, P')`; needed
-                where the teacher is guided.
-            batch_size (`int`): Sequences of a stream at one time; as many forwards on every process.
+            negative_prompt (`tuple`, *optional*): Ids and mask of each row's negative prompt, left-padded, int64
+                `(B, P')`; required with guidance.
+            batch_size (`int`): Sequences per forward and stream; every process must run the same number of forwards.
+
+        Returns:
+            `TeacherStates`: Hidden states of both streams.
         """
         model, off = self.model(student), self.copy is None
         cond: list[torch.Tensor] = []
@@ -106,17 +110,18 @@ class GuidedTeacher:
         return TeacherStates(torch.cat(cond), torch.cat(uncond) if uncond else None)
 
     def heads(self, student: Any) -> list[Head]:
-        """The teacher's `K` heads; those of the base where the adapter is off."""
+        """The teacher's `K` heads."""
         off = use_adapter(self.accelerator.unwrap_model(student), None) if self.copy is None else nullcontext()
         with off, self.accelerator.autocast():
             return self.policy.heads(self.model(student))
 
     def stored(self, states: TeacherStates, student: Any) -> dict[str, torch.Tensor]:
         """
-        What the loss needs of the teacher, by names for a batch; rows can be split and shuffled.
+        The entries of a batch that the loss needs from the teacher; their rows can be split and shuffled.
 
-        Guided hidden states, float32 `(B, S, H)`: one projection gives the guided logits. Both streams where a head
-        caps its logits, which then are guided themselves.
+        These are the guided hidden states, float32 `(B, S, H)`, whose projection gives the guided logits. If a head
+        soft-caps its logits, both streams are kept, as guidance is then applied to the logits. Without guidance, the
+        conditional states are kept.
         """
         if states.uncond is None:
             return {"teacher_hidden": states.cond}
@@ -128,15 +133,15 @@ class GuidedTeacher:
         self, heads: list[Head], batch: dict[str, torch.Tensor], mask: torch.Tensor
     ) -> Callable[[int], Callable[[slice], torch.Tensor]]:
         """
-        The guided logits of scored tokens, projected only for the rows that are asked for.
+        The guided logits of scored tokens, projected only for the requested rows.
 
         Args:
-            heads (`list[Head]`): [`heads`].
-            batch (`dict`): With what [`stored`] made of it.
+            heads (`list[Head]`): The teacher's heads, from [`heads`].
+            batch (`dict`): Batch with the entries of [`stored`].
             mask (`torch.Tensor`): True where a token is scored, shape `(B, S, K)`.
 
         Returns:
-            `Callable`: Maps a codebook to the function from a slice of its scored tokens to logits `(rows, V)`.
+            `Callable`: Maps a codebook to a function from a slice of its scored tokens to logits `(rows, V)`.
         """
 
         def of_codebook(k: int) -> Callable[[slice], torch.Tensor]:
@@ -152,32 +157,35 @@ class GuidedTeacher:
 
 def load_teacher(teacher: str | PreTrainedModel | PeftModel, student: PreTrainedModel, policy: Policy) -> Any:
     """
-    A teacher other than the initial model, such as the model of an earlier run, whose guidance is distilled once more.
+    Load a teacher other than the initial model, such as the model of an earlier run.
 
     Args:
-        teacher (`str`, `PreTrainedModel` or `PeftModel`): A model, or the folder or name of one; of an adapter the
-            folder, which is merged into its base. It may be larger than the student.
-        student (`PreTrainedModel`): Whose vocabulary, data type and device the teacher must have, or gets.
-        policy (`Policy`): Of the student's family.
+        teacher (`str`, `PreTrainedModel` or `PeftModel`): A model, its folder or name, or the folder of an adapter. An
+            adapter is merged into its base. The teacher may be larger than the student.
+        student (`PreTrainedModel`): The student. A loaded teacher gets its data type, and every teacher its device.
+        policy (`Policy`): The policy of the student's family.
+
+    Returns:
+        `PreTrainedModel`: The teacher, not yet frozen or wrapped.
 
     Raises:
-        ValueError: If it is of another family, or has another vocabulary.
+        ValueError: If the teacher's family or vocabulary size differs from the student's.
     """
     if isinstance(teacher, str):
         dtype = next(p.dtype for p in student.parameters() if p.is_floating_point())
         teacher = _load_model_or_adapter(teacher, dtype)
     else:
-        teacher = copy.deepcopy(teacher)  # which is frozen, and may be the student
+        teacher = copy.deepcopy(teacher)  # it will be frozen, and may be the student itself
     model: Any = teacher.merge_and_unload() if isinstance(teacher, PeftModel) else teacher
     if (family := policy_class(model)) is not type(policy):
         raise ValueError(
-            f"`teacher` is of another family than the student: {family.__name__}, {type(policy).__name__}"
+            f"`teacher` is of another model family than the student: {family.__name__}, not {type(policy).__name__}"
         )
     sizes = [[head.weight.shape[0] for head in policy.heads(each)] for each in (model, student)]
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"`teacher` has another vocabulary than the student, {sizes[0]} tokens and not {sizes[1]}: its "
-            "distribution is over other tokens; give a model with the student's tokenizer"
+            f"`teacher` has another vocabulary than the student, {sizes[0]} tokens and not {sizes[1]}: the KL needs "
+            "the same tokens; give a model with the student's tokenizer"
         )
     policy.prepare(model)
     return model.to(student.device)
@@ -195,7 +203,7 @@ def _load_model_or_adapter(name: str, dtype: torch.dtype) -> PreTrainedModel | P
 def _stack_prompts(
     cond_ids: torch.Tensor, cond_mask: torch.Tensor, uncond_ids: torch.Tensor, uncond_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Conditional rows first, then unconditional ones, both left-padded to one length: ids and mask `(2B, P)`."""
+    """Conditional rows, then unconditional rows, left-padded to the same length: ids and mask `(2B, P)`."""
     longest = max(cond_ids.shape[1], uncond_ids.shape[1])
 
     def widen(tensor: torch.Tensor) -> torch.Tensor:

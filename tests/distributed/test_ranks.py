@@ -224,13 +224,13 @@ def test_sharding_that_gives_no_right_result_is_refused():
 
     fsdp2 = launched(fsdp_plugin=SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=True))
     check_sharding(fsdp2, 4)
-    with pytest.raises(ValueError, match="`fsdp_cpu_ram_efficient_loading=true` does not load the parts"):
+    with pytest.raises(ValueError, match="`fsdp_cpu_ram_efficient_loading=true` does not load the unsharded modules"):
         check_sharding(fsdp2, 1, keeps_parts_whole=True)
     with pytest.raises(ValueError, match="`fsdp_version=1` is not supported; set `fsdp_version: 2`"):
         check_sharding(launched(fsdp_plugin=SimpleNamespace(fsdp_version=1, cpu_ram_efficient_loading=False)), 1)
     zero3 = launched(deepspeed_plugin=SimpleNamespace(zero_stage=3))
     check_sharding(zero3, 1)
-    with pytest.raises(ValueError, match="2 updates per rollout do not go with DeepSpeed ZeRO-3; set"):
+    with pytest.raises(ValueError, match="2 updates per rollout do not work with DeepSpeed ZeRO-3; set"):
         check_sharding(zero3, 2)
-    with pytest.raises(ValueError, match="`zero_stage=3` of DeepSpeed does not go with MusicGen; use"):
+    with pytest.raises(ValueError, match="`zero_stage=3` of DeepSpeed does not work with MusicGen; use"):
         check_sharding(zero3, 1, keeps_parts_whole=True)

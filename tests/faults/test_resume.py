@@ -168,7 +168,9 @@ def test_a_complete_run_makes_no_more_updates(uninterrupted, tmp_path):
 def test_a_checkpoint_of_another_run_is_refused_by_name(uninterrupted, tmp_path, changed, message):
     folder, _ = uninterrupted
     shutil.copytree(folder / "checkpoint-6", tmp_path / "checkpoint-6")
-    with pytest.raises(ValueError, match=rf"checkpoint-6 cannot be resumed from: it belongs to a different run: .*{message}"):
+    with pytest.raises(
+        ValueError, match=rf"checkpoint-6 cannot be resumed from: it belongs to a different run: .*{message}"
+    ):
         run("text", tmp_path, resume=True, **changed)
 
 
