@@ -89,6 +89,6 @@ def test_a_mixture_that_hears_needs_a_codec(tmp_path, tokenizer):
     from trl_drcd.audio import MusicDescriptors
 
     with pytest.raises(
-        ValueError, match="`embedder` is a MusicDescriptors, which hears audio, and there is no `codec`"
+        ValueError, match="`embedder` is a MusicDescriptors, which needs audio, but there is no `codec`"
     ):
         make_trainer(tmp_path, tokenizer, embedder={"words": bag_of_words, "tune": MusicDescriptors()})

@@ -69,9 +69,7 @@ def check_before_loading(
     parts = list(embedder.embedders.values()) if isinstance(embedder, EmbedderMixture) else [embedder]
     hearing = [type(part).__name__ for part in parts if isinstance(part, SavedModule)]
     if hearing and codec is None and not family.has_own_codec:
-        raise ValueError(
-            f"`embedder` is a {hearing[0]}, which hears audio, and there is no `codec` to make it; give one"
-        )
+        raise ValueError(f"`embedder` is a {hearing[0]}, which needs audio, but there is no `codec`; pass a `codec`")
 
 
 # ---------------------------------------------------------------- data
