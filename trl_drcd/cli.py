@@ -4,6 +4,7 @@ The command line.
     trl-drcd train music --config run.yaml
     trl-drcd merge --quality QUALITY --diversity DIVERSITY --interpolation_weight 0.5 --out MERGED
     trl-drcd evaluate --config front.yaml
+    trl-drcd push FOLDER OWNER/NAME --dry_run
     trl-drcd COMMAND --help
     trl-drcd --version
 """
@@ -195,8 +196,16 @@ def app(argv: list[str]) -> None:
     main(argv)
 
 
+def push(argv: list[str]) -> None:
+    """Upload a model, evaluation samples or a collection to the Hub; `trl-drcd push --help` says how."""
+    from trl_drcd.hub.commands import main
+
+    main(argv)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train, "merge": merge, "evaluate": evaluate, "app": app, "ratings": ratings,
+    "push": push,
 }  # fmt: skip
 
 

@@ -1,0 +1,84 @@
+"""`trl-drcd push`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl_drcd.validation.command_line import parse_command_line
+from trl_drcd.validation.field_types import check_types
+
+
+@dataclass
+class PushArguments:
+    """What `trl-drcd push` takes; `--config FILE.yaml` gives the same from a file."""
+
+    folder: str | None = field(
+        default=None, metadata={"help": "What to push: a model, adapter, merge, embedder, judge or codec."}
+    )
+    repo_id: str | None = field(default=None, metadata={"help": "Where to: owner/name."})
+    public: bool = field(default=False, metadata={"help": "Let everybody see it; private otherwise."})
+    yes: bool = field(default=False, metadata={"help": "Replace files of a repository that has some."})
+    dry_run: bool = field(default=False, metadata={"help": "Show every file with its size, and send nothing."})
+    base_model: list[str] | None = field(
+        default=None, metadata={"help": "Names on the Hub of the base, or of the parents of a merge."}
+    )
+    license: str | None = field(default=None, metadata={"help": "Licence, such as apache-2.0; else that of the card."})
+    datasets: list[str] | None = field(default=None, metadata={"help": "Names on the Hub of the training data."})
+    command: str | None = field(default=None, metadata={"help": "What made the model, for the card."})
+    results: str | None = field(
+        default=None, metadata={"help": "Evaluation whose metrics and front the card shows: folder or results.jsonl."}
+    )
+    strategy: str | None = field(
+        default=None, metadata={"help": "Line of `results`; by default that of this model alone."}
+    )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+def with_names(argv: list[str]) -> list[str]:
+    """The leading words without a name are `folder` and `repo_id`."""
+    leading = next((number for number, word in enumerate(argv) if word.startswith("-")), len(argv))
+    if leading > 2:
+        raise ValueError(f"unknown argument {argv[2]!r}; give FOLDER, OWNER/NAME, then arguments with a `--`")
+    named = [word for pair in zip(("--folder", "--repo_id"), argv[:leading], strict=False) for word in pair]
+    return [*named, *argv[leading:]]
+
+
+def main(argv: list[str]) -> None:
+    """
+    Upload the folder of a model, adapter, merge, embedder, judge or codec to the Hub, with a complete card: private
+    unless `--public`, nothing replaced without `--yes`, no file that is not part of the model. Tokens are those of `hf
+    auth login` or HF_TOKEN. The same arguments can stand in a YAML file: --config FILE.yaml.
+    """
+    from trl import TrlParser
+
+    kind: Any = PushArguments
+    parser = TrlParser(
+        kind, prog="trl-drcd push", usage="%(prog)s FOLDER OWNER/NAME [--ARGUMENT VALUE ...]",
+        description=main.__doc__, allow_abbrev=False,
+    )  # fmt: skip
+    (arguments,) = parse_command_line(parser, with_names(argv))
+    run(arguments)
+
+
+def run(arguments: PushArguments) -> None:
+    """
+    Does what the arguments say.
+
+    Raises:
+        ValueError: If an argument is missing. Others: those of [`~trl_drcd.hub.push.push_to_hub`].
+    """
+    from trl_drcd.hub.push import push_to_hub
+
+    if arguments.folder is None or arguments.repo_id is None:
+        raise ValueError("give `folder` and `repo_id`: trl-drcd push FOLDER OWNER/NAME")
+    url = push_to_hub(
+        arguments.folder, arguments.repo_id, public=arguments.public, overwrite=arguments.yes,
+        dry_run=arguments.dry_run, base_model=arguments.base_model, license=arguments.license,
+        datasets=arguments.datasets or (), command=arguments.command, results=arguments.results,
+        strategy=arguments.strategy,
+    )  # fmt: skip
+    if url:
+        print(f"Pushed: {url}")

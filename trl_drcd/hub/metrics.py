@@ -1,0 +1,83 @@
+"""Metrics of an evaluation as a model card has them: `model-index`, and a table with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import EvalResult
+
+from trl_drcd.evaluation.results import Result, read_results
+from trl_drcd.markdown import markdown_table
+
+TASKS = {"text": ("text-generation", "Text generation"), "music": ("text-to-audio", "Text to audio")}
+
+
+def result_of(file: Path, model: str, strategy: str | None = None) -> Result:
+    """
+    The line of a `results.jsonl` that is about a model.
+
+    Args:
+        file (`Path`): `results.jsonl`, or the folder of an evaluation.
+        model (`str`): Name of the model's folder.
+        strategy (`str`, *optional*): Name of the line; by default that of the model alone, without guidance.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If no line, or more than one, fits.
+    """
+    file = file / "results.jsonl" if file.is_dir() else file
+    if not file.is_file():
+        raise FileNotFoundError(f"`results={file}` is not there; give the folder or results.jsonl of an evaluation")
+    rows = read_results(file)
+    if strategy is not None:
+        found = [row for row in rows if strategy in (row.name, row.point)]
+    else:
+        alone = [row for row in rows if (row.is_trained() or row.is_base()) and row.temperature < 1.5]
+        found = [row for row in alone if model in (row.name, row.point, Path(row.model).name)]
+    if len(found) != 1:
+        raise ValueError(
+            f"`results={file}` has {len(found)} lines for {strategy or model}; name one with `strategy`: "
+            f"{', '.join(row.name for row in rows)}"
+        )
+    return found[0]
+
+
+def eval_results(result: Result) -> list[EvalResult]:
+    """The metrics of a row for `model-index`; the ends of an interval are in `args`, as the format has no field."""
+    task, task_name = TASKS[result.kind]
+    return [
+        EvalResult(
+            task_type=task,
+            task_name=task_name,
+            dataset_type="held-out-prompts",
+            dataset_name=f"{result.prompts} held-out prompts, {result.samples_per_prompt} samples each",
+            metric_type=name,
+            metric_name=f"{name} (95 % interval {value['low']:.4g} to {value['high']:.4g})",
+            metric_value=value["mean"],
+            metric_args={"low": value["low"], "high": value["high"], "interval": 0.95},
+            verified=False,
+        )
+        for name, value in result.metrics.items()
+    ]
+
+
+def metrics_section(result: Result) -> str:
+    """The table of the card."""
+    about = (
+        f"{result.prompts} held-out prompts, {result.samples_per_prompt} samples each, temperature "
+        f"{result.temperature:g}, guidance {result.guidance_scale:g}, seed {result.seed}; 95 % intervals."
+    )
+    rows = {
+        name: {"mean": value["mean"], "low": value["low"], "high": value["high"]}
+        for name, value in result.metrics.items()
+    }
+    return f"## Evaluation\n\n{about}\n\n{markdown_table(rows)}"
+
+
+def plot_of(results: Path | None, names: Sequence[str]) -> dict[str, Path]:
+    """`front.png` of an evaluation, where the model's folder has none of its own."""
+    if results is None or "front.png" in names:
+        return {}
+    plot = (results if results.is_dir() else results.parent) / "front.png"
+    return {"front.png": plot} if plot.is_file() else {}

@@ -1,0 +1,144 @@
+"""Files into a repository of the Hub, in one commit: private unless said otherwise, and nothing replaced unasked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from trl_drcd.hub.client import attempt, hub_api, hub_errors
+from trl_drcd.hub.selection import is_replaced
+
+NEW = {".gitattributes"}
+"""What the Hub itself puts into a new repository."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """
+    What would be uploaded.
+
+    Args:
+        repo_id (`str`): `owner/name`.
+        files (`Mapping`): Path in the repository to the file, or to its content.
+        public (`bool`): Whether anybody may see it.
+        repo_type (`str`): `"model"` or `"dataset"`.
+        bases (`tuple[str, ...]`): Names on the Hub that must be there for this to be loaded.
+    """
+
+    repo_id: str
+    files: Mapping[str, bytes | Path]
+    public: bool = False
+    repo_type: Literal["model", "dataset"] = "model"
+    bases: tuple[str, ...] = ()
+
+    def listing(self) -> str:
+        """Every file with its size in bytes, their sum, and who may see them."""
+        sizes = {name: _size(content) for name, content in self.files.items()}
+        lines = [f"{size:>15,}  {name}" for name, size in sizes.items()]
+        whom = "public" if self.public else "private"
+        where = f"the {whom} {self.repo_type} {self.repo_id}"
+        total = f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files, to {where}"
+        return "\n".join([*lines, total])
+
+
+def _size(content: bytes | Path) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def check_repo_id(repo_id: str) -> None:
+    """
+    Refuse what is not `owner/name`.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    try:
+        validate_repo_id(repo_id)
+        known = repo_id.count("/") == 1
+    except HFValidationError:
+        known = False
+    if not known:
+        raise ValueError(f"`repo_id={repo_id}` is not a name on the Hub; give owner/name, such as user/my-model")
+
+
+def send(upload: Upload, overwrite: bool = False, token: str | None = None, message: str = "Push") -> str:
+    """
+    Create the repository where it is not there, and commit the files.
+
+    An upload that was cut short leaves a repository without files of its own: the next call goes on, and what the Hub
+    has of the large files is not sent again.
+
+    Args:
+        upload ([`Upload`]): What to send.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether files of an existing repository may be replaced.
+        token (`str`, *optional*): That of the login if `None`.
+        message (`str`, *optional*): Of the commit.
+
+    Returns:
+        `str`: Address of the repository.
+
+    Raises:
+        FileExistsError: If the repository has files, and `overwrite` is not set.
+        PermissionError: If the Hub refuses the token, or the repository is public and `upload.public` is not set.
+        ConnectionError, OSError: As [`~trl_drcd.hub.client.hub_errors`] does.
+    """
+    check_repo_id(upload.repo_id)
+    api = hub_api(token)
+    with hub_errors(f"push of {upload.repo_id}"):
+        attempt(api.whoami)
+        there = _existing(api, upload, overwrite)
+        _check_bases(api, upload)
+        attempt(api.create_repo, upload.repo_id, repo_type=upload.repo_type, private=not upload.public, exist_ok=True)
+        additions = [
+            CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+            for name, content in upload.files.items()
+        ]
+        gone = [CommitOperationDelete(name) for name in there if is_replaced(name) and name not in upload.files]
+        # First and once: the client tries each part of it again by itself
+        api.preupload_lfs_files(upload.repo_id, additions, repo_type=upload.repo_type)
+        attempt(
+            api.create_commit, upload.repo_id, [*additions, *gone], commit_message=message, repo_type=upload.repo_type
+        )
+    kind = "datasets/" if upload.repo_type == "dataset" else ""
+    return f"{api.endpoint}/{kind}{upload.repo_id}"
+
+
+def _existing(api: HfApi, upload: Upload, overwrite: bool) -> list[str]:
+    """The files of the repository, where it may be written to; none where it is not there."""
+    try:
+        info = attempt(api.repo_info, upload.repo_id, repo_type=upload.repo_type)
+    except RepositoryNotFoundError:
+        return []
+    names = [sibling.rfilename for sibling in info.siblings or []]
+    if set(names) - NEW and not overwrite:
+        raise FileExistsError(
+            f"{upload.repo_id} is on the Hub already, with {len(set(names) - NEW)} files; give `--yes` to replace "
+            "what has the same name, or another name"
+        )
+    if not info.private and not upload.public:
+        raise PermissionError(
+            f"{upload.repo_id} is public; give `--public` if everybody may see this push, or another name"
+        )
+    if info.private and upload.public:
+        raise PermissionError(
+            f"{upload.repo_id} is private, and `--public` does not change that; make it public in its settings on the "
+            "Hub, or leave `--public` out"
+        )
+    return names
+
+
+def _check_bases(api: HfApi, upload: Upload) -> None:
+    for base in upload.bases:
+        try:
+            attempt(api.repo_info, base)
+        except RepositoryNotFoundError:
+            raise FileNotFoundError(
+                f"the base model {base} is not on the Hub, so nobody could load {upload.repo_id}; push the base "
+                "first, or give its name as `base_model`"
+            ) from None
