@@ -37,6 +37,7 @@ ORDER = [
     "policies",
     "config",
     "callbacks",
+    "validation.vllm",
     "validation.before_loading",
     "validation.once_loaded",
     "cards",

@@ -53,6 +53,7 @@ from trl_drcd.teacher import GuidedTeacher, TeacherStates, load_teacher
 from trl_drcd.validation.before_loading import check_before_loading
 from trl_drcd.validation.once_loaded import check_lengths, check_once_loaded, check_skipping
 from trl_drcd.validation.self_check import check_scoring
+from trl_drcd.validation.vllm import check_vllm_lengths
 
 logger = get_logger(__name__)
 
@@ -230,8 +231,10 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
         self._check_lengths(prompt_ids, "a prompt")
-        # Autocast around the whole rollout casts the weights once, not once per token
-        with self._stopwatch.timed("rollout"), self.accelerator.autocast():
+        check_vllm_lengths(prompt_ids, self.args)
+        # Autocast around the whole rollout casts the weights once, not once per token; vLLM has a precision of its own
+        autocast = nullcontext() if self.use_vllm else self.accelerator.autocast()
+        with self._stopwatch.timed("rollout"), autocast:
             if self._samples_with_trl(images, multimodal_fields):
                 student = self.accelerator.unwrap_model(self.model)
                 weights = nullcontext() if self.use_vllm else whole_weights(student)
@@ -510,9 +513,11 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         explained = explained_failures(
             lambda: self.state.global_step, self._keep_last_state, self.args.on_bad_batch, self.args.ddp_timeout
         )
+        self._last_loaded_step = -1  # whatever vLLM was given before, it gets the weights of now
         # transformers aligns the special tokens of tokenizer and model
         with explained, self._checkpoints.alone(), self.policy.in_trl.patched(), self._signals.watching():
             result = super().train(checkpoint, *args, **kwargs)
+        self._last_loaded_step = -1  # `load_best_model_at_end` loads others at the same step
         self._signals.end(self.state.global_step, self._where_to_resume())
         self._restore_special_tokens()
         return result

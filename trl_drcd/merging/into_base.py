@@ -13,8 +13,8 @@ from trl_drcd.merging.folders import load_config, reading
 from trl_drcd.merging.lora import PREFIX, REASONS, Adapter, unusual
 from trl_drcd.validation.model_folders import load_model
 
-# Kinds that are not linear, or not LoRA of modules, but whose merge into the base is exact (tested)
-MERGEABLE = {"use_dora", "target_parameters", "velora_config"}
+# Kinds that are not linear, but whose merge into the base is exact (tested)
+MERGEABLE = {"use_dora"}
 
 
 def write_into_base(adapter: Path, parents: Sequence[tuple[Adapter, float]], base: Path, folder: Path) -> None:

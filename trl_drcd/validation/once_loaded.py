@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl_drcd.audio.codecs import SpectralCodec
 from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.policies import Policy
+from trl_drcd.validation.vllm import check_vllm
 
 logger = get_logger(__name__)
 
@@ -50,6 +51,7 @@ def check_once_loaded(
     _check_finite_weights(student)
     _check_codec(codec, policy, student)
     _check_router_loss(student, args)
+    check_vllm(student, args)
     with _template_errors():
         kwargs: Any = args.chat_template_kwargs or {}
         _check_template(train_dataset, tokenizer, kwargs)

@@ -1,0 +1,66 @@
+"""Rollouts by vLLM: what is refused, and what the trainer does around an engine; the engine is a stand-in here."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import make_model
+from peft import LoraConfig, get_peft_model
+from test_trainer import PROMPTS, make_trainer
+from trl import RLOOTrainer
+
+from trl_drcd.config import CFGDistillDiversityConfig
+from trl_drcd.validation.vllm import check_vllm, check_vllm_lengths
+
+
+def settings(tmp_path, **changed):
+    return CFGDistillDiversityConfig(str(tmp_path), use_cpu=True, bf16=False, **({"use_vllm": True} | changed))
+
+
+def test_an_adapter_on_half_precision_is_refused(tmp_path, tokenizer, caplog):
+    model = make_model(tokenizer).to(torch.bfloat16)
+    check_vllm(model, settings(tmp_path, seed=7))
+    assert "`seed=7` does not reach its rollouts" in caplog.text
+    adapted = get_peft_model(model, LoraConfig(r=2))
+    with pytest.raises(ValueError, match=r"`use_vllm=True` with an adapter on a model in torch.bfloat16.*float32"):
+        check_vllm(adapted, settings(tmp_path))
+    check_vllm(adapted, settings(tmp_path, use_vllm=False))
+    check_vllm(get_peft_model(make_model(tokenizer), LoraConfig(r=2)), settings(tmp_path))
+
+
+def test_nothing_is_cut(tmp_path):
+    args = settings(tmp_path, vllm_max_model_length=10, max_completion_length=6)
+    check_vllm_lengths([[1] * 4, [1]], args)
+    with pytest.raises(ValueError, match="a prompt of 5 tokens and `max_completion_length=6` do not fit"):
+        check_vllm_lengths([[1], [1] * 5], args)
+    check_vllm_lengths([[1] * 50], settings(tmp_path, use_vllm=False, vllm_max_model_length=10))
+
+
+def test_the_engine_runs_without_autocast_and_gets_the_weights_of_every_training(tmp_path, tokenizer, monkeypatch):
+    """TRL syncs weights where the step has changed: not in a second training, or once the best model is loaded."""
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, embedder=None)
+    autocast, synced = [], []
+
+    @contextmanager
+    def cast():
+        autocast.append(True)
+        yield
+        autocast.append(False)
+
+    def engine(self, prompt_ids, images, multimodal_fields):
+        assert not autocast or not autocast[-1], "vLLM inside of autocast"
+        if self.state.global_step != self._last_loaded_step:
+            synced.append(next(self.model.parameters()).detach().clone())
+            self._last_loaded_step = self.state.global_step
+        return [[5, 2]] * len(prompt_ids)
+
+    monkeypatch.setattr(RLOOTrainer, "_generate_single_turn", engine)
+    monkeypatch.setattr(trainer.accelerator, "autocast", cast)
+    trainer.use_vllm = True
+    trainer.train()
+    trainer._generate_single_turn([[1, 5, 4]], None, {})
+    assert len(synced) == 2
+    trainer.state.global_step = 0
+    trainer.train()
+    assert len(synced) == 3 and PROMPTS
+    assert all(torch.isfinite(weights).all() for weights in synced)
