@@ -52,6 +52,7 @@ RUNS: dict[str, dict[str, Any]] = {  # what differs from the recipe
     "critic_0.95": {"diversity_credit": "critic", "gae_lambda": 0.95, "max_grad_norm_diversity": 1.0},
     "critic_0.5_sum": {"diversity_credit": "critic", "gae_lambda": 0.5},
     "critic_0.7": {"diversity_credit": "critic", "gae_lambda": 0.7, "max_grad_norm_diversity": 1.0},
+    "critic_0.5_apart4": {"diversity_credit": "critic", "gae_lambda": 0.5, "max_grad_norm_diversity": 4.0},
     "sequence_apart": {"diversity_credit": "sequence", "max_grad_norm_diversity": 1.0},
 }
 SAME = {
