@@ -188,9 +188,9 @@ def check(lora_rank: int | None, output: str) -> dict[str, float]:
     trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
     trainer.model.train()
     inputs = trainer._generate_and_score_completions([{"prompt": "a " * prompt}] * batch)
-    trainer._compute_loss(trainer.model, inputs).backward()  # gradients exist from here on
+    trainer.compute_loss(trainer.model, inputs).backward()  # gradients exist from here on
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        trainer._compute_loss(trainer.model, inputs).backward()
+        trainer.compute_loss(trainer.model, inputs).backward()
     now = most = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":

@@ -32,6 +32,7 @@ CONTRACT = {
             "num_tiles=, image_sizes=, token_type_ids=, mm_token_type_ids=, image_position_ids="
         ),
         "_get_train_sampler": "self, dataset=",
+        "_last_loaded_step": "attribute",
         "_logs": "attribute",
         "_metrics": "attribute",
         "_name": "attribute",
