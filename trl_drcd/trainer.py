@@ -35,6 +35,8 @@ from trl_drcd.diversity import DiversityReward
 from trl_drcd.diversity_term import DiversityTerm
 from trl_drcd.files import local_name
 from trl_drcd.guidance import ancestral_generation_config, left_pad
+from trl_drcd.hub.push import push_to_hub
+from trl_drcd.hub.upload import check_target
 from trl_drcd.losses import BatchTerms
 from trl_drcd.mixture import as_embedder
 from trl_drcd.monitoring import GradientNorms, RunningMeans, Stopwatch
@@ -539,8 +541,12 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             self.policy.save_extras(student, output_dir or self.args.output_dir)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """Saves all that is needed to sample: see [`~transformers.Trainer.save_model`], and a model card."""
-        super().save_model(output_dir, _internal_call)
+        """
+        Saves all that is needed to sample, and a model card; see [`~transformers.Trainer.save_model`].
+
+        It pushes nothing: [`push_to_hub`] does.
+        """
+        super().save_model(output_dir, _internal_call=True)
         if _internal_call or not self.args.should_save:  # of a checkpoint, or not the process that writes
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -570,9 +576,32 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
     def _get_output_dir(self, trial):
         return self._checkpoints.place(super()._get_output_dir(trial))
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None):
+        """Before training: whether the model may be pushed at its end, so that no run ends at a name that is taken."""
+        if self.is_world_process_zero():
+            name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+            public = (self.args.hub_private_repo if private is None else private) is False
+            self.hub_model_id = check_target(name, public, token or self.args.hub_token)
+        self.push_in_progress = None
+
+    def push_to_hub(self, commit_message: str = "End of training", *args, token: str | None = None, **kwargs):
+        """
+        Pushes what [`save_model`] left in `output_dir`, by the rules of [`~trl_drcd.hub.push_to_hub`].
+
+        The repository is private unless `hub_private_repo=False`.
+
+        Returns:
+            `str`: Address of the repository; `None` in the other processes.
+        """
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is None:
+            self.init_hf_repo(token)
+        public, token = self.args.hub_private_repo is False, token or self.args.hub_token
+        return push_to_hub(str(self.args.output_dir), self.hub_model_id, public=public, token=token)
+
     def _push_from_checkpoint(self, checkpoint_folder):
-        if not self._checkpoints.staging:
-            super()._push_from_checkpoint(checkpoint_folder)
+        """Nothing: a checkpoint holds optimizer states and pickles; the finished model is pushed."""
 
     def _save_checkpoint(self, model, trial):
         run = Path(self._get_output_dir(trial))
@@ -584,8 +613,6 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             if self._buffered_inputs is not None and not used_up:
                 ranks = self.accelerator.process_index, self.accelerator.num_processes
                 save_rollout(folder, self._buffered_inputs, self._step, *ranks)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(run / folder.name))
         self._checkpoints.rotate(run, self.state)
 
     def _load_rng_state(self, checkpoint):

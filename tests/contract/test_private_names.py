@@ -73,6 +73,8 @@ CONTRACT = {
         ),
         "_push_from_checkpoint": "self, checkpoint_folder",
         "_save": "self, output_dir=, state_dict=",
+        "init_hf_repo": "self, token=, private=",
+        "push_to_hub": "self, commit_message=, blocking=, token=, revision=, private=, **kwargs",
         "save_model": "self, output_dir=, _internal_call=",
         "set_initial_training_values": "self, args, dataloader",
         "train": "self, resume_from_checkpoint=, trial=, ignore_keys_for_eval=",

@@ -67,6 +67,30 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"`repo_id={repo_id}` is not a name on the Hub; give owner/name, such as user/my-model")
 
 
+def check_target(name: str, public: bool = False, token: str | None = None) -> str:
+    """
+    Whether a new repository can be pushed to; nothing is sent.
+
+    Args:
+        name (`str`): `owner/name`, or a name alone, which then is the token's owner's.
+        public (`bool`, *optional*, defaults to `False`): Whether anybody is to see it.
+        token (`str`, *optional*): That of the login if `None`.
+
+    Returns:
+        `str`: `owner/name`.
+
+    Raises:
+        FileExistsError, PermissionError, ConnectionError, OSError: As [`send`] does.
+    """
+    api = hub_api(token)
+    with hub_errors(f"push of {name}"):
+        owner = attempt(api.whoami)["name"]
+        repo_id = name if "/" in name else f"{owner}/{name}"
+        check_repo_id(repo_id)
+        _existing(api, Upload(repo_id, {}, public), overwrite=False)
+    return repo_id
+
+
 def send(upload: Upload, overwrite: bool = False, token: str | None = None, message: str = "Push") -> str:
     """
     Create the repository where it is not there, and commit the files.

@@ -104,6 +104,8 @@ def train_and_save(trainer: CFGDistillDiversityTrainer, script: PromptArguments)
     for which, row in final_metrics(trainer.state.log_history, evaluates).items():
         print(f"  {which:18s}" + "  ".join(f"{name} {value:.4g}" for name, value in row.items()))
     print(f"Model, model card, log and samples are in {args.output_dir}")
+    if args.push_to_hub:
+        print(f"Pushed to {trainer.push_to_hub()}")
 
 
 def _held_out_samples(trainer: CFGDistillDiversityTrainer, count: int) -> Samples | None:
