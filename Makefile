@@ -5,7 +5,8 @@ PYTHON ?= python3
 # enough: name PyTorch's CPU index in PIP_EXTRA_ARGS, as in `make install PIP_EXTRA_ARGS="--extra-index-url URL"`.
 TORCH ?= torch
 PIP_EXTRA_ARGS ?=
-PYTEST_ARGS ?=
+# Two processes, each with whole files. With other arguments than these pytest runs in one process
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_EXTRA_ARGS) -c constraints.txt

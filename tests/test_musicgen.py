@@ -385,7 +385,7 @@ def test_rollouts_are_without_guidance_and_score_as_sampled(t5_tokenizer, tmp_pa
     torch.manual_seed(3)
     null = [[]] * len(ids)
     assert alone != trainer.policy.sample(trainer.model, ids, null, 3.0, 0.99, STEPS)
-    terms = trainer.objective.terms(trainer.model, trainer.model, batch)
+    terms = trainer.joint_objective.terms(trainer.model, trainer.model, batch)
     assert terms.tokens.tolist() == [BOOKS * (STEPS - BOOKS + 1)] * 8
     torch.testing.assert_close(batch["old_log_probs"], terms.log_probs.detach(), rtol=1e-4, atol=1e-4)
 

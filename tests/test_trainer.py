@@ -129,7 +129,7 @@ def test_loss_and_gradient_equal_the_dense_reference(tmp_path, tokenizer, monkey
 def test_log_probs_equal_trl(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer)
     batch = rollout(trainer)
-    terms = trainer.objective.terms(trainer.model, trainer.model, batch)
+    terms = trainer.joint_objective.terms(trainer.model, trainer.model, batch)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     theirs, entropy, _ = RLOOTrainer._get_per_token_logps_and_entropies(
@@ -346,7 +346,7 @@ def test_gradient_norms_of_the_terms_are_those_of_separate_losses(tmp_path, toke
     trainer.model.zero_grad()
     for coef, key in ((0.0, "grad_norm/distillation"), (7.0, "grad_norm/diversity")):
         for inputs in seen:
-            terms = trainer.objective.terms(trainer.model, trainer.model, inputs)
+            terms = trainer.joint_objective.terms(trainer.model, trainer.model, inputs)
             log_probs = terms.log_probs.sum((1, 2))
             term = -(coef * inputs["diversity_advantages"] * log_probs).mean() if coef else terms.kl.mean()
             (term / 2).backward()
@@ -417,7 +417,7 @@ def test_terms_clipped_apart_equal_two_gradients_clipped_and_added(tmp_path, tok
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     rest, diversity = 0.0, 0.0
     for batch in batches:
-        terms = trainer.objective.terms(trainer.model, trainer.model, batch)
+        terms = trainer.joint_objective.terms(trainer.model, trainer.model, batch)
         log_probs = terms.log_probs.sum((1, 2))
         rest = rest + (terms.kl - batch["advantages"] * log_probs).mean() / 2
         diversity = diversity - 3.5 * (batch["diversity_advantages"] * log_probs).mean() / 2

@@ -181,7 +181,9 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         self._other_teacher = None if other is None else base_of(other)
         taught_by = self._make_teacher(student, other)
         self.teacher = GuidedTeacher(self.policy, taught_by, args.guidance_scale, self.accelerator)
-        self.objective = JointObjective(self.policy, self.teacher, self.temperature, (args.epsilon, self.epsilon_high))
+        self.joint_objective = JointObjective(
+            self.policy, self.teacher, self.temperature, (args.epsilon, self.epsilon_high)
+        )
         self._guard = BatchGuard(args.on_bad_batch, self._tokenizer, self.accelerator)
         self.reward_funcs = self._guard.checked_rewards(self.reward_funcs)
         self._checkpoints = CheckpointWriter(args, self.accelerator)
@@ -307,7 +309,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         with self._stopwatch.timed("teacher"):
             output |= self.teacher.stored(self._teacher_states(inputs, output), self.model_wrapped)
         if self._updates_per_rollout > 1 and self._mode == "train":
-            output["old_log_probs"] = self.objective.old_log_probs(self.model_wrapped, output, self._batch_size)
+            output["old_log_probs"] = self.joint_objective.old_log_probs(self.model_wrapped, output, self._batch_size)
         if self._diversity is not None:
             with self._stopwatch.timed("reward"):
                 output["diversity_advantages"] = self._score_diversity(inputs, output)
@@ -398,8 +400,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             # In float64, so that the sum of credits rounds as the separate terms do; MPS has none
             exact = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
             weights = -torch.stack(torch.broadcast_tensors(*credits.values())).to(exact).sum(0)
-        terms = self.objective.terms(model, self.model_wrapped, inputs, weights)
-        losses = self.objective.losses(terms, credits, inputs.get("old_log_probs"))
+        terms = self.joint_objective.terms(model, self.model_wrapped, inputs, weights)
+        losses = self.joint_objective.losses(terms, credits, inputs.get("old_log_probs"))
         if separately:
             parts = {name: losses[name].mean() for name in credits if not (apart and name == "diversity")}
             self._gradient_norms.add(self.model, parts, self.current_gradient_accumulation_steps)
