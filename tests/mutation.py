@@ -248,7 +248,7 @@ MUTATIONS = [
     Mutation(
         "advantages of steps look back",
         "credit.py",
-        "later = (step[:, None] - step).clamp(min=0)  # rows: the later step\n"
+        "later = (step[:, None] - step).clamp(min=0)  # row: later step, column: earlier step\n"
         "    weights = torch.tensor(gae_lambda, dtype=delta.dtype, device=delta.device).pow(later).tril()",
         "later = (step - step[:, None]).clamp(min=0)\n"
         "    weights = torch.tensor(gae_lambda, dtype=delta.dtype, device=delta.device).pow(later).triu()",

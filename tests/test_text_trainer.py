@@ -153,7 +153,7 @@ def test_long_prompts_reach_student_and_teacher_whole(tmp_path, tokenizer):
     [
         (
             "prompt",
-            r"a prompt of 42 tokens and `max_completion_length=5` do not fit .* reads 44 positions",
+            r"a prompt of 42 tokens and `max_completion_length=5` do not fit .* has 44 positions",
         ),
         ("negative_prompt", r"a negative prompt of 42 tokens and `max_completion_length=5` do not fit"),
     ],

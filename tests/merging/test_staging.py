@@ -287,6 +287,7 @@ def test_mergekit_ends_with_its_parent(models, tmp_path, monkeypatch, number):
     program.chmod(0o755)
     monkeypatch.setattr(mergekit, "find_mergekit", lambda: str(program))
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` ignores
     before = names(tmp_path)
     parent = forked(lambda: merge_with_mergekit(models, [0.5, 0.5], tmp_path / "m"))
     assert wait_for(lambda: (tmp_path / "first").exists() and (tmp_path / "first").read_text().strip())
