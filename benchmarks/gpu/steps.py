@@ -35,6 +35,7 @@ from transformers import (
 from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer
 from trl_drcd.files import write_text
 from trl_drcd.markdown import markdown_table
+from trl_drcd.policies.musicgen import LORA_TARGETS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from musicgen_memory import memory, published
@@ -98,12 +99,13 @@ def measure(name: str, lora: bool, folder: str) -> dict[str, float]:
         max_steps=WARM_UP + TIMED, logging_steps=1, save_strategy="no", report_to="none", bf16=True,
         gradient_checkpointing=True, disable_tqdm=True, num_generations=4, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
+    targets = LORA_TARGETS if name.startswith("musicgen") else "all-linear"
     trainer = CFGDistillDiversityTrainer(
         model=model,
         args=args,
         train_dataset=Dataset.from_dict({"prompt": [" ".join(["a"] * PROMPT)] * 64}),
         processing_class=tokenizer(),
-        peft_config=LoraConfig(r=RANK, target_modules="all-linear") if lora else None,
+        peft_config=LoraConfig(r=RANK, target_modules=targets) if lora else None,
     )
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "time/update" in entry][WARM_UP:]
