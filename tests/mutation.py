@@ -257,9 +257,9 @@ MUTATIONS = [
     # What is reported
     Mutation(
         "norm of a term's gradient not over all forwards",
-        "monitoring.py",
-        "loss / forwards, parameters",
-        "loss, parameters",
+        "clipping.py",
+        "loss / forwards, _trained(model)",
+        "loss, _trained(model)",
         "tests/test_trainer.py::test_gradient_norms_of_the_terms_are_those_of_separate_losses",
     ),
     Mutation(

@@ -197,7 +197,7 @@ def app(argv: list[str]) -> None:
 
 
 def push(argv: list[str]) -> None:
-    """Upload a model, evaluation samples or a collection to the Hub; `trl-drcd push --help` says how."""
+    """Upload a model, adapter, embedder, judge or codec to the Hub, with a complete card."""
     from trl_drcd.hub.commands import main
 
     main(argv)

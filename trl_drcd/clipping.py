@@ -42,7 +42,7 @@ class SeparateGradient:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self._sum: list[torch.Tensor] | None = None
+        self._sum: list[torch.Tensor] = []
         self._reduced = False
 
     def add(self, model: nn.Module, loss: torch.Tensor, forwards: int) -> None:
@@ -50,22 +50,22 @@ class SeparateGradient:
         gradient = torch.autograd.grad(
             loss / forwards, _trained(model), retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        if self._sum is None:
+        if not self._sum:
             self._sum = list(gradient)
             return
         for index, part in enumerate(gradient):  # not in place: parts may share memory
             self._sum[index] = self._sum[index] + part
 
-    def mean(self) -> list[torch.Tensor] | None:
-        """Of all processes, by trained parameter, the same on each; `None` where nothing was added."""
-        if self._sum is not None and not self._reduced:
+    def mean(self) -> list[torch.Tensor]:
+        """Of all processes, by trained parameter, the same on each; empty where nothing was added."""
+        if self._sum and not self._reduced:
             self._sum = [self.accelerator.reduce(part, reduction="mean") for part in self._sum]
             self._reduced = True
         return self._sum
 
     def clear(self) -> None:
         """Starts the next update."""
-        self._sum, self._reduced = None, False
+        self._sum, self._reduced = [], False
 
     @torch.no_grad()
     def join(self, model: nn.Module, max_norm: float) -> float:
@@ -81,7 +81,7 @@ class SeparateGradient:
         """
         gradient = self.mean()
         self.clear()
-        if gradient is None:
+        if not gradient:
             return 0.0
         norm = nn.utils.get_total_norm(gradient)
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as `clip_grad_norm_` does

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 
+from trl_drcd.clipping import SeparateGradient
 from trl_drcd.distributed import is_sharded
 from trl_drcd.gradient_snr import GradientSNR
 
@@ -59,19 +60,12 @@ class GradientNorms:
         self.accelerator = accelerator
         self.measured = not is_sharded(accelerator)
         self.snr = GradientSNR()
-        self._parts: dict[str, list[torch.Tensor]] = {}
+        self._parts: dict[str, SeparateGradient] = {}
 
     def add(self, model: torch.nn.Module, losses: dict[str, torch.Tensor], forwards: int) -> None:
         """Add the gradients of the terms other than distillation, from one of the update's `forwards` forwards."""
-        parameters = [p for p in model.parameters() if p.requires_grad]
         for name, loss in losses.items():
-            gradient = torch.autograd.grad(
-                loss / forwards, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            before = self._parts.get(name)
-            self._parts[name] = (
-                list(gradient) if before is None else [a + b for a, b in zip(before, gradient, strict=True)]
-            )
+            self._parts.setdefault(name, SeparateGradient(self.accelerator)).add(model, loss, forwards)
 
     def measure(
         self, model: torch.nn.Module, diversity_coef: float, diversity: list[torch.Tensor] | None = None
@@ -97,13 +91,13 @@ class GradientNorms:
             return {}
         rest = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         norms = {"grad_norm/diversity": 0.0}
-        for name, part in parts.items():
-            part = [self.accelerator.reduce(values, reduction="mean") for values in part]  # collective
+        for name, separate in parts.items():
+            part = separate.mean()  # collective
             rest = [a - b for a, b in zip(rest, part, strict=True)]
             norms[f"grad_norm/{name}"] = _norm(part)
             if name == "diversity":
                 self.snr.add(part, diversity_coef)
-        if diversity is not None:
+        if diversity:
             norms["grad_norm/diversity"] = _norm(diversity)
             self.snr.add(diversity, diversity_coef)
         ratio = self.snr.value()

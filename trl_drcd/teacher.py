@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from trl_drcd.compat.trl_private import use_adapter
@@ -23,8 +23,9 @@ from trl_drcd.distributed import InsideForward
 from trl_drcd.guidance import guide_hidden_states
 from trl_drcd.heads import Head
 from trl_drcd.losses import guided_logits
+from trl_drcd.merging.loading import load_adapter_model
 from trl_drcd.policies import Policy, policy_class
-from trl_drcd.validation.model_folders import check_adapter_folder, load_model
+from trl_drcd.validation.model_folders import load_model
 
 
 class TeacherStates(NamedTuple):
@@ -195,9 +196,7 @@ def _load_model_or_adapter(name: str, dtype: torch.dtype) -> PreTrainedModel | P
     if not (Path(name) / "adapter_config.json").is_file():
         model: PreTrainedModel = load_model(name, dtype=dtype)
         return model
-    check_adapter_folder("teacher", Path(name))
-    base = load_model(str(PeftConfig.from_pretrained(name).base_model_name_or_path), dtype=dtype)
-    return PeftModel.from_pretrained(base, name)
+    return load_adapter_model(name, dtype=dtype)
 
 
 def _stack_prompts(

@@ -172,6 +172,15 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             self.policy, student, self._tokenizer, self.train_dataset, args, codec, self._tokenize_prompts
         )
         self.codec = self.policy.codec(student) if codec is None else codec
+        self._make_parts(student, embedder, teacher)
+        self.add_callback(self._signals)
+        self.add_callback(WarmupCheck())
+        if args.sample_steps:
+            self.add_callback(SampleCallback(self, self.codec))
+
+    def _make_parts(self, student: PreTrainedModel, embedder: Any, teacher: Any) -> None:
+        """What the trainer has: teacher, diversity term, objective, guard, checkpoints, and what is measured."""
+        args = self.args
         self._diversity: DiversityTerm | None = None
         if embedder is not None:
             reward, decode = DiversityReward(embedder, args.num_generations, self.codec), self._decoded
@@ -196,10 +205,6 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         self._diversity_gradient = SeparateGradient(self.accelerator)
         self._stopwatch = Stopwatch(self.accelerator)
         self._signals = SignalStop(self.accelerator)
-        self.add_callback(self._signals)
-        self.add_callback(WarmupCheck())
-        if args.sample_steps:
-            self.add_callback(SampleCallback(self, self.codec))
 
     def _make_teacher(self, student: PreTrainedModel, other: PreTrainedModel | None) -> PreTrainedModel | None:
         """

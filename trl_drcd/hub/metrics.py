@@ -33,7 +33,7 @@ def result_of(file: Path, model: str, strategy: str | None = None) -> Result:
     if strategy is not None:
         found = [row for row in rows if strategy in (row.name, row.point)]
     else:
-        alone = [row for row in rows if (row.is_trained() or row.is_base()) and row.temperature < 1.5]
+        alone = [row for row in rows if row.is_trained() or row.is_base()]
         found = [row for row in alone if model in (row.name, row.point, Path(row.model).name)]
     if len(found) != 1:
         raise ValueError(
