@@ -461,12 +461,16 @@ def test_extra_rewards_add_with_their_weights(tmp_path, tokenizer):
     def long(completion_ids, **kwargs):
         return [float(len(ids)) for ids in completion_ids]
 
-    trainer = make_trainer(tmp_path, tokenizer, reward_funcs=[long], reward_weights=[0.5])
+    trainer = make_trainer(tmp_path, tokenizer, reward_funcs=[long], reward_weights=[0.5], diversity_coef=7.0)
     batch = rollout(trainer)
     lengths = batch["completion_mask"].sum(1).float().view(-1, 4)
     leave_one_out = lengths - (lengths.sum(1, keepdim=True) - lengths) / 3
     torch.testing.assert_close(batch["advantages"], 0.5 * leave_one_out.flatten())
     assert batch["diversity_advantages"].abs().sum() > 0
+    terms = trainer.joint_objective.terms(trainer.model, trainer.model, batch)
+    credit = 7 * batch["diversity_advantages"] + batch["advantages"]
+    expected = (terms.kl - credit * terms.log_probs.sum((1, 2))).mean()
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_distillation_alone_needs_no_embedder(tmp_path, tokenizer):
