@@ -90,6 +90,8 @@ def trained_model(
     if isinstance(model, PeftModel):
         rows["LoRA rank"] = getattr(model.active_peft_config, "r", None)
     rows |= settings | {name: getattr(args, name) for name in SETTINGS}
+    if args.allowed_token_ids:
+        rows["allowed_token_ids"] = ", ".join(args.allowed_token_ids)
     if coef and steps:
         rows["diversity_coef reached"] = args.diversity_coef_at(steps - 1, state.max_steps)
     return TrainedModel(

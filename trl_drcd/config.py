@@ -14,6 +14,7 @@ from trl import RLOOConfig
 
 from trl_drcd.validation.field_types import check_types
 from trl_drcd.validation.settings import check_settings
+from trl_drcd.validation.token_ids import as_entries
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,11 @@ class CFGDistillDiversityConfig(RLOOConfig):
             gamma of the teacher, Eq. (1). 1 distils the base model itself.
         negative_prompt (`str`, *optional*):
             x^- of Eq. (1) for rows without a `negative_prompt` of their own. `None` is the unconditional prompt.
+        allowed_token_ids (`list[str]`, *optional*):
+            Tokens that completions of a causal LM are made of, the one that ends them included: ids, names, or ranges
+            with both ends (`["32..1055", "</s>"]`; a `range` or a list of numbers is turned into these). Sampling, KL,
+            log-probabilities and entropy are over these alone. `None` takes those that the model's generation config
+            does not suppress.
         diversity_coef (`float`, *optional*, defaults to 0.0):
             beta of Eq. (5); the paper uses 0, 5, 10 and 15.
         diversity_warmup_steps (`float`, *optional*, defaults to 1000):
@@ -107,6 +113,12 @@ class CFGDistillDiversityConfig(RLOOConfig):
     negative_prompt: str | None = field(
         default=None, metadata={"help": "Negative prompt of the teacher; None is the unconditional prompt."}
     )
+    allowed_token_ids: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of completions, its eos included: ids, names, or ranges FIRST..LAST; all by default."
+        },
+    )
     diversity_coef: float = field(default=0.0, metadata={"help": "beta of the paper: weight of the diversity reward."})
     diversity_warmup_steps: float = field(
         default=1000,
@@ -147,6 +159,7 @@ class CFGDistillDiversityConfig(RLOOConfig):
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower()
         if str(self.resume_from_checkpoint).lower() in ("false", "none", "no"):
             self.resume_from_checkpoint = None
+        self.allowed_token_ids = as_entries(self.allowed_token_ids)
         self.lr_scheduler_kwargs = _with_numbers(self.lr_scheduler_kwargs)
         check_types(self)
         check_settings(self)

@@ -48,6 +48,8 @@ class Head:
         compute_dtype (`torch.dtype`, *optional*): On CUDA, the dtype to which the inputs of the projection are
             rounded; sums and results stay float32. Defaults to autocast's dtype if the head is created under autocast.
             On a CPU the projection is in float32.
+        token_ids (`torch.Tensor`, *optional*): The tokens that are allowed, int64 `(V',)`: `V` is then `V'` in all
+            that is computed from this head, and token ids are places among them. All by default.
     """
 
     weight: torch.Tensor
@@ -55,18 +57,27 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     compute_dtype: torch.dtype | None = field(default_factory=_cuda_autocast_dtype)
+    token_ids: torch.Tensor | None = None
+
+    def sliced(self) -> Head:
+        """The head with the rows of the allowed tokens alone; itself where all are allowed. Differentiable."""
+        if self.token_ids is None:
+            return self
+        bias = None if self.bias is None else self.bias.index_select(0, self.token_ids)
+        return replace(self, weight=self.weight.index_select(0, self.token_ids), bias=bias, token_ids=None)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits `(N, V)` of hidden states `(N, H)`, in float32 (float64 if the hidden states are float64)."""
+        own = self.sliced()
         if hidden.is_cuda and self.compute_dtype is not None:
-            inputs = hidden.to(self.compute_dtype), self.weight.to(self.compute_dtype).t()
+            inputs = hidden.to(self.compute_dtype), own.weight.to(self.compute_dtype).t()
             logits = torch.mm(*inputs, out_dtype=torch.float32)
         else:
             dtype = torch.promote_types(hidden.dtype, torch.float32)
             with torch.autocast(hidden.device.type, enabled=False):
-                logits = hidden.to(dtype) @ self.weight.to(dtype).t()
-        if self.bias is not None:
-            logits = logits + self.bias.to(logits.dtype)
+                logits = hidden.to(dtype) @ own.weight.to(dtype).t()
+        if own.bias is not None:
+            logits = logits + own.bias.to(logits.dtype)
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

@@ -36,6 +36,7 @@ def guided_logits(
     Returns:
         `Callable`: Maps a slice of the `N` rows to logits `(rows, V)`, float32 or float64.
     """
+    head = head.sliced()
     if uncond is None:
         return lambda rows: head.logits(cond[rows])
     if head.softcap is not None:
@@ -104,6 +105,7 @@ def token_terms(
     Raises:
         ValueError: If student and teacher have different vocabulary sizes.
     """
+    head = head.sliced()
     if hidden.shape[0] == 0:
         # Keep all parameters in the graph even if this process has no token to score: the others wait for gradients
         bias = 0.0 if head.bias is None else head.bias.sum()
@@ -143,6 +145,7 @@ def weighted_terms(
     Raises:
         ValueError: If student and teacher have different vocabulary sizes.
     """
+    head = head.sliced()
     if hidden.shape[0] == 0:
         terms = token_terms(hidden, head, ids, teacher_logits)
         return WeightedTerms(terms.kl.sum(), *(term.detach() for term in terms))
@@ -324,6 +327,7 @@ def token_log_probs(
     """
     if not temperature > 0:
         raise ValueError(f"`temperature` must be above 0, got {temperature}")
+    head = head.sliced()
     rows = max(1, logits_per_chunk // head.weight.shape[0])
     log_probs = torch.empty(len(ids), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
     for start in range(0, len(ids), rows):

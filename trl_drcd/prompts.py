@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from trl_drcd.validation.prompt_files import read_rows
-from trl_drcd.validation.rows import check_rows
+from trl_drcd.validation.rows import COLUMNS, check_rows
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,8 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 def load_prompts(argument: str, name: str, split: str, streaming: bool = False) -> Any:
     """
-    Load and validate the columns `prompt` and, if present, `negative_prompt` of a local file or a Hub data set.
+    Load and validate `prompt` and, if present, `negative_prompt` and `teacher_prompt` of a local file or a Hub data
+    set.
 
     Args:
         argument (`str`): Name of the user's argument, for error messages.
@@ -71,12 +72,13 @@ def read_prompts(
         dataset = dataset.map(_converted, fn_kwargs={"column": column})
     columns = ["prompt", *columns] if column else columns
     if column and not keep_columns:
-        columns = [name for name in ("prompt", "negative_prompt") if name in columns]
+        columns = [name for name in COLUMNS if name in columns]
         dataset = dataset.select_columns(columns)
-    if isinstance(dataset, Dataset) and "negative_prompt" in columns:
-        kind = dataset.features["negative_prompt"]
-        if getattr(kind, "dtype", None) == "float64" and not any(n is not None for n in dataset["negative_prompt"]):
-            dataset = dataset.remove_columns("negative_prompt")  # an empty CSV column, which is read as numbers
+    for name in COLUMNS[1:]:
+        if isinstance(dataset, Dataset) and name in columns:
+            kind = dataset.features[name]
+            if getattr(kind, "dtype", None) == "float64" and not any(n is not None for n in dataset[name]):
+                dataset = dataset.remove_columns(name)  # an empty CSV column, which is read as numbers
     return dataset
 
 

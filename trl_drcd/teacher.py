@@ -71,6 +71,7 @@ class GuidedTeacher:
         batch: dict[str, torch.Tensor],
         negative_prompt: tuple[torch.Tensor, torch.Tensor] | None,
         batch_size: int,
+        teacher_prompt: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> TeacherStates:
         """
         Run the teacher's forward on completions, conditional and unconditional stream in one batch.
@@ -81,11 +82,14 @@ class GuidedTeacher:
             negative_prompt (`tuple`, *optional*): Ids and mask of each row's negative prompt, left-padded, int64
                 `(B, P')`; required with guidance.
             batch_size (`int`): Sequences per forward and stream; every process must run the same number of forwards.
+            teacher_prompt (`tuple`, *optional*): Ids and mask of what the conditional stream reads in place of
+                `prompt_ids`, left-padded, int64 `(B, P'')`.
 
         Returns:
             `TeacherStates`: Hidden states of both streams.
         """
         model, off = self.model(student), self.copy is None
+        prompts = (batch["prompt_ids"], batch["prompt_mask"]) if teacher_prompt is None else teacher_prompt
         cond: list[torch.Tensor] = []
         uncond: list[torch.Tensor] = []
         was_training = model.training
@@ -93,7 +97,7 @@ class GuidedTeacher:
         with use_adapter(self.accelerator.unwrap_model(student), None) if off else nullcontext():
             for start in range(0, len(batch["prompt_ids"]), batch_size):
                 rows = slice(start, start + batch_size)
-                prompt = batch["prompt_ids"][rows], batch["prompt_mask"][rows]
+                prompt = prompts[0][rows], prompts[1][rows]
                 completion = batch["completion_ids"][rows], batch["completion_mask"][rows]
                 if self.guided and negative_prompt is not None:
                     prompt = _stack_prompts(*prompt, *(part[rows] for part in negative_prompt))

@@ -41,7 +41,7 @@ from trl_drcd.losses import BatchTerms
 from trl_drcd.mixture import as_embedder
 from trl_drcd.monitoring import GradientNorms, RunningMeans, Stopwatch
 from trl_drcd.objective import JointObjective
-from trl_drcd.policies import Policy, policy_class
+from trl_drcd.policies import Policy, allowed_token_ids, policy_class, teacher_prompt_ids
 from trl_drcd.reliability.batches import BadBatchError
 from trl_drcd.reliability.failures import explained_failures
 from trl_drcd.reliability.guard import BatchGuard
@@ -79,7 +79,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         reward_funcs (*optional*): Extra per-sample rewards, as in [`~trl.RLOOTrainer`]; the diversity reward is not
             among them, it comes with `embedder`.
         args ([`CFGDistillDiversityConfig`], *optional*): The paper's settings if `None`.
-        train_dataset (`Dataset` or `IterableDataset`): Column `prompt`, and perhaps `negative_prompt`.
+        train_dataset (`Dataset` or `IterableDataset`): Column `prompt`, and perhaps `negative_prompt`, and
+            `teacher_prompt`, which the teacher reads in place of `prompt`.
         eval_dataset (*optional*): The same, or a dictionary of such.
         processing_class (`PreTrainedTokenizerBase`, *optional*): Loaded with the model if `None`.
         embedder (`Callable`, *optional*): E of the diversity reward; needed where `diversity_coef` is above 0. Without
@@ -163,11 +164,14 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         check_clipping(args.max_grad_norm_diversity, self.accelerator)
         set_group_timeout(args.ddp_timeout)
         student = self.accelerator.unwrap_model(self.model)
-        self.policy: Policy = family(self._tokenizer, student.config, self.chat_template_kwargs)
+        allowed, suppressed = allowed_token_ids(args.allowed_token_ids, student, self._tokenizer, self.eos_token_ids)
+        self.policy: Policy = family(self._tokenizer, student.config, self.chat_template_kwargs, allowed)
         self.policy.check_length(args.max_completion_length)
         self.policy.prepare(student)
         # What is sampled is what is scored, whatever the model came with; saved models sample as they were trained to
-        student.generation_config = ancestral_generation_config(student.generation_config, args.temperature)
+        student.generation_config = ancestral_generation_config(
+            student.generation_config, args.temperature, suppress_tokens=suppressed
+        )
         check_once_loaded(
             self.policy, student, self._tokenizer, self.train_dataset, args, codec, self._tokenize_prompts
         )
@@ -231,8 +235,9 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if "negative_prompt" not in self._signature_columns:
-            self._signature_columns.append("negative_prompt")
+        for column in ("negative_prompt", "teacher_prompt"):
+            if column not in self._signature_columns:
+                self._signature_columns.append(column)
 
     # ---------------------------------------------------------------- rollouts
 
@@ -325,13 +330,18 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
 
     def _teacher_states(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> TeacherStates:
         """What the guided teacher makes of the completions."""
-        negative = None
+        negative = prompt = None
         if self.teacher.guided:
             negative_ids = self.policy.negative_prompt_ids(inputs, self.args.negative_prompt)
-            self._check_lengths(negative_ids, "a negative prompt")
-            ids, mask = left_pad(negative_ids, self._tokenizer.pad_token_id)
-            negative = ids.to(self.accelerator.device), mask.to(self.accelerator.device)
-        return self.teacher.read(self.model_wrapped, output, negative, self._batch_size)
+            negative = self._padded(negative_ids, "a negative prompt")
+        if any(row.get("teacher_prompt") is not None for row in inputs):
+            prompt = self._padded(teacher_prompt_ids(self.policy, inputs), "a teacher's prompt")
+        return self.teacher.read(self.model_wrapped, output, negative, self._batch_size, prompt)
+
+    def _padded(self, prompt_ids: list[list[int]], what: str) -> tuple[torch.Tensor, torch.Tensor]:
+        self._check_lengths(prompt_ids, what)
+        ids, mask = left_pad(prompt_ids, self._tokenizer.pad_token_id)
+        return ids.to(self.accelerator.device), mask.to(self.accelerator.device)
 
     @property
     def _batch_size(self) -> int:

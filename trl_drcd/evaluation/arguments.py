@@ -13,6 +13,7 @@ from typing import Any
 from trl_drcd.evaluation.strategies import KEYS
 from trl_drcd.validation.field_types import check_types
 from trl_drcd.validation.messages import short_repr
+from trl_drcd.validation.token_ids import as_entries
 
 LEAST = {
     "num_prompts": 2, "samples_per_prompt": 2, "max_new_tokens": 1, "batch_size": 1, "num_processes": 1, "listen": 0,
@@ -29,7 +30,7 @@ class EvaluateArguments:
     dataset: str = field(
         metadata={
             "help": "Held-out prompts: JSONL, CSV or Parquet file, or hub name; column `prompt`, and perhaps "
-            "`negative_prompt`, each prompt's own x^-."
+            "`negative_prompt`, each prompt's own x^-, and `teacher_prompt`, which is read with guidance in its place."
         }
     )
     strategies: Any = field(
@@ -51,6 +52,13 @@ class EvaluateArguments:
     )
     chat_template_kwargs: Any = field(
         default=None, metadata={"help": "Passed to the chat template, as in training: a mapping, or JSON."}
+    )
+    allowed_token_ids: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of completions, as in training: ids, names, or ranges FIRST..LAST; by default those that "
+            "the models' generation configs do not suppress."
+        },
     )
     omega: str = field(
         default="5",
@@ -96,6 +104,7 @@ class EvaluateArguments:
             ValueError: If it is out of its range.
         """
         self.omega = str(self.omega)  # a number in a YAML file
+        self.allowed_token_ids = as_entries(self.allowed_token_ids)
         self.chat_template_kwargs = _mapping("chat_template_kwargs", self.chat_template_kwargs)
         check_types(self)
         for name, value in LEAST.items():

@@ -130,7 +130,8 @@ def teacher_terms(
         ValueError: If the vocabularies differ.
     """
     policy = samples.policy(model, tokenizer)
-    prompts = samples.prompt_ids(policy)
+    taught = samples.prompt_ids(policy, guided=True)
+    prompts = samples.prompt_ids(policy, guided=model_guidance_scale != 1)
     negatives, own_negatives = (
         samples.negative_prompt_ids(policy, default) if scale != 1 else prompts  # which is not read
         for default, scale in ((negative_prompt, guidance_scale), (model_negative_prompt, model_guidance_scale))
@@ -140,7 +141,7 @@ def teacher_terms(
     for part, completion in _batches(samples, batch_size, model.device, description):
         given = prompts[part], own_negatives[part], completion, model_guidance_scale
         ours = _predictions(policy, model, *given)
-        theirs = _predictions(policy, teacher, prompts[part], negatives[part], completion, guidance_scale)
+        theirs = _predictions(policy, teacher, taught[part], negatives[part], completion, guidance_scale)
         ids, mask = policy.ids_and_mask(*completion)
         sums = torch.zeros(2, len(ids), device=ids.device)
         for k, ((states, head), (guided, teacher_head)) in enumerate(zip(ours, theirs, strict=True)):

@@ -46,8 +46,8 @@ def kept_tokens(
         ids, lengths = content.get_tensor("ids"), content.get_tensor("lengths")
         seconds = float(content.metadata()["seconds"])
     token_ids = [part.tolist() for part in ids.split(lengths.tolist())]
-    negatives = held_out.negative_prompts
-    return Samples(held_out.prompts, token_ids, samples_per_prompt, seconds, negatives, chat_template_kwargs)
+    others = held_out.negative_prompts, chat_template_kwargs, held_out.teacher_prompts
+    return Samples(held_out.prompts, token_ids, samples_per_prompt, seconds, *others)
 
 
 # ---------------------------------------------------------------- completions

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 
 from trl_drcd.audio.codecs import SpectralCodec
 from trl_drcd.compat.glibc import keep_freed_memory
+from trl_drcd.evaluation.allowed import allowed_in_rows
 from trl_drcd.evaluation.arguments import EvaluateArguments
 from trl_drcd.evaluation.checks import check_ends
 from trl_drcd.evaluation.information import forward_information, prompt_information
@@ -35,6 +36,7 @@ from trl_drcd.evaluation.plan import HeldOut, Task
 from trl_drcd.evaluation.results import Result
 from trl_drcd.evaluation.sampling import Completion, Samples, sample_prompts
 from trl_drcd.evaluation.strategies import Row
+from trl_drcd.merging.adapters import BASE
 from trl_drcd.policies import policy_for
 from trl_drcd.text.reward_models import question_of
 
@@ -64,6 +66,8 @@ class Worker:
         self.models = Models(args.model, getattr(torch, args.dtype))
         check_ends(self.models.base, rows)
         self.tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+        names = [args.model, *(name for row in rows for name in row.models if name != BASE)]
+        self.allowed = allowed_in_rows(args.allowed_token_ids, names, self.models.base, self.tokenizer)
         own = policy_for(self.models.base, self.tokenizer).codec(self.models.base)
         self.codec: Any = SpectralCodec.from_pretrained(args.codec) if args.codec else own
 
@@ -87,12 +91,15 @@ class Worker:
         args, row, held_out = self.args, task.row, self.held_out
         file = Path(args.output_dir) / "samples" / task.tokens_file
         samples = kept_tokens(file, held_out, args.samples_per_prompt, args.chat_template_kwargs)
-        if samples is None:
+        if samples is not None:
+            samples.allowed_token_ids = self.allowed
+        else:
             try:
                 samples = sample_prompts(
                     model, self.tokenizer, held_out.prompts, args.samples_per_prompt, row.guidance_scale,
                     row.negative_prompt, row.temperature, args.max_new_tokens, args.batch_size, args.seed,
                     self._bar("sample"), held_out.negative_prompts, args.chat_template_kwargs,
+                    held_out.teacher_prompts, self.allowed,
                 )  # fmt: skip
             except RuntimeError as error:
                 raise RuntimeError(f"`{row.name}` cannot be sampled: {error}") from error

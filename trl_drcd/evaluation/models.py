@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from trl_drcd.evaluation.allowed import suppressed_tokens
 from trl_drcd.evaluation.strategies import Row, is_adapter
 from trl_drcd.merging import hold_checkpoints, set_interpolation_weight
 from trl_drcd.merging.adapters import BASE
@@ -59,6 +60,7 @@ class Models:
             model: Any = PeftModel.from_pretrained(self._load(self.base_name), adapters[0], adapter_name="end0")
             for index, name in enumerate(adapters[1:], 1):
                 model.load_adapter(name, f"end{index}")
+            model.generation_config.suppress_tokens = suppressed_tokens(adapters)
             return model.eval()
         ends = [self.base_name if name == BASE else name for name in names]
         model = self._load(ends[0])

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from trl_drcd.evaluation.allowed import suppressed_tokens
 from trl_drcd.evaluation.arguments import EvaluateArguments
 from trl_drcd.evaluation.checks import check_parts
 from trl_drcd.evaluation.digests import content_digest, settings_digest
@@ -34,10 +35,13 @@ class HeldOut:
     Args:
         prompts (`list`): All different, texts or conversations.
         negative_prompts (`list`, *optional*): Each prompt's own x^-, `None` where it has none.
+        teacher_prompts (`list`, *optional*): What is read with guidance in place of each prompt, `None` where it is
+            the prompt.
     """
 
     prompts: list[Prompt]
     negative_prompts: list[Prompt | None] | None = None
+    teacher_prompts: list[Prompt | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,35 +120,48 @@ def plan(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction]) -
         [[name, _function_digest(function, digest)] for name, function in extra_metrics.items()],
         [args.listen, args.listen_samples],
     ]
+    if held_out.teacher_prompts:
+        judged.append(list(held_out.teacher_prompts))
+    names = [args.model, *(name for row in rows for name in row.models if name != BASE)]
+    suppressed = None if args.allowed_token_ids else suppressed_tokens(names)
     tasks = []
     for row in rows:
-        drawn = sampling_digest(row, args, held_out, digest)
+        drawn = sampling_digest(row, args, held_out, digest, suppressed)
         tasks.append(Task(row, drawn, settings_digest([drawn, judged])))
     return held_out, tasks
 
 
 def held_out_prompts(args: EvaluateArguments) -> HeldOut:
     """
-    The first different prompts of the data set, each with its own negative prompt where there is that column.
+    The first different prompts of the data set, each with its own negative and teacher's prompt where there are these.
 
     Raises:
         ValueError: If there are too few.
     """
     data = load_prompts("dataset", args.dataset, args.dataset_split)
-    first: dict[str, tuple[Prompt, Prompt | None]] = {}
-    negatives = data["negative_prompt"] if "negative_prompt" in data.column_names else [None] * len(data)
-    for prompt, negative in zip(data["prompt"], negatives, strict=True):
+    first: dict[str, tuple[Prompt, Prompt | None, Prompt | None]] = {}
+    others = (
+        data[name] if name in data.column_names else [None] * len(data)
+        for name in ("negative_prompt", "teacher_prompt")
+    )
+    for row in zip(data["prompt"], *others, strict=True):
         if len(first) < args.num_prompts:
-            first.setdefault(json.dumps(prompt), (prompt, negative))
+            first.setdefault(json.dumps(row[0]), row)
     if len(first) < args.num_prompts:
         raise ValueError(
             f"`dataset={args.dataset}` has {len(first)} different prompts, `num_prompts` is {args.num_prompts}"
         )
-    prompts, own = (list(column) for column in zip(*first.values(), strict=True))
-    return HeldOut(prompts, own if any(own) else None)
+    prompts, own, taught = (list(column) for column in zip(*first.values(), strict=True))
+    return HeldOut(prompts, own if any(own) else None, taught if any(taught) else None)
 
 
-def sampling_digest(row: Row, args: EvaluateArguments, held_out: HeldOut, digest: Callable[[str], str]) -> str:
+def sampling_digest(
+    row: Row,
+    args: EvaluateArguments,
+    held_out: HeldOut,
+    digest: Callable[[str], str],
+    suppressed: list[int] | None = None,
+) -> str:
     """
     Names what the samples of a row depend on: the contents of the models, not their names; those of weight 0 do not
     count, nor does the base, so that the ends of a sweep are the models that they are.
@@ -159,6 +176,10 @@ def sampling_digest(row: Row, args: EvaluateArguments, held_out: HeldOut, digest
         settings.append(held_out.negative_prompts)
     if args.chat_template_kwargs:
         settings.append(args.chat_template_kwargs)
+    if guided and held_out.teacher_prompts:
+        settings.append({"teacher_prompts": held_out.teacher_prompts})
+    if args.allowed_token_ids or suppressed:
+        settings.append({"allowed": args.allowed_token_ids, "suppressed": suppressed})
     return settings_digest(settings)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trl_drcd.policies import Policy, policy_class
+from trl_drcd.policies import Policy, policy_for, teacher_prompt_ids
 
 Prompt = str | list[dict[str, str]]
 """A text, or the turns of a conversation, each with `role` and `content`."""
@@ -30,6 +30,10 @@ class Samples:
         seconds (`float`): Time spent sampling.
         negative_prompts (`list`, *optional*): Each prompt's own x^- of Eq. (1), `None` where it has none.
         chat_template_kwargs (`dict`, *optional*): How conversations were rendered.
+        teacher_prompts (`list`, *optional*): What the guided model reads in place of each prompt, `None` where it
+            reads the prompt.
+        allowed_token_ids (`torch.Tensor`, *optional*): Tokens of completions, int64 `(V',)`; by default those that a
+            model's generation config does not suppress.
     """
 
     prompts: list[Prompt]
@@ -38,6 +42,8 @@ class Samples:
     seconds: float
     negative_prompts: list[Prompt | None] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    teacher_prompts: list[Prompt | None] | None = None
+    allowed_token_ids: torch.Tensor | None = None
 
     @property
     def repeated_prompts(self) -> list[Prompt]:
@@ -55,17 +61,23 @@ class Samples:
 
     def policy(self, model: Any, tokenizer: Any) -> Policy:
         """The policy of a model, which renders prompts as these were rendered."""
-        return policy_class(model)(tokenizer, model.config, self.chat_template_kwargs)
+        return policy_for(model, tokenizer, self.chat_template_kwargs, self.allowed_token_ids)
 
-    def prompt_ids(self, policy: Policy) -> list[list[int]]:
-        """Token ids of each completion's prompt."""
+    def prompt_ids(self, policy: Policy, guided: bool = False) -> list[list[int]]:
+        """Token ids of each completion's prompt, as the model reads it without or with guidance."""
+        if guided and self.teacher_prompts is not None:
+            return teacher_prompt_ids(policy, self._rows("teacher_prompt", self.teacher_prompts))
         return tokenize_prompts(policy, self.repeated_prompts)
 
     def negative_prompt_ids(self, policy: Policy, default: Prompt | None) -> list[list[int]]:
         """Token ids of each completion's x^-: the prompt's own, else the default, whose `None` is the null prompt."""
         own = self.negative_prompts or [None] * len(self.prompts)
-        rows = [{"prompt": p, "negative_prompt": n} for p, n in zip(self.prompts, own, strict=True)]
-        return policy.negative_prompt_ids([row for row in rows for _ in range(self.samples_per_prompt)], default)
+        return policy.negative_prompt_ids(self._rows("negative_prompt", own), default)
+
+    def _rows(self, column: str, values: Sequence[Prompt | None]) -> list[dict[str, Any]]:
+        """A row of each completion: its prompt and one more column."""
+        rows = [{"prompt": prompt, column: value} for prompt, value in zip(self.prompts, values, strict=True)]
+        return [row for row in rows for _ in range(self.samples_per_prompt)]
 
 
 def tokenize_prompts(policy: Policy, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -88,6 +100,8 @@ def sample_prompts(
     description: str | None = None,
     negative_prompts: Sequence[Prompt | None] | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
+    teacher_prompts: Sequence[Prompt | None] | None = None,
+    allowed_token_ids: torch.Tensor | None = None,
 ) -> Samples:
     """
     Sample completions of every prompt, without truncation or penalties.
@@ -110,25 +124,32 @@ def sample_prompts(
         description (`str`, *optional*): Name of the progress bar; `None` shows none.
         negative_prompts (`list`, *optional*): Each prompt's own x^-, `None` where it has none.
         chat_template_kwargs (`dict`, *optional*): Passed to the chat template of conversations.
+        teacher_prompts (`list`, *optional*): What is read with guidance in place of each prompt, `None` where it is
+            the prompt.
+        allowed_token_ids (`torch.Tensor`, *optional*): Tokens of completions, sorted, int64 `(V',)`; by default those
+            that the model's generation config does not suppress.
 
     Returns:
         [`Samples`]: `len(prompts) * samples_per_prompt` completions.
 
     Raises:
         ValueError: If there is no prompt, `samples_per_prompt` is not at least 1, or there are more or fewer
-            `negative_prompts` than prompts.
+            `negative_prompts` or `teacher_prompts` than prompts.
     """
     if not prompts or samples_per_prompt < 1:
         raise ValueError(
             f"`prompts` must not be empty and `samples_per_prompt` at least 1, got {len(prompts)} prompts and "
             f"{samples_per_prompt}"
         )
-    if negative_prompts is not None and len(negative_prompts) != len(prompts):
-        raise ValueError(f"`negative_prompts` has {len(negative_prompts)} entries for {len(prompts)} prompts")
-    negatives = None if negative_prompts is None else list(negative_prompts)
-    samples = Samples(list(prompts), [], samples_per_prompt, 0.0, negatives, chat_template_kwargs)
+    for name, column in {"negative_prompts": negative_prompts, "teacher_prompts": teacher_prompts}.items():
+        if column is not None and len(column) != len(prompts):
+            raise ValueError(f"`{name}` has {len(column)} entries for {len(prompts)} prompts")
+    negatives, taught = (None if own is None else list(own) for own in (negative_prompts, teacher_prompts))
+    samples = Samples(
+        list(prompts), [], samples_per_prompt, 0.0, negatives, chat_template_kwargs, taught, allowed_token_ids
+    )
     policy = samples.policy(model, tokenizer)
-    ids = samples.prompt_ids(policy)
+    ids = samples.prompt_ids(policy, guided=guidance_scale != 1)
     negative_ids = samples.negative_prompt_ids(policy, negative_prompt) if guidance_scale != 1 else None
     was_training = model.training
     model.eval()

@@ -8,19 +8,24 @@ The losses and the trainer use `hidden (B, S, H)`, `K` heads, and `ids` and `mas
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from trl_drcd.heads import Head
+from trl_drcd.policies.allowed import complement, own_allowed_token_ids, resolve_token_ids
 from trl_drcd.policies.causal_lm import CausalLMPolicy
 from trl_drcd.policies.musicgen import MusicgenPolicy
 from trl_drcd.sampling import Rollout
 
 
 class Policy(Protocol):
-    """Interface of a model family for training and evaluation. Built from `(tokenizer, config, chat_template_kwargs)`.
+    """
+    Interface of a model family for training and evaluation.
+
+    Built from `(tokenizer, config, chat_template_kwargs, allowed_token_ids)`.
 
     Letters: `B` sequences, `P` prompt tokens, `S` steps, `K` codebooks, `V` vocabulary, `H` hidden size.
     """
@@ -137,9 +142,83 @@ def policy_class(model: Any, revision: str | None = None) -> type[CausalLMPolicy
     return MusicgenPolicy
 
 
-def policy_for(model: Any, tokenizer: Any) -> Policy:
-    """The policy of a loaded model and its tokenizer."""
-    return policy_class(model)(tokenizer, model.config)
+def policy_for(
+    model: Any,
+    tokenizer: Any,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    allowed_token_ids: torch.Tensor | None = None,
+) -> Policy:
+    """
+    The policy of a loaded model and its tokenizer.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The model.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        chat_template_kwargs (`dict`, *optional*): Passed to the chat template.
+        allowed_token_ids (`torch.Tensor`, *optional*): Tokens of completions, int64 `(V',)`; by default those that the
+            model's generation config does not suppress.
+    """
+    family = policy_class(model)
+    if allowed_token_ids is None and family is CausalLMPolicy:
+        vocabulary = CausalLMPolicy(tokenizer).prompt_vocabulary(model)
+        allowed_token_ids = own_allowed_token_ids(model, vocabulary)
+    return family(tokenizer, model.config, chat_template_kwargs, allowed_token_ids)
 
 
-__all__ = ["CausalLMPolicy", "MusicgenPolicy", "Policy", "policy_class", "policy_for"]
+def teacher_prompt_ids(policy: Policy, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """
+    Token ids of what the teacher reads with guidance: each row's `teacher_prompt`, else its `prompt`.
+
+    Both are rendered as a negative prompt is: where `prompt` is a conversation, a text becomes a user turn.
+
+    Args:
+        policy (`Policy`): The policy of the model family.
+        rows (`Sequence[dict]`): Dataset rows with `prompt` and perhaps `teacher_prompt`.
+
+    Returns:
+        `list[list[int]]`: One sequence per row; nothing is truncated.
+    """
+    given = [row["prompt"] if row.get("teacher_prompt") is None else row["teacher_prompt"] for row in rows]
+    read = [{"prompt": row["prompt"], "negative_prompt": own} for row, own in zip(rows, given, strict=True)]
+    return policy.negative_prompt_ids(read, None)
+
+
+def allowed_token_ids(
+    entries: Sequence[str] | None, model: Any, tokenizer: Any, eos_token_ids: Sequence[int]
+) -> tuple[torch.Tensor | None, list[int] | None]:
+    """
+    The tokens that completions of a model may have, and those that its generation config must suppress for that.
+
+    Args:
+        entries (`Sequence[str]`, *optional*): See [`~trl_drcd.validation.token_ids.as_entries`]; by default what the
+            model's generation config does not suppress.
+        model (`PreTrainedModel` or `PeftModel`): The loaded model.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        eos_token_ids (`Sequence[int]`): Ids that end a completion.
+
+    Returns:
+        `tuple`: Sorted ids, int64 `(V',)`, and all others as a list; both `None` where every token is allowed.
+
+    Raises:
+        ValueError: If the entries do not fit model and tokenizer; see
+            [`~trl_drcd.policies.allowed.resolve_token_ids`].
+    """
+    if policy_class(model) is not CausalLMPolicy:
+        return None, None
+    vocabulary = CausalLMPolicy(tokenizer).prompt_vocabulary(model)
+    if entries is None:
+        allowed = own_allowed_token_ids(model, vocabulary)
+    else:
+        allowed = resolve_token_ids(entries, tokenizer, vocabulary, eos_token_ids)
+    return allowed, None if allowed is None else complement(allowed, vocabulary).tolist()
+
+
+__all__ = [
+    "CausalLMPolicy",
+    "MusicgenPolicy",
+    "Policy",
+    "allowed_token_ids",
+    "policy_class",
+    "policy_for",
+    "teacher_prompt_ids",
+]

@@ -14,6 +14,7 @@ from trl_drcd.compat.dropout import turn_off_dropout
 from trl_drcd.compat.trl_private import CausalLMInTRL
 from trl_drcd.guidance import stacked_prompts
 from trl_drcd.heads import Head
+from trl_drcd.policies.allowed import AllowedTokens
 from trl_drcd.sampling import CausalStream, Rollout, cast_once, decode, evaluating, generate, refusal
 
 logger = get_logger(__name__)
@@ -27,6 +28,8 @@ class CausalLMPolicy:
         tokenizer (`PreTrainedTokenizerBase`): Tokenizes negative prompts.
         config (`PretrainedConfig`, *optional*): Not used.
         chat_template_kwargs (`dict`, *optional*): Passed to the chat template, as the trainer does for prompts.
+        allowed_token_ids (`torch.Tensor`, *optional*): Tokens of completions, sorted, int64 `(V',)`; heads have these
+            rows, and ids are places among them. All by default.
     """
 
     rolls_out_with_trl = True
@@ -40,9 +43,11 @@ class CausalLMPolicy:
         tokenizer: PreTrainedTokenizerBase,
         config: Any = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        allowed_token_ids: torch.Tensor | None = None,
     ):
         self.tokenizer = tokenizer
         self.chat_template_kwargs = chat_template_kwargs or {}
+        self.allowed = None if allowed_token_ids is None else AllowedTokens(allowed_token_ids)
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Turn off all dropout. No parameter is frozen here."""
@@ -155,11 +160,12 @@ class CausalLMPolicy:
             completion_ids (`torch.Tensor`): int64, shape `(1, S)`.
 
         Returns:
-            `torch.Tensor`: Logits that predict the completion, shape `(S, 1, V)`.
+            `torch.Tensor`: Logits of the allowed tokens that predict the completion, shape `(S, 1, V)`.
         """
         ids = torch.cat([prompt_ids, completion_ids], dim=1)
         logits: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-        return logits[0, prompt_ids.shape[1] - 1 : -1, None]
+        logits = logits[0, prompt_ids.shape[1] - 1 : -1, None]
+        return logits if self.allowed is None else logits[..., self.allowed.on(logits.device)]
 
     def heads(self, model: PreTrainedModel) -> list[Head]:
         """The LM head, with the scaling and soft cap that the architecture applies to its logits."""
@@ -178,13 +184,20 @@ class CausalLMPolicy:
         if divisor := getattr(config, "logits_mup_width_multiplier", None):
             scale = 1 / divisor
         softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
-        return [Head(_full(head.weight), _full(head.bias), scale, softcap)]
+        token_ids = None if self.allowed is None else self.allowed.on(head.weight.device)
+        return [Head(_full(head.weight), _full(head.bias), scale, softcap, token_ids=token_ids)]
 
     def ids_and_mask(
         self, completion_ids: torch.Tensor, completion_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Completion ids `(B, S, 1)` and boolean mask `(B, S, 1)`."""
-        return completion_ids[..., None], completion_mask[..., None].bool()
+        """
+        Completion ids, or their places among the allowed ones, `(B, S, 1)`, and boolean mask `(B, S, 1)`.
+
+        Raises:
+            ValueError: If a completion has a token that is not allowed.
+        """
+        ids, mask = completion_ids[..., None], completion_mask[..., None].bool()
+        return ids if self.allowed is None else self.allowed.places(ids, mask), mask
 
     def rollout(
         self,
@@ -225,7 +238,8 @@ class CausalLMPolicy:
         with evaluating(model), cast_once(own, own.device.type):
             if (reason := refusal(own) or _head_refusal(own)) is not None:
                 logger.warning_once(f"Sampling goes through `generate`, which is slower: {reason}.")
-                return generate(model, rows, max_new_tokens, guidance_scale, temperature, eos)
+                token_ids = self.heads(model)[0].token_ids
+                return generate(model, rows, max_new_tokens, guidance_scale, temperature, eos, token_ids)
             stream, fill = CausalStream(own.base_model, rows, max_new_tokens), (as_list(config.pad_token_id) or [0])[0]
             return decode(stream, self.heads(model), max_new_tokens, guidance_scale, temperature, eos, fill)
 

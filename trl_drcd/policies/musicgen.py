@@ -41,9 +41,10 @@ class MusicgenPolicy:
         tokenizer (`PreTrainedTokenizerBase`): The T5 tokenizer.
         config (`MusicgenConfig`): The model's configuration.
         chat_template_kwargs (`dict`, *optional*): Not used, as prompts are texts.
+        allowed_token_ids (*optional*): Must be `None`, as all codes are allowed.
 
     Raises:
-        ValueError: If the checkpoint is stereo.
+        ValueError: If the checkpoint is stereo, or `allowed_token_ids` are given.
     """
 
     rolls_out_with_trl = False
@@ -51,8 +52,16 @@ class MusicgenPolicy:
     in_trl = MusicgenInTRL
     frozen: str | None = rf"(base_model\.model\.)?({'|'.join(FROZEN)})"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: Any, chat_template_kwargs: dict | None = None):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: Any,
+        chat_template_kwargs: dict | None = None,
+        allowed_token_ids: torch.Tensor | None = None,
+    ):
         self.check_config(config)
+        if allowed_token_ids is not None:
+            raise ValueError("`allowed_token_ids` is for causal LMs: every id of a MusicGen is a code; leave it out")
         self.tokenizer = tokenizer
         self.num_codebooks: int = config.decoder.num_codebooks
         self.mask_id: int = config.decoder.vocab_size

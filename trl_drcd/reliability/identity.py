@@ -11,7 +11,7 @@ from datasets import Dataset
 # Arguments that must not change on resume; paths, logging, saving and lengths may
 SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "seed"),
-    "max_grad_norm_diversity",
+    *("max_grad_norm_diversity", "allowed_token_ids"),
     *("guidance_scale", "negative_prompt", "temperature", "diversity_coef", "diversity_warmup_steps"),
     *("diversity_credit", "gae_lambda", "diversity_prefixes", "diversity_kernel", "num_generations", "num_iterations"),
     *("generation_batch_size", "max_completion_length", "reward_weights", "bf16", "fp16"),

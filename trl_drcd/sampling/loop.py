@@ -66,7 +66,8 @@ def joined(heads: Sequence[Head], token_ids: torch.Tensor | None = None) -> Head
 
     Args:
         heads (`Sequence[Head]`): Heads that differ in weight and bias only.
-        token_ids (`torch.Tensor`, *optional*): Keep only the rows of these tokens, int64 `(V',)`.
+        token_ids (`torch.Tensor`, *optional*): Keep only the rows of these tokens, int64 `(V',)`; by default of those
+            that the heads allow.
 
     Returns:
         [`Head`]: Without gradient.
@@ -74,7 +75,8 @@ def joined(heads: Sequence[Head], token_ids: torch.Tensor | None = None) -> Head
     Raises:
         ValueError: If the heads differ in scale or soft cap, or only some have a bias.
     """
-    first = heads[0]
+    token_ids = heads[0].token_ids if token_ids is None else token_ids
+    first = replace(heads[0], token_ids=None)
     if any((h.scale, h.softcap, h.bias is None) != (first.scale, first.softcap, first.bias is None) for h in heads):
         raise ValueError("the heads of a model must be alike but for their weights")
     dtype = torch.promote_types(first.weight.dtype, torch.float32)
@@ -117,7 +119,8 @@ def decode(
         eos_token_ids (`Sequence[int]`, *optional*): Tokens that end a sequence.
         fill (`int`, *optional*, defaults to 0): Id where no token is drawn.
         layout (`torch.Tensor`, *optional*): Positions where tokens are drawn, boolean `(S, K)`; all by default.
-        token_ids (`torch.Tensor`, *optional*): Restrict sampling to these tokens, int64 `(V',)`; all by default.
+        token_ids (`torch.Tensor`, *optional*): Restrict sampling to these tokens, int64 `(V',)`; by default to those
+            that the heads allow.
 
     Returns:
         [`Rollout`]: On the stream's device.
@@ -127,6 +130,7 @@ def decode(
             bias.
     """
     check_sampling(steps, temperature)
+    token_ids = heads[0].token_ids if token_ids is None else token_ids
     guided, books, head = guidance_scale != 1, len(heads), joined(heads, token_ids)
     hidden = stream.start()
     device, sequences = hidden.device, len(hidden) // (1 + guided)

@@ -23,6 +23,8 @@ TrainData: TypeAlias = Dataset | IterableDataset
 EvalData: TypeAlias = TrainData | Mapping[str, TrainData] | None
 # Options that only TRL's own sampling of causal LMs supports
 CAUSAL_LM_ONLY = ("use_vllm", "use_transformers_continuous_batching", "mask_truncated_completions")
+# Options with which TRL samples
+TRL_SAMPLES = ("use_vllm", "use_transformers_continuous_batching", "cache_implementation", "generation_kwargs")
 # Options of TRL that change the advantages of reward functions, with the value that turns each off
 REWARD_SETTINGS = {"normalize_advantages": False, "reward_clip_range": None}
 # Arguments of `from_pretrained` with which the files have other paths or names than `check_model` expects
@@ -199,7 +201,15 @@ def _check_base_is_kept(config: object, new: bool) -> None:
 
 
 def _check_family(family: type[Policy], args: CFGDistillDiversityConfig) -> None:
-    """Refuse options of TRL's own sampling for families other than causal LMs."""
+    """Refuse options of TRL's own sampling for other families than causal LMs, and with `allowed_token_ids`."""
+    if args.allowed_token_ids:
+        if not family.rolls_out_with_trl:
+            raise ValueError("`allowed_token_ids` is for causal LMs: this model's ids are all codes; leave it out")
+        for name in TRL_SAMPLES:
+            if value := getattr(args, name):
+                raise ValueError(
+                    f"`{name}={value}` samples in TRL, which does not know `allowed_token_ids`; leave one of them out"
+                )
     if family.rolls_out_with_trl:
         return
     for name in CAUSAL_LM_ONLY:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_drcd.audio.codecs import SpectralCodec
 from trl_drcd.config import CFGDistillDiversityConfig
-from trl_drcd.policies import Policy
+from trl_drcd.policies import Policy, teacher_prompt_ids
 from trl_drcd.validation.vllm import check_vllm
 
 logger = get_logger(__name__)
@@ -207,6 +207,10 @@ def _check_longest(
             negative = list(dataset["negative_prompt"])
             rows = dataset.select(nlargest(LONGEST, range(len(dataset)), key=lambda row: _size(negative[row])))
         parts["a negative prompt"] = policy.negative_prompt_ids(list(rows), args.negative_prompt)
+    if "teacher_prompt" in dataset.column_names:
+        taught = list(dataset["teacher_prompt"])
+        longest = nlargest(LONGEST, range(len(dataset)), key=lambda row: _size(taught[row]))
+        parts["a teacher's prompt"] = teacher_prompt_ids(policy, list(dataset.select(longest)))
     for what, ids in parts.items():
         check_lengths(ids, f"`train_dataset`: {what}", args.max_completion_length, model)
 

@@ -11,6 +11,7 @@ from pyarrow import ArrowInvalid
 
 from trl_drcd.validation.messages import is_valid_unicode
 from trl_drcd.validation.model_folders import is_hub_name
+from trl_drcd.validation.rows import COLUMNS
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 KINDS = "give a JSONL, CSV or Parquet file, or a Hub name"
@@ -90,7 +91,7 @@ def _line_problem(line: bytes) -> str | None:
         return f"is not JSON ({error}); {REMEDIES['json']}"
     if not isinstance(row, dict):
         return f"holds {type(row).__name__}; {REMEDIES['json']}"
-    for column in ("prompt", "negative_prompt"):
+    for column in COLUMNS:
         if not isinstance(row.get(column), str | list | None):
             return f"has a `{column}` of type {type(row[column]).__name__}; give a text or list of turns"
         if not is_valid_unicode(str(row.get(column))):

@@ -1,4 +1,4 @@
-"""Validate the columns `prompt` and `negative_prompt` of a data set."""
+"""Validate the columns `prompt`, `negative_prompt` and `teacher_prompt` of a data set."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from datasets import Dataset, IterableDataset, Value
 
+COLUMNS = ("prompt", "negative_prompt", "teacher_prompt")
 TEXTS = ("string", "large_string", "string_view", "null")
 SHAPES = "it must contain texts or lists of turns with `role` and `content`"
 CONVERTED = (
@@ -21,18 +22,20 @@ def check_rows(dataset: Dataset | IterableDataset, where: str) -> None:
     For a stream, only the columns and their types are checked.
 
     Args:
-        dataset (`Dataset` or `IterableDataset`): Data set with a column `prompt` and optionally `negative_prompt`.
+        dataset (`Dataset` or `IterableDataset`): Data set with a column `prompt` and optionally `negative_prompt` and
+            `teacher_prompt`.
         where (`str`): The user's argument with its value, for error messages.
 
     Raises:
-        ValueError: If there are no rows, no column `prompt`, a row without a prompt, or a prompt of another type.
+        ValueError: If there are no rows, no column `prompt`, a row without a prompt, a prompt of another type, or a
+            teacher's prompt that is a conversation where `prompt` is a text.
     """
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"{where} is empty; it must have at least one row with a `prompt`")
     columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may need its first row to know them
     if "prompt" not in columns:
         raise ValueError(f"{where} must have a column `prompt`, got columns {columns}; {CONVERTED}")
-    for column in ("prompt", "negative_prompt"):
+    for column in COLUMNS:
         feature = (dataset.features or {}).get(column)
         if problem := feature is not None and _type_problem(feature):
             raise ValueError(f"column `{column}` of {where} {problem}; {SHAPES}")
@@ -43,9 +46,16 @@ def check_rows(dataset: Dataset | IterableDataset, where: str) -> None:
             f"{where} has no prompt in rows {empty[:8]} ({len(empty)} in total); give every row a prompt, or remove "
             "the row"
         )
-    for column in {"prompt", "negative_prompt"} & set(columns):
+    for column in set(COLUMNS) & set(columns):
         if not isinstance(dataset.features[column], Value):
             _check_turns(dataset[column], f"column `{column}` of {where}")
+    if "teacher_prompt" in columns and not isinstance(dataset.features["teacher_prompt"], Value):
+        for row, (prompt, taught) in enumerate(zip(dataset["prompt"], dataset["teacher_prompt"], strict=True)):
+            if taught is not None and isinstance(prompt, str):
+                raise ValueError(
+                    f"{where} has in row {row} a `teacher_prompt` of turns and a `prompt` that is a text, which is "
+                    "read without a chat template; give both as turns, or both as texts"
+                )
 
 
 def _type_problem(feature: object) -> str | None:

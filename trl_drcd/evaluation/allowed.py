@@ -1,0 +1,62 @@
+"""The tokens that all rows of an evaluation sample from: the arguments', else all that the models do not suppress."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from trl_drcd.policies import allowed_token_ids
+from trl_drcd.policies.allowed import complement
+from trl_drcd.policies.causal_lm import as_list
+
+
+def suppressed_tokens(names: Iterable[str]) -> list[int] | None:
+    """
+    The tokens that the generation configs of models and adapters suppress; `None` where none does.
+
+    A base that was distilled over a part of its vocabulary suppresses none itself, and is measured over that part too.
+
+    Args:
+        names (`Iterable[str]`): Folders or Hub names.
+
+    Raises:
+        ValueError: If two of them suppress different tokens, so that their distributions cannot be compared.
+    """
+    found: dict[tuple[int, ...], str] = {}
+    for name in dict.fromkeys(names):
+        try:
+            suppressed = GenerationConfig.from_pretrained(name).suppress_tokens
+        except OSError:  # it has no such file
+            continue
+        if suppressed:
+            found.setdefault(tuple(sorted(suppressed)), name)
+    if len(found) > 1:
+        raise ValueError(
+            f"the generation configs of {' and '.join(list(found.values())[:2])} suppress different tokens; give "
+            "`allowed_token_ids`, which then holds for all rows"
+        )
+    return list(next(iter(found))) if found else None
+
+
+def allowed_in_rows(
+    entries: Sequence[str] | None, names: Iterable[str], model: Any, tokenizer: Any
+) -> torch.Tensor | None:
+    """
+    The tokens that all rows sample from; `None` where every token is allowed.
+
+    Args:
+        entries (`Sequence[str]`, *optional*): `allowed_token_ids` of the evaluation.
+        names (`Iterable[str]`): Folders or Hub names of all models and adapters.
+        model (`PreTrainedModel`): The base.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+
+    Raises:
+        ValueError: If the entries do not fit, or the models suppress different tokens.
+    """
+    eos = {*as_list(model.generation_config.eos_token_id), tokenizer.eos_token_id} - {None}
+    if entries is not None or (suppressed := suppressed_tokens(names)) is None:
+        return allowed_token_ids(entries, model, tokenizer, sorted(eos))[0]
+    return complement(suppressed, model.get_output_embeddings().weight.shape[0])
