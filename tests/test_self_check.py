@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model
-from peft import LoraConfig, get_peft_model
+from datasets import Dataset
+from peft import LoraConfig, PolyConfig, get_peft_model
 from test_trainer import make_trainer, rollout, rows
+from torch._dynamo import OptimizedModule
+from transformers import AutoModelForCausalLM
 
 from trl_drcd.validation import self_check
 
@@ -93,11 +96,53 @@ def test_a_teacher_that_is_not_the_student_is_refused(tmp_path, tokenizer, monke
         ({"init_lora_weights": False}, "`init_lora_weights=False`"),
         ({"bias": "all"}, "`bias='all'`, which trains biases of the base"),
         ({"bias": "lora_only"}, "`bias='lora_only'`"),
+        ({"layer_replication": [(0, 2), (0, 2)]}, r"`layer_replication=.*makes another model of the base"),
+        ({"trainable_token_indices": {"lm_head": [5]}}, "trains rows of the output head"),
     ],
 )
 def test_adapters_that_change_the_base_are_refused_by_name(tmp_path, tokenizer, config, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, tokenizer, peft_config=LoraConfig(r=2, **config))
+
+
+def test_rows_of_a_tied_embedding_and_other_kinds_of_adapters_are_refused_by_name(tmp_path, tokenizer):
+    tied = make_model(tokenizer, tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="of a tied embedding too"):
+        make_trainer(tmp_path, tokenizer, model=tied, peft_config=LoraConfig(r=2, trainable_token_indices=[5, 6]))
+    with pytest.raises(ValueError, match="`peft_config` of type PolyConfig needs task ids"):
+        make_trainer(tmp_path, tokenizer, peft_config=PolyConfig(r=2, target_modules=["q_proj"]))
+
+
+def test_a_base_that_would_be_trained_with_its_adapter_is_refused(tmp_path, tokenizer):
+    model = get_peft_model(make_model(tokenizer), LoraConfig(r=2, modules_to_save=["norm"]))
+    make_trainer(tmp_path, tokenizer, model=model)  # a copy is trained, and off with the adapter
+    model.base_model.model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"trainable weight of its base, base_model\.model\.lm_head\.weight"):
+        make_trainer(tmp_path, tokenizer, model=model)
+
+
+def test_reentrant_checkpointing_of_all_weights_is_refused(tmp_path, tokenizer):
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ValueError, match="'use_reentrant': True}` does not work with the training of all weights"):
+        make_trainer(tmp_path, tokenizer, **settings)
+    first_update(tmp_path, tokenizer, peft_config=LoraConfig(r=2), **settings)
+
+
+def test_a_compiled_model_learns_what_the_model_itself_does(tmp_path, tokenizer):
+    plain = first_update(tmp_path, tokenizer)
+    compiled = first_update(tmp_path, tokenizer, torch_compile=True, torch_compile_backend="eager")
+    assert isinstance(compiled.model_wrapped, OptimizedModule)
+    compiled.save_model(str(tmp_path / "saved"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    for ours, own in zip(saved.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(ours, own)
+
+
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_turns_that_are_no_text_are_refused(tmp_path, tokenizer, kind):
+    turns = [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": "slow"}]}]
+    with pytest.raises(ValueError, match=f"column `prompt` of `train_dataset` has a part of type '{kind}' in row 0"):
+        make_trainer(tmp_path, tokenizer, dataset=Dataset.from_dict({"prompt": [turns] * 4}))
 
 
 def test_images_and_router_losses_are_refused_by_name(tmp_path, tokenizer):

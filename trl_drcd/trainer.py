@@ -278,7 +278,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         )
         with generation as model, whole_weights(model):
-            yield model
+            yield getattr(model, "_orig_mod", model)  # a compiled model's own: decoding has a shape for each step
 
     def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """Completions by the policy's own sampling, without guidance."""

@@ -12,11 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
-from worlds import PROMPTS, make_trainer, weights
+from worlds import PROMPTS, make_trainer, model, weights
 
 from trl_drcd.reliability.checkpoints import MANIFEST, STAGING, checkpoints, commit, why_incomplete
+from trl_drcd.reliability.identity import run_identity
 from trl_drcd.reliability.sampler import EpochSampler
 
 SCRIPT = Path(__file__).with_name("kill_and_resume.py")
@@ -161,6 +163,11 @@ def test_a_complete_run_makes_no_more_updates(uninterrupted, tmp_path):
         ({"learning_rate": 1e-3}, "`learning_rate` 0.003 instead of 0.001"),
         ({"seed": 1}, "`seed` 42 instead of 1"),
         ({"train_dataset": Dataset.from_dict({"prompt": PROMPTS[1:6]})}, "`train_dataset` 5 rows"),
+        (
+            {"train_dataset": Dataset.from_dict({"prompt": PROMPTS[:5], "negative_prompt": ["bad"] * 5})},
+            "`train_dataset` 5 rows .* instead of 5 rows",
+        ),
+        ({"model": model(25, seed=1)}, "`base_weights` .* instead of"),
         ({"gae_lambda": 1.0}, "`gae_lambda` 0.95 instead of 1.0"),
         ({"max_grad_norm_diversity": 1.0}, "`max_grad_norm_diversity` None instead of 1.0"),
     ],
@@ -172,6 +179,18 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(uninterrupted, tmp_path,
         ValueError, match=rf"checkpoint-6 cannot be resumed from: it belongs to a different run: .*{message}"
     ):
         run("text", tmp_path, resume=True, **changed)
+
+
+def test_a_row_in_the_middle_and_the_scale_of_an_adapter_are_compared():
+    def identity(alpha=8, prompts=("x",) * 2000):
+        adapted = get_peft_model(model(25), LoraConfig(r=2, lora_alpha=alpha, target_modules=["v_proj", "q_proj"]))
+        return run_identity(SimpleNamespace(), adapted, Dataset.from_dict({"prompt": prompts}))
+
+    first = identity()
+    assert identity() == first  # the adapter's own weights were drawn anew
+    assert {name for name, value in identity(alpha=16).items() if value != first[name]} == {"adapter"}
+    changed = identity(prompts=("x",) * 1000 + ("y",) + ("x",) * 999)
+    assert {name for name, value in changed.items() if value != first[name]} == {"train_dataset"}
 
 
 def test_two_trainings_do_not_share_a_folder(tmp_path):

@@ -35,8 +35,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def model(vocabulary: int) -> LlamaForCausalLM:
-    torch.manual_seed(0)
+def model(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.3,
@@ -85,12 +85,12 @@ def make_trainer(world: str, output: Path, **changed: Any) -> CFGDistillDiversit
     )
     lora = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.0) if world.endswith("lora") else None
     defaults = {
+        "model": model(len(words)),
         "embedder": embedder, "codec": codec, "peft_config": lora, "reward_funcs": [noisy_length],
         "train_dataset": Dataset.from_dict({"prompt": PROMPTS[:5]}),
         "eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]}),
     }  # fmt: skip
     return CFGDistillDiversityTrainer(
-        model=model(len(words)),
         args=settings(output, **arguments),
         processing_class=words,
         **(defaults | changed),

@@ -34,6 +34,9 @@ def test_the_twelve_lines_run(tmp_path, monkeypatch, smollm2):
     names: dict = {}
     exec(shorter, names)
     assert names["trainer"].state.global_step == 1
+    assert {"adapter_model.safetensors", "generation_config.json", "README.md"} <= {f.name for f in tmp_path.iterdir()}
+    card = (tmp_path / "README.md").read_text()
+    assert "guidance 3 is in the weights" in card and "model=None" not in card
 
 
 def test_the_merging_example_runs(tmp_path, monkeypatch, model):

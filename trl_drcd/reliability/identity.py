@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from datasets import Dataset
+from peft import PeftModel
 
 # Arguments that must not change on resume; paths, logging, saving and lengths may
 SETTINGS = (
@@ -14,11 +15,15 @@ SETTINGS = (
     *("max_grad_norm_diversity", "allowed_token_ids"),
     *("guidance_scale", "negative_prompt", "temperature", "diversity_coef", "diversity_warmup_steps"),
     *("diversity_credit", "gae_lambda", "diversity_prefixes", "diversity_kernel", "num_generations", "num_iterations"),
-    *("generation_batch_size", "max_completion_length", "reward_weights", "bf16", "fp16"),
+    *("generation_batch_size", "max_completion_length", "reward_weights", "bf16", "fp16", "use_vllm"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "lr_scheduler_kwargs", "epsilon", "epsilon_high"),
+    *("steps_per_generation", "mask_truncated_completions", "normalize_advantages", "reward_clip_range"),
+    *("chat_template_kwargs", "data_seed", "shuffle_dataset"),
 )
 
-ROWS = 256  # number of first and of last rows of the data that are compared
-VALUES = 4  # number of values of each tensor of a separate teacher that are compared
+TEXTS = ("prompt", "negative_prompt")  # columns of the data that are compared
+NOT_OF_THE_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
+VALUES = 4  # number of values of each tensor of the base and of a separate teacher that are compared
 
 
 def run_identity(args: Any, model: Any, train_dataset: Any, teacher: Any = None) -> dict[str, str]:
@@ -37,17 +42,38 @@ def run_identity(args: Any, model: Any, train_dataset: Any, teacher: Any = None)
     values: dict[str, Any] = {name: getattr(args, name, None) for name in SETTINGS}
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     values["model"] = f"{type(model).__name__} {_digest(shapes)}"
-    values["teacher"] = "the initial model"
-    if teacher is not None:
-        some = {name: p.detach().flatten()[:VALUES].tolist() for name, p in teacher.named_parameters()}
-        values["teacher"] = f"{type(teacher).__name__} {_digest(some)}"
-    columns = sorted(train_dataset.column_names or [])
+    values["base_weights"] = _weights(model)
+    if isinstance(model, PeftModel):
+        values["adapter"] = _adapter(model)
+    values["teacher"] = "the initial model" if teacher is None else f"{type(teacher).__name__} {_weights(teacher)}"
     if isinstance(train_dataset, Dataset):
-        ends = [*range(min(ROWS, len(train_dataset))), *range(max(0, len(train_dataset) - ROWS), len(train_dataset))]
-        values["train_dataset"] = f"{len(train_dataset)} rows {_digest(train_dataset.select(ends)['prompt'][:])}"
+        values["train_dataset"] = f"{len(train_dataset)} rows {_texts(train_dataset)}"
     else:
-        values["train_dataset"] = columns
+        values["train_dataset"] = sorted(train_dataset.column_names or [])
     return {name: str(getattr(value, "value", value)) for name, value in values.items()}
+
+
+def _weights(model: Any) -> str:
+    """Digest of some values of each tensor; of a model with an adapter, of the base's, which the adapter's are not."""
+    adapters = set(getattr(model, "peft_config", ()))
+    own = [(n, p) for n, p in model.named_parameters() if not (p.is_meta or adapters & set(n.split(".")))]
+    return _digest({name: p.detach().flatten()[:VALUES].tolist() for name, p in own})
+
+
+def _adapter(model: PeftModel) -> str:
+    """Digest of the settings of the adapter that is trained, such as its scale, which is in no tensor's shape."""
+    settings = model.active_peft_config.to_dict()
+    kept = {name: value for name, value in settings.items() if name not in NOT_OF_THE_ADAPTER}
+    return _digest({name: sorted(value) if isinstance(value, set) else value for name, value in kept.items()})
+
+
+def _texts(dataset: Dataset) -> str:
+    """Digest of all prompts and negative prompts."""
+    digest = hashlib.sha256()
+    columns = dataset.select_columns([name for name in TEXTS if name in dataset.column_names])
+    for batch in columns.iter(batch_size=1000):
+        digest.update(json.dumps(batch, default=str).encode())
+    return digest.hexdigest()[:12]
 
 
 def identity_problem(found: dict[str, str] | None, own: dict[str, str]) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel, PromptLearningConfig
+from peft import PeftConfig, PeftModel, PeftType, PromptLearningConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_drcd.audio.front_end import SavedModule
@@ -31,6 +31,11 @@ REWARD_SETTINGS = {"normalize_advantages": False, "reward_clip_range": None}
 ELSEWHERE = {"subfolder", "variant", "gguf_file"}
 # LoRA initialisations that leave the model's output unchanged
 NEUTRAL_INITS = ("gaussian", "eva", "orthogonal", "mica")
+# Kinds of PEFT whose models neither sample nor score like their base's
+OTHER_PEFT = {
+    PeftType.POLY: "needs task ids in every forward", PeftType.XLORA: "mixes adapters that are already trained",
+    PeftType.SHADOW: "adds a second network to the forward",
+}  # fmt: skip
 IMAGES = {"image", "images", "video", "videos"}
 
 
@@ -64,6 +69,7 @@ def check_before_loading(
     _check_kinds(model, args, processing_class, peft_config)
     _check_teacher(teacher, args)
     _check_adapter(model, peft_config)
+    _check_checkpointing(model, args, peft_config)
     _check_rewards(args, extra_rewards, embedder)
     options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     family = policy_class(model, options.get("revision"))
@@ -172,6 +178,13 @@ def _check_adapter(model: object, peft_config: object) -> None:
         _check_base_is_kept(config, new=config is peft_config)
     if not isinstance(model, PeftModel):
         return
+    names = (name for name, p in model.named_parameters() if p.requires_grad)
+    if base := next((name for name in names if not set(name.split(".")) & set(model.peft_config)), None):
+        raise ValueError(
+            f"`model` is a `PeftModel` with a trainable weight of its base, {base}: the teacher is the base with the "
+            "adapter off, and would change with it. Freeze it (`requires_grad_(False)`), or name its module in "
+            "`modules_to_save`"
+        )
     parts = [(name, p) for name, p in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
     if not parts:
         raise ValueError(
@@ -187,6 +200,13 @@ def _check_adapter(model: object, peft_config: object) -> None:
 
 def _check_base_is_kept(config: object, new: bool) -> None:
     """With the adapter off, the model must stay equal to the given model during the whole of training."""
+    if isinstance(config, PeftConfig) and (reason := OTHER_PEFT.get(PeftType(config.peft_type))):
+        raise ValueError(f"`peft_config` of type {type(config).__name__} {reason}, which is not supported; use LoRA")
+    if (layers := getattr(config, "layer_replication", None)) is not None:
+        raise ValueError(
+            f"`peft_config` has `layer_replication={layers}`, which makes another model of the base: the teacher "
+            "would be the one with copied layers. Leave it out, or save the deeper model first and train that one"
+        )
     init = getattr(config, "init_lora_weights", True)
     if (new and init is False) or (isinstance(init, str) and init.lower() not in NEUTRAL_INITS):
         raise ValueError(
@@ -197,6 +217,17 @@ def _check_base_is_kept(config: object, new: bool) -> None:
         raise ValueError(
             f"`peft_config` has `bias={bias!r}`, which trains biases of the base; the teacher is the base with the "
             "adapter off, and would change with them. Set `bias='none'`, or `lora_bias=True` for biases of the adapter"
+        )
+
+
+def _check_checkpointing(model: object, args: CFGDistillDiversityConfig, peft_config: object) -> None:
+    """Reentrant checkpointing of all weights cannot give the gradient of one term, whose norm is logged."""
+    given = args.gradient_checkpointing_kwargs
+    reentrant = isinstance(given, dict) and given.get("use_reentrant")
+    if args.gradient_checkpointing and reentrant and peft_config is None and not isinstance(model, PeftModel):
+        raise ValueError(
+            "`gradient_checkpointing_kwargs={'use_reentrant': True}` does not work with the training of all weights; "
+            "set it to False"
         )
 
 

@@ -10,6 +10,9 @@ from typing import Any
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_drcd.audio.codecs import SpectralCodec
@@ -47,6 +50,7 @@ def check_once_loaded(
         TypeError: If the codec has no `decode` method.
         ValueError: If two of them do not fit; the message says which, and how to fix it.
     """
+    _check_head(student)
     _check_vocabulary(policy, student, tokenizer)
     _check_finite_weights(student)
     _check_codec(codec, policy, student)
@@ -93,6 +97,16 @@ def check_lengths(
 
 
 # ---------------------------------------------------------------- model
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    """The loss applies the output head by its weights, which do not have the rows that an adapter adds to it."""
+    head = (model.get_base_model() if isinstance(model, PeftModel) else model).get_output_embeddings()
+    if isinstance(head, BaseTunerLayer | TrainableTokensWrapper):
+        raise ValueError(
+            "`peft_config` trains rows of the output head (of a tied embedding too), which the loss would not see; "
+            "leave out `trainable_token_indices`, or name the head in `modules_to_save`"
+        )
 
 
 def _check_vocabulary(policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from datasets import Dataset, IterableDataset, Value
 
@@ -77,6 +78,19 @@ def _check_turns(column: Iterable[object], where: str) -> None:
             raise ValueError(
                 f"{where} holds something else in row {row} ({type(prompt).__name__}); {SHAPES}, not both"
             )
+        if kind := _other_than_text(prompt):
+            raise ValueError(
+                f"{where} has a part of type {kind!r} in row {row}: completions would be sampled with it but scored "
+                "without it; use text-only prompts"
+            )
+
+
+def _other_than_text(prompt: object) -> str | None:
+    """The type of the first part of a conversation that is no text, such as an image; `None` if there is none."""
+    turns: Any = prompt or []
+    parts = [part for turn in turns if isinstance(turn["content"], list) for part in turn["content"]]
+    kinds = [part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in parts]
+    return next((str(kind) for kind in kinds if kind != "text"), None)
 
 
 def _is_conversation(prompt: object) -> bool:
