@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from trl import RLOOTrainer
 
+from trl_drcd.diversity import one_channel
 from trl_drcd.files import distinct_names, write_text
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class SampleCallback(TrainerCallback):
             ids = trainer._sample([list(p) for p in prompt_ids])
             if self.codec is None:
                 return trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
-            return self.codec.decode(ids)
+            return one_channel(self.codec.decode(ids))
 
     def _log(self, samples: list, step: int):
         report_to = self.trainer.args.report_to or []

@@ -7,6 +7,7 @@ Letters: `P` prompts, `G` generations per prompt, `B = P * G`, `D` embedding siz
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,6 +19,14 @@ from trl_drcd.reliability.processes import report_status
 
 # Lengths outside of this lose digits, or all of them, in the squares of float32
 SHORT, LONG = 1e-15, 1e15
+
+
+def one_channel(completions: Sequence[Any]) -> list[Any]:
+    """Completions as embedders and judges read them: of sounds with several channels, `(C, T)`, the mean `(T,)`."""
+    return [
+        (item[0].mean(0), item[1]) if isinstance(item, tuple) and getattr(item[0], "ndim", 1) == 2 else item
+        for item in completions
+    ]
 
 
 def _without_direction(embeddings: torch.Tensor) -> torch.Tensor:
@@ -236,7 +245,7 @@ class DiversityReward:
             TypeError: If the embedder returns no numbers.
             ValueError: If the embedder does not return one vector for each.
         """
-        output = self.embedder(inputs)
+        output = self.embedder(one_channel(inputs))
         try:
             embeddings = torch.as_tensor(output)
         except (TypeError, ValueError) as error:

@@ -150,7 +150,8 @@ def wav_bytes(waveform: torch.Tensor, sampling_rate: int) -> bytes:
     The content of a 16-bit WAV file.
 
     Args:
-        waveform (`torch.Tensor`): Shape `(T,)`, float samples in `[-1, 1]`, on the CPU.
+        waveform (`torch.Tensor`): Shape `(T,)`, or `(C, T)` of several channels, float samples in `[-1, 1]`, on the
+            CPU.
         sampling_rate (`int`): Sampling rate in Hz.
 
     Returns:
@@ -160,7 +161,7 @@ def wav_bytes(waveform: torch.Tensor, sampling_rate: int) -> bytes:
         ImportError: If soundfile is missing; it comes with the extra `audio`.
     """
     file = io.BytesIO()
-    require("soundfile", "audio").write(file, waveform.numpy(), sampling_rate, subtype="PCM_16", format="WAV")
+    require("soundfile", "audio").write(file, waveform.numpy().T, sampling_rate, subtype="PCM_16", format="WAV")
     return file.getvalue()
 
 

@@ -75,7 +75,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
     of the extra reward functions, weighted by `reward_weights`. One student forward and backward serves all terms.
 
     Args:
-        model (`str`, `PreTrainedModel` or `PeftModel`): As in [`~trl.RLOOTrainer`]. A causal LM or a mono MusicGen.
+        model (`str`, `PreTrainedModel` or `PeftModel`): As in [`~trl.RLOOTrainer`]. A causal LM or a MusicGen.
         reward_funcs (*optional*): Extra per-sample rewards, as in [`~trl.RLOOTrainer`]; the diversity reward is not
             among them, it comes with `embedder`.
         args ([`CFGDistillDiversityConfig`], *optional*): The paper's settings if `None`.

@@ -9,12 +9,13 @@ from families import OTHERS, make
 from peft import LoraConfig
 from test_grid import judged  # noqa: F401
 from test_trainer import make_trainer, rollout, settings
-from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3ForCausalLM, pipeline
 
 from trl_drcd.evaluation.grid import EvaluateArguments, evaluate
 from trl_drcd.evaluation.likelihood import log_likelihoods, teacher_terms
 from trl_drcd.evaluation.sampling import sample_prompts
-from trl_drcd.guidance import guide_logits
+from trl_drcd.guidance import guide_logits, left_pad
+from trl_drcd.losses import guided_logits
 from trl_drcd.merging import interpolate_checkpoints
 from trl_drcd.policies import CausalLMPolicy, policy_for
 from trl_drcd.policies.allowed import resolve_token_ids
@@ -119,6 +120,35 @@ def test_what_is_sampled_is_allowed_and_scored_so(tokenizer):
             z = guide_logits(z, own_logits(model, [1, 4], completion), scale)
             expected = over_allowed(z, 0.9).gather(1, torch.tensor(completion)[:, None])[:, 0]
             torch.testing.assert_close(out.log_probs[row, :, 0][: len(completion)], expected)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2", "gemma2, softcap and windows", "opt, no position_ids"])
+def test_other_classes_sample_and_score_over_them(name):
+    """ACE-Step's LM is a Qwen 3, YuE a Llama; a soft cap makes guidance need both heads."""
+    if name == "qwen3":
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = Qwen3Config(vocab_size=13, num_key_value_heads=2, head_dim=8, initializer_range=0.3, **sizes)
+        model = Qwen3ForCausalLM(config).eval()
+    else:
+        model = make(name)
+    prompts = [[1, 7, 4], [1, 8, 9, 4]] * 3
+    policy = CausalLMPolicy(None, allowed_token_ids=torch.tensor(ALLOWED))
+    out = policy.rollout(model, prompts, [[1, 4]] * 6, 3.0, 0.9, 5, [])
+    completions = out.ids[..., 0]
+    streams = [
+        policy.hidden_states(model, *left_pad(given, 0), completions, torch.ones_like(completions))
+        for given in (prompts, [[1, 4]] * 6)
+    ]
+    (head,) = policy.heads(model)
+    ours = guided_logits(head, *(hidden.flatten(0, 1) for hidden in streams), 3.0)(slice(None)) / 0.9
+    for row, completion in enumerate(completions.tolist()):
+        z = guide_logits(own_logits(model, prompts[row], completion), own_logits(model, [1, 4], completion), 3.0)
+        expected = over_allowed(z, 0.9)
+        scored = ours.log_softmax(-1).unflatten(0, completions.shape)[row]
+        torch.testing.assert_close(scored, expected[:, ALLOWED], rtol=0, atol=1e-4)
+        sampled = expected.gather(1, completions[row][:, None])[:, 0]
+        torch.testing.assert_close(out.log_probs[row, :, 0], sampled, rtol=0, atol=1e-4)
 
 
 def test_sampling_through_generate_draws_allowed_tokens_alone():

@@ -256,25 +256,33 @@ class SpectralCodec(nn.Module):
         return cls(**arguments_of(cls, {"codebooks": codebooks} | config, folder / "config.json"))
 
 
-def is_coded(steps: int, num_codebooks: int) -> torch.Tensor:
-    """Where codes stand in the delayed layout, bool `(S, K)`: codebook `k` from step `k` to `S - K + k`."""
-    frame = torch.arange(steps)[:, None] - torch.arange(num_codebooks)
-    return (frame >= 0) & (frame <= steps - num_codebooks)
+def delays_of(num_codebooks: int, channels: int = 1) -> list[int]:
+    """By how many steps each codebook is late: `k`; with two channels, whose codebooks alternate, `k // 2`."""
+    return [k // channels for k in range(num_codebooks)]
 
 
-def delay(codes: torch.Tensor, mask_id: int) -> torch.Tensor:
-    """The delayed layout `(B, T + K - 1, K)` of codes `(B, T, K)`: codebook `k` is `k` steps late."""
+def is_coded(steps: int, num_codebooks: int, channels: int = 1) -> torch.Tensor:
+    """Where codes stand in the delayed layout, bool `(S, K)`: as many in each codebook, from its delay on."""
+    delays = delays_of(num_codebooks, channels)
+    frame = torch.arange(steps)[:, None] - torch.tensor(delays)
+    return (frame >= 0) & (frame < steps - delays[-1])
+
+
+def delay(codes: torch.Tensor, mask_id: int, channels: int = 1) -> torch.Tensor:
+    """The delayed layout `(B, S, K)` of codes `(B, T, K)`: each codebook late by its delay, `S = T + the largest`."""
     batch, frames, books = codes.shape
-    delayed = codes.new_full((batch, frames + books - 1, books), mask_id)
-    for k in range(books):
-        delayed[:, k : k + frames, k] = codes[..., k]
+    delays = delays_of(books, channels)
+    delayed = codes.new_full((batch, frames + delays[-1], books), mask_id)
+    for k, late in enumerate(delays):
+        delayed[:, late : late + frames, k] = codes[..., k]
     return delayed
 
 
-def undelay(delayed: torch.Tensor) -> torch.Tensor:
-    """The codes `(B, T, K)` of the delayed layout `(B, S, K)`, `T = S - K + 1`."""
-    frames, books = delayed.shape[1] - delayed.shape[2] + 1, delayed.shape[2]
-    return torch.stack([delayed[:, k : k + frames, k] for k in range(books)], dim=-1)
+def undelay(delayed: torch.Tensor, channels: int = 1) -> torch.Tensor:
+    """The codes `(B, T, K)` of the delayed layout `(B, S, K)`."""
+    delays = delays_of(delayed.shape[2], channels)
+    frames = delayed.shape[1] - delays[-1]
+    return torch.stack([delayed[:, late : late + frames, k] for k, late in enumerate(delays)], dim=-1)
 
 
 class CodebookCodec:
@@ -282,15 +290,17 @@ class CodebookCodec:
     Makes audio of MusicGen's completions, by a neural codec of transformers (EnCodec).
 
     Args:
-        audio_encoder (`PreTrainedModel`): Has `decode(audio_codes, audio_scales)` and `config.sampling_rate`; mono.
+        audio_encoder (`PreTrainedModel`): Has `decode(audio_codes, audio_scales)` and `config.sampling_rate`; mono, as
+            it decodes one channel at a time.
         num_codebooks (`int`): `K`.
         mask_id (`int`): The id where the delayed layout has no code.
         batch_size (`int`, *optional*, defaults to 8): Clips to decode at one time.
+        channels (`int`, *optional*, defaults to 1): With 2, codebooks 0, 2, ... are the left channel's.
     """
 
-    def __init__(self, audio_encoder: Any, num_codebooks: int, mask_id: int, batch_size: int = 8):
+    def __init__(self, audio_encoder: Any, num_codebooks: int, mask_id: int, batch_size: int = 8, channels: int = 1):
         self.audio_encoder, self.num_codebooks = audio_encoder, num_codebooks
-        self.mask_id, self.batch_size = mask_id, batch_size
+        self.mask_id, self.batch_size, self.channels = mask_id, batch_size, channels
 
     def to_codes(self, token_ids: Sequence[int]) -> torch.Tensor:
         """
@@ -300,20 +310,20 @@ class CodebookCodec:
             ValueError: If the ids are no whole steps, fewer than the delays take, or the mask id stands where a code
                 belongs.
         """
-        steps = len(token_ids) // self.num_codebooks
-        if len(token_ids) % self.num_codebooks or steps < self.num_codebooks:
+        steps, least = len(token_ids) // self.num_codebooks, self.num_codebooks // self.channels
+        if len(token_ids) % self.num_codebooks or steps < least:
             raise ValueError(
                 f"a completion has {len(token_ids)} ids; it must have S * {self.num_codebooks} of them, with S at "
-                f"least {self.num_codebooks}"
+                f"least {least}"
             )
-        codes = undelay(torch.tensor(token_ids).view(1, steps, self.num_codebooks))[0]
+        codes = undelay(torch.tensor(token_ids).view(1, steps, self.num_codebooks), self.channels)[0]
         if (codes == self.mask_id).any():
             raise ValueError(f"the mask id {self.mask_id} stands where a code belongs: this is no delayed layout")
         return codes
 
     @torch.no_grad()
     def decode(self, token_ids: Sequence[Sequence[int]]) -> list[tuple[torch.Tensor, int]]:
-        """`(waveform, sampling_rate)` of each completion; the waveform is 1-D float32 on the CPU."""
+        """`(waveform, sampling_rate)` of each completion: float32 on the CPU, `(T,)`, or `(2, T)` of two channels."""
         all_codes = [self.to_codes(ids) for ids in token_ids]
         waveforms: list[torch.Tensor] = [torch.empty(0)] * len(all_codes)
         device, rate = self.audio_encoder.device, int(self.audio_encoder.config.sampling_rate)
@@ -322,9 +332,10 @@ class CodebookCodec:
             for first in range(0, len(rows), self.batch_size):
                 part = rows[first : first + self.batch_size]
                 codes = torch.stack([all_codes[i] for i in part]).transpose(1, 2).to(device)
-                audio = self.audio_encoder.decode(codes[None], [None]).audio_values
-                for i, waveform in zip(part, audio[:, 0].float().cpu(), strict=True):
-                    waveforms[i] = waveform
+                sides = [codes[:, side :: self.channels] for side in range(self.channels)]
+                audio = torch.cat([self.audio_encoder.decode(c[None], [None]).audio_values[:, :1] for c in sides], 1)
+                for i, waveform in zip(part, audio.float().cpu(), strict=True):
+                    waveforms[i] = waveform if self.channels > 1 else waveform[0]
         return [(waveform, rate) for waveform in waveforms]
 
 

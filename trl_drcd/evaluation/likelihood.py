@@ -67,7 +67,7 @@ def _predictions(
     _, mask = policy.ids_and_mask(*completion)
     predictions = []
     for k, head in enumerate(policy.heads(model)):
-        states = [stream[mask[..., k]] for stream in hidden]
+        states = [(stream if stream.ndim == 3 else stream[:, :, k])[mask[..., k]] for stream in hidden]
         if len(states) == 1:
             predictions.append((states[0], head))
         elif head.softcap is None:

@@ -80,7 +80,7 @@ class Clip:
         picture = self.file.with_suffix(".png")
         if not picture.exists():
             waveform, rate = require("soundfile", "audio").read(self.file, dtype="float32")
-            write_bytes(picture, spectrogram_png(torch.from_numpy(waveform), rate))
+            write_bytes(picture, spectrogram_png(torch.from_numpy(waveform.T), rate))
         return picture
 
 
@@ -128,7 +128,7 @@ def spectrogram_png(waveform: torch.Tensor, sampling_rate: int, max_hertz: float
     A PNG image of a spectrogram: time from left to right, frequency from bottom to top, 60 dB from dark to bright.
 
     Args:
-        waveform (`torch.Tensor`): Shape `(T,)`, float samples.
+        waveform (`torch.Tensor`): Shape `(T,)`, or `(C, T)`, whose mean is shown; float samples.
         sampling_rate (`int`): In Hz.
         max_hertz (`float`, *optional*, defaults to 4000.0): Frequency of the upper edge.
 
@@ -139,7 +139,7 @@ def spectrogram_png(waveform: torch.Tensor, sampling_rate: int, max_hertz: float
         ImportError: If matplotlib is missing; it comes with the extra `plot`.
     """
     n_fft = 2048
-    window = torch.hann_window(n_fft)
+    window, waveform = torch.hann_window(n_fft), waveform if waveform.ndim == 1 else waveform.mean(0)
     spectrum = torch.stft(waveform, n_fft, n_fft // 4, window=window, pad_mode="constant", return_complex=True)
     bins = max(1, min(n_fft // 2, round(max_hertz * n_fft / sampling_rate)))
     decibels = 20 * spectrum[:bins].abs().clamp(min=1e-5).log10()

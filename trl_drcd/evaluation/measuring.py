@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 
 from trl_drcd.audio.codecs import SpectralCodec
 from trl_drcd.compat.glibc import keep_freed_memory
+from trl_drcd.diversity import one_channel
 from trl_drcd.evaluation.allowed import allowed_in_rows
 from trl_drcd.evaluation.arguments import EvaluateArguments
 from trl_drcd.evaluation.checks import check_ends
@@ -76,7 +77,9 @@ class Worker:
         args, row, model = self.args, task.row, self.models(task.row)
         samples = self.samples(task, model)
         completions = self.decode(samples)
-        drawn = Drawn(samples, completions, self.judges, args.seed, partial(self.score, row, model, samples))
+        drawn = Drawn(
+            samples, one_channel(completions), self.judges, args.seed, partial(self.score, row, model, samples)
+        )
         if args.prompt_information:
             drawn.inform = partial(self.inform, samples, completions)
         metrics, by_prompt = measure(drawn)

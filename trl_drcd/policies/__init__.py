@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from trl_drcd.heads import Head
 from trl_drcd.policies.allowed import complement, own_allowed_token_ids, resolve_token_ids
-from trl_drcd.policies.causal_lm import CausalLMPolicy
+from trl_drcd.policies.causal_lm import CausalLMPolicy, without_peft
 from trl_drcd.policies.musicgen import MusicgenPolicy
 from trl_drcd.sampling import Rollout
 
@@ -70,7 +70,7 @@ class Policy(Protocol):
         completion_ids: torch.Tensor,
         completion_mask: torch.Tensor,
     ) -> torch.Tensor:
-        """Last hidden states `(B, S, H)` that predict each completion step."""
+        """Last hidden states that predict each step, `(B, S, H)`; `(B, S, K, H)` if each codebook has its own."""
 
     def own_logits(self, model: Any, prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
         """Logits `(S, K, V)` of the model's own forward on one unpadded sequence; the model may be wrapped."""
@@ -109,37 +109,38 @@ class Policy(Protocol):
 
 def policy_class(model: Any, revision: str | None = None) -> type[CausalLMPolicy] | type[MusicgenPolicy]:
     """
-    Choose the policy class of a model from `config.model_type`.
+    Choose the policy class of a model: that of its configuration's class, else from `config.model_type`.
+
+    A family of one's own has the class attribute `drcd_policy` in its configuration's class; by name or folder it is
+    found once that class is registered (`AutoConfig.register`).
 
     Args:
         model (`PreTrainedModel`, `PeftModel` or `str`): A model, or its name or folder.
         revision (`str`, *optional*): Branch, tag or commit of a model on the Hub.
 
     Returns:
-        `type`: [`MusicgenPolicy`] for MusicGen, [`CausalLMPolicy`] for every other type.
+        `type`: `config.drcd_policy` where there is one, [`MusicgenPolicy`] for MusicGen, [`CausalLMPolicy`] for every
+            other type.
 
     Raises:
-        ValueError: If the model is a stereo or melody MusicGen, which are not supported.
+        ValueError: If the model is a melody MusicGen, which is not supported.
     """
     if isinstance(model, str):
         # The raw dictionary also works for models whose configuration class is custom code
         fields, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
         model_type = fields.get("model_type")
+        known = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401 - lazy, without `get`
     else:
-        model_type = model.config.model_type
+        model_type, known = model.config.model_type, type(model.config)
+    own: type[CausalLMPolicy] | None = getattr(known, "drcd_policy", None)
+    if own is not None:
+        return own
     if model_type == "musicgen_melody":
         raise ValueError(
             "`model` is a MusicGen melody checkpoint, whose melody prompt is not supported; use a text-only one, "
             "e.g. facebook/musicgen-small, -medium or -large"
         )
-    if model_type != "musicgen":
-        return CausalLMPolicy
-    MusicgenPolicy.check_config(
-        AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
-        if isinstance(model, str)
-        else model.config
-    )
-    return MusicgenPolicy
+    return MusicgenPolicy if model_type == "musicgen" else CausalLMPolicy
 
 
 def policy_for(
@@ -221,4 +222,5 @@ __all__ = [
     "policy_class",
     "policy_for",
     "teacher_prompt_ids",
+    "without_peft",
 ]

@@ -137,7 +137,7 @@ class CausalLMPolicy:
         Returns:
             `torch.Tensor`: Shape `(B, S, H)`, after the final norm.
         """
-        own = _without_peft(model)
+        own = without_peft(model)
         backbone, before_head = _backbone(own), _before_head(own)
         # No scored token follows the last completion token
         input_ids = torch.cat([prompt_ids, completion_ids[:, :-1]], dim=1)
@@ -169,7 +169,7 @@ class CausalLMPolicy:
 
     def heads(self, model: PreTrainedModel) -> list[Head]:
         """The LM head, with the scaling and soft cap that the architecture applies to its logits."""
-        head = _without_peft(model).get_output_embeddings()
+        head = without_peft(model).get_output_embeddings()
         config = model.config.get_text_config()
         scale = next(
             (
@@ -231,7 +231,7 @@ class CausalLMPolicy:
         Raises:
             ValueError: If guidance lacks negative prompts, or a prompt is empty.
         """
-        own: Any = _without_peft(model)
+        own: Any = without_peft(model)
         config = own.generation_config
         eos = as_list(config.eos_token_id) if eos_token_ids is None else eos_token_ids
         rows = stacked_prompts(prompt_ids, negative_prompt_ids, guidance_scale)
@@ -280,7 +280,7 @@ def _head_refusal(model: Any) -> str | None:
     return None if _before_head(model) is None else f"{type(model).__name__} has layers before its output embeddings"
 
 
-def _without_peft(model: Any) -> PreTrainedModel:
+def without_peft(model: Any) -> PreTrainedModel:
     """The transformers model inside a `PeftModel`, with its adapters; other models are returned unchanged."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 

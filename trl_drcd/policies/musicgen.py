@@ -3,7 +3,8 @@ MusicGen: a T5 encoder, a decoder with `K` heads over delayed codebooks, and an 
 
 A completion is one list of `S * K` ids in the delay pattern of `generate`: step by step, the `K` codebooks of each
 step in order. Codebook `k` starts `k` steps late and ends `K - 1 - k` steps early; the remaining positions hold the
-mask id, `vocab_size`. Only the codec undoes the delay ([`~trl_drcd.audio.codecs.CodebookCodec`]).
+mask id, `vocab_size`. Of a stereo model the codebooks of left and right alternate, and each pair has one delay,
+`k // 2`. Only the codec undoes the delay ([`~trl_drcd.audio.codecs.CodebookCodec`]).
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from typing import Any
 import torch
 from transformers import EncodecFeatureExtractor, MusicgenProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_drcd.audio.codecs import CodebookCodec, is_coded
+from trl_drcd.audio.codecs import CodebookCodec, delays_of, is_coded
 from trl_drcd.compat.dropout import turn_off_dropout
 from trl_drcd.compat.musicgen import MusicgenInTRL
 from trl_drcd.compat.trl_private import forget_patched_forward
 from trl_drcd.guidance import left_pad, stacked_prompts
 from trl_drcd.heads import Head
 from trl_drcd.policies.causal_lm import _full
-from trl_drcd.policies.causal_lm import _without_peft as unwrapped
+from trl_drcd.policies.causal_lm import without_peft as unwrapped
 from trl_drcd.sampling import Rollout, cast_once, decode, distinct_rows, evaluating, preallocated_cross_cache
 
 # Attributes of the model that are always frozen. As in AudioCraft, the projection is part of the conditioning
@@ -32,7 +33,7 @@ LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 class MusicgenPolicy:
     """
-    The policy of a mono `MusicgenForConditionalGeneration`.
+    The policy of a `MusicgenForConditionalGeneration`, mono or stereo.
 
     The decoder is trained, including its embeddings and heads. The text encoder, its projection and the audio codec
     are frozen, and shared by teacher and student.
@@ -44,7 +45,7 @@ class MusicgenPolicy:
         allowed_token_ids (*optional*): Must be `None`, as all codes are allowed.
 
     Raises:
-        ValueError: If the checkpoint is stereo, or `allowed_token_ids` are given.
+        ValueError: If `allowed_token_ids` are given.
     """
 
     rolls_out_with_trl = False
@@ -59,23 +60,14 @@ class MusicgenPolicy:
         chat_template_kwargs: dict | None = None,
         allowed_token_ids: torch.Tensor | None = None,
     ):
-        self.check_config(config)
         if allowed_token_ids is not None:
             raise ValueError("`allowed_token_ids` is for causal LMs: every id of a MusicGen is a code; leave it out")
         self.tokenizer = tokenizer
         self.num_codebooks: int = config.decoder.num_codebooks
+        self.channels: int = config.decoder.audio_channels
         self.mask_id: int = config.decoder.vocab_size
 
     # ---------------------------------------------------------------- setting up
-
-    @staticmethod
-    def check_config(config: Any) -> None:
-        """Raise `ValueError` for stereo checkpoints, whose codebooks come in pairs."""
-        if config.decoder.audio_channels != 1:
-            raise ValueError(
-                f"`model` is a stereo MusicGen (`audio_channels={config.decoder.audio_channels}`), which is not "
-                "supported; use a mono one, e.g. facebook/musicgen-small, -medium or -large"
-            )
 
     def prepare(self, model: PreTrainedModel) -> None:
         """
@@ -103,13 +95,14 @@ class MusicgenPolicy:
 
     def save_extras(self, model: PreTrainedModel, folder: str | os.PathLike) -> None:
         """Write `preprocessor_config.json`, which processors and pipelines need."""
-        config = model.config.audio_encoder
-        extractor = EncodecFeatureExtractor(config.audio_channels, config.sampling_rate, padding_side="left")
+        rate = model.config.audio_encoder.sampling_rate
+        extractor = EncodecFeatureExtractor(self.channels, rate, padding_side="left")
         MusicgenProcessor(extractor, self.tokenizer).save_pretrained(folder)
 
     def codec(self, model: PreTrainedModel) -> CodebookCodec:
         """The codec of the model's own audio encoder, not a copy."""
-        return CodebookCodec(unwrapped(model).audio_encoder, self.num_codebooks, self.mask_id)
+        encoder = unwrapped(model).audio_encoder
+        return CodebookCodec(encoder, self.num_codebooks, self.mask_id, channels=self.channels)
 
     def prompt_vocabulary(self, model: PreTrainedModel) -> int:
         """Vocabulary size of the text encoder."""
@@ -124,10 +117,11 @@ class MusicgenPolicy:
 
     def check_length(self, max_completion_length: int) -> None:
         """Raise `ValueError` if there are fewer steps than the delays need: `generate` would silently skip them."""
-        if max_completion_length < (least := 2 * self.num_codebooks - 2):
+        longest = delays_of(self.num_codebooks, self.channels)[-1]
+        if max_completion_length < (least := 2 * longest):
             raise ValueError(
                 f"`max_completion_length={max_completion_length}` decoder steps are too few for the delays of "
-                f"{self.num_codebooks} codebooks; give at least {least} ({self.num_codebooks - 1} more than frames)"
+                f"{self.num_codebooks} codebooks; give at least {least} ({longest} more than frames)"
             )
 
     # ---------------------------------------------------------------- conditioning
@@ -282,7 +276,7 @@ class MusicgenPolicy:
             condition = self._condition(musicgen, ids.to(device), mask.to(device))
             begin = torch.full((len(different), self.num_codebooks), self.mask_id, device=device)
             stream = MusicgenStream(musicgen.decoder.model, condition, begin, index.to(device), max_new_tokens)
-            layout = is_coded(max_new_tokens, self.num_codebooks).to(device)
+            layout = is_coded(max_new_tokens, self.num_codebooks, self.channels).to(device)
             return decode(
                 stream, self.heads(model), max_new_tokens, guidance_scale, temperature, (), self.mask_id, layout
             )

@@ -89,13 +89,17 @@ def check_class(config: dict[str, Any], folder: Path) -> None:
     """Raise `ValueError` if transformers lacks the model type or class, unless the folder has code for it."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if config.get("auto_map"):
         return  # `needs_code` decides
     if config.get("model_type") not in CONFIG_MAPPING:
         raise ValueError(f"{folder / 'config.json'} has `model_type={config.get('model_type')!r}`; {NO_SUCH}")
+    registered = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[config["model_type"]], None)
     for name in config.get("architectures") or []:
         found = getattr(transformers, str(name), None)
+        if name == getattr(registered, "__name__", None):
+            continue  # a class of the user's own
         if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
             raise ValueError(f"{folder / 'config.json'} has `architectures` of {name!r}; {NO_SUCH}")
 
