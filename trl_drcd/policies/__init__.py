@@ -129,7 +129,7 @@ def policy_class(model: Any, revision: str | None = None) -> type[CausalLMPolicy
         # The raw dictionary also works for models whose configuration class is custom code
         fields, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
         model_type = fields.get("model_type")
-        known = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401 - lazy, without `get`
+        known = CONFIG_MAPPING[str(model_type)] if model_type in CONFIG_MAPPING else None
     else:
         model_type, known = model.config.model_type, type(model.config)
     own: type[CausalLMPolicy] | None = getattr(known, "drcd_policy", None)
