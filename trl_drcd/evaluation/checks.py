@@ -12,6 +12,7 @@ from trl_drcd.evaluation.frechet import Reference
 from trl_drcd.evaluation.judging import import_function, is_function
 from trl_drcd.evaluation.strategies import Row, is_adapter
 from trl_drcd.merging.adapters import BASE
+from trl_drcd.merging.folders import find_folder
 from trl_drcd.validation.messages import prefix_errors
 from trl_drcd.validation.model_folders import check_model, check_on_hub, is_hub_name
 from trl_drcd.validation.saved_files import open_safetensors, read_json, weight_files
@@ -98,7 +99,7 @@ def check_ends(base: Any, rows: Sequence[Row]) -> None:
         if model == BASE:
             continue
         if is_adapter(model):
-            found = _adapter_shapes(folder)
+            found = _adapter_shapes(find_folder(model, "model"))
         elif folder.is_dir():
             found = _shapes([folder / file for file in weight_files(folder)])
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -12,11 +13,14 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+
 from trl_drcd.evaluation.results import USUAL_TEMPERATURE
 from trl_drcd.merging.adapters import BASE
 from trl_drcd.merging.blend import check_weights
+from trl_drcd.merging.folders import find_folder
 from trl_drcd.validation.messages import short_repr
-from trl_drcd.validation.model_folders import check_adapter_folder, check_model
+from trl_drcd.validation.model_folders import check_adapter_folder, check_model, is_hub_name
 
 Given = Mapping[str, object]
 """A strategy as the YAML file has it."""
@@ -251,12 +255,23 @@ def _ends(given: Given, where: str) -> list[str]:
         raise ValueError(f"{where}: `{BASE}` goes beside one adapter, got {ends}; merge the adapters first")
     for end, adapter in zip(trained, adapters, strict=True):
         try:
-            check_adapter_folder("model", Path(end)) if adapter else check_model("model", end)
+            check_adapter_folder("model", find_folder(end, "model")) if adapter else check_model("model", end)
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from error
     return ends
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a folder holds an adapter."""
-    return (Path(name) / "adapter_config.json").is_file()
+    """Whether a folder, or a model on the Hub or in its cache, is an adapter."""
+    if Path(name).exists() or not is_hub_name(name):
+        return (Path(name) / "adapter_config.json").is_file()
+    return _is_adapter_on_hub(name)
+
+
+@functools.cache
+def _is_adapter_on_hub(name: str) -> bool:
+    try:
+        hf_hub_download(name, "adapter_config.json")
+    except OSError:  # it has no such file, or the Hub cannot be reached
+        return False
+    return True
