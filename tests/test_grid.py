@@ -54,15 +54,15 @@ def test_a_list_is_a_sweep():
     [
         ([], "`strategies` is empty"),
         ([{"guidance_scale": 3}], r"`strategies\[0\]` must be a mapping with a `name`"),
-        ([{"name": "a", "gamma": 3}], r"has \['gamma'\]; known are"),
-        ([{"name": "a"}, {"name": "a"}], "the name of an earlier one"),
-        ([{"name": "a", "guidance_scale": [1], "temperature": [1]}], "one list at most"),
-        ([{"name": "a", "model": "x", "models": ["y"]}], "give one of them"),
-        ([{"name": "a", "models": ["x"], "interpolation_weight": 0.5}], "is for two `models`"),
+        ([{"name": "a", "gamma": 3}], r"has unknown keys \['gamma'\]; known are"),
+        ([{"name": "a"}, {"name": "a"}], "repeats the name of an earlier strategy"),
+        ([{"name": "a", "guidance_scale": [1], "temperature": [1]}], "at most one setting can be swept"),
+        ([{"name": "a", "model": "x", "models": ["y"]}], "give only one of them"),
+        ([{"name": "a", "models": ["x"], "interpolation_weight": 0.5}], "needs exactly two `models`"),
         ([{"name": "a", "models": ["x", "y"], "interpolation_weight": 1.5}], r"must be in \[0, 1\], got 1.5"),
         ([{"name": "a", "models": ["x", "y"], "weights": [0.5, 0.6]}], "`weights` must be finite and sum to 1"),
-        ([{"name": "a", "models": ["base", "base"]}], "`base` is one end beside trained `models`"),
-        ([{"name": "a", "model": "base"}], "`base` is one end beside trained `models`"),
+        ([{"name": "a", "models": ["base", "base"]}], "`base` may occur once, together with trained `models`"),
+        ([{"name": "a", "model": "base"}], "`base` may occur once, together with trained `models`"),
         ([{"name": "a", "temperature": 0}], "`temperature` must be finite and above 0, got 0"),
         ([{"name": "a", "guidance_scale": -1}], "`guidance_scale` must be finite and at least 0, got -1"),
     ],
@@ -124,11 +124,11 @@ def test_adapters_are_mixed_in_memory(tokenizer, tmp_path):
     torch.testing.assert_close(models(Row("x", (folders[0], "base"), (0.0, 1.0)))(ids).logits, own)
     with pytest.raises(ValueError, match="mixes checkpoints and adapters"):
         expand([{"name": "x", "models": [folders[0], str(tmp_path / "base")]}])
-    with pytest.raises(ValueError, match="`base` goes beside one adapter"):
+    with pytest.raises(ValueError, match="`base` can be mixed with only one adapter"):
         expand([{"name": "x", "models": [*folders, "base"]}])
     shutil.copy(tmp_path / "base" / "model.safetensors", folders[0])
     with pytest.raises(
-        ValueError, match="holds a whole model and a LoRA adapter, of which one is left from an earlier"
+        ValueError, match="holds both a whole model and a LoRA adapter, one of them from an earlier run"
     ):
         expand([{"name": "x", "model": folders[0]}])
 
@@ -185,7 +185,7 @@ def test_a_metric_is_imported_by_its_name(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent)
     assert import_function("metrics", "test_grid.length")(prompts=[], completions=["ab"]) == [2.0]
     for name in ("length", "test_grid.nothing", "no_such_module.f"):
-        with pytest.raises(ValueError, match="is no importable"):
+        with pytest.raises(ValueError, match="cannot be imported as module"):
             import_function("metrics", name)
 
 
@@ -275,7 +275,7 @@ def test_evaluation_writes_everything_and_does_nothing_twice(args, judged, tmp_p
     assert evaluate(args) == results[1:3]
     with open(output / "results.jsonl", "a") as file:
         file.write('{"name": "base"}\n')
-    with pytest.raises(ValueError, match="line 3 is no result of an evaluation; remove that line"):
+    with pytest.raises(ValueError, match="line 3 is not a result of an evaluation; remove that line"):
         evaluate(args)
     args.only = ["cfg"]
     with pytest.raises(
@@ -404,7 +404,7 @@ def test_two_processes_measure_the_same(args, tmp_path, monkeypatch):
 
 def test_too_few_prompts(args):
     args.num_prompts = 4
-    with pytest.raises(ValueError, match="has 3 different prompts, `num_prompts` is 4"):
+    with pytest.raises(ValueError, match="has 3 distinct prompts, but `num_prompts` is 4"):
         evaluate(args)
 
 

@@ -165,7 +165,7 @@ def test_an_embedder_of_ones_own_is_named_by_its_path(args, tmp_path, monkeypatc
     (tmp_path / "own_of_plan.py").write_text(OWN + "\n")
     assert plan.plan(args, {})[1][0].settings != first
     args.embedder = "own_of_plan.nothing"
-    with pytest.raises(ValueError, match=r"`embedder` has 'own_of_plan.nothing', which is no importable"):
+    with pytest.raises(ValueError, match=r"`embedder` has 'own_of_plan.nothing', which cannot be imported"):
         plan.plan(args, {})
 
 

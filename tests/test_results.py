@@ -47,7 +47,7 @@ def test_a_torn_last_line_is_taken_off_and_another_is_refused(tmp_path):
     folder.append(row("b"))
     with open(folder.file, "a") as file:
         file.write('{"x": 1}\n')
-    with pytest.raises(ValueError, match=r"results.jsonl, line 3 is no result of an evaluation; remove that line"):
+    with pytest.raises(ValueError, match=r"results.jsonl, line 3 is not a result of an evaluation; remove that line"):
         folder.read()
 
 
@@ -108,7 +108,9 @@ def test_no_room_is_found_before_sampling_and_says_what_to_do(tmp_path, monkeypa
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 3 * 2**20))
     folder.check_room(3)
     with (
-        pytest.raises(OSError, match=r"`output_dir=.*` cannot be written to \(3 MiB are free, .*\): free some room"),
+        pytest.raises(
+            OSError, match=r"`output_dir=.*` cannot be written to \(3 MiB are free, .*\): free some disk space"
+        ),
         folder.explaining(),
     ):
         folder.check_room(4)
@@ -119,7 +121,7 @@ def test_a_full_disk_says_what_to_do(tmp_path):
     folder = ResultsFolder(tmp_path)
     folder.file.symlink_to("/dev/full")
     with (
-        pytest.raises(OSError, match=r"No space left on device.*free some room and call this again"),
+        pytest.raises(OSError, match=r"No space left on device.*free some disk space and run this again"),
         folder.explaining(),
     ):
         folder.append(row("a"))

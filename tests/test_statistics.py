@@ -143,7 +143,7 @@ def test_bad_shapes_are_refused():
         Resampling.of([np.ones((2, 3)), np.ones((2, 4))])
     with pytest.raises(ValueError, match=r"got \[\(60,\)\]"):
         Resampling.of([np.ones(60)])
-    with pytest.raises(ValueError, match="at least 2 prompts where there are training seeds, got 1"):
+    with pytest.raises(ValueError, match="at least 2 prompts if there are training seeds, got 1"):
         Resampling.of([np.ones((2, 1))])
     with pytest.raises(ValueError, match=r"shape \(R, 3\) with R in \[1, 2\], got \(3, 3\)"):
         Resampling(3, (2,)).means(np.ones((3, 3)))

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, RobertaConfig, RobertaForCausalLM
 
 from trl_drcd.merging import interpolate_checkpoints, merge_with_mergekit
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*have a cosine of", "ignore:.*is_gradient_checkpointing")
+pytestmark = pytest.mark.filterwarnings("ignore:.*has a cosine similarity of", "ignore:.*is_gradient_checkpointing")
 
 
 def edit(folder, name="config.json", remove=(), **changes):
@@ -54,7 +54,7 @@ def test_the_base_by_the_word_base(base_and_tuned, tmp_path, monkeypatch):
     moved = base.rename(tmp_path / "shipped")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        FileNotFoundError, match=r"`models\[1\]=base` is the base model that the others record, whi.*none"
+        FileNotFoundError, match=r"`models\[1\]=base` stands for the base model that the others record, .*none"
     ):
         interpolate_checkpoints([tuned, "base"], [0.5, 0.5], tmp_path / "m")
     (tuned / "README.md").write_text(f"---\nbase_model: {moved}\n---\n")

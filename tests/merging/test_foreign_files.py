@@ -19,7 +19,7 @@ from trl_drcd.files import own_file
 from trl_drcd.merging import hold_checkpoints, interpolate_adapters, interpolate_checkpoints, merge_with_mergekit
 from trl_drcd.merging.safetensors_files import Checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*have a cosine of", "ignore:.*is_gradient_checkpointing")
+pytestmark = pytest.mark.filterwarnings("ignore:.*has a cosine similarity of", "ignore:.*is_gradient_checkpointing")
 SECRET = "hf_secretsecretsecret"
 
 

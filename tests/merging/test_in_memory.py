@@ -80,7 +80,7 @@ def test_one_adapter_goes_towards_the_base_and_three_take_weights(adapters, tmp_
     set_interpolation_weight(model, [0.2, 0.3, 0.5])
     interpolate_adapters(three, [0.2, 0.3, 0.5], tmp_path / "m")
     assert torch.allclose(logits(model), logits(loaded(base, [tmp_path / "m"])), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"`weight=0.3` is lambda between two ends, but there are 3; give 3 weights"):
+    with pytest.raises(ValueError, match=r"`weight=0.3` needs exactly two ends, but there are 3; give 3 weights"):
         set_interpolation_weight(model, 0.3)
 
 

@@ -75,7 +75,7 @@ def test_the_command_line_merges_trained_music_models(workplace, tmp_path, monke
     (recipe,) = re.findall(r"```yaml\n(.*?)```", card.text, re.S)
     assert recipe == merge_recipe(["musiclm_quality", "musiclm_diversity"], [0.7, 0.3])
     assert pipeline("text-generation", model=str(out))("a slow reel", max_new_tokens=3)
-    with pytest.raises(SystemExit, match=r"trl-drcd merge: error: `output_dir=.*` is not an empty folder"):
+    with pytest.raises(SystemExit, match=r"trl-drcd merge: error: `output_dir=.*` is not empty"):
         cli.main(["merge", *ends, "--out", str(out)])
 
 

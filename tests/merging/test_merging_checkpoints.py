@@ -168,7 +168,7 @@ def test_other_tensors_are_refused_by_name(pair, tmp_path):
     for folder, value in zip(pair, (1, 2), strict=True):
         save_file(tensors_of(folder) | {"count": torch.tensor(value)}, folder / "model.safetensors")
     save_file(whole | {"count": torch.tensor(2)}, pair[1] / "model.safetensors")
-    with pytest.raises(ValueError, match=r"different values of count .*torch.int64 and have no average"):
+    with pytest.raises(ValueError, match=r"different values of count .*torch.int64 and cannot be averaged"):
         interpolate_checkpoints(pair, [0.5, 0.5], tmp_path / "m")
 
 
@@ -195,7 +195,9 @@ def test_another_recorded_base_warns_and_the_base_itself_does_not(pair, tmp_path
 
 
 def test_different_initialisations_warn(pair, tmp_path, music):
-    with pytest.warns(UserWarning, match=r"have a cosine of -?0.[0-4]\d: do they come from one initialisation"):
+    with pytest.warns(
+        UserWarning, match=r"has a cosine similarity of -?0.[0-4]\d: do they come from one initialisation"
+    ):
         interpolate_checkpoints(pair, [0.5, 0.5], tmp_path / "m")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -220,14 +222,14 @@ def test_folders_that_are_refused(pair, tmp_path):
     interpolate_checkpoints(pair, [0.5, 0.5], out)
     before = tensors_of(out)
     with pytest.raises(
-        FileExistsError, match=r"`output_dir=.*m` is not an empty folder; give another, or set `overwrite`"
+        FileExistsError, match=r"`output_dir=.*m` is not empty; give another folder, or set `overwrite`"
     ):
         interpolate_checkpoints(pair, [0.2, 0.8], out)
     assert_equal_bits(tensors_of(out), before)
     (out / "old.txt").write_text("x")
     assert_lerp(interpolate_checkpoints(pair, [0.2, 0.8], out, overwrite=True), pair, [0.2, 0.8])
     assert not (out / "old.txt").exists()
-    with pytest.raises(ValueError, match=r"holds the model .*a that is merged"):
+    with pytest.raises(ValueError, match=r"contains the input model .*a; give another folder"):
         interpolate_checkpoints(pair, [0.5, 0.5], pair[0], overwrite=True)
     with pytest.raises(ValueError, match=r"`dtype=int8` is unknown; expected one of .*'bfloat16'"):
         interpolate_checkpoints(pair, [0.5, 0.5], tmp_path / "n", dtype="int8")

@@ -17,7 +17,7 @@ from trl_drcd import files
 from trl_drcd.merging import interpolate_checkpoints, merge_with_mergekit, mergekit, staging
 from trl_drcd.merging.staging import exchange, new_folder
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*have a cosine of")
+pytestmark = pytest.mark.filterwarnings("ignore:.*has a cosine similarity of")
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_folder_that_two_renames_moved_is_put_back(tmp_path, no_exchange):
     write(tmp_path / "m", "old")
     (tmp_path / "m").rename(tmp_path / ".m.0123abcd.replaced")  # as a kill between them leaves it
     (tmp_path / ".m.abcdefgh.merging").mkdir()
-    with pytest.raises(FileExistsError, match="is not an empty folder"):
+    with pytest.raises(FileExistsError, match="is not empty; give another folder"):
         write(tmp_path / "m", "new")
     assert (tmp_path / "m" / "file").read_text() == "old" and names(tmp_path) == ["m"]
     write(tmp_path / "m", "new", overwrite=True)
@@ -216,7 +216,7 @@ def test_a_full_disk(models, small_disk, monkeypatch):
         assert names(small_disk) == ["filler"]
     (small_disk / "filler").unlink()
     assert wrong_with(interpolate_checkpoints(models, [0.5, 0.5], small_disk / "m")) is None
-    with pytest.raises(ValueError, match="is a mount point, which no finished folder can replace; give a folder in"):
+    with pytest.raises(ValueError, match="is a mount point, which cannot be replaced by a rename; give a folder in"):
         interpolate_checkpoints(models, [0.5, 0.5], small_disk, overwrite=True)
 
 

@@ -1,4 +1,4 @@
-"""What is measured after training; none of it is ever a reward. From a strategy to a page, one step a module:
+"""Evaluation after training; none of its metrics is used as a reward. The pipeline, one step per module:
 
 arguments, strategies (rows) -> plan (digests) -> models, sampling -> judging, metrics -> results -> points, statistics
 -> tables, plots, report.

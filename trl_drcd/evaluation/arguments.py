@@ -1,4 +1,4 @@
-"""The arguments of an evaluation, of the command line or a YAML file, with their types and ranges."""
+"""Arguments of an evaluation, from the command line or a YAML file, with their types and ranges."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ LEAST = {
 
 @dataclass
 class EvaluateArguments:
-    """What `trl-drcd evaluate` takes; `--config FILE.yaml` gives the same from a file, `strategies` only there."""
+    """Arguments of `trl-drcd evaluate`; `--config FILE.yaml` reads them from a file, `strategies` only from there."""
 
-    model: str = field(metadata={"help": "The base model, which with guidance is also the teacher."})
+    model: str = field(metadata={"help": "The base model; with guidance it is also the teacher."})
     dataset: str = field(
         metadata={
-            "help": "Held-out prompts: JSONL, CSV or Parquet file, or hub name; column `prompt`, and perhaps "
-            "`negative_prompt`, each prompt's own x^-, and `teacher_prompt`, which is read with guidance in its place."
+            "help": "Held-out prompts: JSONL, CSV or Parquet file, or Hub name; column `prompt` and optionally "
+            "`negative_prompt`, each prompt's own x^-, and `teacher_prompt`, which replaces it with guidance."
         }
     )
     strategies: Any = field(
         default_factory=lambda: [{"name": "base"}],
-        metadata={"help": "List of what is compared; in the YAML file. Its keys are at the end."},
+        metadata={"help": "List of the strategies to compare, only in the YAML file; for their keys see below."},
     )
-    only: list[str] = field(default_factory=list, metadata={"help": "Names of the strategies to do; all if none."})
-    dataset_split: str = field(default="test", metadata={"help": "Split of a hub data set."})
+    only: list[str] = field(default_factory=list, metadata={"help": "Names of the strategies to run; all if empty."})
+    dataset_split: str = field(default="test", metadata={"help": "Split of a data set on the Hub."})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Folder of the results."})
-    num_prompts: int = field(default=64, metadata={"help": "Held-out prompts."})
-    samples_per_prompt: int = field(default=8, metadata={"help": "Samples of each, at least 2."})
+    num_prompts: int = field(default=64, metadata={"help": "Number of held-out prompts."})
+    samples_per_prompt: int = field(default=8, metadata={"help": "Samples of each prompt, at least 2."})
     max_new_tokens: int = field(default=200, metadata={"help": "Largest length of a completion, in tokens or steps."})
-    batch_size: int = field(default=64, metadata={"help": "Sequences at one time."})
-    num_processes: int = field(default=1, metadata={"help": "Rows at one time, each in a process of its own."})
-    dtype: str = field(default="float32", metadata={"help": "Of the models: float32, bfloat16 or float16."})
-    guidance_scale: float = field(default=3.0, metadata={"help": "gamma of the teacher that the KL is taken to."})
+    batch_size: int = field(default=64, metadata={"help": "Sequences per batch."})
+    num_processes: int = field(default=1, metadata={"help": "Processes, each of which measures one row at a time."})
+    dtype: str = field(default="float32", metadata={"help": "Data type of models: float32, bfloat16 or float16."})
+    guidance_scale: float = field(default=3.0, metadata={"help": "gamma of the teacher in the metric `kl`."})
     negative_prompt: str | None = field(
         default=None, metadata={"help": "x^- of the teacher, for prompts without their own."}
     )
@@ -63,45 +63,55 @@ class EvaluateArguments:
     omega: str = field(
         default="5",
         metadata={
-            "help": "quality = omega * adherence + preference: a number, the paper's 5, or `equal`, which gives both "
-            "parts the same range (largest minus smallest mean) over the rows."
+            "help": "quality = omega * adherence + preference: a number (the paper: 5), or `equal`, which gives both "
+            "terms the same range (largest minus smallest mean) over the points."
         },
     )
-    seed: int = field(default=0, metadata={"help": "Of the draws; the same for every strategy."})
+    seed: int = field(default=0, metadata={"help": "Random seed of the samples; the same for every strategy."})
     codec: str | None = field(default=None, metadata={"help": "Codec of a causal LM over audio tokens."})
     embedder: str | None = field(
-        default=None, metadata={"help": "E, which was rewarded: a folder, a hub name, or your own `module.function`."}
+        default=None, metadata={"help": "E of the reward: a folder, a Hub name, or your own `module.function`."}
     )
     second_embedder: str | None = field(
-        default=None, metadata={"help": "An embedding that was not rewarded, likewise."}
+        default=None, metadata={"help": "A second embedder, which was not rewarded; given like `embedder`."}
     )
-    judge: str | None = field(default=None, metadata={"help": "Text-audio judge, or sentence encoder for text."})
+    judge: str | None = field(
+        default=None, metadata={"help": "Judge of adherence: a text-audio judge, or a sentence encoder for text."}
+    )
     reference: str | None = field(
-        default=None, metadata={"help": "Held-out recordings under the judge, for the Fréchet distance (safetensors)."}
+        default=None,
+        metadata={
+            "help": "Statistics of held-out recordings under the judge (safetensors), for the Fréchet distance."
+        },
     )
-    clap: str | None = field(default=None, metadata={"help": "A CLAP checkpoint as one more judge of adherence."})
+    clap: str | None = field(
+        default=None, metadata={"help": "Audio: a CLAP checkpoint, a further judge of adherence."}
+    )
     cross_encoder: str | None = field(
-        default=None, metadata={"help": "Text: a cross-encoder as one more judge of adherence."}
+        default=None, metadata={"help": "Text: a cross-encoder, a further judge of adherence."}
     )
-    reward_model: str | None = field(default=None, metadata={"help": "Text: a reward model, its reward a metric."})
-    preference: str | None = field(default=None, metadata={"help": "Preference model."})
+    reward_model: str | None = field(
+        default=None, metadata={"help": "Text: a reward model, whose reward becomes a metric."}
+    )
+    preference: str | None = field(default=None, metadata={"help": "Audio: a preference model."})
     prompt_information: bool = field(
-        default=False, metadata={"help": "Measure what samples tell about their prompts under the frozen base."}
+        default=False,
+        metadata={"help": "Measure the mutual information of samples and prompts under the frozen base."},
     )
     metrics: list[str] = field(
         default_factory=list,
-        metadata={"help": "More metrics, each `module.function` with TRL's reward signature: higher is better."},
+        metadata={"help": "Further metrics, each a `module.function` with TRL's reward signature; higher is better."},
     )
-    listen: int = field(default=4, metadata={"help": "Prompts on the page."})
+    listen: int = field(default=4, metadata={"help": "Number of prompts with samples in the report."})
     listen_samples: int = field(
-        default=2, metadata={"help": "Samples of each of them and of each strategy, kept in `samples/`."}
+        default=2, metadata={"help": "Samples per prompt and strategy in the report, kept in `samples/`."}
     )
 
     def __post_init__(self) -> None:
         """
         Raises:
-            TypeError: If a value is of another type than its field.
-            ValueError: If it is out of its range.
+            TypeError: If a value does not have the type of its field.
+            ValueError: If a value is out of range.
         """
         self.omega = str(self.omega)  # a number in a YAML file
         self.allowed_token_ids = as_entries(self.allowed_token_ids)
@@ -126,7 +136,7 @@ def _is_finite(text: str) -> bool:
 
 
 def _mapping(name: str, given: object) -> dict[str, Any] | None:
-    """A mapping, also as JSON, which a command line gives."""
+    """Check a mapping, or parse it from JSON, as given on the command line."""
     if isinstance(given, str):
         try:
             given = json.loads(given)
@@ -138,11 +148,11 @@ def _mapping(name: str, given: object) -> dict[str, Any] | None:
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the lines of what stands below the arguments, and shows defaults."""
+    """Keeps the line breaks of the epilog and shows defaults."""
 
 
 def help_on_strategies() -> str:
-    """What stands below the arguments in `--help`: the YAML file, and what a strategy in it may say."""
+    """Epilog of `--help`: the keys of a strategy, and an example of the YAML file."""
     lines = [
         textwrap.fill(f"{key}: {text}", 100, initial_indent="  ", subsequent_indent="      ")
         for key, text in KEYS.items()
@@ -151,7 +161,7 @@ def help_on_strategies() -> str:
         [
             "keys of a strategy:",
             *lines,
-            "One of guidance_scale, temperature and interpolation_weight may be a list, which makes a curve of it.",
+            "One of guidance_scale, temperature and interpolation_weight may be a list: one row per value, one curve.",
             "",
             "--config FILE.yaml, for example:",
             "",

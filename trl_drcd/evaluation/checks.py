@@ -1,4 +1,4 @@
-"""What an evaluation refuses: before anything is loaded; models of another shape before anything is sampled."""
+"""Validate an evaluation: arguments before anything is loaded, shapes of models before anything is sampled."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ HEAR = EMBED_SOUND | {"TextAudioJudge"}
 
 def check_parts(args: EvaluateArguments, digest: Callable[[str], str]) -> None:
     """
-    Checks the folders and functions that the arguments name, and whether they are what they are given as.
+    Check that the folders and functions of the arguments exist and have the right kind.
 
     Args:
-        args ([`EvaluateArguments`]): Everything.
-        digest (`Callable`): [`~trl_drcd.evaluation.digests.content_digest`], which a reference's judge is known by.
+        args ([`EvaluateArguments`]): Settings of the evaluation.
+        digest (`Callable`): [`~trl_drcd.evaluation.digests.content_digest`], to compare the reference's judge.
 
     Raises:
         FileExistsError: If `output_dir` is a file.
-        FileNotFoundError: If a folder is not there.
-        ValueError: If a file is broken, or the model in it is one for something else, or there is no such function.
+        FileNotFoundError: If a folder does not exist.
+        ValueError: If a file is broken, a model is of the wrong kind, or a function cannot be imported.
     """
     if Path(args.output_dir).is_file():
         raise FileExistsError(f"`output_dir={args.output_dir}` is a file; give a folder")
@@ -50,7 +50,7 @@ def check_parts(args: EvaluateArguments, digest: Callable[[str], str]) -> None:
     for name in args.metrics:
         import_function("metrics", name)
     if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"`metrics` has two functions `{repeated}`; their values would go under one name; rename one")
+        raise ValueError(f"`metrics` has two functions called `{repeated}`, the name of the metric; rename one")
     if args.reference:
         if not (args.judge and audio):
             raise ValueError(f"`reference={args.reference}` needs a `judge` of audio, got {args.judge}")
@@ -58,7 +58,7 @@ def check_parts(args: EvaluateArguments, digest: Callable[[str], str]) -> None:
 
 
 def _check_judge(argument: str, folder: str, audio: bool) -> None:
-    """An embedder or a judge must be one, and of what is sampled: sounds or texts."""
+    """Check that a folder holds an embedder or a judge, and for the kind of the samples, audio or text."""
     where = f"`{argument}={folder}`"
     if argument != "judge" and is_function(folder):
         import_function(argument, folder)
@@ -67,7 +67,7 @@ def _check_judge(argument: str, folder: str, audio: bool) -> None:
         if is_hub_name(folder):
             return
         raise FileNotFoundError(
-            f"{where} is no folder; give an embedder's, a hub name, or the dotted path of a function"
+            f"{where} is not a folder; give the folder of an embedder, a Hub name, or the dotted path of a function"
         )
     config = Path(folder) / "config.json"
     with prefix_errors(argument):
@@ -77,21 +77,21 @@ def _check_judge(argument: str, folder: str, audio: bool) -> None:
         raise ValueError(f"{where} is a codec; give an embedder")
     if kind is not None and not audio:
         raise ValueError(
-            f"{where} is a {kind}, which hears sounds, and completions are texts; give a sentence encoder"
+            f"{where} is a {kind}, which takes audio, but the completions are text; give a sentence encoder"
         )
     if kind is None and audio:
-        raise ValueError(f"{where} reads texts, and completions are sounds; give one of {sorted(HEAR)}")
+        raise ValueError(f"{where} takes text, but the completions are audio; give one of {sorted(HEAR)}")
     if argument == "judge" and kind in EMBED_SOUND:
-        raise ValueError(f"{where} is a {kind}, no judge; give a TextAudioJudge")
+        raise ValueError(f"{where} is a {kind}, not a judge; give a TextAudioJudge")
 
 
 def check_ends(base: Any, rows: Sequence[Row]) -> None:
     """
-    Compare the shapes of what the rows mix with the base's, without reading any of it; those of the hub must be there.
+    Compare the shapes of the rows' models with the base's without reading weights; models on the Hub must exist.
 
     Raises:
-        FileNotFoundError: If a name is neither a folder nor of the hub.
-        ValueError: At the first tensor of another shape.
+        FileNotFoundError: If a name is neither a folder nor found on the Hub.
+        ValueError: If a tensor has another shape than the base's.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in base.state_dict().items()}
     for strategy, model in dict.fromkeys((row.strategy, model) for row in rows for model in row.models):
@@ -108,8 +108,8 @@ def check_ends(base: Any, rows: Sequence[Row]) -> None:
         for name, shape in found.items():
             if shapes.get(name, shape) != shape:
                 raise ValueError(
-                    f"`strategies` ({strategy}): {name} of {model} has the shape {shape}, the base's {shapes[name]}; "
-                    "give models of one base and one vocabulary"
+                    f"`strategies` ({strategy}): {name} of {model} has shape {shape}, the base's has {shapes[name]}; "
+                    "give models with the same base and vocabulary"
                 )
 
 

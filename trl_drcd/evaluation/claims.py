@@ -1,9 +1,9 @@
 """
-The paper's claims (https://huggingface.co/papers/2410.06084), each answered from `results.jsonl` with paired intervals
-over prompts and training seeds.
+Test the paper's claims (https://huggingface.co/papers/2410.06084) on `results.jsonl`, with paired intervals over
+prompts and training seeds.
 
-What is compared is found by what the lines say of themselves: the base, the base with guidance (the teacher's gamma),
-the trained models by their `diversity_coef`, sweeps of lambda, averages of more than two models.
+Points are identified by their settings: the base, the base with guidance (at the teacher's gamma), trained models by
+their `diversity_coef`, sweeps of lambda, averages of more than two models.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from trl_drcd.evaluation.statistics import Interval
 from trl_drcd.evaluation.tables import Table, formatted, verdict
 
 NOT_MEASURED = "not measured"
-# "As much as" allows for so much of what guidance itself changes
+# Tolerance of "as much as", as a fraction of the change that guidance makes
 MARGIN = 0.2
 
 
 @dataclass
 class Claim:
     """
-    One claim, what was measured of it, and whether it holds.
+    A claim, the measurements that bear on it, and the verdict.
 
     Args:
         text (`str`): The claim.
-        margin (`str`, *optional*): How much it is given, in words.
-        verdict (`str`, *optional*): `holds`, `fails`, `undecided` (its interval has zero in it) or `not measured`.
-        numbers (`dict`): What was measured.
+        margin (`str`, *optional*): Its tolerance, in words.
+        verdict (`str`, *optional*): `holds`, `fails`, `undecided` (the interval contains zero) or `not measured`.
+        numbers (`dict`): Name of a measurement to its interval.
     """
 
     text: str
@@ -46,11 +46,11 @@ class Claim:
 
 class Evidence(Comparison):
     """
-    The points that the claims are about, by their roles.
+    The points that the claims compare, by role.
 
     Args:
-        points (`list[Point]`): Of [`~trl_drcd.evaluation.points.pooled`].
-        quality, diversity (`str`): Metrics that the claims are about.
+        points (`list[Point]`): From [`~trl_drcd.evaluation.points.pooled`].
+        quality, diversity (`str`): Keys of the metrics that the claims are about.
     """
 
     def __init__(self, points: Sequence[Point], quality: str, diversity: str) -> None:
@@ -82,11 +82,11 @@ class Evidence(Comparison):
 
 def claims(points: Sequence[Point], quality: str = "quality", diversity: str = "diversity") -> list[Claim]:
     """
-    Every claim.
+    Test every claim.
 
     Args:
-        points (`list[Point]`): Of [`~trl_drcd.evaluation.points.pooled`], all on the same prompts.
-        quality, diversity (`str`, *optional*): Metrics, of those in `values`.
+        points (`list[Point]`): From [`~trl_drcd.evaluation.points.pooled`], all on the same prompts.
+        quality, diversity (`str`, *optional*): Keys of metrics that have values per prompt.
 
     Returns:
         `list[Claim]`: In the order of the paper.
@@ -97,11 +97,11 @@ def claims(points: Sequence[Point], quality: str = "quality", diversity: str = "
 
 def claims_tables(points: Sequence[Point], qualities: Sequence[str], diversities: Sequence[str]) -> list[Table]:
     """
-    A table of the answered claims for each pair of a quality and a diversity, and one of those that none answers.
+    A table of verdicts for each pair of a quality and a diversity metric, and one of the claims without a verdict.
 
     Args:
-        points (`list[Point]`): Of [`~trl_drcd.evaluation.points.pooled`], all on the same prompts.
-        qualities, diversities (`list[str]`): Metrics, of those in `values`.
+        points (`list[Point]`): From [`~trl_drcd.evaluation.points.pooled`], all on the same prompts.
+        qualities, diversities (`list[str]`): Keys of metrics that have values per prompt.
     """
     tables, asked, answered = [], [], set()
     for quality, diversity in product(qualities, diversities):
@@ -124,7 +124,7 @@ def _cells(claim: Claim) -> list[str]:
     return [claim.text + claim.margin, claim.verdict, measured]
 
 
-# ---------------------------------------------------------------- one function for each
+# ---------------------------------------------------------------- one function per claim
 
 
 def _guidance_changes(e: Evidence, text: str, metric: str, sign: float) -> Claim:
@@ -146,7 +146,7 @@ def _guidance_costs_diversity(e: Evidence) -> Claim:
 
 
 def _not_less(e: Evidence, text: str, metric: str, sign: float) -> Claim:
-    """The quality model changes `metric` in the direction of `sign` at least as much as guidance, but for a margin."""
+    """The quality model changes `metric` in the direction of `sign` at least as much as guidance, up to a margin."""
     claim = Claim(text)
     if e.base and e.cfg and e.quality:
         guidance = e.difference(e.cfg, e.base, metric)
@@ -157,7 +157,7 @@ def _not_less(e: Evidence, text: str, metric: str, sign: float) -> Claim:
         if verdict(e.interval(sign * guidance), "yes", "no") == "yes":
             claim.verdict = verdict(e.interval(sign * (difference + MARGIN * guidance)), "holds", "fails")
         else:
-            claim.verdict = "undecided"  # CFG changes nothing that could be reached
+            claim.verdict = "undecided"  # CFG itself makes no certain change to compare with
     return claim
 
 
@@ -201,8 +201,8 @@ def _merging_beats_training(e: Evidence) -> Claim:
 
 def _merging_beats(e: Evidence, text: str, others: Sequence[Point]) -> Claim:
     """
-    The merged models' front above another at the same diversity, over the diversities that both reach. The areas that
-    they dominate count reach, and more points, as well: these are told and do not decide.
+    Whether the merged models' front lies above another, on average over the diversities that both reach. The
+    hypervolumes, which also reward reach and the number of points, are reported but do not decide.
     """
     claim = Claim(text)
     if e.lerp and len(others) > 1:
@@ -246,7 +246,7 @@ def _above_the_diagonal(e: Evidence) -> Claim:
             gap = above_diagonal(e.front(e.lerp)[..., metric], at)[1:-1].mean(0)
             claim.numbers[f"{name}, mean between the ends"] = e.interval(gap)
         claim.verdict = verdict(claim.numbers["quality, mean between the ends"], "holds", "fails")
-        # Quality above and diversity below is a curve that moves late, and no gain
+        # Quality above and diversity below the line is a curve parametrised unevenly, not a gain
         if claim.verdict == "holds" and claim.numbers["diversity, mean between the ends"]["high"] < 0:
             claim.verdict = "fails"
     return claim

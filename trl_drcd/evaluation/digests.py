@@ -1,8 +1,8 @@
 """
-Digests of what an evaluation reads: equal where the contents are equal, whatever their names.
+Digests of the inputs of an evaluation: equal for equal contents, whatever the folder is called.
 
-A row of `results.jsonl` is not measured again while its digest stays the same, so a digest covers every file that is
-read: weights, configuration, tokenizer, chat template, a user's own functions.
+A row of `results.jsonl` is reused while its digest is unchanged, so a digest covers every file that is read: weights,
+configuration, tokenizer, chat template, a user's own functions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from huggingface_hub import model_info, try_to_load_from_cache
 from trl_drcd.validation.model_folders import is_hub_name
 
 DIGITS = 12
-# What lies in the folder of a model and is not read: reports, pictures, logs, pickles
+# Files in a model folder that are not read: reports, pictures, logs, pickles
 UNREAD = {"report.json", "trainer_state.json", "reference.safetensors", "all_results.json", "train_results.json"}
 UNREAD_SUFFIXES = {
     *(".md", ".png", ".svg", ".jpg", ".html", ".csv", ".log", ".jsonl", ".wav", ".tmp", ".lock"),
@@ -27,9 +27,9 @@ UNREAD_SUFFIXES = {
 
 def content_digest(name: str | Path) -> str:
     """
-    Twelve hexadecimal digits that change with the content of a file, or with what is read of a model's folder.
+    Digest, twelve hexadecimal digits, of a file or of the files that are read in a model's folder.
 
-    Of a model on the Hub they change with its revision there; offline, with the revision in the cache.
+    The digest of a model on the Hub depends on its current revision; offline, on the revision in the cache.
     """
     path, digest = Path(name), hashlib.sha256()
     if not path.exists():
@@ -43,7 +43,7 @@ def content_digest(name: str | Path) -> str:
 
 
 def _read_files(folder: Path) -> Iterator[Path]:
-    """The files of a model's folder that are read; of a sentence encoder, those of its modules' folders too."""
+    """The files of a model's folder that are read; for a sentence encoder also those in its modules' folders."""
     parts = [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]
     if (folder / "modules.json").is_file():
         parts += [file for file in folder.rglob("*/*") if file.parent != folder]
@@ -54,16 +54,16 @@ def _read_files(folder: Path) -> Iterator[Path]:
 
 
 def hub_revision(name: str) -> str | None:
-    """The commit that a name on the Hub stands for now; offline, the one in the cache; `None` without either."""
+    """Current commit of a model on the Hub; offline, the cached one; `None` without either."""
     if not is_hub_name(name):
         return None
     try:
         return model_info(name, timeout=10).sha
-    except Exception:  # errors of the connection are those of the Hub client's HTTP library, which varies
+    except Exception:  # connection errors come from the Hub client's HTTP library, which differs between versions
         cached = try_to_load_from_cache(name, "config.json")
         return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def settings_digest(settings: object) -> str:
-    """Twelve hexadecimal digits of anything that JSON can hold."""
+    """Digest, twelve hexadecimal digits, of anything that can be serialised to JSON."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:DIGITS]

@@ -1,5 +1,5 @@
 """
-Fréchet distance of samples to held-out recordings in the space of a judge, with what is known of its bias.
+Fréchet distance of samples to held-out recordings in a judge's embedding space, with an estimate of its bias.
 
 Letters: `N` clips, `P` prompts, `D` embedding size.
 """
@@ -23,14 +23,14 @@ def frechet_distance(
     mean: np.ndarray, covariance: np.ndarray, other_mean: np.ndarray, other_covariance: np.ndarray
 ) -> float:
     """
-    Fréchet distance of two normal distributions: `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`.
+    Fréchet distance (squared, as usual) of two normal distributions: `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`.
 
     Args:
         mean, other_mean (`np.ndarray`): Shape `(D,)`.
         covariance, other_covariance (`np.ndarray`): Shape `(D, D)`, symmetric, positive semi-definite.
 
     Returns:
-        `float`: Unit of the embeddings, squared.
+        `float`: In squared units of the embeddings.
     """
     return _distance(mean, covariance, other_mean, other_covariance, _root(other_covariance))
 
@@ -58,8 +58,8 @@ class Reference:
     Args:
         mean (`np.ndarray`): Shape `(D,)`.
         covariance (`np.ndarray`): Shape `(D, D)`.
-        clips (`int`): How many they are of.
-        judge (`str`): [`~trl_drcd.evaluation.digests.content_digest`] of the judge that heard them.
+        clips (`int`): Number of recordings.
+        judge (`str`): [`~trl_drcd.evaluation.digests.content_digest`] of the judge that embedded them.
     """
 
     mean: np.ndarray
@@ -69,38 +69,40 @@ class Reference:
 
     @classmethod
     def of(cls, embeddings: np.ndarray, judge: str) -> Reference:
-        """Statistics of embeddings, shape `(N, D)`, at least 2."""
+        """Mean and covariance of embeddings of shape `(N, D)`, `N` at least 2."""
         embeddings = np.asarray(embeddings, dtype=np.float64)
         return cls(embeddings.mean(0), np.cov(embeddings, rowvar=False), len(embeddings), judge)
 
     def save(self, file: str | Path) -> None:
-        """Writes a safetensors file, float32."""
+        """Write a safetensors file, float32."""
         tensors = {"mean": self.mean.astype(np.float32), "covariance": self.covariance.astype(np.float32)}
         write_bytes(file, save(tensors, {"clips": str(self.clips), "judge": self.judge}))
 
     @classmethod
     def load(cls, file: str | Path, judge: str | None = None) -> Reference:
         """
-        Reads what [`save`] wrote.
+        Read a file written by [`save`].
 
         Args:
             file (`str` or `Path`): The safetensors file.
-            judge (`str`, *optional*): Digest of the judge that it must be of; any if `None`.
+            judge (`str`, *optional*): Digest that the file's judge must have; not checked if `None`.
 
         Raises:
-            FileNotFoundError: If there is no file.
-            ValueError: If it was made with another judge, or with other weights of it.
+            FileNotFoundError: If the file does not exist.
+            ValueError: If it was made with another judge or other weights, or is not a readable safetensors file.
         """
         if not Path(file).is_file():
-            raise FileNotFoundError(f"`reference={file}` is no file; recipes/tiny_music/build/reference.py writes one")
+            raise FileNotFoundError(
+                f"`reference={file}` is not a file; recipes/tiny_music/build/reference.py shows how to write one"
+            )
         with prefix_errors("reference"):
             open_safetensors(Path(file))
         with safe_open(file, "numpy") as content:
             about = content.metadata() or {}
             if judge is not None and about.get("judge") != judge:
                 raise ValueError(
-                    f"`reference={file}` was made with the judge {about.get('judge')}, `judge` is {judge}; make it "
-                    "anew, e.g. with recipes/tiny_music/build/reference.py"
+                    f"`reference={file}` was made with the judge {about.get('judge')}, but `judge` is {judge} "
+                    "(digests); make it again, e.g. with recipes/tiny_music/build/reference.py"
                 )
             mean, covariance = (content.get_tensor(name).astype(np.float64) for name in ("mean", "covariance"))
         return cls(mean, covariance, int(about["clips"]), about["judge"])
@@ -110,25 +112,25 @@ def frechet_to_reference(
     embeddings: np.ndarray, samples_per_prompt: int, reference: Reference, resamples: int = 200, seed: int = 0
 ) -> dict[str, Interval]:
     """
-    Fréchet distance of samples to the reference, with its bootstrap interval over prompts, and its bias.
+    Fréchet distance of samples to the reference, with its bootstrap interval over prompts and an estimate of its bias.
 
-    The distance of few samples is too large, by more the more dimensions there are. So beside it stands what as many
-    independent draws of the reference's own normal distribution would score (`frechet_floor`), where 0 would be right.
-    Samples of the same prompt are no independent draws, so the floor is a lower bound of the bias. Compare distances
-    of equal numbers of prompts and samples alone.
+    With few samples the distance is biased upwards, more so in more dimensions. `frechet_floor` estimates that bias:
+    it is the distance of `N` independent draws from the reference's own normal distribution, whose true distance is 0.
+    Samples of the same prompt are not independent, so the floor is a lower bound of the bias. Compare distances only
+    at equal numbers of prompts and samples.
 
-    A bootstrap sample repeats prompts, which makes its distance larger still; the interval is moved back by the mean
+    A bootstrap sample repeats prompts, which increases the distance further; the interval is shifted back by the mean
     of that excess.
 
     Args:
         embeddings (array): Shape `(N, D)`, the samples of one prompt contiguous.
         samples_per_prompt (`int`): Divides `N`.
-        reference ([`Reference`]): Of the recordings.
+        reference ([`Reference`]): Statistics of the recordings.
         resamples (`int`, *optional*, defaults to 200): Bootstrap draws.
-        seed (`int`, *optional*, defaults to 0): Of the draws.
+        seed (`int`, *optional*, defaults to 0): Random seed of the draws.
 
     Returns:
-        `dict`: `frechet` and `frechet_floor`, each with `mean`, `low`, `high`.
+        `dict`: `frechet` and `frechet_floor`, each with `mean`, `low`, `high`, in squared units of the embeddings.
 
     Raises:
         ValueError: If `D` is not the reference's.

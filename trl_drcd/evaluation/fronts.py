@@ -1,7 +1,7 @@
 """
-Quality-diversity fronts: which points no other beats in both, the area they dominate, the difference of two.
+Quality-diversity fronts: Pareto-optimal points, hypervolume, difference of two fronts.
 
-Letters: `n` points, `P` prompts. What is computed replicate by replicate gets its interval from
+Letters: `n` points, `P` prompts. Functions that return one value per replicate get their interval from
 [`~trl_drcd.evaluation.statistics.Resampling.interval`].
 """
 
@@ -23,16 +23,17 @@ def _checked(points: np.ndarray) -> np.ndarray:
 
 def pareto_front(points: np.ndarray) -> np.ndarray:
     """
-    The points that no other beats: none is at least as high in both coordinates and higher in one.
+    The Pareto-optimal points: no other point is at least as high in both coordinates and higher in one.
 
     Args:
         points (array): Shape `(n, 2)`, both coordinates maximised.
 
     Returns:
-        `np.ndarray`: Their indices, int, by falling first coordinate. Of equal points each is one of the front.
+        `np.ndarray`: Their indices, int, by decreasing first coordinate. Duplicates of a point of the front are all in
+        it.
 
     Raises:
-        ValueError: If the shape is another, or a coordinate is not finite.
+        ValueError: If `points` has another shape, or a coordinate is not finite.
     """
     points = _checked(points)
     order = np.lexsort((-points[:, 1], -points[:, 0]))
@@ -46,17 +47,17 @@ def pareto_front(points: np.ndarray) -> np.ndarray:
 
 def hypervolume(points: np.ndarray, reference: Sequence[float]) -> float:
     """
-    Area that the points dominate above a reference point; the larger, the better the front.
+    Hypervolume: the area that the points dominate above a reference point; larger is better.
 
     Args:
         points (array): Shape `(n, 2)`, both coordinates maximised; `n` may be 0.
         reference (`Sequence[float]`): Shape `(2,)`; points that are not above it in both coordinates add nothing.
 
     Returns:
-        `float`: Unit of the first coordinate times that of the second.
+        `float`: In the product of the units of both coordinates.
 
     Raises:
-        ValueError: If the shape is another, or a coordinate is not finite.
+        ValueError: If `points` or `reference` has another shape, or a coordinate is not finite.
     """
     if len(points) == 0:
         return 0.0
@@ -72,21 +73,22 @@ def hypervolumes(points: np.ndarray, reference: Sequence[float] | np.ndarray) ->
     points = np.maximum(points, low)
     order = np.argsort(-points[..., 0], axis=1, kind="stable")
     x, y = (np.take_along_axis(points[..., i], order, 1) for i in (0, 1))
-    # From right to left: strips between one first coordinate and the next, as high as the highest point so far
+    # From right to left: strips between consecutive first coordinates, each as high as the highest point so far
     widths = x - np.append(x[:, 1:], np.full((len(x), 1), low[0]), 1)
     return (widths * (np.maximum.accumulate(y, 1) - low[1])).sum(1)
 
 
 def front_difference(ours: np.ndarray, theirs: np.ndarray, reference: Sequence[float] | np.ndarray) -> np.ndarray:
     """
-    Difference of the areas that two fronts dominate.
+    Difference of the hypervolumes of two fronts.
 
-    Choosing the best of many noisy points favours the longer front a little: compare fronts of like numbers of points.
+    The maximum of many noisy points is biased upwards, which slightly favours the front with more points: compare
+    fronts of similar numbers of points.
 
     Args:
         ours, theirs (array): Points of the fronts, replicate by replicate, shapes `(n, replicates, 2)` and
             `(m, replicates, 2)`, each coordinate of [`~trl_drcd.evaluation.statistics.Resampling.means`].
-        reference (`Sequence[float]`): Of [`hypervolume`].
+        reference (`Sequence[float]`): Reference point of [`hypervolume`], or one per replicate.
 
     Returns:
         `np.ndarray`: Shape `(replicates,)`, the unit of [`hypervolume`].
@@ -105,18 +107,20 @@ def front_difference(ours: np.ndarray, theirs: np.ndarray, reference: Sequence[f
 
 def curve_difference(ours: np.ndarray, theirs: np.ndarray, steps: int = 33) -> np.ndarray:
     """
-    How far one curve lies above another over the diversities that both reach, on average.
+    Mean height of one curve above another over the diversities that both reach.
 
-    Each curve is the broken line through its points by rising diversity; of points that others of the curve beat, the
-    best that the curve has at that diversity or above counts, so that a curve that turns back does not harm itself.
+    Each curve interpolates linearly between its points by increasing diversity. A point that another of the same curve
+    dominates is raised to the best quality that the curve reaches at that diversity or above, so that a curve that
+    turns back is not penalised.
 
     Args:
         ours, theirs (array): Diversity and quality of the points, shapes `(n, replicates, 2)` and
             `(m, replicates, 2)`, see [`front_difference`]; one point alone is compared at its own diversity.
-        steps (`int`, *optional*, defaults to 33): Places of the shared range at which the curves are compared.
+        steps (`int`, *optional*, defaults to 33): Number of diversities in the shared range at which the curves are
+            compared.
 
     Returns:
-        `np.ndarray`: Shape `(replicates,)`, the unit of quality; NaN where the curves share no diversity.
+        `np.ndarray`: Shape `(replicates,)`, the unit of quality; NaN where the ranges of diversity do not overlap.
     """
     a, b = _envelopes(ours), _envelopes(theirs)
     low, high = np.maximum(a[:, 0, 0], b[:, 0, 0]), np.minimum(a[:, -1, 0], b[:, -1, 0])
@@ -125,14 +129,14 @@ def curve_difference(ours: np.ndarray, theirs: np.ndarray, steps: int = 33) -> n
 
 
 def _envelopes(points: np.ndarray) -> np.ndarray:
-    """`(n, draws, 2)` as `(draws, n, 2)` by rising first coordinate, the second never below one further right."""
+    """`(n, draws, 2)` to `(draws, n, 2)` by increasing first coordinate, the second made non-increasing."""
     order = np.argsort(points[..., 0].T, axis=1, kind="stable")
     x, y = (np.take_along_axis(points[..., i].T, order, 1) for i in (0, 1))
     return np.stack([x, np.maximum.accumulate(y[:, ::-1], 1)[:, ::-1]], -1)
 
 
 def _heights(curves: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """`np.interp` of each draw: broken lines `(draws, n, 2)` at `(draws, steps)`."""
+    """`np.interp` for each draw: piecewise linear curves `(draws, n, 2)` evaluated at `(draws, steps)`."""
     result = np.repeat(curves[:, :1, 1], at.shape[1], 1)
     for left, right in zip(curves[:, :-1].swapaxes(0, 1), curves[:, 1:].swapaxes(0, 1), strict=True):
         width = np.where(right[:, 0] > left[:, 0], right[:, 0] - left[:, 0], 1)
@@ -147,15 +151,15 @@ def above_diagonal(curve: np.ndarray, weights: Sequence[float]) -> np.ndarray:
 
     Args:
         curve (array): The metric of each model on each prompt, shape `(n, P)`; the models in the order of `weights`.
-        weights (`Sequence[float]`): lambda of each model, rising, from 0 to 1.
+        weights (`Sequence[float]`): lambda of each model, increasing from 0 to 1.
 
     Returns:
-        `np.ndarray`: Shape `(n, P)`, the metric's unit; zero at the ends.
+        `np.ndarray`: Shape `(n, P)`, `m(l) - ((1 - l) m(0) + l m(1))`, in the metric's unit; zero at the ends.
 
     Raises:
-        ValueError: If the weights do not rise from 0 to 1.
+        ValueError: If the weights do not increase from 0 to 1, or are not one per model.
     """
     curve, at = np.asarray(curve, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     if len(at) != len(curve) or len(at) < 2 or at[0] != 0 or at[-1] != 1 or (np.diff(at) <= 0).any():
-        raise ValueError(f"`weights` must rise from 0 to 1, one for each of {len(curve)} models, got {list(weights)}")
+        raise ValueError(f"`weights` must increase from 0 to 1, one per model ({len(curve)}), got {list(weights)}")
     return curve - ((1 - at)[:, None] * curve[0] + at[:, None] * curve[-1])

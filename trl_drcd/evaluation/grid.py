@@ -1,8 +1,8 @@
 """
-An evaluation as a whole: every strategy sampled on the same prompts with the same seed, judged, and written down.
+Run an evaluation: sample every strategy on the same prompts with the same seed, measure, and write the report.
 
-Results go to `results.jsonl`, one line for each row as it is done, which a second call does not do again; then to
-`summary.csv`, plots and `report.html`.
+Each finished row is appended to `results.jsonl`; a second call reuses it. At the end come `summary.csv`, plots and
+`report.html`.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ __all__ = ["EvaluateArguments", "evaluate"]
 
 def evaluate(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction] | None = None) -> list[Result]:
     """
-    Sample and judge every row that is not in `results.jsonl` yet, then write summary, plots and report.
+    Sample and measure every row that is not in `results.jsonl` yet, then write summary, plots and report.
 
     Args:
-        args ([`EvaluateArguments`]): Everything.
+        args ([`EvaluateArguments`]): Settings of the evaluation.
         extra_metrics (`dict`, *optional*): Name to a callable with TRL's reward signature, `(prompts, completions,
             **kwargs) -> list[float]`; for audio, `completions` are `(waveform, sampling_rate)` pairs.
 
     Returns:
-        `list[Result]`: The lines of `results.jsonl`, in the order of the strategies; what an earlier call has left
-        there and is not of this one is in `other_results.jsonl`.
+        `list[Result]`: The lines of `results.jsonl`, in the order of the strategies. Lines of earlier calls that are
+        not part of this one move to `other_results.jsonl`.
 
     Raises:
-        FileNotFoundError: If a folder or file is not there; before any sampling.
-        OSError: If there is no room for the results.
-        ValueError: If a strategy is not well-formed, or there are fewer prompts than asked for; before any sampling.
+        FileNotFoundError: If a folder or file does not exist; before any sampling.
+        OSError: If the results cannot be written or the disk is too full.
+        ValueError: If a strategy is invalid, or there are fewer prompts than `num_prompts`; before any sampling.
     """
     given = extra_metrics or {}
     held_out, tasks = plan(args, given)
@@ -57,6 +57,6 @@ def evaluate(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction
 
 
 def _as_asked(result: Result, about: Result) -> Result:
-    """A line that may have been measured under another name, with what this call says of it."""
+    """A result that may have been measured under another name, with the name and settings of this call."""
     same = {name: getattr(result, name) for name in ("kind", "metrics", "per_prompt", "samples", "more")}
     return replace(about, **same)

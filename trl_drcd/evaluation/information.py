@@ -1,4 +1,4 @@
-"""What a completion tells about its prompt under a frozen model, for evaluation alone: never a reward."""
+"""Pointwise mutual information of prompt and completion under a frozen model; for evaluation only, never a reward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trl_drcd.evaluation.likelihood import log_likelihoods
 from trl_drcd.evaluation.sampling import Samples
 from trl_drcd.policies import CausalLMPolicy
 
-# A plain document, so that any causal LM reads it, with or without a chat template
+# Plain text, which suits any causal LM, with or without a chat template
 FRAME = "Text: {completion}\n\nThis text was written for the request: "
 
 
@@ -25,32 +25,34 @@ def prompt_information(
     """
     Pointwise mutual information of prompt and completion, `log p(prompt | completion) - log p(prompt)`, in nats.
 
-    Under a frozen language model that reads the completion in a plain document and is then asked for the request; for
-    `log p(prompt)` the document's text is empty. High where the prompt could be told from the completion. It is the
-    reverse of what guidance raises, `log p(completion | prompt) - log p(completion)`, and training never computes it.
+    The model scores the prompt as the continuation of a plain document that contains the completion; for `log
+    p(prompt)` the document contains no text. High if the prompt can be inferred from the completion. Guidance raises
+    the other direction, `log p(completion | prompt) - log p(completion)`; training never computes this one.
 
     Args:
         model (`PreTrainedModel`): A causal LM; the frozen base.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        prompts (`list[str]`): `N` requests, none empty.
+        prompts (`list[str]`): `N` prompts, none empty.
         completions (`list[str]`): Their `N` completions.
-        batch_size (`int`, *optional*, defaults to 32): Pairs at one time.
+        batch_size (`int`, *optional*, defaults to 32): Pairs per batch.
         description (`str`, *optional*): Name of the progress bar; `None` shows none.
 
     Returns:
         `torch.Tensor`: Shape `(N,)`, nats, float32 on the CPU.
 
     Raises:
-        ValueError: If there are not as many prompts as completions.
+        ValueError: If the numbers of prompts and completions differ.
     """
     if len(prompts) != len(completions):
-        raise ValueError(f"got {len(prompts)} `prompts` for {len(completions)} `completions`; expected one for each")
+        raise ValueError(
+            f"`prompts` and `completions` must have the same length, got {len(prompts)} and {len(completions)}"
+        )
     empty = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     texts = [
         *(FRAME.format(completion=text.strip()) for text in completions),
         *[FRAME.format(completion="")] * len(empty),
     ]
-    # Without special tokens in between: the request goes on in the same document
+    # No special tokens in between: the request continues the same document
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     documents = [start + tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     requests = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in [*prompts, *empty]]
@@ -64,17 +66,17 @@ def forward_information(
     model: Any, tokenizer: Any, samples: Samples, batch_size: int = 64, description: str | None = None
 ) -> torch.Tensor:
     """
-    Pointwise mutual information as a model of music can give it: `log p(completion | prompt) - log p(completion)`.
+    Pointwise mutual information from completion likelihoods: `log p(completion | prompt) - log p(completion)`.
 
-    Under the frozen base, its null prompt in the second term, at temperature 1, in nats. By Bayes' rule it would be
-    [`prompt_information`] if the model knew both directions. It is what guidance itself raises, so it says how far
-    guidance has got, and is no independent judge.
+    For models that cannot score prompts, such as models of music. Computed under the frozen base at temperature 1,
+    with the null prompt in the second term. By Bayes' rule it equals [`prompt_information`] for a model consistent in
+    both directions. Guidance raises this quantity directly, so it is not an independent judge of guidance.
 
     Args:
         model (`PreTrainedModel`): The frozen base, a causal LM or a MusicGen.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         samples ([`Samples`]): Prompts and completions.
-        batch_size (`int`, *optional*, defaults to 64): Completions at one time.
+        batch_size (`int`, *optional*, defaults to 64): Completions per batch.
         description (`str`, *optional*): Name of the progress bar; `None` shows none.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Who judges samples: embeddings, adherence, preference and any reward callable, for audio and for text."""
+"""The judges of samples: embedders, adherence, preference and any reward callable, for audio and for text."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
     from trl_drcd.evaluation.arguments import EvaluateArguments
 
 Embed = Callable[[list[Any]], torch.Tensor]
-"""Completions, all texts or all sounds, to embeddings `(N, D)`."""
+"""Maps completions, all text or all audio, to embeddings `(N, D)`."""
 Adherence = Callable[[list[Any], list[Any]], torch.Tensor]
-"""Prompts and their completions to scores `(N,)`."""
+"""Maps prompts and their completions to scores `(N,)`."""
 RewardFunction = Callable[..., list[float]]
-"""TRL's signature: `(prompts, completions, **kwargs)` to one reward for each."""
+"""TRL's signature: maps `(prompts, completions, **kwargs)` to one reward per completion."""
 
 
 @dataclass
 class Judges:
     """
-    Who judges completions, audio or text; what is not here is not measured.
+    The judges of completions, audio or text; a metric without its judge is not measured.
 
     Args:
-        embedders (`dict[str, Callable]`): Name of a diversity, `"diversity"` (by E, which was rewarded) or
-            `"diversity_second"`, to what embeds.
+        embedders (`dict[str, Callable]`): Name of a diversity metric, `"diversity"` (embedder E of the reward) or
+            `"diversity_second"`, to its embedder.
         adherence (`dict[str, Callable]`): Name of a metric to `(prompts, completions) -> (N,)`; `"adherence"` is the
-            one that quality is made of.
+            one that enters quality.
         preference (`Callable`, *optional*): Completions to scores `(N,)`.
         rewards (`dict[str, Callable]`): Name of a metric to a callable with TRL's reward signature.
-        hear (`Callable`, *optional*): The space of the Fréchet distance: audio to `(N, D)`.
-        reference ([`Reference`], *optional*): Held-out recordings in that space.
+        hear (`Callable`, *optional*): Audio to embeddings `(N, D)` for the Fréchet distance.
+        reference ([`Reference`], *optional*): Statistics of held-out recordings in the space of `hear`.
     """
 
     embedders: dict[str, Embed] = field(default_factory=dict)
@@ -56,12 +56,12 @@ class Judges:
     @classmethod
     def load(cls, args: EvaluateArguments, rewards: Mapping[str, RewardFunction]) -> Judges:
         """
-        The judges that the arguments of an evaluation name: sentence encoders, the audio models of this package, or a
-        user's own functions.
+        Load the judges named by the arguments: sentence encoders, the audio models of this package, or a user's own
+        functions.
 
         Raises:
-            FileNotFoundError: If a folder is none of theirs.
-            ValueError: If a function cannot be imported, or there is a reference without a judge of audio.
+            FileNotFoundError: If a folder does not hold such a model.
+            ValueError: If a function cannot be imported, or `reference` is given without a judge of audio.
         """
         judges = cls(rewards={path.rpartition(".")[2]: import_function("metrics", path) for path in args.metrics})
         judges.rewards |= rewards
@@ -99,7 +99,7 @@ EMBEDDER_OF = {"diversity": "embedder", "diversity_second": "second_embedder"}
 
 
 def is_function(name: str) -> bool:
-    """Whether a name is that of a function, `module.function`, and no folder or model of the Hub."""
+    """Whether a name is the dotted path of a function, `module.function`, and not a folder or a model on the Hub."""
     module, _, function = name.rpartition(".")
     if not function.isidentifier() or not all(map(str.isidentifier, module.split("."))) or Path(name).exists():
         return False
@@ -111,7 +111,7 @@ def is_function(name: str) -> bool:
 
 
 def source_file(name: str) -> Path | None:
-    """The file of the module of a function `module.function`; `None` where it has none."""
+    """Source file of the module of a function `module.function`; `None` if it has none."""
     _find_in_working_directory()
     try:
         spec = find_spec(name.rpartition(".")[0])
@@ -122,14 +122,14 @@ def source_file(name: str) -> Path | None:
 
 def import_function(argument: str, name: str) -> Callable[..., Any]:
     """
-    The function that a dotted path names, `package.module.function`; modules of the working directory are found.
+    Import a function by its dotted path, `package.module.function`; the working directory is searched too.
 
     Args:
-        argument (`str`): What the user calls it, for the messages.
-        name (`str`): The dotted path.
+        argument (`str`): The user's argument, for error messages.
+        name (`str`): The dotted path. A class is instantiated without arguments.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If it cannot be imported or is not callable.
     """
     module, _, attribute = name.rpartition(".")
     _find_in_working_directory()
@@ -137,10 +137,10 @@ def import_function(argument: str, name: str) -> Callable[..., Any]:
         function: Any = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"`{argument}` has {short_repr(name)}, which is no importable module.function: {error}"
+            f"`{argument}` has {short_repr(name)}, which cannot be imported as module.function: {error}"
         ) from error
     if not callable(function):
-        raise ValueError(f"`{argument}` has {short_repr(name)}, which is no function; give the dotted path of one")
+        raise ValueError(f"`{argument}` has {short_repr(name)}, which is not callable; give the path of a function")
     return function() if isinstance(function, type) else function
 
 
@@ -154,8 +154,8 @@ def _find_in_working_directory() -> None:
 
 def load_embedder(argument: str, name: str) -> Any:
     """
-    An embedder: a user's `module.function`, or by what its folder says a `MusicEmbedder`, `MusicDescriptors` or
-    `TextAudioJudge`, else a `SentenceEmbedder`.
+    Load an embedder: a user's `module.function`, or the `MusicEmbedder`, `MusicDescriptors` or `TextAudioJudge` that
+    the folder's `config.json` declares, else a `SentenceEmbedder`.
     """
     from trl_drcd import audio, text
 
@@ -170,22 +170,22 @@ def load_embedder(argument: str, name: str) -> Any:
 
 def embed_all(argument: str, embed: Embed, completions: Sequence[Completion]) -> torch.Tensor:
     """
-    Embeddings `(N, D)`, float32 or float64 on the CPU.
+    Embed completions: `(N, D)`, float32 or float64, on the CPU.
 
     Raises:
-        ValueError: If an embedder of the user's gives something else.
+        ValueError: If `embed` does not return one vector per completion.
     """
     embeddings = torch.as_tensor(embed(list(completions))).detach().cpu()
     if embeddings.ndim != 2 or len(embeddings) != len(completions):
         raise ValueError(
-            f"`{argument}` gives shape {tuple(embeddings.shape)} for {len(completions)} completions; an embedder "
-            "returns one vector for each, (N, D)"
+            f"`{argument}` returned shape {tuple(embeddings.shape)} for {len(completions)} completions; an embedder "
+            "must return one vector for each, (N, D)"
         )
     return embeddings if embeddings.dtype == torch.float64 else embeddings.float()
 
 
 def cosine_adherence(embed: Embed) -> Adherence:
-    """Adherence of texts to their prompts: cosine of the embeddings of both."""
+    """Adherence of texts to their prompts: cosine similarity of the embeddings of prompt and completion."""
 
     def adherence(prompts: list[Prompt], completions: list[Completion]) -> torch.Tensor:
         requests = embed([question_of(prompt) for prompt in prompts])

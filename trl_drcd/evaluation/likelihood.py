@@ -1,8 +1,8 @@
 """
-Completions under frozen models: divergence from the guided teacher and entropy along them, and their log-likelihoods.
+Score completions under frozen models: KL to the guided teacher, entropy, and log-likelihood.
 
 Letters: `B` sequences, `S` steps, `K` codebooks, `N` scored tokens, `V` vocabulary, `H` hidden size. KL, entropy and
-log-likelihoods are in nats. The `(N, V)` logits never exist in whole.
+log-likelihoods are in nats. The full `(N, V)` logits are never materialised.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Padded = tuple[torch.Tensor, torch.Tensor]
 
 
 class SequenceTerms(NamedTuple):
-    """Sums over the tokens of each sequence, shape `(B,)`: `kl`, `entropy` (nats), and the number of `tokens`."""
+    """Per-sequence sums over tokens, shape `(B,)`: `kl` and `entropy` in nats, and the number of `tokens`."""
 
     kl: torch.Tensor
     entropy: torch.Tensor
@@ -34,7 +34,7 @@ class SequenceTerms(NamedTuple):
 
 @dataclass
 class _GuidedHead(Head):
-    """A head that is not affine, of both streams' hidden states side by side, `(N, 2H)`: guidance on the logits."""
+    """Guides the logits, for a head that is not affine; takes both streams' hidden states concatenated, `(N, 2H)`."""
 
     guidance_scale: float = 1.0
 
@@ -58,7 +58,7 @@ def _predictions(
     completion: Padded,
     guidance_scale: float,
 ) -> list[tuple[torch.Tensor, Head]]:
-    """For each codebook, hidden states of its scored tokens and the head that makes them (guided) logits."""
+    """For each codebook, the hidden states of its scored tokens and the head that maps them to (guided) logits."""
     streams = [prompts, negative_prompts] if guidance_scale != 1 else [prompts]
     hidden = []
     for stream in streams:
@@ -81,7 +81,7 @@ def _predictions(
 def _batches(
     samples: Samples, batch_size: int, device: Any, description: str | None
 ) -> Iterator[tuple[slice, Padded]]:
-    """Parts of the completions, padded on the device, with a progress bar where it has a name."""
+    """Batches of the completions, padded, on the device; with a progress bar if it has a `description`."""
     starts = range(0, len(samples.token_ids), batch_size)
     for first in tqdm(starts, desc=description, unit="batch", disable=description is None):
         part = slice(first, first + batch_size)
@@ -106,22 +106,22 @@ def teacher_terms(
     """
     KL(model || guided teacher) along the given completions, Eq. (2) of https://huggingface.co/papers/2410.06084.
 
-    Its mean over completions that the model itself sampled at this temperature is an unbiased estimate of the KL of
-    the two distributions over whole sequences.
+    Its mean over completions sampled from the model at this temperature is an unbiased estimate of the KL between the
+    two distributions over whole sequences.
 
     Args:
         model (`PreTrainedModel`): The student, a causal LM or a MusicGen.
         teacher (`PreTrainedModel`): The teacher's model, of the same vocabulary.
-        tokenizer (`PreTrainedTokenizerBase`): Of both.
-        samples ([`Samples`]): Prompts and completions, at least one token each.
+        tokenizer (`PreTrainedTokenizerBase`): Tokenizer of both.
+        samples ([`Samples`]): Prompts and completions, of at least one token each.
         guidance_scale (`float`, *optional*, defaults to 3.0): gamma of the teacher.
         negative_prompt (*optional*): x^- of the teacher for prompts without their own; `None` is the null prompt.
         temperature (`float`, *optional*, defaults to 0.99): T of both.
-        model_guidance_scale (`float`, *optional*, defaults to 1.0): Guidance of the model itself, where it sampled
-            with guidance.
-        batch_size (`int`, *optional*, defaults to 64): Sequences at one time.
+        model_guidance_scale (`float`, *optional*, defaults to 1.0): gamma of the model itself, if it sampled with
+            guidance.
+        batch_size (`int`, *optional*, defaults to 64): Sequences per batch.
         description (`str`, *optional*): Name of the progress bar; `None` shows none.
-        model_negative_prompt (*optional*): x^- of the model's own guidance for prompts without their own.
+        model_negative_prompt (*optional*): x^- of the model's guidance for prompts without their own.
 
     Returns:
         [`SequenceTerms`]: Each of shape `(B,)`, float32 on the CPU.
@@ -133,7 +133,7 @@ def teacher_terms(
     taught = samples.prompt_ids(policy, guided=True)
     prompts = samples.prompt_ids(policy, guided=model_guidance_scale != 1)
     negatives, own_negatives = (
-        samples.negative_prompt_ids(policy, default) if scale != 1 else prompts  # which is not read
+        samples.negative_prompt_ids(policy, default) if scale != 1 else prompts  # unused without guidance
         for default, scale in ((negative_prompt, guidance_scale), (model_negative_prompt, model_guidance_scale))
     )
     model.eval(), teacher.eval()
@@ -166,14 +166,14 @@ def log_likelihoods(
     description: str | None = None,
 ) -> torch.Tensor:
     """
-    `log p(completion | prompt)` of each completion, at temperature 1, without guidance.
+    Log-likelihood `log p(completion | prompt)` of each completion, at temperature 1, without guidance.
 
     Args:
         model (`PreTrainedModel`): A causal LM or a MusicGen.
         policy ([`~trl_drcd.policies.Policy`]): Its policy.
-        samples ([`Samples`]): The completions, whose own prompts do not count.
+        samples ([`Samples`]): The completions; their own prompts are ignored.
         prompts (`list[list[int]]`): Token ids that each completion is conditioned on.
-        batch_size (`int`, *optional*, defaults to 64): Completions at one time.
+        batch_size (`int`, *optional*, defaults to 64): Completions per batch.
         description (`str`, *optional*): Name of the progress bar; `None` shows none.
 
     Returns:

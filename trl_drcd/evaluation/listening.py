@@ -1,8 +1,8 @@
 """
-What is kept of samples in the folder `samples/` of an evaluation: all token ids, and some completions to listen to.
+The folder `samples/` of an evaluation: all token ids, and some completions to listen to or read.
 
-Each folder of completions has a `samples.jsonl` that says which file is of which prompt; whoever shows them reads it
-there, so that no caption depends on how the prompts were chosen.
+Each folder of completions has a `samples.jsonl` that maps files to prompts. Reports and the app read it, so captions
+do not depend on how the prompts were chosen.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ INDEX = "samples.jsonl"
 
 
 def keep_tokens(file: Path, samples: Samples) -> None:
-    """Writes drawn tokens, so that another judge needs no other draw; the file's name says what they depend on."""
+    """Save sampled token ids, so that another judge can score them without sampling again."""
     ids = torch.tensor([token for sequence in samples.token_ids for token in sequence], dtype=torch.int32)
     lengths = torch.tensor([len(sequence) for sequence in samples.token_ids], dtype=torch.int32)
     write_bytes(file, save({"ids": ids, "lengths": lengths}, {"seconds": repr(samples.seconds)}))
@@ -39,7 +39,7 @@ def keep_tokens(file: Path, samples: Samples) -> None:
 def kept_tokens(
     file: Path, held_out: HeldOut, samples_per_prompt: int, chat_template_kwargs: dict[str, Any] | None
 ) -> Samples | None:
-    """What [`keep_tokens`] wrote; `None` where there is nothing."""
+    """Read a file written by [`keep_tokens`]; `None` if it does not exist."""
     if not file.exists():
         return None
     with safe_open(file, "pt") as content:
@@ -59,8 +59,8 @@ class Clip:
     A kept completion.
 
     Args:
-        prompt (`str` or `list`): What it is of.
-        file (`Path`): A WAV file, or a text file.
+        prompt (`str` or `list`): Its prompt, a text or a conversation.
+        file (`Path`): A WAV or text file.
     """
 
     prompt: Prompt
@@ -68,15 +68,15 @@ class Clip:
 
     @property
     def is_text(self) -> bool:
-        """Whether it is a text."""
+        """Whether the completion is text."""
         return self.file.suffix == ".txt"
 
     def text(self) -> str:
-        """The completion, of a text."""
+        """Read the completion, if it is text."""
         return self.file.read_text(encoding="utf-8")
 
     def spectrogram(self) -> Path:
-        """A picture of the completion, of a sound, beside it; drawn where it is not there yet."""
+        """Path of the PNG spectrogram beside the WAV file; drawn if it does not exist yet."""
         picture = self.file.with_suffix(".png")
         if not picture.exists():
             waveform, rate = require("soundfile", "audio").read(self.file, dtype="float32")
@@ -85,7 +85,7 @@ class Clip:
 
 
 def heard(prompts: int, listen: int) -> list[int]:
-    """The numbers of the prompts whose completions are kept: `listen` of them, evenly spread."""
+    """Indices of the prompts whose completions are kept: at most `listen`, evenly spaced."""
     return list(range(0, prompts, max(1, prompts // max(1, listen))))[:listen]
 
 
@@ -93,14 +93,14 @@ def keep_completions(
     folder: Path, samples: Samples, completions: Sequence[Completion], listen: int, listen_samples: int
 ) -> None:
     """
-    Writes completions as `00_0.wav`, `00_1.wav`, ... or `.txt`: prompt, sample.
+    Write completions as `{prompt:02d}_{sample}.wav` or `.txt`, with their index.
 
     Args:
-        folder (`Path`): Whose earlier completions are removed.
-        samples ([`Samples`]): Whose prompts they are of.
-        completions (`list`): All of them, those of a prompt contiguous.
-        listen (`int`): Prompts of which some are kept.
-        listen_samples (`int`): Completions of each, or as many as there are.
+        folder (`Path`): Output folder; completions that are already in it are removed.
+        samples ([`Samples`]): The samples, for their prompts.
+        completions (`list`): All decoded completions, those of a prompt contiguous.
+        listen (`int`): Number of prompts whose completions are kept.
+        listen_samples (`int`): Largest number of completions kept of each.
     """
     for path in folder.glob("[0-9]*"):
         path.unlink()
@@ -116,7 +116,7 @@ def keep_completions(
 
 
 def read_clips(folder: Path) -> list[Clip]:
-    """The kept completions of a folder; none where it is not there."""
+    """The kept completions of a folder; empty if it does not exist."""
     index = folder / INDEX
     lines = index.read_text(encoding="utf-8").split("\n") if index.is_file() else []
     entries = [json.loads(line) for line in lines if line]
@@ -125,18 +125,18 @@ def read_clips(folder: Path) -> list[Clip]:
 
 def spectrogram_png(waveform: torch.Tensor, sampling_rate: int, max_hertz: float = 4000.0) -> bytes:
     """
-    A PNG image of a spectrogram: time from left to right, frequency from bottom to top, 60 dB from dark to bright.
+    Spectrogram as a PNG image: time from left to right, frequency from bottom to top, a range of 60 dB.
 
     Args:
-        waveform (`torch.Tensor`): Shape `(T,)`, or `(C, T)`, whose mean is shown; float samples.
-        sampling_rate (`int`): In Hz.
-        max_hertz (`float`, *optional*, defaults to 4000.0): Frequency of the upper edge.
+        waveform (`torch.Tensor`): Float samples, shape `(T,)`, or `(C, T)`, of which the mean over channels is shown.
+        sampling_rate (`int`): Sampling rate, Hz.
+        max_hertz (`float`, *optional*, defaults to 4000.0): Frequency of the upper edge, Hz.
 
     Returns:
-        `bytes`: The file.
+        `bytes`: The PNG file.
 
     Raises:
-        ImportError: If matplotlib is missing; it comes with the extra `plot`.
+        ImportError: If matplotlib is not installed (extra `plot`).
     """
     n_fft = 2048
     window, waveform = torch.hann_window(n_fft), waveform if waveform.ndim == 1 else waveform.mean(0)

@@ -1,7 +1,7 @@
 """
-Rows measured: sampled, decoded, judged, some completions kept; in this process or in several.
+Measure rows: sample, decode, score, keep some completions; in this process or in several.
 
-Each process loads base, tokenizer, codec and judges once.
+Each process loads the base model, tokenizer, codec and judges once.
 """
 
 from __future__ import annotations
@@ -47,11 +47,14 @@ class Worker:
     Measures rows, one at a time.
 
     Args:
-        args ([`EvaluateArguments`]): Everything.
+        args ([`EvaluateArguments`]): Settings of the evaluation.
         held_out ([`HeldOut`]): The prompts.
-        rows (`list[Row]`): What it will be asked for; models of another shape are refused now.
+        rows (`list[Row]`): All rows of the evaluation; the shapes of their models are checked at once.
         extra_metrics (`dict`, *optional*): Name of a metric to a callable with TRL's reward signature.
-        quiet (`bool`, *optional*, defaults to `False`): No progress bars.
+        quiet (`bool`, *optional*, defaults to `False`): Show no progress bars.
+
+    Raises:
+        ValueError: If the shape of a model's weight is not the base's, or a weight of the base is not finite.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class Worker:
         self.codec: Any = SpectralCodec.from_pretrained(args.codec) if args.codec else own
 
     def __call__(self, task: Task) -> Result:
-        """The task's line of `results.jsonl`, but for its quality; some of its samples are kept."""
+        """Measure a task and keep some of its samples; `quality` is added later."""
         args, row, model = self.args, task.row, self.models(task.row)
         samples = self.samples(task, model)
         completions = self.decode(samples)
@@ -90,7 +93,7 @@ class Worker:
         return replace(task.about(args), kind=kind, metrics=metrics, per_prompt=rounded, samples=task.folder)
 
     def samples(self, task: Task, model: Any) -> Samples:
-        """Drawn now, or by an earlier call with the same settings."""
+        """Sample the task, or reuse the samples of an earlier call with the same settings."""
         args, row, held_out = self.args, task.row, self.held_out
         file = Path(args.output_dir) / "samples" / task.tokens_file
         samples = kept_tokens(file, held_out, args.samples_per_prompt, args.chat_template_kwargs)
@@ -110,7 +113,7 @@ class Worker:
         return samples
 
     def decode(self, samples: Samples) -> list[Completion]:
-        """The samples as sounds, by the codec or the model's own; else as texts."""
+        """Decode the samples to audio, by the given codec or the model's own; without one, to text."""
         if self.codec is not None:
             return list(self.codec.decode(samples.token_ids))
         return list(self.tokenizer.batch_decode(samples.token_ids, skip_special_tokens=True))
@@ -120,7 +123,7 @@ class Worker:
         KL to the guided teacher and entropy of each sample.
 
         Raises:
-            ValueError: If one is NaN.
+            ValueError: If a value is NaN.
         """
         args = self.args
         terms = teacher_terms(
@@ -128,15 +131,15 @@ class Worker:
             row.temperature, row.guidance_scale, args.batch_size, self._bar("KL"), row.negative_prompt,
         )  # fmt: skip
         if terms.kl.isnan().any() or terms.entropy.isnan().any():
-            remedy = "its model or the base is broken" if args.dtype == "float32" else "try float32"
+            remedy = "the weights of its model or of the base are broken" if args.dtype == "float32" else "try float32"
             raise ValueError(
-                f"`{row.name}` gives log-probabilities that are NaN with `dtype={args.dtype}`, so that its samples "
-                f"mean nothing; {remedy}"
+                f"`{row.name}` gives log-probabilities that are NaN with `dtype={args.dtype}`, so its samples are "
+                f"meaningless; {remedy}"
             )
         return terms
 
     def inform(self, samples: Samples, completions: list[Completion]) -> torch.Tensor:
-        """What each sample tells about its prompt under the base, nats."""
+        """Pointwise mutual information of each sample and its prompt under the base, nats, `(B,)`."""
         base, bar = self.models.base, self._bar("inform")
         if self.codec is None:
             requests = [question_of(prompt) for prompt in samples.repeated_prompts]
@@ -157,7 +160,7 @@ def measure_tasks(
     args: EvaluateArguments,
     extra_metrics: Mapping[str, RewardFunction],
 ) -> Iterator[Result]:
-    """The lines of tasks, as each is done."""
+    """Measure tasks, in `args.num_processes` processes, and yield each result when it is done."""
     if not tasks:
         return
     rows = [task.row for task in tasks]
@@ -168,7 +171,7 @@ def measure_tasks(
             print(f"[{number}/{len(tasks)}] {task.row.name}", flush=True)
             yield worker(task)
         return
-    # The slow ones first, so that no process is left alone with one of them; else in order, which loads least often
+    # Slow rows first, so that none of them runs alone at the end; otherwise in order, which minimises model loading
     ordered = sorted(tasks, key=lambda task: task.row.guidance_scale == 1)
     others = set(active_children())
     pool = ProcessPoolExecutor(args.num_processes, get_context("spawn"), initializer=_end_with_parent)
@@ -181,18 +184,18 @@ def measure_tasks(
                 bar.update()
     except BaseException:
         for process in set(active_children()) - others:
-            process.terminate()  # or it would first finish the row that nobody waits for
+            process.terminate()  # otherwise it would first finish its row
         raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 _WORKER: list[Worker] = []
-"""The one of this process, once it has measured a row."""
+"""The worker of this process, once created."""
 
 
 def _measure(task: Task, make: partial[Worker]) -> Result:
-    """One row in a process that keeps models and judges for the next."""
+    """Measure a row; models and judges stay loaded for the next."""
     if not _WORKER:
         keep_freed_memory()
         _WORKER.append(make())
@@ -200,7 +203,7 @@ def _measure(task: Task, make: partial[Worker]) -> Result:
 
 
 def _end_with_parent() -> None:
-    """Ends this process when the one that started it ends, also by a signal that cannot be handled."""
+    """End this process when its parent ends, even if the parent is killed."""
     parent = parent_process()
 
     def watch() -> None:

@@ -1,7 +1,7 @@
 """
-The table of all metrics: what each is called, its unit, which way is better, and how it is measured.
+The table of all metrics: key, label, unit, which direction is better, and how each is measured.
 
-Judging, `results.jsonl`, CSV, tables, plots and pages read this table; a new metric is one more entry of [`METRICS`].
+`results.jsonl`, CSV, tables, plots and pages use this table; to add a metric, add an entry to [`METRICS`].
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ from trl_drcd.evaluation.variety import (
 @dataclass
 class Drawn:
     """
-    The samples of a row and what they are measured by; what several metrics need is computed once.
+    The samples of a row with their judges; intermediate results that several metrics need are cached.
 
     Args:
         samples ([`Samples`]): Prompts and token ids.
-        completions (`list`): The same samples as texts or sounds.
-        judges ([`Judges`]): By whom.
-        seed (`int`, *optional*, defaults to 0): Of bootstraps.
-        score (`Callable`, *optional*): Gives KL and entropy of each sample under the model and its teacher.
-        inform (`Callable`, *optional*): Gives what each sample tells about its prompt under the base, nats, `(B,)`.
+        completions (`list`): The same samples decoded to text or audio.
+        judges ([`Judges`]): Models and functions that score them.
+        seed (`int`, *optional*, defaults to 0): Random seed of bootstraps.
+        score (`Callable`, *optional*): Returns KL to the teacher and entropy of each sample.
+        inform (`Callable`, *optional*): Returns the pointwise mutual information of each sample and its prompt under
+            the base, nats, `(B,)`.
     """
 
     samples: Samples
@@ -52,17 +53,17 @@ class Drawn:
 
     @cached_property
     def texts(self) -> list[str]:
-        """The completions, where they are texts; else none."""
+        """The completions that are text; empty for audio."""
         return [item for item in self.completions if isinstance(item, str)]
 
     @cached_property
     def terms(self) -> SequenceTerms | None:
-        """KL and entropy of each sample."""
+        """KL and entropy of each sample; `None` without `score`."""
         return self.score and self.score()
 
     @cached_property
     def frechet(self) -> dict[str, Interval]:
-        """The Fréchet distance to the judge's reference, and its floor; empty where there is no reference."""
+        """The Fréchet distance to the judge's reference and its floor; empty without a reference."""
         judges = self.judges
         if judges.hear is None or judges.reference is None:
             return {}
@@ -70,19 +71,19 @@ class Drawn:
         return frechet_to_reference(heard, self.samples.samples_per_prompt, judges.reference, seed=self.seed)
 
     def embeddings(self, name: str) -> torch.Tensor | None:
-        """Embeddings `(B, D)` by the embedder of that name; `None` where there is none."""
+        """Embeddings `(B, D)` from the embedder called `name`; `None` if there is none."""
         embed = self.judges.embedders.get(name)
         if embed is not None and name not in self._embeddings:
             self._embeddings[name] = embed_all(EMBEDDER_OF.get(name, name), embed, self.completions)
         return self._embeddings.get(name)
 
     def of_prompts(self, values: torch.Tensor | list[float]) -> np.ndarray:
-        """Values of the samples, `(B,)`, as means over those of each prompt, `(P,)`."""
+        """Average values of the samples, `(B,)`, over each prompt, `(P,)`."""
         return per_prompt(values, self.samples.samples_per_prompt)
 
 
 Measured = np.ndarray | Interval | None
-"""A value of each prompt, `(P,)`; or of all prompts together, with its interval; `None` where it is not measured."""
+"""One value per prompt, `(P,)`; or one value for all prompts with its interval; `None` if it is not measured."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,12 @@ class Metric:
     A metric.
 
     Args:
-        key (`str`): What `results.jsonl` calls it.
-        label (`str`): What people read.
-        unit (`str`, *optional*): Of its values; empty if it has none.
-        better (`str`, *optional*): `"higher"` or `"lower"`; `None` where neither is.
-        measure (`Callable`, *optional*): Measures it of a row's samples; `None` where it is made of other metrics.
-        role (`str`, *optional*): `"quality"` or `"diversity"`: an axis of the fronts.
+        key (`str`): Its name in `results.jsonl`.
+        label (`str`): Its name in tables and plots.
+        unit (`str`, *optional*): Unit of its values; empty if dimensionless.
+        better (`str`, *optional*): `"higher"` or `"lower"`; `None` if neither.
+        measure (`Callable`, *optional*): Measures it on a row's samples; `None` if it is derived from other metrics.
+        role (`str`, *optional*): `"quality"` or `"diversity"` if it is an axis of the fronts.
         column (`bool`, *optional*, defaults to `True`): Whether it is a column of the report's table.
     """
 
@@ -114,7 +115,7 @@ class Metric:
         return f"{self.label} ({self.unit})" if self.unit else self.label
 
 
-# ---------------------------------------------------------------- how each is measured
+# ---------------------------------------------------------------- measurement of each
 
 
 def _within(drawn: Drawn, embedder: str) -> Measured:
@@ -176,7 +177,7 @@ def _speed(drawn: Drawn) -> Measured:
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("quality", "quality", better="higher", role="quality"),  # of adherence and preference: `with_quality`
+    Metric("quality", "quality", better="higher", role="quality"),  # derived, see `with_quality`
     Metric("adherence", "text adherence", "cosine", "higher", partial(_adherence, judge="adherence"), "quality"),
     Metric("adherence_clap", "adherence by CLAP", "cosine", "higher", partial(_adherence, judge="adherence_clap")),
     Metric("adherence_cross_encoder", "adherence by the cross-encoder", better="higher",
@@ -199,28 +200,28 @@ METRICS: tuple[Metric, ...] = (
 )  # fmt: skip
 
 
-# ---------------------------------------------------------------- who reads the table
+# ---------------------------------------------------------------- queries of the table
 
 
 def metric(key: str) -> Metric:
-    """The metric of that key; a user's own is called by its key."""
+    """The metric with that key; a user's own metric is labelled with its key."""
     return next((known for known in METRICS if known.key == key), Metric(key, key.replace("_", " "), better="higher"))
 
 
 def in_order(keys: Iterable[str]) -> list[Metric]:
-    """The metrics with these keys in the order of the table, a user's own after them."""
+    """The metrics with these keys in the order of the table, followed by a user's own."""
     given = dict.fromkeys(keys)
     known = [one for one in METRICS if one.key in given]
     return [*known, *(metric(key) for key in given if key not in {one.key for one in known})]
 
 
 def axes(keys: Iterable[str], role: Literal["quality", "diversity"]) -> list[str]:
-    """The keys of the metrics, of those given, that are axes of the fronts in that role."""
+    """Those of `keys` that are axes of the fronts in the given role."""
     return [one.key for one in in_order(keys) if one.role == role]
 
 
 def measured(drawn: Drawn) -> Iterator[tuple[str, np.ndarray | Interval]]:
-    """Key and value of every metric that can be measured of the samples, a user's rewards among them."""
+    """Key and value of every metric that can be measured on the samples, including a user's rewards."""
     rewards = [Metric(key, key, measure=partial(_reward, function=f)) for key, f in drawn.judges.rewards.items()]
     for one in [*METRICS, *rewards]:
         value = one.measure(drawn) if one.measure else None
@@ -230,21 +231,24 @@ def measured(drawn: Drawn) -> Iterator[tuple[str, np.ndarray | Interval]]:
 
 def measure(drawn: Drawn) -> tuple[dict[str, Interval], dict[str, np.ndarray]]:
     """
-    Measures everything.
+    Measure every metric.
 
     Args:
         drawn ([`Drawn`]): Samples and judges.
 
     Returns:
-        `tuple`: Every metric with its interval, and the values on each prompt, `(P,)`, of those that have them.
+        `tuple`: Every metric with its interval, and the values per prompt, `(P,)`, of those that have them.
 
     Raises:
-        ValueError: If a metric has not one value for each prompt.
+        ValueError: If a metric does not have one value per prompt.
     """
     values = dict(measured(drawn))
     by_prompt = {key: value for key, value in values.items() if isinstance(value, np.ndarray)}
     for key, value in by_prompt.items():
         if value.shape != (len(drawn.samples.prompts),):
-            raise ValueError(f"metric `{key}` has the shape {value.shape}; expected one value for each prompt")
+            raise ValueError(
+                f"metric `{key}` has shape {value.shape}; expected one value for each of the "
+                f"{len(drawn.samples.prompts)} prompts"
+            )
     intervals = {k: bootstrap_interval(v) if isinstance(v, np.ndarray) else v for k, v in values.items()}
     return intervals, by_prompt

@@ -1,4 +1,4 @@
-"""The models of rows, in memory: the base, trained models, and mixtures of several."""
+"""Load the models of rows: the base, trained models, and interpolations of several."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from trl_drcd.validation.model_folders import load_model
 
 class Models:
     """
-    The models of the rows, one set of ends in memory at a time: a sweep of lambda loads two checkpoints once.
+    Loads models of rows and keeps the latest set in memory: a sweep of lambda loads its two checkpoints once.
 
     Args:
-        base (`str`): Folder or hub name of the base model.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of all.
-        device (`torch.device`, *optional*): The accelerator, where there is one, if `None`.
+        base (`str`): Folder or Hub name of the base model.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Data type of all models.
+        device (`torch.device`, *optional*): Device of all models; if `None`, the accelerator if there is one, else the
+            CPU.
 
     Raises:
-        ValueError: If the base has a weight that is not finite.
+        ValueError: If the base has a weight that is NaN or infinite.
     """
 
     def __init__(self, base: str, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
@@ -36,21 +37,21 @@ class Models:
 
     def __call__(self, row: Row) -> Any:
         """
-        The row's model, in evaluation mode; good until the next call.
+        The row's model in evaluation mode; valid until the next call.
 
         Raises:
-            ValueError: If it has a weight that is not finite.
+            ValueError: If it has a weight that is NaN or infinite.
         """
         if not row.models:
             return self.base
         if self._loaded[0] != row.models:
-            self._loaded = ((), self.base)  # frees the memory before more is loaded
+            self._loaded = ((), self.base)  # frees memory before loading
             self._loaded = (row.models, self._assemble(row.models))
         model = self._loaded[1]
         if len(row.models) > 1:
             weights: float | list[float] = list(row.weights)
             if isinstance(model, PeftModel) and BASE in row.models:
-                weights = row.weights[row.models.index(BASE)]  # lambda of one adapter is the base's share
+                weights = row.weights[row.models.index(BASE)]  # lambda of a single adapter is the weight of the base
             set_interpolation_weight(model, weights)
         _check_finite(model, f"`strategies` ({row.strategy}): {' + '.join(row.models)}")
         return model
@@ -73,7 +74,7 @@ class Models:
 
 
 def _check_finite(model: Any, where: str) -> None:
-    """Refuses a model with a weight that is NaN or infinite, whose samples would be noise that looks like samples."""
+    """Raise `ValueError` if a weight is NaN or infinite; the samples would be noise without any other error."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{where} has a weight that is not finite, in {name}; train it again, or leave it out")

@@ -1,4 +1,4 @@
-"""From arguments to work: held-out prompts and rows, each row with the digests of all that its numbers depend on."""
+"""Plan an evaluation: the held-out prompts and the rows, each with digests of everything its metrics depend on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ JUDGES = (
     "codec", "embedder", "second_embedder", "judge", "reference", "clap", "cross_encoder", "reward_model",
     "preference",
 )  # fmt: skip
-"""Arguments that name what hears or judges."""
+"""Arguments that name a codec, embedder or judge."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Task:
     A row to be measured.
 
     Args:
-        row ([`Row`]): How it is sampled.
-        drawn (`str`): Digest of what its samples depend on.
-        settings (`str`): Digest of what its numbers depend on.
+        row ([`Row`]): Its settings.
+        drawn (`str`): Digest of everything that its samples depend on.
+        settings (`str`): Digest of everything that its metrics depend on.
     """
 
     row: Row
@@ -61,16 +61,16 @@ class Task:
 
     @property
     def tokens_file(self) -> str:
-        """Name of the file of its token ids, in `samples/`."""
+        """Name of the file of its token ids in `samples/`."""
         return f"{self.row.slug}_{self.drawn}.safetensors"
 
     @property
     def folder(self) -> str:
-        """Name of the folder of its kept samples, in `samples/`."""
+        """Name of the folder of its kept samples in `samples/`."""
         return f"{self.row.slug}_{self.settings}"
 
     def about(self, args: EvaluateArguments) -> Result:
-        """Its line of `results.jsonl`, but for what is measured."""
+        """Its line of `results.jsonl` without measurements."""
         row = self.row
         return Result(
             strategy=row.strategy,
@@ -94,22 +94,22 @@ class Task:
 
 def plan(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction]) -> tuple[HeldOut, list[Task]]:
     """
-    Parses and checks everything that can be checked before a model is loaded.
+    Parse the arguments and check everything that can be checked before a model is loaded.
 
     Args:
-        args ([`EvaluateArguments`]): Everything.
+        args ([`EvaluateArguments`]): Settings of the evaluation.
         extra_metrics (`dict`): Name of a metric to a callable with TRL's reward signature.
 
     Returns:
-        `tuple`: The prompts, and the rows in the order of the strategies.
+        `tuple`: The prompts, and the tasks in the order of the strategies.
 
     Raises:
-        FileNotFoundError: If a folder or file is not there.
-        ValueError: If a strategy is not well-formed, or there are fewer prompts than asked for.
+        FileNotFoundError: If a folder or file does not exist.
+        ValueError: If a strategy is invalid, or there are fewer prompts than `num_prompts`.
     """
     rows = expand(chosen(args.strategies, args.only))
     if args.omega == "equal" and args.preference and len({row.point for row in rows}) < 2:
-        raise ValueError(f"`omega=equal` compares strategies, and `{rows[0].point}` is the only one; give a number")
+        raise ValueError(f"`omega=equal` needs at least 2 points, got only `{rows[0].point}`; give a number")
     digest = functools.cache(content_digest)
     check_parts(args, digest)
     held_out = held_out_prompts(args)
@@ -133,7 +133,7 @@ def plan(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction]) -
 
 def held_out_prompts(args: EvaluateArguments) -> HeldOut:
     """
-    The first different prompts of the data set, each with its own negative and teacher's prompt where there are these.
+    The first `num_prompts` distinct prompts of the data set, with their negative and teacher prompts if it has them.
 
     Raises:
         ValueError: If there are too few.
@@ -149,7 +149,7 @@ def held_out_prompts(args: EvaluateArguments) -> HeldOut:
             first.setdefault(json.dumps(row[0]), row)
     if len(first) < args.num_prompts:
         raise ValueError(
-            f"`dataset={args.dataset}` has {len(first)} different prompts, `num_prompts` is {args.num_prompts}"
+            f"`dataset={args.dataset}` has {len(first)} distinct prompts, but `num_prompts` is {args.num_prompts}"
         )
     prompts, own, taught = (list(column) for column in zip(*first.values(), strict=True))
     return HeldOut(prompts, own if any(own) else None, taught if any(taught) else None)
@@ -163,8 +163,10 @@ def sampling_digest(
     suppressed: list[int] | None = None,
 ) -> str:
     """
-    Names what the samples of a row depend on: the contents of the models, not their names; those of weight 0 do not
-    count, nor does the base, so that the ends of a sweep are the models that they are.
+    Digest of everything that the samples of a row depend on.
+
+    Models count by content, not by name, and models of weight 0 are left out, so that the end of a sweep of lambda
+    has the digest of the model itself.
     """
     mixed = zip(row.models, row.weights, strict=True)
     models = [digest(args.model), *((digest(name), weight) for name, weight in mixed if weight and name != BASE)]
@@ -188,13 +190,13 @@ def _judge_digest(name: str, digest: Callable[[str], str]) -> str:
 
 
 def _source_digest(name: str, digest: Callable[[str], str]) -> str:
-    """Of a function `module.function`: its name and the module's source."""
+    """The name of a function, `module.function`, with the digest of its module's source."""
     file = source_file(name)
     return f"{name} {digest(str(file)) if file else ''}"
 
 
 def _function_digest(function: RewardFunction, digest: Callable[[str], str]) -> str:
-    """Of a callable: the source of the module that it is from, where there is one."""
+    """Digest of the source of a callable's module; empty if there is none."""
     try:
         file = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
     except TypeError:
@@ -203,7 +205,7 @@ def _function_digest(function: RewardFunction, digest: Callable[[str], str]) -> 
 
 
 def unmeasured(tasks: Iterable[Task], done: Mapping[str, Result]) -> list[Task]:
-    """The first task of each settings that is not done."""
+    """The tasks that are not done yet, one for each `settings`."""
     waiting: dict[str, Task] = {}
     for task in tasks:
         if task.settings not in done:

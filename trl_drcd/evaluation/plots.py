@@ -1,4 +1,4 @@
-"""Plots of what was measured: the quality-diversity front, curves along lambda, two measures of diversity."""
+"""Plots of an evaluation: the quality-diversity front, curves along lambda, embedding diversity against entropy."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from trl_drcd.evaluation.metrics import metric
 from trl_drcd.evaluation.points import Comparison, Point, by_strategy, lambda_of, lambda_sweeps, sweeps_base
 from trl_drcd.files import write_bytes
 
-# Of matplotlib, an optional dependency
+# Types of matplotlib, an optional dependency
 Figure = Any
 Axes = Any
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; yellow is too light for lines on white
+# Okabe and Ito's colour-blind-safe palette, without yellow, which is too light for lines on white
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "osD^vph*<>"
-# Where labels stand, one sweep after the other: offset in points and alignment
+# Preferred label positions, by sweep: offset in points and alignment
 PLACES = (((6, 5), "left"), ((-6, -11), "right"), ((6, -11), "left"))
 SWEPT = {"guidance_scale": "γ", "temperature": "T", "interpolation_weight": "λ"}
 
@@ -31,11 +31,11 @@ SWEPT = {"guidance_scale": "γ", "temperature": "T", "interpolation_weight": "λ
 @dataclass(frozen=True)
 class Plot:
     """
-    A plot in files.
+    A plot of the report.
 
     Args:
-        heading (`str`): What it shows.
-        png (`bytes`): The picture.
+        heading (`str`): Its heading on the page.
+        png (`bytes`): The PNG image.
     """
 
     heading: str
@@ -43,18 +43,18 @@ class Plot:
 
 
 def _plain(name: str) -> str:
-    """A name as matplotlib shows it letter by letter: no formula, and not left out for a `_` at its head."""
+    """A name that matplotlib shows literally: `$` starts no formula, and a leading `_` does not hide the label."""
     return f" {name}".replace("$", r"\$") if name.startswith("_") else name.replace("$", r"\$")
 
 
 def _axis(key: str) -> str:
-    """A metric's heading, with an arrow to where it is better."""
+    """A metric's heading, with an arrow towards better values."""
     arrow = {"higher": "  →", "lower": "  ←", None: ""}
     return metric(key).heading + arrow[metric(key).better]
 
 
 def _style(number: int) -> dict[str, Any]:
-    """Colour and marker of a strategy; a colour that is taken comes back hollow."""
+    """Colour and marker of a strategy; once all colours are used, markers are hollow."""
     colour, again = COLOURS[number % len(COLOURS)], number >= len(COLOURS)
     return {
         "color": colour, "marker": MARKERS[number % len(MARKERS)], "markeredgewidth": 1.2 if again else 0.7,
@@ -63,7 +63,7 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def swept(group: Sequence[Point]) -> str | None:
-    """What differs among the points of a strategy: `guidance_scale`, `temperature` or `interpolation_weight`."""
+    """The setting that a strategy sweeps: `guidance_scale`, `temperature`, `interpolation_weight` or `None`."""
     return next((name for name in SWEPT if len({getattr(point, name) for point in group}) > 1), None)
 
 
@@ -78,7 +78,7 @@ def _panels(rows: int, columns: int, size: tuple[float, float], **options: Any) 
 
 
 def _interval(points: Sequence[Point], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Means `(n,)`, and distances `(2, n)` to the low and the high end of their intervals."""
+    """Means `(n,)`, and distances `(2, n)` to the lower and upper ends of their intervals."""
     ends = [point.metrics[key] for point in points]
     mean, low, high = np.array([(end["mean"], end["low"], end["high"]) for end in ends]).T
     return mean, np.stack([mean - low, high - mean])
@@ -86,11 +86,11 @@ def _interval(points: Sequence[Point], key: str) -> tuple[np.ndarray, np.ndarray
 
 def front_plot(points: Sequence[Point], x: str = "diversity", y: str = "quality") -> Figure:
     """
-    Every point with its 95 % intervals, those of a sweep joined: Fig. 1 and 3 of the paper.
+    Plot every point with its 95 % intervals and join the points of a sweep: Fig. 1 and 3 of the paper.
 
     Args:
-        points (`list[Point]`): Of [`~trl_drcd.evaluation.points.pooled`].
-        x, y (`str`, *optional*): Metrics; both are better the higher.
+        points (`list[Point]`): From [`~trl_drcd.evaluation.points.pooled`].
+        x, y (`str`, *optional*): Keys of the metrics on the axes; higher must be better for both.
 
     Returns:
         `matplotlib.figure.Figure`: See [`save`].
@@ -107,7 +107,7 @@ def front_plot(points: Sequence[Point], x: str = "diversity", y: str = "quality"
         style, parameter = _style(number), swept(group)
         joined = group
         if parameter:
-            # A sweep of the base goes through the base, which has a marker of its own
+            # The line of a sweep of the base also passes through the base, which has its own marker
             joined = sorted([*group, *(base if sweeps_base(group) else [])], key=lambda p: getattr(p, parameter))
             ends_first = [group[0], group[-1], *group[1:-1]]
             labels += [_Label(point, parameter, style["color"], sweeps) for point in ends_first]
@@ -130,7 +130,7 @@ def front_plot(points: Sequence[Point], x: str = "diversity", y: str = "quality"
 
 @dataclass(frozen=True)
 class _Label:
-    """What is swept at a point, in the colour of its sweep, which has a number."""
+    """Label of a point with its value of the swept setting; `sweep` is the number of the sweep."""
 
     point: Point
     parameter: str
@@ -144,8 +144,8 @@ class _Label:
 
 def _annotate(axes: Axes, labels: Sequence[_Label], points: np.ndarray, x: str, y: str) -> None:
     """
-    Labels beside their points, in the sweep's place or the first free one, but for those that would lie on an earlier
-    label or on one of the points, `(n, 2)`, everywhere.
+    Place labels beside their points: at the sweep's preferred position, else at the first that overlaps no earlier
+    label and none of the `points`, `(n, 2)`; labels without a free position are dropped.
     """
     axes.autoscale_view()
     dots = axes.transData.transform(points)
@@ -171,15 +171,15 @@ def _annotate(axes: Axes, labels: Sequence[_Label], points: np.ndarray, x: str, 
 
 def lambda_plot(points: Sequence[Point], metrics: Sequence[str] = ("quality", "diversity")) -> Figure | None:
     """
-    Metrics along lambda beside the straight line between the ends (Fig. 4, left, of the paper), and below them how far
-    they lie above that line, paired over prompts; with 95 % bands.
+    Plot metrics along lambda with the straight line between their ends (Fig. 4, left, of the paper), and below them
+    how far they lie above that line, paired over prompts; with 95 % bands.
 
     Args:
-        points (`list[Point]`): Of [`~trl_drcd.evaluation.points.pooled`]; what is no sweep of lambda is left out.
-        metrics (`Sequence[str]`, *optional*): One column each.
+        points (`list[Point]`): From [`~trl_drcd.evaluation.points.pooled`]; only sweeps of lambda are plotted.
+        metrics (`Sequence[str]`, *optional*): Keys of the metrics, one column each.
 
     Returns:
-        `matplotlib.figure.Figure` or `None`: `None` where no lambda goes from 0 to 1.
+        `matplotlib.figure.Figure` or `None`: `None` if no sweep of lambda goes from 0 to 1.
     """
     sweeps, comparison = lambda_sweeps(points), Comparison(points)
     if not sweeps:
@@ -192,7 +192,7 @@ def lambda_plot(points: Sequence[Point], metrics: Sequence[str] = ("quality", "d
             mean, bars = _interval(group, key)
             above.plot(at, mean, "-", markersize=5, label=_plain(strategy), **style)
             above.plot([0, 1], mean[[0, -1]], "--", color=style["color"], linewidth=1)
-            if len(sweeps) <= 2:  # of more, bands on bands hide everything; their ends are in the table
+            if len(sweeps) <= 2:  # bands of more sweeps would hide each other; the table has their ends
                 above.fill_between(at, mean - bars[0], mean + bars[1], color=style["color"], alpha=0.15, linewidth=0)
             gaps = above_diagonal(comparison.curve(group, key)[..., 0], at)
             ends = [comparison.interval(gap) for gap in gaps]
@@ -209,12 +209,11 @@ def lambda_plot(points: Sequence[Point], metrics: Sequence[str] = ("quality", "d
 
 def agreement_plot(points: Sequence[Point], diversities: Sequence[str]) -> Figure:
     """
-    Embedding diversity against entropy per token, one dot for each strategy, with their correlation: Fig. 7 of the
-    paper.
+    Plot embedding diversity against entropy per token, one dot per point, with their correlation: Fig. 7 of the paper.
 
     Args:
-        points (`list[Point]`): Of [`~trl_drcd.evaluation.points.pooled`], at least 3.
-        diversities (`Sequence[str]`): One panel each.
+        points (`list[Point]`): From [`~trl_drcd.evaluation.points.pooled`], at least 3.
+        diversities (`Sequence[str]`): Keys of the diversity metrics, one panel each.
     """
     comparison = Comparison(points)
     figure, panels = _panels(1, len(diversities), (4.6 * len(diversities) + 1.6, 4.4))
@@ -234,7 +233,7 @@ def agreement_plot(points: Sequence[Point], diversities: Sequence[str]) -> Figur
 
 
 def save(figure: Figure, path: Path) -> bytes:
-    """Writes `path` with `.png` and with `.svg`, each in one piece; returns the PNG."""
+    """Write the figure to `path` with the suffixes `.png` and `.svg`, each atomically; return the PNG."""
     written = {}
     for kind in ("png", "svg"):
         file = io.BytesIO()
@@ -247,7 +246,7 @@ def save(figure: Figure, path: Path) -> bytes:
 def write_plots(
     points: Sequence[Point], qualities: Sequence[str], diversities: Sequence[str], folder: Path
 ) -> list[Plot]:
-    """The plots that what was measured allows, as PNG and SVG files in a folder."""
+    """Write every plot whose metrics were measured, as PNG and SVG files, into `folder`."""
     figures: dict[str, tuple[str, Figure]] = {}
     for diversity in diversities:
         for quality in qualities:

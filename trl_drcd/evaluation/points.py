@@ -1,5 +1,5 @@
 """
-Lines of `results.jsonl` as points to be compared: quality made of its parts, training seeds pooled, paired replicates.
+Points from lines of `results.jsonl`: compute quality, pool training seeds, compare with paired replicates.
 
 Letters: `n` points, `R` training seeds of a point, `P` prompts.
 """
@@ -18,11 +18,11 @@ from trl_drcd.evaluation.statistics import Interval, Resampling, bootstrap_inter
 @dataclass(frozen=True, kw_only=True)
 class Point(Result):
     """
-    Rows that differ in their training seed alone; what it says is the first's, with `name` the point's.
+    Rows that differ only in their training seed, pooled. Fields are those of the first row; `name` is the point's.
 
     Args:
-        runs (`int`): `R`, how many they are.
-        values (`dict`): Metric to its values, shape `(R, P)`, of those metrics that all rows have by prompt.
+        runs (`int`): `R`, the number of rows.
+        values (`dict`): Metric to its values, shape `(R, P)`, for metrics with values per prompt in all rows.
     """
 
     runs: int = 1
@@ -34,21 +34,21 @@ class Point(Result):
 
 def with_quality(results: Sequence[Result], omega: str | float = 5.0) -> list[Result]:
     """
-    Lines with `quality = omega * adherence + preference` of each prompt, its interval, and the `omega` used.
+    Add `quality = omega * adherence + preference` per prompt, its interval, and the `omega` used.
 
-    Where nothing has a preference, quality is adherence, and `omega` is `None`. The paper takes 5 so that both parts
-    vary alike (Section 3.1); `equal` does so for the lines at hand: the range (largest minus smallest) of the mean
-    preferences over that of the mean adherences, training seeds pooled.
+    Without a preference in every line, quality is adherence and `omega` is `None`. The paper uses 5 to give both terms
+    a similar range (Section 3.1). `"equal"` computes omega from the given lines: the range (largest minus smallest) of
+    the mean preferences over that of the mean adherences, with training seeds pooled.
 
     Args:
-        results (`list[Result]`): Lines; stored as they were measured, so that another omega needs no measuring.
+        results (`list[Result]`): Lines; another omega needs no new measurement.
         omega (`str` or `float`, *optional*, defaults to 5.0): A number, or `"equal"`.
 
     Returns:
-        `list[Result]`: New lines, in order; without adherence as they were.
+        `list[Result]`: New lines, in order; lines without adherence unchanged.
 
     Raises:
-        ValueError: If `omega="equal"` and the mean adherences are all one.
+        ValueError: If `omega="equal"` and all mean adherences are equal.
     """
     has = [{"adherence", "preference"} <= set(line.per_prompt) for line in results]
     weight = None if not all(has) else equal_omega(results) if omega == "equal" else float(omega)
@@ -63,11 +63,11 @@ def _with_quality(line: Result, omega: float | None) -> Result:
 
 
 def equal_omega(results: Sequence[Result]) -> float:
-    """The omega with which `omega * adherence` has the range of the preference over the points' means."""
+    """The omega for which `omega * adherence` has the same range of means over points as the preference."""
     points = pooled(results)
     adherence, preference = (np.ptp([p.values[m].mean() for p in points]) for m in ("adherence", "preference"))
     if adherence == 0:
-        raise ValueError("`omega=equal` needs strategies that differ in adherence; all have one mean; give a number")
+        raise ValueError("`omega=equal` needs points that differ in adherence, got equal means; give a number")
     return float(preference / adherence)
 
 
@@ -76,10 +76,10 @@ def equal_omega(results: Sequence[Result]) -> float:
 
 def pooled(results: Iterable[Result]) -> list[Point]:
     """
-    One point for the rows that differ in their training seed alone, with intervals over prompts and seeds.
+    Pool rows that differ only in their training seed into points, with intervals over prompts and seeds.
 
     Args:
-        results (`list[Result]`): Lines.
+        results (`list[Result]`): Lines, with the same prompts.
 
     Returns:
         `list[Point]`: In order of first appearance.
@@ -105,15 +105,15 @@ def _pool(name: str, lines: Sequence[Result]) -> Point:
 
 
 def _mean_of(values: np.ndarray) -> Interval:
-    """The mean of `(R, P)`, with its interval over both."""
+    """Mean of values `(R, P)`, with its interval over training seeds and prompts."""
     resampling = Resampling.of([values])
     return resampling.interval(resampling.means(values))
 
 
 def _mean_of_intervals(intervals: Sequence[Interval], about: Result) -> Interval:
     """
-    The mean over training seeds of a metric that is not prompt by prompt; its variance over prompts, which the seeds
-    share, is told from the width of their intervals.
+    Mean over training seeds of a metric without values per prompt. Its variance over prompts, which the seeds share,
+    is inferred from the mean width of their intervals.
     """
     means = np.array([one["mean"] for one in intervals])
     half = float(np.mean([one["high"] - one["low"] for one in intervals])) / 2
@@ -123,7 +123,7 @@ def _mean_of_intervals(intervals: Sequence[Interval], about: Result) -> Interval
 
 
 NORMAL = 1.959964
-"""Standard errors to the end of a normal distribution's interval at 95 %."""
+"""Half the width of a normal distribution's 95 % interval, in standard errors."""
 
 
 # ---------------------------------------------------------------- comparisons
@@ -131,7 +131,7 @@ NORMAL = 1.959964
 
 class Comparison:
     """
-    Points on the same prompts, to compare statistics of them replicate by replicate.
+    Compares statistics of points on the same prompts, replicate by replicate.
 
     Args:
         points (`Sequence[Point]`): At least one.
@@ -143,22 +143,22 @@ class Comparison:
         self._means: dict[tuple[str, str], np.ndarray] = {}
 
     def means(self, point: Point, metric: str) -> np.ndarray:
-        """Mean and replicates of a metric of a point, `(replicates,)`."""
+        """Mean of a metric of a point, followed by its replicates, `(replicates,)`."""
         key = point.name, metric
         if key not in self._means:
             self._means[key] = self.resampling.means(point.values[metric])
         return self._means[key]
 
     def curve(self, points: Sequence[Point], *metrics: str) -> np.ndarray:
-        """Means and replicates of metrics of points, `(n, replicates, len(metrics))`."""
+        """Means of metrics of points, followed by their replicates, `(n, replicates, len(metrics))`."""
         return np.array([np.stack([self.means(point, metric) for metric in metrics], -1) for point in points])
 
     def difference(self, ours: Point, theirs: Point, metric: str) -> np.ndarray:
-        """Ours minus theirs, `(replicates,)`."""
+        """Difference of a metric, ours minus theirs, `(replicates,)`."""
         return self.means(ours, metric) - self.means(theirs, metric)
 
     def interval(self, statistic: np.ndarray) -> Interval:
-        """The interval of a statistic, `(replicates,)`."""
+        """Interval of a statistic given as `(replicates,)`."""
         return self.resampling.interval(statistic)
 
     def correlation(self, points: Sequence[Point], x: str, y: str) -> Interval:
@@ -178,11 +178,11 @@ class Comparison:
 
 
 def correlation(points: Sequence[Point], x: str, y: str) -> Interval:
-    """[`Comparison.correlation`] of points alone."""
+    """[`Comparison.correlation`] over the given points."""
     return Comparison(points).correlation(points, x, y)
 
 
-# ---------------------------------------------------------------- which points belong together
+# ---------------------------------------------------------------- groups of points
 
 
 def by_strategy(points: Iterable[Point]) -> dict[str, list[Point]]:
@@ -194,15 +194,15 @@ def by_strategy(points: Iterable[Point]) -> dict[str, list[Point]]:
 
 
 def sweeps_base(group: Sequence[Point]) -> bool:
-    """Whether points of a strategy differ from the base in one thing alone, guidance or temperature."""
+    """Whether the points of a strategy differ from the base only in guidance or only in temperature."""
     usual = all(p.temperature == USUAL_TEMPERATURE for p in group) or all(p.guidance_scale == 1 for p in group)
     return usual and not any(point.weights for point in group)
 
 
 def fronts_of(points: Sequence[Point]) -> dict[str, list[Point]]:
     """
-    Points that make a front together, at least two: each sweep (of the base model with the base in it), and the single
-    trained models as one.
+    Fronts of at least two points: each sweep (a sweep of the base also contains the base), and all single trained
+    models together.
     """
     base = [point for point in points if point.is_base()]
     groups = by_strategy(point for point in points if not point.is_base() and not point.is_trained())
@@ -212,14 +212,19 @@ def fronts_of(points: Sequence[Point]) -> dict[str, list[Point]]:
 
 
 def lambda_of(point: Point) -> float:
-    """The interpolation weight of a point that has one."""
+    """
+    The interpolation weight lambda of a point.
+
+    Raises:
+        ValueError: If it has none.
+    """
     if point.interpolation_weight is None:
         raise ValueError(f"`{point.name}` has no interpolation weight")
     return point.interpolation_weight
 
 
 def lambda_sweeps(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """The points of each strategy along lambda that goes from 0 to 1, by rising lambda."""
+    """The points of each strategy that sweeps lambda from 0 to 1, by increasing lambda."""
     groups = by_strategy(point for point in points if point.interpolation_weight is not None)
     sweeps = {name: sorted(group, key=lambda_of) for name, group in groups.items()}
     return {name: group for name, group in sweeps.items() if (lambda_of(group[0]), lambda_of(group[-1])) == (0, 1)}

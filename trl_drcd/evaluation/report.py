@@ -1,4 +1,4 @@
-"""What a reader gets of `results.jsonl`: `summary.csv`, plots, a page of tables and samples in HTML and Markdown."""
+"""The report of `results.jsonl`: `summary.csv`, plots, and a page of tables and samples in HTML and Markdown."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trl_drcd.evaluation.sampling import Prompt
 from trl_drcd.evaluation.tables import Table, markdown, markdown_text
 from trl_drcd.files import write_text
 
-# Nothing is loaded from elsewhere, and nothing runs
+# Content security policy: no remote resources and no scripts
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data: 'self' file:; media-src 'self' file:; base-uri 'none'; form-action 'none'"  # noqa: E501
 
 
@@ -36,9 +36,9 @@ class Sample:
     A completion on the page.
 
     Args:
-        label (`str`): Which it is, in words.
-        text (`str`, *optional*): The completion, of a text.
-        sound, picture (`str`, *optional*): Addresses of a WAV file and its spectrogram, relative to the page.
+        label (`str`): Description: strategy, number of the sample, prompt.
+        text (`str`, *optional*): The completion, if it is text.
+        sound, picture (`str`, *optional*): URLs of a WAV file and its spectrogram, relative to the page.
     """
 
     label: str
@@ -66,13 +66,13 @@ class PromptItems:
 @dataclass
 class Page:
     """
-    What is on a page.
+    Contents of the report page.
 
     Args:
-        title, introduction (`str`): Above everything.
-        tables (`list[Table]`): The first of all points, above the plots; the others below them.
-        prompts (`list[PromptItems]`): What can be heard or read.
-        plots (`list[Plot]`): Pictures.
+        title, introduction (`str`): Text at the top.
+        tables (`list[Table]`): The first, of all points, goes above the plots; the others below them.
+        prompts (`list[PromptItems]`): Completions by prompt.
+        plots (`list[Plot]`): The plots.
     """
 
     title: str
@@ -83,15 +83,15 @@ class Page:
 
     @property
     def sounds(self) -> bool:
-        """Whether there is something to hear."""
+        """Whether any completion is audio."""
         return any(sample.sound for prompt in self.prompts for item in prompt.items for sample in item.samples)
 
     def html(self) -> str:
-        """The page; every text in it is escaped."""
+        """Render the page as HTML; all text is escaped."""
         return TEMPLATES.get_template("report.html.j2").render(page=self, policy=POLICY)
 
     def markdown(self) -> str:
-        """Introduction, tables and texts; every prompt is shown letter by letter."""
+        """Render introduction, tables and texts as Markdown; prompts and completions are escaped."""
         parts = [self.introduction]
         for table in self.tables:
             parts.append((f"## {table.heading}\n\n" if table.heading else "") + markdown(table))
@@ -105,7 +105,7 @@ def _data_uri(png: bytes) -> str:
 
 
 def _with_small_interval(cell: str) -> Markup | str:
-    """`mean [low, high]` with the interval small and below; any other cell as it is."""
+    """`mean [low, high]` with the interval in small print below the mean; other cells are only escaped."""
     match = re.fullmatch(r"(\S+) (\[\S+ \S+\])", cell)
     return Markup("{}<small>{}</small>").format(*match.groups()) if match else escape(cell)
 
@@ -117,30 +117,30 @@ TEMPLATES.filters |= {"data_uri": _data_uri, "interval": _with_small_interval}
 
 
 def _fenced(prompt: PromptItems) -> str:
-    """A prompt's completions as a section of Markdown, each one paragraph, in a fence that none of them closes."""
+    """A prompt's completions as a section of Markdown, in a fence longer than any run of `~` in them."""
     texts = [f"{item.name}: {' '.join((s.text or '').split())}" for item in prompt.items for s in item.samples]
     lines = "\n".join(textwrap.fill(text, 110, subsequent_indent="    ") for text in texts)
     fence = "~" * (3 + max(map(len, re.findall("~+", lines)), default=0))
     return f"### {markdown_text(prompt.text)}\n\n{fence}text\n{lines}\n{fence}"
 
 
-# ---------------------------------------------------------------- what is on it
+# ---------------------------------------------------------------- contents
 
 
 def write_report(results: Sequence[Result], folder: Path) -> None:
     """
-    Writes `summary.csv`, plots, `report.html`, its tables and texts as `report.md`.
+    Write `summary.csv`, the plots, `report.html` and, with its tables and texts, `report.md`.
 
     Args:
-        results (`list[Result]`): The lines, in order.
-        folder (`Path`): Where it goes; the kept samples of the rows are those in its `samples/`.
+        results (`list[Result]`): Rows in the order of the report.
+        folder (`Path`): Output folder; kept samples are read from its `samples/`.
     """
     points = pooled(results)
     write_text(folder / "summary.csv", summary(results))
     known = set.intersection(*(set(point.values) for point in points))
     qualities, diversities = axes(known, "quality"), axes(known, "diversity")
     if "quality" in qualities and points[0].omega is None:
-        qualities = [key for key in qualities if key != "adherence"]  # which it is
+        qualities = [key for key in qualities if key != "adherence"]  # equal to quality without a preference
     tables = report_tables(points, qualities, diversities)
     plots = write_plots(points, qualities, diversities, folder)
     page = Page("Quality and diversity", about(points), tables, kept_samples(results, folder), plots)
@@ -149,7 +149,7 @@ def write_report(results: Sequence[Result], folder: Path) -> None:
 
 
 def report_tables(points: Sequence[Point], qualities: Sequence[str], diversities: Sequence[str]) -> list[Table]:
-    """The table of all points, then those of the comparisons that there are."""
+    """The table of all points, then the non-empty tables of comparisons."""
     pairs = [(quality, diversity) for quality in qualities for diversity in diversities]
     others = [
         *(fronts_table(points, *pair) for pair in pairs),
@@ -161,7 +161,7 @@ def report_tables(points: Sequence[Point], qualities: Sequence[str], diversities
 
 
 def kept_samples(results: Sequence[Result], folder: Path) -> list[PromptItems]:
-    """The kept completions of all rows by prompt, each under the prompt that its own folder says."""
+    """The kept completions of all rows by prompt, as recorded in each row's folder."""
     prompts: dict[str, PromptItems] = {}
     for result in results:
         numbers: dict[str, int] = {}
@@ -183,12 +183,12 @@ def _sample(clip: Clip, label: str, folder: Path) -> Sample:
 
 
 def request_of(prompt: Prompt) -> str:
-    """A prompt as it stands above its completions: the text, or the last turn of a conversation."""
+    """A prompt as the heading of its completions: the text, or the last turn of a conversation."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def about(points: Sequence[Point]) -> str:
-    """What the numbers are, in words."""
+    """Introduction of the report: how each number was measured."""
     first = points[0]
     parts = [
         f"{first.prompts} held-out prompts x {first.samples_per_prompt} samples, seed {first.seed}; mean and 95 % "
@@ -222,7 +222,7 @@ ABOUT_ROW = (
 
 
 def summary(results: Sequence[Result]) -> str:
-    """All rows as CSV: what they are, and mean, low and high of every metric."""
+    """All rows as CSV: their settings, and mean, low and high of every metric."""
     keys = [one.key for one in in_order(key for row in results for key in row.metrics)]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")

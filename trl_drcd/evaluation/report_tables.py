@@ -1,4 +1,4 @@
-"""The tables of a report: points, fronts against each other, curves along lambda, correlations."""
+"""The tables of a report: points, comparisons of fronts, curves along lambda, correlations."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from trl_drcd.evaluation.tables import Table, formatted, verdict
 
 
 def points_table(points: Sequence[Point]) -> Table:
-    """Every point with the metrics that all have, and what it costs."""
+    """Every point with the metrics that all points have, and its sampling cost."""
     known = set.intersection(*(set(point.metrics) for point in points))
     if "preference" not in known:
-        known -= {"quality"}  # which is adherence then
+        known -= {"quality"}  # equal to adherence without a preference
     columns = [one for one in in_order(points[0].metrics) if one.column and one.key in known]
     first = points[0].metrics["tokens_per_second"]["mean"]
     unit = "codes" if points[0].kind == "music" else "tokens"
@@ -34,8 +34,8 @@ def points_table(points: Sequence[Point]) -> Table:
 
 def fronts_table(points: Sequence[Point], quality: str, diversity: str) -> Table:
     """
-    Every pair of fronts: the difference of their heights in quality over the diversities that both reach, which says
-    which lies above, and of the areas that they dominate above the worst point of both, where reach counts as well.
+    Every pair of fronts: their mean difference in quality over the diversities that both reach, which decides which
+    lies above, and the difference of their hypervolumes above the worst point of both, which also counts reach.
     """
     comparison, rows = Comparison(points), []
     for (a, ours), (b, theirs) in combinations(fronts_of(points).items(), 2):
@@ -54,7 +54,7 @@ def fronts_table(points: Sequence[Point], quality: str, diversity: str) -> Table
 
 
 def lambda_table(points: Sequence[Point], metrics: Sequence[str]) -> Table:
-    """How far each metric along lambda lies above the straight line between the ends, paired, with intervals."""
+    """How far each metric along lambda lies above the straight line between its ends, with paired intervals."""
     comparison, rows = Comparison(points), []
     for strategy, group in lambda_sweeps(points).items():
         at = [lambda_of(point) for point in group]
@@ -69,7 +69,7 @@ def lambda_table(points: Sequence[Point], metrics: Sequence[str]) -> Table:
 
 
 def agreement_table(points: Sequence[Point], diversities: Sequence[str]) -> Table:
-    """Correlations over the points of the diversities with each other and with entropy: Appendix C.2."""
+    """Correlations over points of the diversities with each other and with entropy: Appendix C.2 of the paper."""
     metrics = [m for m in (*diversities, "entropy_per_token") if all(m in p.values for p in points)]
     usual = [point for point in points if point.temperature == USUAL_TEMPERATURE]
     groups = {"all": points} | ({f"at temperature {USUAL_TEMPERATURE}": usual} if len(usual) < len(points) else {})

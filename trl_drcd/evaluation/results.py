@@ -1,8 +1,8 @@
 """
-`results.jsonl`: its lines as typed rows, and how they are read, appended and rewritten.
+`results.jsonl`: its lines as typed rows, and reading, appending and rewriting them.
 
-This file alone knows the format. Every writer holds the folder's lock and reads the file anew before it rewrites it,
-so that several evaluations into one folder lose nothing of each other's.
+No other module parses this format. Every writer holds the folder's lock and reads the file again before rewriting it,
+so that concurrent evaluations into one folder do not lose each other's rows.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from trl_drcd.evaluation.statistics import Interval
 from trl_drcd.files import remove_temporaries, write_text
 
 USUAL_TEMPERATURE = 0.99
-"""What everything is sampled at unless it says otherwise, as in the paper."""
+"""Default sampling temperature, as in the paper."""
 FULL, FORBIDDEN = {errno.ENOSPC, errno.EDQUOT}, {errno.EROFS, errno.EACCES, errno.EPERM}
 ROOM = 2**20
-"""Bytes that the results and kept samples of a row take, about."""
+"""Approximate disk space of the results and kept samples of a row, bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """
-    A line of `results.jsonl`: one way to sample, and what was measured of its samples.
+    A line of `results.jsonl`: the settings of a row and the metrics of its samples.
 
     Args:
-        strategy (`str`): What a sweep is called; the rows of one strategy are one curve.
-        point (`str`): The strategy with what is swept in it; the same for all training seeds.
-        name (`str`): The point, with the training seed where there are several.
+        strategy (`str`): Name of the strategy; the rows of one strategy form one curve.
+        point (`str`): The strategy with its swept value; the same for all training seeds.
+        name (`str`): The point, with the training seed if there are several.
         model (`str`): The models, joined by ` + `.
-        weights (`tuple[float, ...]`): Of the models; empty for the base alone.
-        guidance_scale, temperature (`float`): Of the sampling.
-        diversity_coef, interpolation_weight, training_seed (*optional*): As the strategy says.
-        seed (`int`): Of the draws.
-        prompts, samples_per_prompt (`int`): How many.
-        teacher_guidance_scale (`float`): gamma of the teacher that the KL is taken to.
-        passes_per_token (`int`): 2 with guidance.
+        weights (`tuple[float, ...]`): Interpolation weights of the models; empty for the base alone.
+        guidance_scale, temperature (`float`): Sampling settings.
+        diversity_coef, interpolation_weight, training_seed (*optional*): As given by the strategy.
+        seed (`int`): Random seed of the samples.
+        prompts, samples_per_prompt (`int`): Number of prompts, and of samples of each.
+        teacher_guidance_scale (`float`): gamma of the teacher in the metric `kl`.
+        passes_per_token (`int`): Forward passes per sampled token: 2 with guidance, else 1.
         kind (`str`): `"text"` or `"music"`.
         metrics (`dict`): Every metric with its interval.
-        per_prompt (`dict`): Values on each prompt, of the metrics that have them.
-        samples (`str`): Folder of the kept samples, inside `samples/`.
-        settings (`str`): Digest of everything that the numbers depend on.
-        omega (`float`, *optional*): `quality = omega * adherence + preference`; `None` where quality is adherence.
-        more (`dict`): What other versions have written beside these.
+        per_prompt (`dict`): Values per prompt, for the metrics that have them.
+        samples (`str`): Name of the folder of the kept samples in `samples/`.
+        settings (`str`): Digest of everything that the metrics depend on.
+        omega (`float`, *optional*): `quality = omega * adherence + preference`; `None` if quality is adherence.
+        more (`dict`): Fields of other versions of this package.
     """
 
     strategy: str
@@ -81,14 +81,14 @@ class Result:
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> Self:
         """
-        The row that a line holds; what is missing, as in lines of earlier versions, has its default.
+        Parse a line; missing fields, as in lines of earlier versions, get their defaults.
 
         Raises:
-            ValueError: If it is no line of results: without a name, metrics and values by prompt.
+            ValueError: If `name`, `metrics` or `per_prompt` is missing.
         """
         name = line.get("name")
         if not isinstance(name, str) or not all(isinstance(line.get(key), dict) for key in ("metrics", "per_prompt")):
-            raise ValueError("no result of an evaluation")
+            raise ValueError("not a result of an evaluation")
         known = {one.name for one in fields(Result)} - {"more"}
         given = {"strategy": name, "point": name} | {key: line[key] for key in known & line.keys()}
         if "passes_per_token" not in line:
@@ -97,7 +97,7 @@ class Result:
         return cls(**given, more={key: value for key, value in line.items() if key not in known})
 
     def to_json(self) -> dict[str, Any]:
-        """The line of this row."""
+        """This row as a line of the file."""
         line = {one.name: getattr(self, one.name) for one in fields(Result)}
         line["weights"] = list(self.weights)
         if "quality" not in self.metrics:
@@ -105,11 +105,11 @@ class Result:
         return line | line.pop("more")
 
     def is_base(self) -> bool:
-        """The base model without guidance at the usual temperature."""
+        """Whether this is the base model without guidance at the default temperature."""
         return not self.weights and self.guidance_scale == 1 and self.temperature == USUAL_TEMPERATURE
 
     def is_trained(self) -> bool:
-        """One trained model as it is, without guidance at the usual temperature."""
+        """Whether this is a single trained model without guidance at the default temperature."""
         return len(self.weights) == 1 and self.guidance_scale == 1 and self.temperature == USUAL_TEMPERATURE
 
 
@@ -118,10 +118,11 @@ class Result:
 
 def read_results(file: str | Path) -> list[Result]:
     """
-    All lines of a `results.jsonl`.
+    Read all lines of a `results.jsonl`.
 
     Raises:
-        ValueError: If one is no result.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a line is not a result.
     """
     return _parse(file, Path(file).read_text(encoding="utf-8"))
 
@@ -133,18 +134,18 @@ def _parse(file: str | Path, text: str) -> list[Result]:
             results.append(Result.from_json(json.loads(line)))
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(
-                f"{file}, line {number} is no result of an evaluation; remove that line, or the file"
+                f"{file}, line {number} is not a result of an evaluation; remove that line, or the file"
             ) from error
     return results
 
 
 class ResultsFolder:
     """
-    The results in an output folder: `results.jsonl`, and `other_results.jsonl` with those that the last evaluation had
-    not asked for.
+    The results in an output folder: `results.jsonl`, and `other_results.jsonl` with rows that were not part of the
+    last evaluation.
 
     Args:
-        folder (`str` or `Path`): Made where it is not there.
+        folder (`str` or `Path`): Created on the first write if it does not exist.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -153,59 +154,59 @@ class ResultsFolder:
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """Says what to do where the folder cannot be written to."""
+        """Add the remedy to the `OSError` of a folder that cannot be written to."""
         try:
             yield
         except OSError as error:
             full, here = error.errno in FULL, str(error.filename or "").startswith(str(self.folder))
             if not full and not (here and error.errno in FORBIDDEN):
                 raise
-            remedy = "free some room" if full else "give a folder that you may write to"
+            remedy = "free some disk space" if full else "give a folder with write permission"
             raise OSError(
                 error.errno,
-                f"`output_dir={self.folder}` cannot be written to ({error.strerror}): {remedy} and call this again; "
-                "what results.jsonl has is not measured again",
+                f"`output_dir={self.folder}` cannot be written to ({error.strerror}): {remedy} and run this again; "
+                "rows in results.jsonl are not measured again",
             ) from error
 
     def check_room(self, rows: int) -> None:
         """
-        Checks that so many rows more can be written; temporary files of processes that have died are removed.
+        Check the free disk space for this many more rows, after removing temporary files of processes that have died.
 
         Raises:
-            OSError: If they cannot.
+            OSError: If there is too little.
         """
         for folder in (self.folder, self.folder / "samples", *(self.folder / "samples").glob("*/")):
             remove_temporaries(folder)
         if (free := shutil.disk_usage(self.folder).free) < rows * ROOM:
-            needed = f"{free >> 20} MiB are free, and {rows} rows take about {rows * ROOM >> 20} MiB"
+            needed = f"{free >> 20} MiB are free, but {rows} rows need about {rows * ROOM >> 20} MiB"
             raise OSError(errno.ENOSPC, needed)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from writing."""
+        """Hold the lock that every writer of the folder takes."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".results.lock"):
             yield
 
     def read(self) -> dict[str, Result]:
         """
-        What is there already, by its settings; a last line that is torn is taken off.
+        Existing results by their `settings`; an incomplete last line is removed.
 
         Raises:
-            ValueError: If another line is no result.
+            ValueError: If a complete line is not a result.
         """
         with self.locked():
             return {result.settings: result for result in self._read()}
 
     def append(self, result: Result) -> None:
-        """One line more, on the disk before this returns."""
+        """Append a line and flush it to disk."""
         with self.locked(), open(self.file, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(result.to_json()) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
 
     def arrange(self, results: Sequence[Result]) -> None:
-        """Rewrites `results.jsonl` as these results; whatever else is there goes to `other_results.jsonl`."""
+        """Rewrite `results.jsonl` with these results; all others move to `other_results.jsonl`."""
         with self.locked():
             asked = {result.settings for result in results}
             others = {(one.settings, one.name): one for one in self._read() if one.settings not in asked}
@@ -224,19 +225,19 @@ def _read_whole_lines(file: Path) -> list[Result]:
         write_text(file, text)
     results = _parse(file, text)
     if unsettled := next((number for number, one in enumerate(results, 1) if not one.settings), None):
-        raise ValueError(f"{file}, line {unsettled} is no result of an evaluation; remove that line, or the file")
+        raise ValueError(f"{file}, line {unsettled} is not a result of an evaluation; remove that line, or the file")
     return results
 
 
 def _write(file: Path, results: Iterable[Result]) -> None:
-    """The whole file, in one piece."""
+    """Replace the file atomically."""
     write_text(file, "".join(json.dumps(result.to_json()) + "\n" for result in results))
 
 
 def with_metrics(
     result: Result, metrics: Mapping[str, Interval], per_prompt: Mapping[str, list[float]], omega: float | None
 ) -> Result:
-    """The row with these metrics more, and the `omega` that its quality is made with."""
+    """A copy of the row with further metrics and the `omega` of its quality."""
     return replace(
         result,
         metrics={**result.metrics, **metrics},

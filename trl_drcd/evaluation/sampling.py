@@ -1,4 +1,4 @@
-"""Samples of a grid of prompts, with or without classifier-free guidance, and what they cost."""
+"""Sample completions of a list of prompts, with or without classifier-free guidance, and time it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Completion = str | tuple[torch.Tensor, int]
 @dataclass
 class Samples:
     """
-    Completions of `P` prompts, `samples_per_prompt` of each, those of a prompt contiguous.
+    Completions of `P` prompts, `samples_per_prompt` of each; completions of one prompt are contiguous.
 
     Args:
         prompts (`list`): The `P` prompts, texts or conversations.
-        token_ids (`list[list[int]]`): The `P * samples_per_prompt` completions, each up to and with its eos.
-        samples_per_prompt (`int`): Completions of each prompt.
-        seconds (`float`): Time spent sampling.
+        token_ids (`list[list[int]]`): The `P * samples_per_prompt` completions, each up to and including its eos.
+        samples_per_prompt (`int`): Completions per prompt.
+        seconds (`float`): Sampling time, seconds.
         negative_prompts (`list`, *optional*): Each prompt's own x^- of Eq. (1), `None` where it has none.
-        chat_template_kwargs (`dict`, *optional*): How conversations were rendered.
-        teacher_prompts (`list`, *optional*): What the guided model reads in place of each prompt, `None` where it
+        chat_template_kwargs (`dict`, *optional*): Passed to the chat template that rendered the conversations.
+        teacher_prompts (`list`, *optional*): Read in place of each prompt by a model with guidance; `None` where it
             reads the prompt.
         allowed_token_ids (`torch.Tensor`, *optional*): Tokens of completions, int64 `(V',)`; by default those that a
             model's generation config does not suppress.
@@ -53,14 +53,14 @@ class Samples:
     @property
     def tokens_per_second(self) -> float:
         """
-        Completion ids per second; what a batch computes after a sequence's eos does not count.
+        Completion ids per second, excluding what a batch computes after a sequence's eos.
 
-        MusicGen's are those of all codebooks, the few without a code included.
+        For MusicGen the ids of all codebooks count, including the few ids that hold no code.
         """
         return sum(map(len, self.token_ids)) / self.seconds
 
     def policy(self, model: Any, tokenizer: Any) -> Policy:
-        """The policy of a model, which renders prompts as these were rendered."""
+        """The policy of a model, with the chat template arguments and allowed tokens of these samples."""
         return policy_for(model, tokenizer, self.chat_template_kwargs, self.allowed_token_ids)
 
     def prompt_ids(self, policy: Policy, guided: bool = False) -> list[list[int]]:
@@ -70,7 +70,7 @@ class Samples:
         return tokenize_prompts(policy, self.repeated_prompts)
 
     def negative_prompt_ids(self, policy: Policy, default: Prompt | None) -> list[list[int]]:
-        """Token ids of each completion's x^-: the prompt's own, else the default, whose `None` is the null prompt."""
+        """Token ids of each completion's x^-: the prompt's own, else `default`; `None` is the null prompt."""
         own = self.negative_prompts or [None] * len(self.prompts)
         return policy.negative_prompt_ids(self._rows("negative_prompt", own), default)
 
@@ -82,7 +82,7 @@ class Samples:
 
 def tokenize_prompts(policy: Policy, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of prompts, texts or conversations, as the trainer renders them."""
-    # A prompt reads as a negative prompt does, template and generation marker included
+    # Negative prompts are rendered exactly as prompts, including template and generation marker
     return policy.negative_prompt_ids([{"prompt": p, "negative_prompt": p} for p in prompts], None)
 
 
@@ -106,21 +106,21 @@ def sample_prompts(
     """
     Sample completions of every prompt, without truncation or penalties.
 
-    The same seed and `batch_size` give the same samples; the caller's random state is left as it was.
+    The same seed and `batch_size` give the same samples. The caller's random state is restored.
 
     Args:
         model (`PreTrainedModel`): A causal LM or a MusicGen.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         prompts (`list`): Texts or conversations.
-        samples_per_prompt (`int`, *optional*, defaults to 1): Completions of each prompt.
+        samples_per_prompt (`int`, *optional*, defaults to 1): Completions per prompt.
         guidance_scale (`float`, *optional*, defaults to 1.0): gamma of Eq. (1) of
-            https://huggingface.co/papers/2410.06084; 1 is off.
+            https://huggingface.co/papers/2410.06084; 1 turns guidance off.
         negative_prompt (*optional*): x^- of Eq. (1) for prompts without their own; `None` is the null prompt.
-        temperature (`float`, *optional*, defaults to 0.99): Above 0.
+        temperature (`float`, *optional*, defaults to 0.99): Sampling temperature, above 0.
         max_new_tokens (`int`, *optional*, defaults to 200): Largest number of completion tokens; for MusicGen,
             decoder steps.
-        batch_size (`int`, *optional*, defaults to 64): Sequences at one time (twice as many rows with guidance).
-        seed (`int`, *optional*, defaults to 0): Of the draws.
+        batch_size (`int`, *optional*, defaults to 64): Sequences per batch (twice as many rows with guidance).
+        seed (`int`, *optional*, defaults to 0): Random seed of the draws.
         description (`str`, *optional*): Name of the progress bar; `None` shows none.
         negative_prompts (`list`, *optional*): Each prompt's own x^-, `None` where it has none.
         chat_template_kwargs (`dict`, *optional*): Passed to the chat template of conversations.
@@ -133,17 +133,17 @@ def sample_prompts(
         [`Samples`]: `len(prompts) * samples_per_prompt` completions.
 
     Raises:
-        ValueError: If there is no prompt, `samples_per_prompt` is not at least 1, or there are more or fewer
-            `negative_prompts` or `teacher_prompts` than prompts.
+        ValueError: If `prompts` is empty, `samples_per_prompt` is below 1, or `negative_prompts` or `teacher_prompts`
+            do not have one entry per prompt.
     """
     if not prompts or samples_per_prompt < 1:
         raise ValueError(
-            f"`prompts` must not be empty and `samples_per_prompt` at least 1, got {len(prompts)} prompts and "
-            f"{samples_per_prompt}"
+            f"`prompts` must not be empty and `samples_per_prompt` must be at least 1, got {len(prompts)} prompts and "
+            f"`samples_per_prompt={samples_per_prompt}`"
         )
     for name, column in {"negative_prompts": negative_prompts, "teacher_prompts": teacher_prompts}.items():
         if column is not None and len(column) != len(prompts):
-            raise ValueError(f"`{name}` has {len(column)} entries for {len(prompts)} prompts")
+            raise ValueError(f"`{name}` must have one entry per prompt ({len(prompts)}), got {len(column)} entries")
     negatives, taught = (None if own is None else list(own) for own in (negative_prompts, teacher_prompts))
     samples = Samples(
         list(prompts), [], samples_per_prompt, 0.0, negatives, chat_template_kwargs, taught, allowed_token_ids

@@ -2,15 +2,16 @@
 Intervals at 95 %: over prompts by bootstrap; over prompts and training seeds by Student's t.
 
 Letters: `P` prompts, `R` training seeds. A statistic of several models is computed once for each *replicate* of their
-means ([`Resampling.means`]), so that whatever is compared is paired: replicate by replicate, the same prompts are
-drawn and the same training seed is left out for all.
+means ([`Resampling.means`]), so that comparisons are paired: a replicate draws the same prompts and leaves out the
+same training seed for all models.
 
-With training seeds the variance of a statistic has two parts, over seeds and over prompts. That over seeds is the
-jackknife's (each left out in turn); that over prompts is that of the bootstrap draws, with the jackknife for what is
-linear in the prompts, so that of a mean both are squared standard errors, exactly. A bootstrap over three seeds would
-be too narrow by far: it draws from `(R - 1) / R` of their variance and ignores how uncertain that is. So the interval
-is Student's t with the degrees of freedom of Satterthwaite (https://doi.org/10.2307/3002019) for the sum of the two
-parts, which counts the interaction of prompts and seeds twice and so is rather too wide than too narrow.
+With training seeds the variance of a statistic is the sum of two parts, over seeds and over prompts. The part over
+seeds is the jackknife estimate (leave one out). The part over prompts is the variance of the bootstrap draws, with its
+component that is linear in the prompts replaced by the jackknife estimate; for a mean both parts are then exactly
+squared standard errors. A bootstrap over three seeds would be far too narrow: it underestimates their variance by the
+factor `(R - 1) / R` and ignores how uncertain that estimate is. The interval is therefore Student's t with
+Satterthwaite's degrees of freedom (https://doi.org/10.2307/3002019) for the sum. The sum counts the interaction of
+prompts and seeds twice, so the interval is conservative.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ RESAMPLES = 2000
 
 
 class Interval(TypedDict):
-    """A value with both ends of its interval; the unit is the value's."""
+    """A value and the ends of its interval, all in the same unit."""
 
     mean: float
     low: float
@@ -38,15 +39,15 @@ class Interval(TypedDict):
 
 def times_drawn(prompts: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """
-    How often a bootstrap draws each prompt; the same for the same arguments.
+    How often each bootstrap draw contains each prompt; deterministic for given arguments.
 
     Args:
-        prompts (`int`): `P`, drawn with replacement `P` at a time.
-        resamples (`int`, *optional*, defaults to 2000): Draws.
-        seed (`int`, *optional*, defaults to 0): Of the random numbers.
+        prompts (`int`): `P`, the number of prompts and of draws with replacement.
+        resamples (`int`, *optional*, defaults to 2000): Bootstrap draws.
+        seed (`int`, *optional*, defaults to 0): Random seed of the draws.
 
     Returns:
-        `np.ndarray`: Shape `(1 + resamples, P)`, float; the first row, of the prompts as they are, is ones.
+        `np.ndarray`: Shape `(1 + resamples, P)`, float; the first row is ones, the original prompts.
     """
     return _times_drawn(prompts, resamples, seed).copy()
 
@@ -59,13 +60,17 @@ def _times_drawn(prompts: int, resamples: int, seed: int) -> np.ndarray:
 
 def percentile_interval(replicates: ArrayLike, level: float = LEVEL, centred: bool = False) -> Interval:
     """
-    The bootstrap interval of a statistic.
+    Percentile bootstrap interval of a statistic.
 
     Args:
-        replicates (array): Shape `(1 + resamples,)`: the statistic of the prompts as they are, then of each draw.
+        replicates (array): Shape `(1 + resamples,)`: the statistic on the original prompts, then on each draw. Draws
+            that are NaN are ignored.
         level (`float`, *optional*, defaults to 0.95): Coverage, between 0 and 1.
-        centred (`bool`, *optional*, defaults to `False`): Move the draws so that their mean is the statistic; for one
-            that a draw's repeated prompts bias.
+        centred (`bool`, *optional*, defaults to `False`): Shift the draws so that their mean is the statistic; for a
+            statistic that is biased by the repeated prompts of a draw.
+
+    Returns:
+        `Interval`: `mean` (the statistic on the original prompts), `low`, `high`.
     """
     value, drawn = float(np.asarray(replicates)[0]), np.asarray(replicates, dtype=np.float64)[1:]
     drawn = drawn - (drawn.mean() - value) if centred else drawn
@@ -83,22 +88,22 @@ def bootstrap_interval(
     """
     A statistic and its percentile bootstrap interval over prompts.
 
-    Prompts are drawn with replacement. The draws depend on the seed and on `P` alone, so that intervals of several
-    models on the same prompts are paired; several columns are drawn together, for differences and ratios:
+    Prompts are drawn with replacement. The draws depend only on the seed and `P`, so that intervals of several models
+    on the same prompts are paired. Columns are drawn together, for differences and ratios:
     `bootstrap_interval(np.stack([after, before], 1), lambda v: 1 - v[:, 0].mean() / v[:, 1].mean())`.
 
     Args:
         values (array): Shape `(P,)` or `(P, columns)`, one row per prompt.
-        statistic (`Callable`, *optional*): Maps rows to a number; the mean over what is not NaN if `None`.
+        statistic (`Callable`, *optional*): Maps rows to a number; the mean, ignoring NaN, if `None`.
         resamples (`int`, *optional*, defaults to 2000): Bootstrap draws.
         level (`float`, *optional*, defaults to 0.95): Coverage, between 0 and 1.
-        seed (`int`, *optional*, defaults to 0): Of the draws.
+        seed (`int`, *optional*, defaults to 0): Random seed of the draws.
 
     Returns:
-        `Interval`: `mean` (the statistic of the values as they are), `low`, `high`; the unit of the values.
+        `Interval`: `mean` (the statistic of all values), `low`, `high`; in the unit of the statistic.
 
     Raises:
-        ValueError: If there are no values.
+        ValueError: If `values` is empty.
     """
     rows = np.asarray(values, dtype=np.float64)
     if len(rows) == 0:
@@ -121,11 +126,11 @@ def t_interval(
     Args:
         mean (`float`): The value.
         variances (`Sequence[float]`): The parts `v_i` of its variance (squared standard errors), each at least 0.
-        degrees_of_freedom (`Sequence[float]`): Of each part, `f_i`.
+        degrees_of_freedom (`Sequence[float]`): Degrees of freedom `f_i` of each part.
         level (`float`, *optional*, defaults to 0.95): Coverage, between 0 and 1.
 
     Returns:
-        `Interval`: Without ends (infinite) where a part is not finite.
+        `Interval`: `(-inf, inf)` if a part is not finite; of no width if all parts are zero.
     """
     parts, freedom = np.asarray(variances, dtype=np.float64), np.asarray(degrees_of_freedom, dtype=np.float64)
     variance = parts.sum()
@@ -139,23 +144,24 @@ def t_interval(
 
 
 def variance_of(values: np.ndarray) -> float:
-    """The squared standard error of the mean of independent values, `(n,)`, at least 2."""
+    """Squared standard error of the mean of independent values, shape `(n,)`, `n` at least 2."""
     return float(np.var(values, ddof=1) / len(values))
 
 
 @dataclass(frozen=True)
 class Resampling:
     """
-    How a statistic of several models is resampled: bootstrap draws of the prompts; where there are training seeds,
-    also each prompt left out, and each seed.
+    Resampling plan for statistics of several models: bootstrap draws of the prompts and, with several training seeds,
+    jackknife replicates that leave out one prompt or one seed.
 
-    Models with equally many training seeds share them: the first seed of one is left out with the first of the others.
+    Models with the same number of training seeds share them: leaving out the first seed of one leaves out the first of
+    the others.
 
     Args:
         prompts (`int`): `P`, the same prompts for all models.
-        seeds (`tuple[int, ...]`): The numbers of training seeds that occur, of those above 1, each once.
+        seeds (`tuple[int, ...]`): The distinct numbers of training seeds above 1 that occur.
         resamples (`int`, *optional*, defaults to 2000): Bootstrap draws.
-        seed (`int`, *optional*, defaults to 0): Of the draws.
+        seed (`int`, *optional*, defaults to 0): Random seed of the draws.
     """
 
     prompts: int
@@ -166,23 +172,23 @@ class Resampling:
     @classmethod
     def of(cls, values: Iterable[np.ndarray]) -> Resampling:
         """
-        For models with these values of a metric, each of shape `(R, P)`.
+        The plan for models with these values of a metric, each of shape `(R, P)`.
 
         Raises:
-            ValueError: If a shape is another, there are no values, the models differ in their number of prompts, or
-                there is one prompt alone beside training seeds.
+            ValueError: If `values` is empty, one has another shape, the models differ in their number of prompts, or
+                there are several training seeds but only one prompt.
         """
         shapes = {np.shape(value) for value in values}
         if any(len(shape) != 2 or 0 in shape for shape in shapes) or len({shape[-1] for shape in shapes}) != 1:
             raise ValueError(f"`values` must have shapes (R, P) with one P and none of them 0, got {sorted(shapes)}")
         ((_, prompts), *_), seeds = shapes, tuple(sorted({shape[0] for shape in shapes} - {1}))
         if seeds and prompts < 2:
-            raise ValueError(f"`values` must have at least 2 prompts where there are training seeds, got {prompts}")
+            raise ValueError(f"`values` must have at least 2 prompts if there are training seeds, got {prompts}")
         return cls(prompts, seeds)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Replicates of each kind: the statistic itself, draws, prompts left out, seeds left out."""
+        """Replicates of each kind: the statistic itself, bootstrap draws, prompts left out, seeds left out."""
         return (1, self.resamples, *((self.prompts, *self.seeds) if self.seeds else ()))
 
     def means(self, values: ArrayLike) -> np.ndarray:
@@ -190,13 +196,13 @@ class Resampling:
         The mean over training seeds and prompts, followed by its replicates.
 
         Args:
-            values (array): Shape `(R, P)`; what is NaN is left out.
+            values (array): Shape `(R, P)`; values that are not finite are ignored.
 
         Returns:
-            `np.ndarray`: Shape `(sum(sizes),)`.
+            `np.ndarray`: Shape `(sum(sizes),)`, in the order of [`sizes`].
 
         Raises:
-            ValueError: If the shape is another.
+            ValueError: If `values` has another shape.
         """
         given = np.asarray(values, dtype=np.float64)
         if given.ndim != 2 or given.shape[1] != self.prompts or given.shape[0] not in (1, *self.seeds):
@@ -216,33 +222,33 @@ class Resampling:
 
     def interval(self, replicates: np.ndarray, level: float = LEVEL) -> Interval:
         """
-        The interval of a statistic of means: percentiles of the draws, or Student's t where training seeds matter.
+        The interval of a statistic of means: bootstrap percentiles, or Student's t if it depends on training seeds.
 
         Args:
             replicates (`np.ndarray`): Shape `(sum(sizes),)`: a function of [`means`], replicate by replicate.
             level (`float`, *optional*, defaults to 0.95): Coverage, between 0 and 1.
 
         Returns:
-            `Interval`: Without ends (infinite) where the statistic is NaN without one of the prompts or seeds.
+            `Interval`: `(-inf, inf)` if the statistic is NaN when one of the prompts or seeds is left out.
 
         Raises:
-            ValueError: If there are more or fewer replicates.
+            ValueError: If `replicates` has another shape.
         """
         if replicates.shape != (sum(self.sizes),):
             raise ValueError(f"`replicates` must have shape ({sum(self.sizes)},), got {replicates.shape}")
         value, draws, *left_out = np.split(replicates, np.cumsum(self.sizes)[:-1])
         if all(np.allclose(block, value, rtol=1e-12, atol=0, equal_nan=True) for block in left_out[1:]):
             return percentile_interval(np.concatenate([value, draws]), level)
-        # Over seeds around the statistic itself, which also counts the jackknife's bias
+        # Around the statistic rather than the mean of the replicates, which also counts the jackknife's bias
         variances = [(len(block) - 1) * ((block - value) ** 2).mean() for block in left_out]
         variances[0] = self._variance_over_prompts(draws - value, left_out[0])
         return t_interval(float(value[0]), variances, [len(block) - 1 for block in left_out], level)
 
     def _variance_over_prompts(self, differences: np.ndarray, left_out: np.ndarray) -> float:
         """
-        The variance of a statistic over prompts: the mean square of its bootstrap draws' `differences` from it,
-        `(resamples,)`, where the part that is linear in the prompts, known from leaving out each, `(P,)`, counts with
-        its exact variance and not with that of the draws.
+        Variance of a statistic over prompts: the mean square of the `differences` of its bootstrap draws, shape
+        `(resamples,)`, with the variance of its part that is linear in the prompts computed exactly from the
+        leave-one-out replicates `left_out`, shape `(P,)`, instead of from the draws.
         """
         slopes = (1 - self.prompts) / self.prompts * (left_out - left_out.mean())
         linear = _times_drawn(self.prompts, self.resamples, self.seed)[1:] @ slopes

@@ -1,4 +1,4 @@
-"""What is compared: models, guidance, temperatures and interpolations, parsed and checked once, one row for each."""
+"""The strategies of an evaluation (models, guidance, temperatures, interpolations), parsed, checked and expanded."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from trl_drcd.validation.messages import short_repr
 from trl_drcd.validation.model_folders import check_adapter_folder, check_model, is_hub_name
 
 Given = Mapping[str, object]
-"""A strategy as the YAML file has it."""
+"""A strategy as parsed from the YAML file."""
 
 SWEPT = {"guidance_scale": "gamma", "temperature": "T", "interpolation_weight": "lambda"}
-"""What a list makes a sweep of, and how names and plots call it."""
+"""Settings that can be swept with a list, and their symbols in names."""
 MAX_NAME, MAX_SWEEP = 100, 1000
 
 KEYS = {
-    "name": "what tables and plots call it",
-    "model": "folder, hub name or LoRA adapter; the base if there is none. A list is the same training with several "
+    "name": "its name in tables and plots",
+    "model": "folder, Hub name or LoRA adapter; the base if not given. A list is the same training with several "
     "seeds: one point, several rows",
-    "models": "several of them, mixed; `base` may be one. A list of lists is one mixture for each training seed",
-    "weights": "of `models`; all alike if not given",
+    "models": "several models to merge; `base` may be one. A list of lists is one merge for each training seed",
+    "weights": "of `models`; equal if not given",
     "interpolation_weight": "lambda, in place of `weights`, for two `models`: (1 - lambda) first + lambda second",
-    "guidance_scale": "gamma of classifier-free guidance; 1, the default, is off",
+    "guidance_scale": "gamma of classifier-free guidance; 1, the default, turns it off",
     "negative_prompt": "x^- of guidance, for prompts without their own",
-    "temperature": f"of the sampling; {USUAL_TEMPERATURE} if not given",
-    "diversity_coef": "what the model was trained with, for the record",
+    "temperature": f"sampling temperature; {USUAL_TEMPERATURE} if not given",
+    "diversity_coef": "coefficient that the model was trained with, for the report only",
 }
 """The keys of a strategy."""
 
@@ -47,19 +47,20 @@ KEYS = {
 @dataclass(frozen=True)
 class Row:
     """
-    One way to sample: a model, or a mixture of several, with a guidance scale and a temperature.
+    Settings of one set of samples: a model, or an interpolation of several, guidance scale and temperature.
 
     Args:
-        strategy (`str`): What a sweep is called; the rows of one strategy are one curve.
-        models (`tuple[str, ...]`): Folders, hub names or LoRA adapters, of which one may be `"base"`; `()` is the base
+        strategy (`str`): Name of the strategy; the rows of one strategy form one curve.
+        models (`tuple[str, ...]`): Folders, Hub names or LoRA adapters, of which one may be `"base"`; `()` is the base
             alone.
-        weights (`tuple[float, ...]`): One for each model; they sum to 1.
-        guidance_scale (`float`): gamma of Eq. (1) of https://huggingface.co/papers/2410.06084; 1 is off.
-        temperature (`float`): T of the sampling.
-        negative_prompt (`str`, *optional*): x^- where there is guidance, for prompts without their own.
-        interpolation_weight (`float`, *optional*): lambda, where there are two models.
-        diversity_coef (`float`, *optional*): What the model was trained with, for the record.
-        training_seed (`int`, *optional*): Which of several trainings alike it is of; such rows are one point.
+        weights (`tuple[float, ...]`): Interpolation weight of each model; they sum to 1.
+        guidance_scale (`float`): gamma of Eq. (1) of https://huggingface.co/papers/2410.06084; 1 turns guidance off.
+        temperature (`float`): Sampling temperature T.
+        negative_prompt (`str`, *optional*): x^- of guidance for prompts without their own.
+        interpolation_weight (`float`, *optional*): lambda, if there are two models.
+        diversity_coef (`float`, *optional*): Coefficient that the model was trained with, for the report only.
+        training_seed (`int`, *optional*): Number of the training among repetitions with other seeds; these rows are
+            pooled into one point.
     """
 
     strategy: str
@@ -74,7 +75,7 @@ class Row:
 
     @property
     def point(self) -> str:
-        """The strategy, with what is swept in it: the same for all training seeds."""
+        """The strategy with its swept value; the same for all training seeds."""
         usual = {"guidance_scale": 1.0, "temperature": USUAL_TEMPERATURE, "interpolation_weight": None}
         values = {mark: getattr(self, name) for name, mark in SWEPT.items() if getattr(self, name) != usual[name]}
         parts = [f"{mark} {value:g}" for mark, value in values.items()]
@@ -82,31 +83,31 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The point, with the training seed where there are several."""
+        """The point, with the training seed if there are several."""
         return self.point if self.training_seed is None else f"{self.point} #{self.training_seed}"
 
     @property
     def slug(self) -> str:
-        """A name for files: letters, digits and underscores, and a few digits of a hash of all fields."""
+        """A unique file name: the row's name in letters, digits and underscores, and a hash of all fields."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
         return f"{re.sub(r'[^A-Za-z0-9.]+', '_', self.name)[:60].strip('_')}_{digest}"
 
 
 def expand(strategies: Sequence[Given]) -> list[Row]:
     """
-    One row for each value of what a strategy sweeps, and for each training seed.
+    Expand strategies into one row per swept value and training seed.
 
     Args:
-        strategies (`list[dict]`): Each with `name` and others of [`KEYS`]. At most one of `guidance_scale`,
+        strategies (`list[dict]`): Each with `name` and optionally other [`KEYS`]. At most one of `guidance_scale`,
             `temperature` and `interpolation_weight` may be a list, a sweep.
 
     Returns:
         `list[Row]`: In order.
 
     Raises:
-        FileNotFoundError: If a model's folder is not there, or has no safetensors.
-        TypeError: If it is no list.
-        ValueError: If a key is unknown, a value out of its range, a name is used twice, or a model's folder is broken.
+        FileNotFoundError: If a model's folder does not exist, or has no safetensors.
+        TypeError: If `strategies` is not a list.
+        ValueError: If a key is unknown, a value is out of range, a name is used twice, or a model's folder is broken.
     """
     if not isinstance(strategies, list | tuple):
         raise TypeError(f"`strategies` must be a list of mappings, got {short_repr(strategies)}")
@@ -115,9 +116,11 @@ def expand(strategies: Sequence[Given]) -> list[Row]:
         name = _name(strategy, f"`strategies[{number}]`")
         where = f"`strategies[{number}]` ({name})"
         if unknown := sorted(map(str, set(strategy) - set(KEYS))):
-            raise ValueError(f"{where} has {unknown}; known are {sorted(KEYS)}")
+            raise ValueError(f"{where} has unknown keys {unknown}; known are {sorted(KEYS)}")
         if name in {row.strategy for row in rows}:
-            raise ValueError(f"{where} has the name of an earlier one; a sweep is one strategy with a list")
+            raise ValueError(
+                f"{where} repeats the name of an earlier strategy; write a sweep as one strategy with a list"
+            )
         rows += [_row(name, one, seed, where) for seed, run in _training_seeds(strategy) for one in _sweep(run, where)]
     if not rows:
         raise ValueError("`strategies` is empty; give at least one, e.g. `- {name: base}`")
@@ -126,23 +129,23 @@ def expand(strategies: Sequence[Given]) -> list[Row]:
 
 def chosen(strategies: Sequence[Given], only: Sequence[str]) -> Sequence[Given]:
     """
-    The strategies whose names are in `only`; all if that is empty.
+    The strategies whose names are in `only`; all if `only` is empty.
 
     Raises:
-        ValueError: If a name is none of theirs.
+        ValueError: If `only` has a name that no strategy has.
     """
     if not only or not isinstance(strategies, list):
         return strategies
     names = [strategy.get("name") for strategy in strategies if isinstance(strategy, dict)]
     if unknown := sorted(set(only) - set(names)):
-        raise ValueError(f"`only` has {unknown}; the strategies are {names}")
+        raise ValueError(f"`only` has unknown names {unknown}; the strategies are {names}")
     return [strategy for strategy in strategies if isinstance(strategy, dict) and strategy.get("name") in only]
 
 
 def _name(strategy: Given, where: str) -> str:
     name = strategy.get("name") if isinstance(strategy, dict) else None
     if not isinstance(name, str) or not name.strip():
-        raise ValueError(f"{where} must be a mapping with a `name`, a text, got {short_repr(strategy)}")
+        raise ValueError(f"{where} must be a mapping with a `name`, a non-empty string, got {short_repr(strategy)}")
     if len(name) > MAX_NAME or not name.isprintable():
         raise ValueError(
             f"{where} must have a `name` of at most {MAX_NAME} printable characters, got {short_repr(name)}"
@@ -151,7 +154,7 @@ def _name(strategy: Given, where: str) -> str:
 
 
 def _training_seeds(strategy: Given) -> list[tuple[int | None, Given]]:
-    """The strategy once for each training seed, with its number; `None` where there is one training."""
+    """The strategy for each training seed, with the seed's number; `None` if there is a single training."""
     for key, kind in (("model", object), ("models", list | tuple)):
         runs = strategy.get(key)
         if isinstance(runs, list) and runs and all(isinstance(run, kind) for run in runs):
@@ -160,12 +163,12 @@ def _training_seeds(strategy: Given) -> list[tuple[int | None, Given]]:
 
 
 def _sweep(strategy: Given, where: str) -> Iterator[Given]:
-    """The strategy once for each value of what it sweeps."""
+    """The strategy for each value of its sweep."""
     lists = {part: value for part in SWEPT if isinstance(value := strategy.get(part), list)}
     if not lists:
         return iter([strategy])
     if len(lists) > 1:
-        raise ValueError(f"{where} sweeps {list(lists)}; one list at most")
+        raise ValueError(f"{where} has lists for {list(lists)}; at most one setting can be swept")
     ((part, values),) = lists.items()
     if not 0 < len(values) <= MAX_SWEEP:
         raise ValueError(
@@ -179,7 +182,7 @@ def _row(name: str, given: Given, training_seed: int | None, where: str) -> Row:
     numbers = {part: _number(given, part, where) for part in (*SWEPT, "diversity_coef")}
     negative = given.get("negative_prompt")
     if not isinstance(negative, str | None):
-        raise ValueError(f"{where}: `negative_prompt` must be a text, got {short_repr(negative)}")
+        raise ValueError(f"{where}: `negative_prompt` must be a string, got {short_repr(negative)}")
     models = _ends(given, where)
     guidance, temperature = numbers["guidance_scale"], numbers["temperature"]
     row = Row(
@@ -206,7 +209,7 @@ def _number(given: Given, part: str, where: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{where}: `{part}` must be a number, got {short_repr(value)}")
-    return value  # type: ignore[return-value] # as it was written, a whole number too
+    return value  # type: ignore[return-value] # an integer stays one, which keeps digests of earlier results valid
 
 
 def _weights(models: list[str], given: object, at: float | None, where: str) -> tuple[float, ...]:
@@ -214,7 +217,10 @@ def _weights(models: list[str], given: object, at: float | None, where: str) -> 
     weights: Any = given
     if at is not None:
         if len(models) != 2 or given:
-            raise ValueError(f"{where}: `interpolation_weight` is for two `models` without `weights`, got {models}")
+            raise ValueError(
+                f"{where}: `interpolation_weight` needs exactly two `models` and no `weights`, got `models={models}` "
+                f"and `weights={given}`"
+            )
         if not 0 <= at <= 1:
             raise ValueError(f"{where}: `interpolation_weight` must be in [0, 1], got {at}")
         weights = [1 - at, at]
@@ -226,33 +232,34 @@ def _weights(models: list[str], given: object, at: float | None, where: str) -> 
 
 
 def _ends(given: Given, where: str) -> list[str]:
-    """The models of a strategy, whose folders, where they are local, are checked."""
+    """The models of a strategy, after checking those that are local folders."""
     model, models = given.get("model"), given.get("models")
     if model and models:
-        raise ValueError(f"{where} has `model` and `models`; give one of them")
+        raise ValueError(f"{where} has both `model` and `models`; give only one of them")
     if not isinstance(models, list | None):
-        raise ValueError(f"{where}: `models` must be a list of folders or hub names, got {short_repr(models)}")
+        raise ValueError(f"{where}: `models` must be a list of folders or Hub names, got {short_repr(models)}")
     ends: list[str] = []
     for end in [model] if model else list(models or []):
         if not isinstance(end, str):
-            raise ValueError(f"{where}: `model` must be a folder or a hub name, got {short_repr(end)}")
+            raise ValueError(f"{where}: `model` must be a folder or a Hub name, got {short_repr(end)}")
         ends.append(end)
     trained = [end for end in ends if end != BASE]
     if len(ends) - len(trained) > (1 if trained else 0):
         raise ValueError(
-            f"{where}: `{BASE}` is one end beside trained `models`, got {ends}; for the base alone name no model"
+            f"{where}: `{BASE}` may occur once, together with trained `models`, got {ends}; for the base alone give "
+            "no model"
         )
     for end in trained:
         if is_adapter(end) and (Path(end) / "model.safetensors").is_file():
             raise ValueError(
-                f"{where}: {end} holds a whole model and a LoRA adapter, of which one is left from an earlier run; "
-                "remove the other's files, adapter_* or model.safetensors"
+                f"{where}: {end} holds both a whole model and a LoRA adapter, one of them from an earlier run; remove "
+                "its files, adapter_* or model.safetensors"
             )
     adapters = [is_adapter(end) for end in trained]
     if any(adapters) and not all(adapters):
         raise ValueError(f"{where}: `models` mixes checkpoints and adapters: {ends}; merge the adapters first")
     if any(adapters) and len(trained) < len(ends) != 2:
-        raise ValueError(f"{where}: `{BASE}` goes beside one adapter, got {ends}; merge the adapters first")
+        raise ValueError(f"{where}: `{BASE}` can be mixed with only one adapter, got {ends}; merge the adapters first")
     for end, adapter in zip(trained, adapters, strict=True):
         try:
             check_adapter_folder("model", find_folder(end, "model")) if adapter else check_model("model", end)

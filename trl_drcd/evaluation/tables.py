@@ -1,4 +1,4 @@
-"""Tables of texts: numbers with their intervals, what these say, Markdown."""
+"""Tables of formatted text: numbers with intervals, verdicts, Markdown."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["Table", "formatted", "markdown", "markdown_table", "markdown_text", 
 @dataclass(frozen=True)
 class Table:
     """
-    A table of texts.
+    A table of formatted cells.
 
     Args:
-        heading (`str`): Above it; may be empty.
-        header (`Sequence[str]`): Of its columns; the first column names the rows.
-        rows (`Sequence[Sequence[str]]`): Its cells.
+        heading (`str`): Heading above the table; may be empty.
+        header (`Sequence[str]`): Column names; the first column holds the row names.
+        rows (`Sequence[Sequence[str]]`): Cells, row by row.
     """
 
     heading: str
@@ -31,19 +31,19 @@ class Table:
 
 
 def formatted(interval: Interval, digits: int = 3) -> str:
-    """`mean [low, high]`; what rounds to zero has no sign."""
+    """`mean [low, high]`; a value that rounds to zero has no sign."""
     mean, low, high = (f"{end:z.{digits}f}" for end in (interval["mean"], interval["low"], interval["high"]))
     return f"{mean} [{low}, {high}]"
 
 
 def verdict(interval: Interval, above: str, below: str) -> str:
-    """`above` where the whole interval lies above zero, `below` where it lies below, else `undecided`."""
+    """`above` if the whole interval lies above zero, `below` if below zero, else `undecided`."""
     if interval["low"] > 0:
         return above
     return below if interval["high"] < 0 else "undecided"
 
 
 def markdown(table: Table) -> str:
-    """A table in Markdown, without its heading; no two rows have the same name."""
+    """Render a table in Markdown, without its heading; row names must be unique."""
     rows = {row[0]: dict(zip(table.header[1:], row[1:], strict=True)) for row in table.rows}
     return markdown_table(rows).replace("| |", f"| {markdown_cell(table.header[0])} |", 1)

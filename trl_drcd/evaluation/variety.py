@@ -1,5 +1,5 @@
 """
-How different the samples of a prompt are: by embeddings, and of texts by their words.
+Diversity of the samples of a prompt: of embeddings, and of words for text.
 
 Letters: `P` prompts, `B` samples, `D` embedding size.
 """
@@ -21,9 +21,10 @@ def per_prompt(values: ArrayLike, samples_per_prompt: int) -> np.ndarray:
 
 def diversity_within_prompts(embeddings: torch.Tensor, samples_per_prompt: int) -> np.ndarray:
     """
-    Eq. (3) and (7) of https://huggingface.co/papers/2410.06084 for each prompt: mean cosine distance of its samples.
+    Mean cosine distance between the samples of each prompt: Eq. (3) and (7) of
+    https://huggingface.co/papers/2410.06084.
 
-    Its floor is 0 (all samples equal); [`diversity_between_prompts`] is what a model reaches that ignores its prompt.
+    It is 0 if all samples are equal, and [`diversity_between_prompts`] for a model that ignores its prompt.
 
     Args:
         embeddings (`torch.Tensor`): Shape `(B, D)`, the samples of one prompt contiguous.
@@ -37,13 +38,13 @@ def diversity_within_prompts(embeddings: torch.Tensor, samples_per_prompt: int) 
 
 def diversity_between_prompts(embeddings: torch.Tensor, samples_per_prompt: int, seed: int = 0) -> Interval:
     """
-    Mean cosine distance of samples of different prompts, the ceiling of the diversity within prompts, with its
-    bootstrap interval over prompts.
+    Mean cosine distance between samples of different prompts, with its bootstrap interval over prompts: an upper
+    reference for the diversity within prompts.
 
     Args:
         embeddings (`torch.Tensor`): Shape `(B, D)`, the samples of a prompt contiguous; at least two prompts.
-        samples_per_prompt (`int`): Samples of each.
-        seed (`int`, *optional*, defaults to 0): Of the draws.
+        samples_per_prompt (`int`): Samples of each prompt.
+        seed (`int`, *optional*, defaults to 0): Random seed of the draws.
 
     Returns:
         `Interval`: `mean`, `low`, `high`; no unit, in `[0, 2]`.
@@ -62,7 +63,7 @@ def diversity_between_prompts(embeddings: torch.Tensor, samples_per_prompt: int,
     def mean(rows: np.ndarray) -> float:
         chosen = rows.astype(int)
         different = chosen[:, None] != chosen
-        # A draw of one prompt alone says nothing
+        # A draw that contains only one prompt has no such pair
         return float(distances[np.ix_(chosen, chosen)][different].mean()) if different.any() else np.nan
 
     return bootstrap_interval(np.arange(len(distances)), mean, resamples=500, seed=seed)
@@ -73,20 +74,20 @@ def _groups(texts: list[str], samples_per_prompt: int) -> list[list[str]]:
 
 
 def distinct_n(texts: list[str], n: int) -> float:
-    """Different word n-grams over all word n-grams of some texts; 0 where there is none."""
+    """Distinct-n: number of distinct word n-grams over the number of all; 0 if there are none."""
     grams = [gram for text in texts for gram in zip(*(text.split()[i:] for i in range(n)), strict=False)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def distinct_2(texts: list[str], samples_per_prompt: int) -> np.ndarray:
-    """Share of the word pairs of a prompt's completions that are different, `(P,)`, in `[0, 1]`."""
+    """Distinct-2 of each prompt's completions, `(P,)`, in `[0, 1]`."""
     return np.array([distinct_n(group, 2) for group in _groups(texts, samples_per_prompt)])
 
 
 def self_bleu(texts: list[str], samples_per_prompt: int) -> np.ndarray | None:
     """
-    Mean BLEU of each completion against the others of its prompt, `(P,)`, 0 to 100; `None` without sacrebleu, which
-    comes with the extra `text`.
+    Self-BLEU: mean BLEU of each completion against the others of its prompt, `(P,)`, 0 to 100; `None` if sacrebleu is
+    not installed (extra `text`).
     """
     try:
         from sacrebleu import sentence_bleu

@@ -1,9 +1,9 @@
 """
 Merging: `(1 - lambda) * theta_q + lambda * theta_d`, Eq. (6) of https://huggingface.co/papers/2410.06084.
 
-`interpolate_checkpoints` and `merge_with_mergekit` write full checkpoints, `interpolate_adapters` LoRA adapters;
-`set_interpolation_weight` changes lambda of a model in memory. All take any number of models with weights that sum
-to 1. `load_adapter_model` loads an adapter as it was saved, with its own generation config.
+`interpolate_checkpoints` and `merge_with_mergekit` write full checkpoints, `interpolate_adapters` writes LoRA
+adapters, and `set_interpolation_weight` sets lambda of a model in memory. All take any number of models with weights
+that sum to 1. `load_adapter_model` loads an adapter with its own generation config.
 """
 
 from trl_drcd.merging.adapters import interpolate_adapters

@@ -1,8 +1,8 @@
 """
 Exact linear interpolation of LoRA adapters.
 
-The products `scaling * B @ A` are interpolated, not the factors: the average of the factors has cross terms
-`B_q @ A_d`. Stacked factors give the sum of the products exactly, at the sum of the ranks:
+The products `scaling * B @ A` are interpolated, not the factors: averaged factors would add cross terms `B_q @ A_d`.
+Concatenated factors give the sum of the products exactly, with the sum of the ranks:
 
     A = [A_q; A_d],  B = [(1 - l) * s_q * B_q, l * s_d * B_d],  scaling 1.
 """
@@ -38,7 +38,7 @@ from trl_drcd.merging.staging import new_folder
 from trl_drcd.validation.model_folders import check_model
 from trl_drcd.validation.saved_files import weight_files
 
-# Entries of the configurations that hold for an adapter as a whole; in some the order has a meaning
+# Configuration entries that apply to an adapter as a whole; in some of them the order matters
 AGREED = ("fan_in_fan_out", "bias", "modules_to_save", "ensure_weight_tying")
 AGREED_IN_ORDER = ("trainable_token_indices", "layer_replication")
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -53,32 +53,35 @@ def interpolate_adapters(
     overwrite: bool = False,
 ) -> dict[str, float]:
     """
-    Write the adapter that changes the base weights by `sum_i weights[i] * scaling_i * B_i @ A_i`.
+    Write the LoRA adapter whose change of the base weights is `sum_i weights[i] * scaling_i * B_i @ A_i`.
 
-    Eq. (6) of https://huggingface.co/papers/2410.06084, for adapters of one base and of any ranks, alphas, patterns,
-    rsLoRA or not; modules that an adapter lacks count as zero. Biases of B, saved modules, embeddings and token rows
-    are interpolated too. All modules of the result have one rank `r`, the largest sum of ranks (smaller ones are
-    filled up with zeros), and `lora_alpha = r`, so that every loader finds the same scaling, 1. Factors are multiplied
-    in float64 and stored in float32. A weight of 1 beside zeros gives that adapter back bit for bit.
+    Eq. (6) of https://huggingface.co/papers/2410.06084, for adapters of one base with any ranks, alphas and patterns,
+    with or without rsLoRA; a module that an adapter lacks counts as zero. Biases of B, saved modules, embeddings and
+    token rows are interpolated too. All modules of the result have the same rank `r`, the largest sum of ranks
+    (smaller ones are padded with zeros), and `lora_alpha = r`, so the scaling is 1 in every loader. Factors are
+    multiplied in float64 and stored in float32. If one weight is 1 and the others are 0, the result is a bit-exact
+    copy of that adapter.
 
     Args:
-        adapters (`Sequence[str | Path]`): Folders or hub names of LoRA adapters. The word `"base"` stands for the base
+        adapters (`Sequence[str | Path]`): Folders or Hub names of LoRA adapters. `"base"` stands for the base model
             itself, an adapter of zeros.
-        weights (`Sequence[float]`): One for each; they sum to 1.
+        weights (`Sequence[float]`): One per adapter; they sum to 1.
         output_dir (`str` or `Path`): Folder to write.
-        svd_rank (`int`, *optional*): Compress every module to this rank at most, by the truncated singular value
+        svd_rank (`int`, *optional*): Compress every module to at most this rank with the truncated singular value
             decomposition of its product, the best approximation of that rank.
-        base_model (`str` or `Path`, *optional*): Merge the interpolated adapter into this model, and write the full
+        base_model (`str` or `Path`, *optional*): Merge the interpolated adapter into this model and write the full
             checkpoint instead.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a folder that is not empty.
 
     Returns:
         `dict[str, float]`: Relative error of the compression in the Frobenius norm, `||dW - dW_r|| / ||dW||`: of all
-        modules together as `"total"`, and of each by its name; 0 where nothing was cut off.
+        modules together as `"total"`, and of each module by name; 0 where nothing was truncated.
 
     Raises:
-        FileExistsError: If `output_dir` is not empty, and `overwrite` is not set.
-        FileNotFoundError: If a folder holds no adapter.
+        FileExistsError: If `output_dir` is not empty and `overwrite` is not set.
+        FileNotFoundError: If a folder does not exist or holds no adapter.
+        OSError: If the disk is too full or not writable.
+        TypeError: If `adapters`, `weights` or `svd_rank` has the wrong type.
         ValueError: If the weights do not sum to 1, or the adapters cannot be interpolated exactly; the message gives
             the reason.
     """
@@ -93,7 +96,7 @@ def interpolate_adapters(
         check_model("base_model", base_folder)
     used = [(found[name], weight) for name, weight in named if name != BASE and weight != 0]
     if not used:
-        raise ValueError(f"`weights={values}` leave nothing but the base")
+        raise ValueError(f"`weights={values}` select only the base; give at least one adapter a weight other than 0")
     folders = [adapter.folder for adapter in found.values()]
     warn_of_different_bases(folders)
     sources = [*folders, *([base_folder] if base_folder else [])]
@@ -112,20 +115,23 @@ def interpolate_adapters(
 
 def _check_rank(svd_rank: object) -> None:
     if svd_rank is not None and (isinstance(svd_rank, bool) or not isinstance(svd_rank, int)):
-        raise TypeError(f"`svd_rank` must be a whole number, got {svd_rank!r}")
+        raise TypeError(f"`svd_rank` must be an integer, got {svd_rank!r}")
     if svd_rank is not None and svd_rank < 1:
         raise ValueError(f"`svd_rank` must be at least 1, got {svd_rank}")
 
 
 def _load_adapters(named: Sequence[tuple[str, float]]) -> dict[str, Adapter]:
     """
-    The adapters by what the user calls them; the base has none.
+    Load the adapters, by the names that the user gave; the base is left out.
 
     Raises:
-        ValueError: If a folder called `base` holds an adapter: the word stands for the base model.
+        ValueError: If `"base"` is ambiguous because a folder of that name holds an adapter.
     """
     if any(name == BASE for name, _ in named) and Path(BASE, "adapter_config.json").is_file():
-        raise ValueError(f"`{BASE}` stands for the base model, and is an adapter's folder too; give it as `./{BASE}`")
+        raise ValueError(
+            f"`{BASE}` is ambiguous: it stands for the base model, but an adapter's folder has that name; give the "
+            f"folder as `./{BASE}`"
+        )
     return {
         name: load_adapter(find_folder(name, f"adapters[{number}]"), f"adapters[{number}]")
         for number, (name, _) in enumerate(named)
@@ -134,13 +140,13 @@ def _load_adapters(named: Sequence[tuple[str, float]]) -> dict[str, Adapter]:
 
 
 def _needed_bytes(parents: Sequence[tuple[Adapter, float]], base: Path | None) -> int:
-    """Room for the interpolated adapter in float32, and for the full checkpoint if there is a base."""
+    """Bytes of the interpolated adapter in float32, and of the full checkpoint if there is a base."""
     adapters = sum(adapter.nbytes() for adapter, _ in parents)
     return adapters + (sum((base / file).stat().st_size for file in weight_files(base)) if base else 0)
 
 
 def write_adapter(folder: Path, parents: Sequence[tuple[Adapter, float]], svd_rank: int | None) -> dict[str, float]:
-    """Write the two files of the interpolated adapter; returns what [`interpolate_adapters`] does."""
+    """Write the two files of the interpolated adapter; return the errors as [`interpolate_adapters`] does."""
     modules = sorted({module for adapter, _ in parents for module in adapter.factors})
     if len(parents) == 1 and parents[0][1] == 1 and svd_rank is None:
         for file in ADAPTER_FILES:
@@ -173,7 +179,7 @@ def write_adapter(folder: Path, parents: Sequence[tuple[Adapter, float]], svd_ra
 def _padded(
     factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], embeddings: Collection[str]
 ) -> dict[str, torch.Tensor]:
-    """The factors by the names PEFT gives them, in float32, all filled up with zeros to the largest rank."""
+    """The factors under PEFT's names, in float32, padded with zeros to the largest rank."""
     rank = max((a.shape[0] for a, _ in factors.values()), default=0)
     tensors = {}
     for module, (a, b) in factors.items():
@@ -188,7 +194,7 @@ def _padded(
 
 
 def merged_config(adapters: Sequence[Adapter], modules: Sequence[str], rank: int, biased: bool) -> LoraConfig:
-    """The configuration of an interpolated adapter: one rank, scaling 1, and all modules of its parents."""
+    """The configuration of an interpolated adapter: a single rank, scaling 1, all modules of its parents."""
     said = [{name: getattr(adapter.config, name) for name in TARGETS} for adapter in adapters]
     config = replace(
         adapters[0].config,
@@ -213,10 +219,11 @@ def merged_config(adapters: Sequence[Adapter], modules: Sequence[str], rank: int
 
 def check_agreement(adapters: Sequence[Adapter]) -> None:
     """
-    Compare the entries that hold for an adapter as a whole.
+    Check that the adapters agree in the entries that apply to an adapter as a whole.
 
     Raises:
-        ValueError: If the adapters differ in it, or biases of B meet an embedding, which PEFT does not load.
+        ValueError: If they differ, one has a convolution, or biases of B and an embedding would be combined, which
+            PEFT cannot load.
     """
     first = adapters[0]
     for adapter in adapters:
@@ -229,20 +236,20 @@ def check_agreement(adapters: Sequence[Adapter]) -> None:
                 )
         for module, factors in adapter.factors.items():
             if any(factor.ndim != 2 for factor in factors):
-                raise ValueError(f"{module} of {adapter.folder} is a convolution, which is not supported here")
+                raise ValueError(f"{module} of {adapter.folder} is a convolution; only linear layers are supported")
     if any(adapter.biases for adapter in adapters) and any(adapter.embeddings for adapter in adapters):
         raise ValueError(
-            "one adapter has `lora_bias=True`, another changes an embedding: PEFT loads no adapter with both"
+            "one adapter has `lora_bias=True`, another changes an embedding: PEFT cannot load an adapter with both"
         )
 
 
 def blend_full(parents: Sequence[tuple[Adapter, float]]) -> dict[str, torch.Tensor]:
     """
-    The weighted sum of the tensors that take the place of the base's.
+    Weighted sums of the tensors that replace tensors of the base.
 
     Raises:
-        ValueError: If one is not in every adapter (what the base has in its place is not known here), or the base
-            itself is one of the ends.
+        ValueError: If such a tensor is missing in an adapter, or the base itself is interpolated: the base's own value
+            is not available here.
     """
     keys = sorted({key for adapter, _ in parents for key in adapter.full})
     share = sum(weight for _, weight in parents)
@@ -251,8 +258,8 @@ def blend_full(parents: Sequence[tuple[Adapter, float]]) -> dict[str, torch.Tens
         lacking += [BASE] if abs(share - 1) > 1e-6 else []
         if lacking:
             raise ValueError(
-                f"{key} takes the place of one of the base's tensors, and {lacking[0]} has none to mix it with; "
-                "merge each adapter into the base first (`base_model`), then use `interpolate_checkpoints`"
+                f"{key} replaces a tensor of the base, but {lacking[0]} has no such tensor to interpolate with; merge "
+                "each adapter into the base first (`base_model`), then use `interpolate_checkpoints`"
             )
         if len({adapter.full[key].shape for adapter, _ in parents}) > 1:
             raise ValueError(f"{key} has different shapes: {[tuple(a.full[key].shape) for a, _ in parents]}")
@@ -261,10 +268,10 @@ def blend_full(parents: Sequence[tuple[Adapter, float]]) -> dict[str, torch.Tens
 
 def stacked_factors(parents: Sequence[tuple[Adapter, float]], module: str) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    `A (R, in)` and `B (out, R)` in float64, whose product is the weighted sum of the parents' `scaling * B @ A`.
+    Factors `A (R, in)` and `B (out, R)`, float64, with `B @ A` the weighted sum of the parents' `scaling * B @ A`.
 
     Raises:
-        ValueError: If the module has different sizes.
+        ValueError: If the module has different sizes in the adapters.
     """
     having = [(adapter, weight) for adapter, weight in parents if module in adapter.factors]
     sizes = {(a.factors[module][0].shape[1], a.factors[module][1].shape[0]) for a, _ in having}
@@ -283,19 +290,19 @@ def truncated(
     a: torch.Tensor, b: torch.Tensor, rank: int | None
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], float, float]:
     """
-    The best factors of a lower rank, by the singular value decomposition of `b @ a`.
+    The best low-rank factors, by the truncated singular value decomposition of `b @ a`.
 
     Args:
         a (`torch.Tensor`): Shape `(R, in)`, float64.
         b (`torch.Tensor`): Shape `(out, R)`, float64.
-        rank (`int`, *optional*): Highest rank of the result; `None` keeps the factors.
+        rank (`int`, *optional*): Largest rank of the result; `None` keeps the factors.
 
     Returns:
-        `tuple`: The factors, the squared Frobenius norm of what was cut off, and that of the product.
+        `tuple`: The factors `(a, b)`, the squared Frobenius norm of the truncated part, and that of the product.
     """
     if rank is None or a.shape[0] <= rank:
         return (a, b), 0.0, float(((b.T @ b) * (a @ a.T)).sum())
-    # The product has the singular values of a small core
+    # With b = Q_b R_b and a^T = Q_a R_a, the product has the singular values of the small matrix R_b R_a^T
     (q_b, r_b), (q_a, r_a) = torch.linalg.qr(b), torch.linalg.qr(a.T)
     u, s, v = torch.linalg.svd(r_b @ r_a.T)
     root = s[:rank].sqrt()
@@ -304,7 +311,7 @@ def truncated(
 
 
 def blended_bias(parents: Sequence[tuple[Adapter, float]], module: str, size: int) -> torch.Tensor:
-    """The weighted sum of `scaling * bias` of a module's B, shape `(out,)`, float32; zeros where there is none."""
+    """Weighted sum of `scaling * bias` of a module's B, shape `(out,)`, float32; zeros where there is none."""
     total = torch.zeros(size, dtype=torch.float64)
     for adapter, weight in parents:
         if module in adapter.biases:

@@ -1,10 +1,9 @@
 """
-Compare the models of a merge: their architectures, vocabularies and codecs must be the same.
+Check that the models of a merge have the same architecture, vocabulary and codec.
 
-Architecture is what decides shapes and computation. A configuration holds more: how the model was trained (dropout,
-initialisation, losses), how it is sampled, how its outputs are labelled, and which tokens are special. In these the
-models may differ: the merged model takes them from the first one, and special tokens that the first one does not set
-from the first that does.
+The architecture is every entry of the configuration that affects shapes or computation. Other entries may differ:
+training (dropout, initialisation, losses), sampling, labels, special tokens. The merged model takes them from the
+first model; special tokens that the first model does not set come from the first model that does.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ SPECIAL_TOKENS = {
     *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
 }
 NOT_ARCHITECTURE = {
-    # where it came from, and how it is run
+    # origin and runtime
     *("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype", "torchscript"),
     *("_attn_implementation", "attn_implementation", "_experts_implementation", "pretraining_tp"),
     *("chunk_size_feed_forward", "return_dict", "gradient_checkpointing"),
@@ -45,11 +44,11 @@ NOT_ARCHITECTURE = {
     *("router_jitter_noise", "output_router_logits"),
     # labels, and the tokenizer's class
     *("id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "tokenizer_class", "prefix"),
-    # sampling, which older configurations hold too
+    # sampling, also stored in older configurations
     *(set(GenerationConfig().to_dict()) - SPECIAL_TOKENS),
 }
 DROPOUT = re.compile(r"(?<!token_)(dropout(_rate|_p)?|pdrop|layerdrop)$")
-# Families that count positions from the padding id on
+# Families whose position ids start after the padding id
 POSITIONS_FROM_PAD = {
     *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "xmod", "data2vec-text"),
     *("trocr", "xglm"),
@@ -62,10 +61,10 @@ class SpecialToken:
     A special token in which the models differ.
 
     Args:
-        key (`str`): Entry of `config.json`, with dots where it is nested.
-        value (`int`, `list`): The id or ids that the merged model gets.
+        key (`str`): Entry of `config.json`, dotted if nested.
+        value (`int`, `list`): The id or ids of the merged model.
         donor (`Path`): The model that they come from: the first that sets them.
-        others (`dict`): What the models that differ have.
+        others (`dict`): Values of the models that differ.
     """
 
     key: str
@@ -77,7 +76,7 @@ class SpecialToken:
         return f"`{self.key}` is {self.value}, from {self.donor.name}; {self.have()}"
 
     def have(self) -> str:
-        """What the models that differ have."""
+        """Values of the models that differ, in words."""
         values = {folder.name: "none" if value is None else value for folder, value in self.others.items()}
         return ", ".join(f"{name} has {value}" for name, value in values.items())
 
@@ -86,19 +85,19 @@ def check_same_family(folders: Sequence[Path]) -> list[SpecialToken]:
     """
     Compare configurations, vocabularies and codecs with those of the first model.
 
-    Warns where the model cards name different base models (the weights of models that do not come from one
-    initialisation have no meaningful average), and where two models set different special tokens.
+    Warns if the models record different base models (weights from different initialisations have no meaningful
+    average), and if two models set different special tokens.
 
     Args:
         folders (`Sequence[Path]`): At least one model.
 
     Returns:
-        `list[SpecialToken]`: Those in which the models differ.
+        `list[SpecialToken]`: The special tokens in which the models differ.
 
     Raises:
         FileNotFoundError: If a folder has no `config.json`.
-        ValueError: If a folder is broken, has links out of it or needs code of its own, or architectures, vocabularies
-            or codecs differ; the message says where.
+        ValueError: If a file is broken or a link out of its folder, a model needs custom code, or architectures,
+            vocabularies or codecs differ; the message says where.
     """
     for number, folder in enumerate(folders):
         check_files(f"models[{number}]", folder)
@@ -116,7 +115,7 @@ def check_same_family(folders: Sequence[Path]) -> list[SpecialToken]:
 
 
 def flat(config: Mapping[str, JSON], prefix: str = "") -> dict[str, JSON]:
-    """A nested configuration with dotted keys, without what is not architecture; special tokens included."""
+    """Flatten a configuration to dotted keys, keeping only architecture and special tokens."""
     entries: dict[str, JSON] = {}
     for key, value in config.items():
         if key not in NOT_ARCHITECTURE and not DROPOUT.search(key):
@@ -131,10 +130,10 @@ def is_special_token(key: str) -> bool:
 
 def check_special_tokens(file: Path) -> None:
     """
-    Check that the special tokens in a JSON file are ids, if there is such a file.
+    Check the special tokens in a JSON file, if it exists.
 
     Raises:
-        ValueError: If one is neither an id nor a list of ids.
+        ValueError: If one is neither a token id nor a list of token ids.
     """
     entries = flat(read_json(file)) if file.is_file() else {}
     for key, value in entries.items():
@@ -144,7 +143,7 @@ def check_special_tokens(file: Path) -> None:
 
 
 def _is_token_id(value: JSON) -> bool:
-    """Whether a value may be a token id; older configurations have -1 for none."""
+    """Whether a value may be a token id; older configurations use -1 for none."""
     return isinstance(value, int) and not isinstance(value, bool) and -1 <= value < 2**31
 
 
@@ -156,12 +155,12 @@ def _check_same_architecture(first: Path, other: Path, configs: Mapping[Path, Ma
         if decides and ours.get(key) != theirs.get(key):
             raise ValueError(
                 f"the models have different architectures: `{key}` is {ours.get(key)!r} in {first} and "
-                f"{theirs.get(key)!r} in {other}; give models of one architecture"
+                f"{theirs.get(key)!r} in {other}; give models of the same architecture"
             )
 
 
 def _check_same_vocabulary(folders: Sequence[Path]) -> None:
-    """Compare the tokenizers of all models with that of the first one that has one."""
+    """Compare the vocabularies of all models that have a tokenizer."""
     found = {folder: words for folder in folders if (words := load_vocabulary(folder)) is not None}
     for other, words in found.items():
         first, vocabulary = next(iter(found.items()))
@@ -169,12 +168,12 @@ def _check_same_vocabulary(folders: Sequence[Path]) -> None:
             example = sorted(words.items() ^ vocabulary.items())[0][0]
             raise ValueError(
                 f"the tokenizers of {first} and {other} have different vocabularies, as at {example!r}; "
-                "give models of one tokenizer"
+                "give models with the same tokenizer"
             )
 
 
 def special_tokens(configs: Mapping[Path, Mapping[str, JSON]]) -> list[SpecialToken]:
-    """The special tokens in which configurations differ; warns where two of them set different ids."""
+    """The special tokens in which configurations differ; warns if two of them set different ids."""
     found = []
     for key in sorted({key for config in configs.values() for key in config if is_special_token(key)}):
         values = {folder: config.get(key) for folder, config in configs.items()}

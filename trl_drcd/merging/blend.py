@@ -11,18 +11,18 @@ import torch
 
 def check_weights(weights: Sequence[float], count: int) -> list[float]:
     """
-    The weights of a merge as floats.
+    Check the weights of a merge.
 
     Args:
-        weights (`Sequence[float]`): One for each model.
+        weights (`Sequence[float]`): One per model.
         count (`int`): Number of models.
 
     Returns:
         `list[float]`: The weights.
 
     Raises:
-        TypeError: If they are no numbers.
-        ValueError: If there is not one finite weight for each model, or they do not sum to 1.
+        TypeError: If `weights` is not a list of numbers.
+        ValueError: If there is not one finite weight per model, or they do not sum to 1 within 1e-6.
     """
     if isinstance(weights, str) or not isinstance(weights, Iterable):
         raise TypeError(f"`weights` must be a list of numbers, got {weights!r}")
@@ -42,7 +42,7 @@ def two_weights(interpolation_weight: float) -> list[float]:
     `[1 - lambda, lambda]` of Eq. (6).
 
     Raises:
-        TypeError: If it is no number.
+        TypeError: If lambda is not a number.
         ValueError: If lambda is not in `[0, 1]`.
     """
     if isinstance(interpolation_weight, bool) or not isinstance(interpolation_weight, Real):
@@ -59,16 +59,16 @@ def blend(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    `sum_i weights[i] * tensors[i]`, computed in float32 (float64 where a tensor is).
+    Weighted sum `sum_i weights[i] * tensors[i]`, computed in float32 (float64 if any tensor is).
 
-    A single tensor of weight 1 is returned, or copied to `out`, bit for bit; tensors of weight 0 do not count. Two
-    tensors are mixed as `t_0 + l * (t_1 - t_0)`, so that what is equal in both stays as it is.
+    Tensors of weight 0 are ignored; a single tensor of weight 1 is returned, or copied to `out`, bit for bit. Two
+    tensors are combined as `t_0 + l * (t_1 - t_0)`, so that elements equal in both stay exactly equal.
 
     Args:
-        tensors (`Sequence[torch.Tensor]`): Floating-point tensors of one shape.
+        tensors (`Sequence[torch.Tensor]`): Floating-point tensors of the same shape.
         weights (`Sequence[float]`): Their weights, not all 0.
-        dtype (`torch.dtype`, *optional*): Of the result, rounded once; by default that of the first tensor.
-        out (`torch.Tensor`, *optional*): Where to write the sum instead, in its own data type.
+        dtype (`torch.dtype`, *optional*): Data type of the result, rounded once; by default that of the first tensor.
+        out (`torch.Tensor`, *optional*): Tensor to write the sum to, in its own data type.
 
     Returns:
         `torch.Tensor`: The sum, or `out`.
@@ -81,7 +81,7 @@ def blend(
     elif len(rest) == 1 and abs(weight + rest[0][1] - 1) < 1e-12:
         second, share = rest[0]
         if first.dtype == second.dtype and dtype in (None, first.dtype) and (out is None or out.dtype == first.dtype):
-            return torch.lerp(first, second, share, out=out)  # widens low precision by itself, and rounds once
+            return torch.lerp(first, second, share, out=out)  # computes low precision in float32 and rounds once
         total = torch.lerp(first.to(wide), second.to(wide), share)
     else:
         total = torch.mul(first.to(wide), weight, out=out if out is not None and out.dtype == wide else None)

@@ -1,4 +1,4 @@
-"""Recipes for mergekit, and the record and model card of a merge."""
+"""The mergekit recipe, the record (`merge.yaml`) and the model card of a merge."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def merge_recipe(
     """
     A recipe for `mergekit-yaml`.
 
-    Models of weight 0 are left out; a single one is passed through bit for bit.
+    Models of weight 0 are left out; a single remaining model is passed through bit for bit.
 
     Args:
-        models (`Sequence[str]`): Paths or hub names.
-        weights (`Sequence[float]`): They sum to 1.
+        models (`Sequence[str]`): Paths or Hub names.
+        weights (`Sequence[float]`): One per model; they sum to 1.
         dtype (`str`, *optional*): Data type of the result; the models' own if `None`.
-        names_only (`bool`, *optional*, defaults to `False`): Name local models without the folders they lie in.
+        names_only (`bool`, *optional*, defaults to `False`): Reduce local paths to the folder's name.
 
     Returns:
         `str`: YAML.
@@ -50,15 +50,15 @@ def write_record(
     svd_rank: int | None = None,
 ) -> None:
     """
-    Write `merge.yaml`: models and weights of a merge, as `trl-drcd merge --config merge.yaml` takes them.
+    Write `merge.yaml`: models and weights of a merge, in the format of `trl-drcd merge --config merge.yaml`.
 
-    Local models are named without the folders they lie in.
+    Local paths are reduced to the folder's name.
 
     Args:
-        folder (`Path`): The merged model's.
-        parents (`Sequence[tuple]`): What the user calls each parent, and its weight.
-        dtype (`str`, *optional*): Data type that the user asked for.
-        svd_rank (`int`, *optional*): Rank that the user asked for.
+        folder (`Path`): Folder of the merged model.
+        parents (`Sequence[tuple]`): Name of each parent as given by the user, and its weight.
+        dtype (`str`, *optional*): Data type as given by the user.
+        svd_rank (`int`, *optional*): Rank as given by the user.
     """
     names, weights = [local_name(parent) for parent, _ in parents], [weight for _, weight in parents]
     record = {"models": names, "weights": weights, "dtype": dtype, "svd_rank": svd_rank}
@@ -75,15 +75,15 @@ def write_card(
     adapter_base: str | None = None,
 ) -> None:
     """
-    Write the README.md of a merge; tags, licence and pipeline are the parents'.
+    Write the README.md of a merge, with the parents' tags, licence and pipeline tag.
 
     Args:
-        folder (`Path`): The merged model's.
+        folder (`Path`): Folder of the merged model.
         title (`str`): Heading.
-        parents (`Sequence[tuple]`): What the user calls each parent, and its weight.
+        parents (`Sequence[tuple]`): Name of each parent as given by the user, and its weight.
         sources (`Sequence[Path]`): Folders of the parents.
         sections (`Sequence[str]`): Further paragraphs, in Markdown.
-        adapter_base (`str`, *optional*): Base model, where the merge is itself an adapter.
+        adapter_base (`str`, *optional*): Base model, if the merge is itself an adapter.
     """
     names = [(local_name(parent), weight) for parent, weight in parents]
     cards = [parent_card(path / "README.md") for path in sources if (path / "README.md").is_file()]
@@ -96,11 +96,11 @@ def write_card(
         tags=list(dict.fromkeys(["merge", "trl-drcd", *(tag for card in cards for tag in card.tags or [])])),
     )
     about = (
-        "Weights interpolated linearly between fine-tunings of one base model, as in "
+        "Linear interpolation of the weights of fine-tuned versions of one base model, as in "
         f"[diversity-rewarded CFG distillation]({PAPER}), Eq. (6). Sample with guidance off."
     )
     if (folder / "codec").is_dir():
-        about += " The codec that makes audio of the tokens is in `codec/`."
+        about += " The codec that decodes tokens to audio is in `codec/`."
     rows = [f"| {markdown_cell(parent)} | {weight:g} |" for parent, weight in names]
     table = "\n".join(["| parent | weight |", "|---|---|", *rows])
     record = f"`{RECORD}` has the exact weights."
@@ -110,16 +110,16 @@ def write_card(
 
 
 def usage(title: str) -> list[str]:
-    """The paragraphs of a card on how to load an adapter with its own generation config."""
+    """Card section on loading an adapter with its own generation config."""
     code = [
         "from trl_drcd.merging import load_adapter_model",
         "",
-        f"name = {json.dumps(title)}  # of this folder, or on the Hub",
+        f"name = {json.dumps(title)}  # this folder, or its name on the Hub",
         "model = load_adapter_model(name)",
     ]
     without = (
-        "transformers and PEFT by themselves sample with the generation config of the base model. Without trl-drcd "
-        "give them this folder's: `AutoModelForCausalLM.from_pretrained(name, "
+        "By default, transformers and PEFT sample with the generation config of the base model. Without trl-drcd, "
+        "pass this folder's: `AutoModelForCausalLM.from_pretrained(name, "
         "generation_config=GenerationConfig.from_pretrained(name))`, and the same for MusicGen with "
         "`AutoModelForTextToWaveform`."
     )
@@ -128,10 +128,10 @@ def usage(title: str) -> list[str]:
 
 def parent_card(file: Path) -> ModelCardData:
     """
-    Tags, licence and pipeline of a model card, where they are texts.
+    Tags, licence and pipeline tag of a model card, if they are strings.
 
     Raises:
-        ValueError: If its head is not YAML of plain values.
+        ValueError: If its metadata is not plain YAML.
     """
     found = load_card(file).data.to_dict()
     pipeline, licence, tags = (found.get(name) for name in ("pipeline_tag", "license", "tags"))
@@ -143,6 +143,6 @@ def parent_card(file: Path) -> ModelCardData:
 
 
 def special_token_section(tokens: Sequence[SpecialToken]) -> list[str]:
-    """The paragraphs of a card on special tokens in which the parents differ; none where they agree."""
+    """Card section on special tokens in which the parents differ; empty if they agree."""
     rows = {token.key: {"id": token.value, "from": token.donor.name, "others": token.have()} for token in tokens}
     return ["## Special tokens", "The parents differ in these.", markdown_table(rows)] if rows else []

@@ -1,4 +1,4 @@
-"""Linear interpolation of full checkpoints, streamed from file to file."""
+"""Linear interpolation of full checkpoints, streamed tensor by tensor from file to file."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def interpolate_checkpoints(
 
     `interpolate_checkpoints([quality, diversity], [1 - l, l], out)` is Eq. (6) of
     https://huggingface.co/papers/2410.06084.
-    Sums are computed in float32 (float64 where a tensor is) and rounded to the models' own data type. A weight of 1
-    beside zeros gives that model back bit for bit. One tensor is in memory at a time, whatever the size of the models.
-    The folder gets the tokenizer, processor and codec of the first model that has them, a generation config with
-    guidance off, and a model card; it appears under its name when it is complete.
+    Sums are computed in float32 (float64 if a tensor is) and rounded to the models' own data type. If one weight is 1
+    and the others are 0, the weights are a bit-exact copy of that model's. One tensor per model is in memory at a
+    time. The folder gets the tokenizer, processor and codec of the first model that has them, a generation config with
+    guidance off, and a model card; it appears under its name only when complete.
 
     Args:
-        models (`Sequence[str | Path]`): Folders or hub names of full checkpoints in safetensors, the one whose
-            tokenizer counts first.
-        weights (`Sequence[float]`): One for each model; they sum to 1.
+        models (`Sequence[str | Path]`): Folders or Hub names of full checkpoints in safetensors; the tokenizer comes
+            from the first that has one. `"base"` stands for the base model that the others record.
+        weights (`Sequence[float]`): One per model; they sum to 1.
         output_dir (`str` or `Path`): Folder to write.
-        dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or another, of the result. Needed where the models' own
-            data types differ.
+        dtype (`str`, *optional*): Data type of the result, such as `"float32"` or `"bfloat16"`. Required if the
+            models' data types differ.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a folder that is not empty.
         verify (`bool`, *optional*, defaults to `False`): Load the result and generate from it before it appears.
 
@@ -55,9 +55,12 @@ def interpolate_checkpoints(
         `Path`: The folder.
 
     Raises:
-        FileExistsError: If `output_dir` is not empty, and `overwrite` is not set.
-        FileNotFoundError: If a model has no `config.json` or no safetensors.
-        ValueError: If the weights do not sum to 1, or the models do not fit together; the message says where.
+        FileExistsError: If `output_dir` is not empty and `overwrite` is not set.
+        FileNotFoundError: If a model does not exist, or has no `config.json` or no safetensors.
+        OSError: If the disk is too full or not writable.
+        RuntimeError: If `verify` is set and the result does not load or generate.
+        TypeError: If `models` or `weights` has the wrong type.
+        ValueError: If the weights do not sum to 1, or the models do not match; the message says where.
     """
     return merge_folders(models, weights, output_dir, partial(_write_weights, dtype=dtype), dtype, overwrite, verify)
 
@@ -69,7 +72,7 @@ def _write_weights(
     folder: Path,
     dtype: str | None,
 ) -> None:
-    """Write the weighted sums, in shards like the first model's, and its configuration."""
+    """Write the weighted sums in the first model's shards, and its configuration."""
     first, wanted = checkpoints[0], wanted_dtype(dtype)
     specs = merged_specs(first, names, wanted)
     used = [(checkpoint, weight) for checkpoint, weight in zip(checkpoints, weights, strict=True) if weight != 0]
@@ -96,12 +99,12 @@ def _merged_tensor(used: Sequence[tuple[Checkpoint, float]], name: str, dtype: t
     if not merged.isfinite().all():
         bad = [checkpoint.folder for checkpoint, _ in used if not checkpoint[name].isfinite().all()]
         where = f" in {bad[0]}" if bad else f", too large for {merged.dtype}"
-        raise ValueError(f"{name} is NaN or infinite{where}; merge models whose weights are finite")
+        raise ValueError(f"{name} has NaN or infinite values{where}; merge models whose weights are finite")
     return merged
 
 
 def merged_specs(first: Checkpoint, names: Sequence[str], wanted: torch.dtype | None) -> Specs:
-    """Data types and shapes of the merged tensors: those of the first model, floats in the wanted data type."""
+    """Data types and shapes of the merged tensors: the first model's, with floats in the wanted data type."""
     own = {name: first.spec(name) for name in names}
     return {name: (wanted if wanted and t.is_floating_point else t, shape) for name, (t, shape) in own.items()}
 
@@ -116,9 +119,9 @@ def merge_folders(
     verify: bool,
 ) -> Path:
     """
-    Do all of a merge of checkpoints but the weights; arguments as for [`interpolate_checkpoints`].
+    Do everything of a merge of checkpoints except the weights; arguments as for [`interpolate_checkpoints`].
 
-    `write_weights` gets the models, the names of the tensors that all have, the weights, and the folder to write.
+    `write_weights` is called with the models, the names of their common tensors, the weights, and the output folder.
     """
     check_list("models", models)
     values, wanted = check_weights(weights, len(models)), wanted_dtype(dtype)
@@ -145,7 +148,7 @@ def merge_folders(
 
 
 def set_special_tokens(config_file: Path, tokens: Sequence[SpecialToken]) -> None:
-    """Enter special tokens in a `config.json`."""
+    """Set special tokens in a `config.json`."""
     config = read_json(config_file)
     for token in tokens:
         *path, name = token.key.split(".")
@@ -159,10 +162,10 @@ def set_special_tokens(config_file: Path, tokens: Sequence[SpecialToken]) -> Non
 
 def wanted_dtype(dtype: str | None) -> torch.dtype | None:
     """
-    The data type of a name such as `"float32"`.
+    The floating-point data type called, for example, `"float32"`.
 
     Raises:
-        ValueError: If there is no such floating-point data type.
+        ValueError: If there is none.
     """
     if dtype is None:
         return None
@@ -174,7 +177,7 @@ def wanted_dtype(dtype: str | None) -> torch.dtype | None:
 
 
 def with_dtype(config: dict[str, JSON], dtype: str | None) -> dict[str, JSON]:
-    """A configuration, nested ones included, that names this data type; as it is if there is none."""
+    """A copy of a configuration, including nested ones, with this data type; unchanged if it is `None`."""
     if dtype is None:
         return config
     return {
@@ -189,13 +192,12 @@ def with_dtype(config: dict[str, JSON], dtype: str | None) -> dict[str, JSON]:
 
 def common_tensors(checkpoints: Sequence[Checkpoint]) -> list[str]:
     """
-    Names of the tensors of all checkpoints.
+    Names of the tensors that all checkpoints have.
 
-    Tied weights are usually stored once; where only some checkpoints store the second of a pair, and it equals the
-    first, it is left out.
+    Tied weights are usually stored once; if only some checkpoints also store the copy, it is left out.
 
     Raises:
-        ValueError: If a checkpoint lacks a tensor that another has.
+        ValueError: If a checkpoint lacks a tensor that another has and that is not such a copy.
     """
     names = [name for name in checkpoints[0].names if all(name in other for other in checkpoints)]
     shared = set(names)
@@ -204,7 +206,7 @@ def common_tensors(checkpoints: Sequence[Checkpoint]) -> list[str]:
             if name not in shared and not _is_copy_of_another(checkpoint, name, names):
                 lacking = next(other.folder for other in checkpoints if name not in other)
                 raise ValueError(
-                    f"the models have different tensors: {checkpoint.folder} has {name}, {lacking} has not"
+                    f"the models have different tensors: {checkpoint.folder} has {name}, {lacking} does not"
                 )
     return names
 
@@ -217,11 +219,11 @@ def _is_copy_of_another(checkpoint: Checkpoint, name: str, names: Sequence[str])
 
 def check_specs(checkpoints: Sequence[Checkpoint], names: Sequence[str], any_float: bool) -> None:
     """
-    Compare shapes and data types of all tensors with the first checkpoint's, and the values of those that have no
-    average: integers and booleans.
+    Compare shapes and data types of all tensors with the first checkpoint's, and values of integers and booleans,
+    which cannot be averaged.
 
     Raises:
-        ValueError: At the first difference.
+        ValueError: If one differs.
     """
     first = checkpoints[0]
     for other in checkpoints[1:]:
@@ -235,28 +237,28 @@ def check_specs(checkpoints: Sequence[Checkpoint], names: Sequence[str], any_flo
                 hint = '; set `dtype`, such as "float32"' if floats else ""
                 raise ValueError(f"different data types of {where}: {dtype} and {their_dtype}{hint}")
             if not floats and not torch.equal(first[name], other[name]):
-                raise ValueError(f"different values of {where}, which are {dtype} and have no average")
+                raise ValueError(f"different values of {where}, which are {dtype} and cannot be averaged")
 
 
 def warn_of_distant_models(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> None:
     """
-    Warn where the largest matrix of two models has next to nothing in common.
+    Warn if the largest matrices of two models are nearly uncorrelated.
 
-    Its cosine is near 1 between fine-tunings of one model, and near 0 between models of different initialisations,
-    whose average is meaningless.
+    Their cosine similarity is near 1 between fine-tuned versions of one model, and near 0 between models from
+    different initialisations, whose average is meaningless.
     """
     first = checkpoints[0]
     matrices = [name for name in names if len(first.spec(name)[1]) > 1 and first.spec(name)[0].is_floating_point]
     if not matrices:
         return
     largest = max(matrices, key=lambda name: math.prod(first.spec(name)[1]))
-    part = slice(2**24)  # enough to tell, whatever the size of the vocabulary
+    part = slice(2**24)  # enough for a precise cosine; limits the memory for large vocabularies
     ours = first[largest].flatten()[part].float()
     for other in checkpoints[1:]:
         cosine = float(torch.nn.functional.cosine_similarity(ours, other[largest].flatten()[part].float(), dim=0))
         if cosine < 0.5:
             warnings.warn(
-                f"{largest} of {first.folder} and {other.folder} have a cosine of {cosine:.2f}: do they come from one "
-                "initialisation? Otherwise their average is meaningless",
+                f"{largest} of {first.folder} and {other.folder} has a cosine similarity of {cosine:.2f}: do they "
+                "come from one initialisation? Otherwise their average is meaningless",
                 stacklevel=4,
             )

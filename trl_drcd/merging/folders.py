@@ -1,4 +1,4 @@
-"""Find the folders of models, read them, and copy what a merge of weights leaves out."""
+"""Find and read the folders of models, and copy the files of a merge other than weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKENIZER = (
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
 CODEC = ("codec/config.json", "codec/codec.safetensors", "codec/README.md")
-# What belongs to a model besides its weights. Each group comes from one parent, so that it stays consistent
+# Files of a model besides its weights. Each group is copied from one parent, so that it stays consistent
 SIDE_FILES = (
     TOKENIZER,
     ("preprocessor_config.json", "processor_config.json"),
@@ -34,7 +34,7 @@ SIDE_FILES = (
     CODEC,
 )
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-# All that is read of a model or an adapter from the Hub
+# All files that are fetched for a model or an adapter on the Hub
 HUB_FILES = (
     *("config.json", WEIGHTS, INDEX, "model-*.safetensors", "README.md"),
     *ADAPTER_FILES,
@@ -47,27 +47,27 @@ HUB_FILES = (
 
 def check_list(argument: str, models: object) -> None:
     """
-    Refuse one name where a list of them is due.
+    Check that `models` is a list of names and not a single one.
 
     Raises:
         TypeError: If it is not a list.
     """
     if isinstance(models, str | Path) or not isinstance(models, Sequence):
-        raise TypeError(f"`{argument}` must be a list of folders or hub names, got {models!r}")
+        raise TypeError(f"`{argument}` must be a list of folders or Hub names, got {models!r}")
 
 
 def find_folder(model: str | Path, argument: str = "models") -> Path:
     """
-    The folder of a model: a local path, or a hub name, of which the files that are read here are fetched.
+    The folder of a model: a local path, or the local copy of a model on the Hub, which is fetched.
 
     Raises:
-        FileNotFoundError: If there is neither a folder nor a model of that name on the Hub.
+        FileNotFoundError: If there is neither a folder nor a model on the Hub of that name.
     """
     if Path(model).exists():
         return Path(model)
     if not is_hub_name(model):
         raise FileNotFoundError(
-            f"`{argument}`: {model} does not exist; give the folder of a saved model, or a hub name"
+            f"`{argument}`: {model} does not exist; give the folder of a saved model, or a Hub name"
         )
     try:
         return Path(snapshot_download(str(model), allow_patterns=list(HUB_FILES)))
@@ -80,10 +80,10 @@ def find_folder(model: str | Path, argument: str = "models") -> Path:
 
 def find_models(models: Sequence[str | Path]) -> list[Path]:
     """
-    The folders of full checkpoints; the word `"base"` stands for the base model that the others record.
+    The folders of full checkpoints; `"base"` stands for the base model that the others record.
 
     Raises:
-        FileNotFoundError: If a model is not there, or no folder or hub name of the base is recorded.
+        FileNotFoundError: If a model does not exist, or the others do not record one base.
     """
     folders = {
         number: find_folder(model, f"models[{number}]")
@@ -94,8 +94,8 @@ def find_models(models: Sequence[str | Path]) -> list[Path]:
         recorded = {base for folder in folders.values() if (base := recorded_base(folder))}
         if len(recorded) != 1:
             raise FileNotFoundError(
-                f"`models[{number}]={BASE}` is the base model that the others record, which is "
-                f"{sorted(recorded) or 'none'}; give its folder or hub name"
+                f"`models[{number}]={BASE}` stands for the base model that the others record, but they record "
+                f"{sorted(recorded) or 'none'}; give its folder or Hub name"
             )
         folders[number] = find_folder(recorded.pop(), f"models[{number}]={BASE}")
     return [folders[number] for number in range(len(models))]
@@ -104,9 +104,9 @@ def find_models(models: Sequence[str | Path]) -> list[Path]:
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """
-    Name the file that a library could not read, whatever the library raises.
+    Turn any error of a library while it reads `path` into a `ValueError` that names the file.
 
-    Files from outside may be torn or made by hand; what transformers, PEFT and tokenizers raise then is of any kind.
+    For broken or hand-made files, transformers, PEFT and tokenizers raise errors of many types.
 
     Raises:
         ValueError: In place of every error.
@@ -115,24 +115,24 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # a panic in tokenizers is no `Exception`
+    except BaseException as error:  # a panic in tokenizers is not an `Exception`
         raise ValueError(
             f"{path} cannot be read ({type(error).__name__}: {_first_line(error)}); copy or save it again"
         ) from error
 
 
 def _first_line(error: BaseException, length: int = 200) -> str:
-    """The message of an error in one line, cut when it is long."""
+    """The message of an error in one line, truncated to `length` characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= length else f"{text[:length]}..."
 
 
 def check_files(argument: str, folder: Path) -> None:
     """
-    Refuse files that are links out of the folder, and JSON files that are broken.
+    Check that no file is a link out of the folder, and that all JSON files can be parsed.
 
     Raises:
-        ValueError: At the first one, by its name.
+        ValueError: If one is or cannot; the message names it.
     """
     with prefix_errors(argument):
         for name in HUB_FILES:
@@ -144,7 +144,7 @@ def check_files(argument: str, folder: Path) -> None:
 
 def load_config(folder: Path) -> PreTrainedConfig:
     """
-    The configuration of a model.
+    Load the configuration of a model.
 
     Raises:
         ValueError: If transformers cannot read it.
@@ -156,7 +156,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 def load_vocabulary(folder: Path) -> dict[str, int] | None:
     """
-    Tokens and their ids; `None` where there is no tokenizer.
+    Load the vocabulary, token to id; `None` if there is no tokenizer.
 
     Raises:
         ValueError: If transformers cannot read it.
@@ -170,23 +170,25 @@ def load_vocabulary(folder: Path) -> dict[str, int] | None:
 
 def load_card(file: Path) -> ModelCard:
     """
-    A model card.
+    Load a model card.
 
     Raises:
-        ValueError: If its head is not YAML of plain values.
+        ValueError: If its metadata is not plain YAML.
     """
     try:
         return ModelCard.load(file)
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         cause = _first_line(error)
-        raise ValueError(f"{file} has a head that is no plain YAML ({cause}); mend the card, or remove it") from error
+        raise ValueError(
+            f"{file} has metadata that is not plain YAML ({cause}); fix the card, or remove it"
+        ) from error
 
 
 # ---------------------------------------------------------------- the base
 
 
 def recorded_base(folder: Path) -> str | None:
-    """The base model that an adapter's configuration or a model card names; `None` if neither does, or several."""
+    """The base model recorded in an adapter's configuration or a model card; `None` if there is none or several."""
     config, card = folder / "adapter_config.json", folder / "README.md"
     if config.is_file():
         base = read_json(config).get("base_model_name_or_path")
@@ -197,16 +199,16 @@ def recorded_base(folder: Path) -> str | None:
 
 def warn_of_different_bases(folders: Sequence[Path]) -> None:
     """
-    Warn where the models record different base models, by the last part of their names.
+    Warn if the models record different base models, compared by the last part of their names.
 
-    Weights that do not come from one initialisation have no meaningful average.
+    Weights from different initialisations have no meaningful average.
     """
     bases = {folder: local_name(base) for folder in folders if (base := recorded_base(folder))}
     if len(set(bases.values())) > 1:
         listed = ", ".join(f"{folder}: {base}" for folder, base in bases.items())
         warnings.warn(
-            f"the models record different base models ({listed}); weights that do not come from one initialisation "
-            "have no meaningful average",
+            f"the models record different base models ({listed}); weights from different initialisations have no "
+            "meaningful average",
             stacklevel=3,
         )
 
@@ -226,7 +228,9 @@ def check_same_codec(folders: Sequence[Path]) -> None:
         for name in CODEC[:2]:
             pair = first / name, other / name
             if all(path.is_file() for path in pair) and not filecmp.cmp(*pair, shallow=False):
-                raise ValueError(f"the codecs of {first} and {other} differ: {name}; give models of one codec")
+                raise ValueError(
+                    f"the codecs of {first} and {other} differ in {name}; give models with the same codec"
+                )
 
 
 def check_generation_config(folder: Path) -> None:
@@ -245,12 +249,12 @@ def copy_side_files(parents: Sequence[Path], folder: Path, special_tokens: Mappi
     """
     Copy tokenizer, processor, codec and generation config of the first parent that has them, and turn guidance off.
 
-    Known files alone are copied. The rest of the generation config stays as it is.
+    Only known files are copied. Other entries of the generation config are kept.
 
     Args:
-        parents (`Sequence[Path]`): The merged models, the preferred one first.
-        folder (`Path`): The merged model's.
-        special_tokens (`Mapping`, *optional*): Ids for the generation config, where it has none.
+        parents (`Sequence[Path]`): Folders of the parents, the preferred one first.
+        folder (`Path`): Folder of the merged model.
+        special_tokens (`Mapping`, *optional*): Ids for entries that the generation config does not set.
 
     Raises:
         ValueError: If a file is a link out of its folder, or broken.
@@ -264,7 +268,7 @@ def copy_side_files(parents: Sequence[Path], folder: Path, special_tokens: Mappi
     file = folder / "generation_config.json"
     if not file.is_file():
         if not (folder / "config.json").is_file():
-            return  # an adapter's
+            return  # an adapter
         GenerationConfig.from_model_config(load_config(folder)).save_pretrained(folder)
     generation = read_json(file)
     generation |= {name: ids for name, ids in (special_tokens or {}).items() if generation.get(name) is None}

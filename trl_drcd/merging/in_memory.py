@@ -1,4 +1,4 @@
-"""lambda at deployment: several ends in memory, and a model that is set to any mixture of them in place."""
+"""Choose lambda at deployment: keep several ends in memory and set a model to any interpolation of them in place."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def set_interpolation_weight(model: Any, weight: float | Sequence[float]) -> Non
 
     For a `PeftModel` with two LoRA adapters (`load_adapter`), theta_q is the first and theta_d the second; all are
     made active and frozen, and only their scalings change. With one adapter, theta_d is the base. For any other model,
-    the ends are those given to [`hold_checkpoints`]. The result never depends on what was set before: 0 and 1 give
-    back the ends bit for bit. What `save_pretrained` writes of an adapter does not know lambda; write with
-    `interpolate_adapters`.
+    the ends are those given to [`hold_checkpoints`]. The result does not depend on earlier calls: 0 and 1 give the
+    ends bit for bit. `save_pretrained` of an adapter ignores lambda; use `interpolate_adapters` to save.
 
     Args:
-        model (`PeftModel` or `nn.Module`): The model.
-        weight (`float` or `Sequence[float]`): lambda between 0 and 1; or one weight for each end, which sum to 1.
+        model (`PeftModel` or `nn.Module`): The model, changed in place.
+        weight (`float` or `Sequence[float]`): lambda in `[0, 1]`, or one weight per end, which sum to 1.
 
     Raises:
-        ValueError: If there are no ends, their number does not fit the weights, an adapter is merged into the base, or
-            is of a kind whose mixture is not linear.
+        TypeError: If `weight` is not a number or a list of numbers.
+        ValueError: If there are no ends, their number does not match the weights, lambda is out of range, or an
+            adapter is merged into the base or is not linear in `B @ A`.
     """
     if hasattr(model, "peft_config"):
         _set_adapters(model, weight)
@@ -48,16 +48,17 @@ def set_interpolation_weight(model: Any, weight: float | Sequence[float]) -> Non
 
 def hold_checkpoints(model: torch.nn.Module, checkpoints: Sequence[str | Path | Mapping[str, torch.Tensor]]) -> None:
     """
-    Keep the ends of an interpolation beside a model, for [`set_interpolation_weight`]; the model stays as it is.
+    Attach the ends of an interpolation to a model, for [`set_interpolation_weight`]; its weights do not change.
 
-    The ends take the memory of one more model each, on the model's device and in its data types.
+    Each end takes the memory of one more model, on the model's device and in its data types.
 
     Args:
-        model (`nn.Module`): A full model, of the ends' architecture.
-        checkpoints (`Sequence`): For each end a folder or hub name of a safetensors checkpoint, or a state dict.
+        model (`nn.Module`): A full model of the same architecture as the ends.
+        checkpoints (`Sequence`): For each end the folder or Hub name of a safetensors checkpoint, or a state dict.
 
     Raises:
-        ValueError: If an end lacks a tensor of the model, or has another shape, or other integers.
+        FileNotFoundError: If a checkpoint does not exist.
+        ValueError: If an end lacks a tensor of the model, or has one of another shape, or different integers.
     """
     own = _own_tensors(model)
     ends = []
@@ -71,14 +72,16 @@ def hold_checkpoints(model: torch.nn.Module, checkpoints: Sequence[str | Path | 
                 has = "no such tensor" if name is None else f"the shape {tuple(source[name].shape)}"
                 raise ValueError(f"the model has {names[0]} of shape {tuple(tensor.shape)}, {label} has {has}")
             if not tensor.is_floating_point() and not torch.equal(source[name].to(tensor.device), tensor):
-                raise ValueError(f"{name} of {label} differs from the model's, is {tensor.dtype} and has no average")
+                raise ValueError(
+                    f"{name} of {label} differs from the model's, but is {tensor.dtype} and cannot be averaged"
+                )
             end[names[0]] = source[name].detach().to(tensor.device, tensor.dtype, copy=True)
         ends.append(end)
     object.__setattr__(model, ENDS, ends)
 
 
 def _own_tensors(model: torch.nn.Module) -> list[tuple[list[str], torch.Tensor]]:
-    """Every tensor of the model's state once, with all its names: tied ones have several."""
+    """Every tensor of the state dict once, with all its names: tied tensors have several."""
     grouped: dict[int, tuple[list[str], torch.Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         grouped.setdefault(id(tensor), ([], tensor.detach()))[0].append(name)
@@ -96,16 +99,16 @@ def _set_tensors(model: torch.nn.Module, weight: float | Sequence[float]) -> Non
 
 def _set_adapters(model: Any, weight: float | Sequence[float]) -> None:
     names = list(model.peft_config)
-    # One adapter and lambda: what is not the adapter's share is the base's
+    # lambda of a single adapter is the weight of the base
     weights = two_weights(weight)[:1] if len(names) == 1 and isinstance(weight, int | float) else None
     weights = weights or _weights_of(weight, len(names))
     for name, config in model.peft_config.items():
         check_linear(config, f"adapter {name!r}")
         if config.bias != "none" or config.modules_to_save or config.trainable_token_indices:
             raise ValueError(
-                f"adapter {name!r} holds tensors that take the place of the base's, of which only one "
-                f"adapter's can be active: `bias={config.bias!r}`, `modules_to_save={config.modules_to_save}`, "
-                f"`trainable_token_indices={config.trainable_token_indices}`; write with `interpolate_adapters`"
+                f"adapter {name!r} replaces tensors of the base, which PEFT can do for only one active adapter: "
+                f"`bias={config.bias!r}`, `modules_to_save={config.modules_to_save}`, "
+                f"`trainable_token_indices={config.trainable_token_indices}`; use `interpolate_adapters`"
             )
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if any(layer.merged for layer in layers):
@@ -118,11 +121,11 @@ def _set_adapters(model: Any, weight: float | Sequence[float]) -> None:
 
 
 def _weights_of(weight: float | Sequence[float], count: int) -> list[float]:
-    """One weight for each end, of lambda or of a list."""
+    """One weight per end, from lambda or a list."""
     if isinstance(weight, str):
-        raise TypeError(f"`weight` must be a number, or one for each end, got {weight!r}")
+        raise TypeError(f"`weight` must be a number, or a list of one per end, got {weight!r}")
     if not isinstance(weight, int | float):
         return check_weights(weight, count)
     if count != 2:
-        raise ValueError(f"`weight={weight}` is lambda between two ends, but there are {count}; give {count} weights")
+        raise ValueError(f"`weight={weight}` needs exactly two ends, but there are {count}; give {count} weights")
     return two_weights(weight)

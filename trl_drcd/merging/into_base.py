@@ -1,4 +1,4 @@
-"""Write a full checkpoint: a base model with a LoRA adapter in its weights."""
+"""Write a full checkpoint: a base model with a LoRA adapter merged into its weights."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from trl_drcd.merging.folders import load_config, reading
 from trl_drcd.merging.lora import PREFIX, REASONS, Adapter, unusual
 from trl_drcd.validation.model_folders import load_model
 
-# Kinds that are not linear, but whose merge into the base is exact (tested)
+# Options that are not linear, but whose merge into the base is exact (tested)
 MERGEABLE = {"use_dora"}
 
 
 def write_into_base(adapter: Path, parents: Sequence[tuple[Adapter, float]], base: Path, folder: Path) -> None:
     """
-    Write the base with the adapter in its weights, computed in float32 and rounded once to the base's data type.
+    Write the base with the adapter merged in, computed in float32 and rounded once to the base's data type.
 
     Raises:
-        ValueError: If the base and the adapter do not fit, or the weights cannot hold the adapter; the message says
-            why.
+        ValueError: If base and adapter do not match, or the base's weights cannot represent the adapter; the message
+            says why.
     """
     config = load_config(base)
     with reading(base):
@@ -35,52 +35,52 @@ def write_into_base(adapter: Path, parents: Sequence[tuple[Adapter, float]], bas
         adapted = PeftModel.from_pretrained(model, str(adapter))
         _check_all_found(adapted, parents)
         merged = adapted.merge_and_unload(safe_merge=True)
-    except Exception as error:  # of any kind: PEFT's own checks, and errors of shapes
+    except Exception as error:  # PEFT's own checks and shape errors are of many types
         raise ValueError(
-            f"`base_model={base}` cannot hold the adapter {parents[0][0].folder}, by its shapes or its modules; give "
-            f"the base that the adapter was trained on ({type(error).__name__}: {last_line(error)})"
+            f"`base_model={base}` does not match the adapter {parents[0][0].folder} in shapes or modules; give the "
+            f"base that the adapter was trained on ({type(error).__name__}: {last_line(error)})"
         ) from error
     merged.to(config.dtype or torch.float32).save_pretrained(folder)
 
 
 def last_line(error: Exception) -> str:
-    """The last line of a message, where PyTorch says which tensor does not fit."""
+    """The last line of a message, in which PyTorch names the mismatched tensor."""
     lines = str(error).strip().splitlines() or [""]
     return lines[-1].strip()[:300]
 
 
 def _check_mergeable(parents: Sequence[tuple[Adapter, float]], base: Path) -> None:
-    """Refuse adapters whose effect no weights of the base can hold, or of whose merge nothing is known."""
+    """Refuse adapters that the base's weights cannot represent, or whose merge is not known to be exact."""
     for parent, _ in parents:
         if parent.config.layer_replication:
             raise ValueError(
                 f"{parent.folder} has `layer_replication={parent.config.layer_replication}`: the copies share the "
-                "weights of the base, which cannot hold the changes of each. Keep the adapter apart: no `base_model`"
+                "base's weights, which cannot hold different changes. Keep the adapter separate: omit `base_model`"
             )
         if hit := sorted(unusual(parent.config).keys() - MERGEABLE):
-            reason = REASONS.get(hit[0], "what it does is not known here")
+            reason = REASONS.get(hit[0], "this option is not supported")
             raise ValueError(
-                f"{parent.folder} has `{hit[0]}={getattr(parent.config, hit[0])}`: {reason}, and no merge into the "
-                "base is known to be exact. Keep the adapter apart: no `base_model`"
+                f"{parent.folder} has `{hit[0]}={getattr(parent.config, hit[0])}`: {reason}, and no exact merge into "
+                "the base is known. Keep the adapter separate: omit `base_model`"
             )
 
 
 def _check_tied_weights(model: PreTrainedModel, parents: Sequence[tuple[Adapter, float]], base: Path) -> None:
-    """Refuse changes of a tied embedding or head: PEFT adds the change of either one to the tensor that is both."""
+    """Refuse changes of a tied embedding or head: PEFT would add the change of one to the tensor shared by both."""
     both = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = [f"{PREFIX}{name}." for name, module in model.named_modules() if any(module is one for one in both)]
     changed = {key for parent, _ in parents for key in parent.factors}
-    if not parents[0][0].config.ensure_weight_tying:  # else a saved module, and its copy, are one tensor again
+    if not parents[0][0].config.ensure_weight_tying:  # otherwise a saved module and its copy stay tied
         changed |= {key for parent, _ in parents for key in parent.full if "token_adapter" not in key}
     if hit := sorted(key for key in changed if f"{key}.".startswith(tuple(names))):
         raise ValueError(
-            f"{base} ties its embedding and its head, and the adapter changes one of them ({hit[0]}): the merged "
-            "tensor would be both. Keep the adapter apart: no `base_model`"
+            f"{base} ties its embedding and its head, and the adapter changes one of them ({hit[0]}): the merge would "
+            "change both. Keep the adapter separate: omit `base_model`"
         )
 
 
 def _check_all_found(adapted: PeftModel, parents: Sequence[tuple[Adapter, float]]) -> None:
-    """Refuse a base that lacks a module of the adapter: PEFT leaves such tensors out with a warning."""
+    """Refuse a base that lacks a module of the adapter: PEFT ignores such tensors with only a warning."""
     have = {name for name, _ in adapted.named_modules()}
     if lacking := sorted({module for parent, _ in parents for module in parent.factors} - have):
-        raise ValueError(f"the base has no {lacking[0].removeprefix(PREFIX)}")
+        raise ValueError(f"the base has no module {lacking[0].removeprefix(PREFIX)}")

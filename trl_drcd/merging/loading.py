@@ -1,9 +1,9 @@
 """
-Load an adapter as it was saved: with its own generation config.
+Load an adapter with its own generation config.
 
-transformers and PEFT read the generation config of an adapter's base model, never that of the adapter's folder:
-`pipeline`, `PeftModel.from_pretrained` and `AutoModel.from_pretrained` alike (`tests/merging/test_loading.py` says
-when that changes). A distilled MusicGen then samples with the guidance of its base, a distilled text model greedily.
+transformers and PEFT (`pipeline`, `PeftModel.from_pretrained`, `AutoModel.from_pretrained`) use the generation config
+of the adapter's base model, never the one in the adapter's folder (`tests/merging/test_loading.py` fails when that
+changes). A distilled MusicGen would then sample with its base's guidance, and a distilled text model greedily.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ def load_adapter_model(
     adapter: str | Path, base_model: str | Path | None = None, is_trainable: bool = False, **kwargs: Any
 ) -> PeftModel:
     """
-    The base model of a LoRA adapter with the adapter and the adapter's generation config.
+    Load a LoRA adapter on its base model, with the adapter's generation config.
 
     Args:
-        adapter (`str` or `Path`): Folder or hub name of a LoRA adapter, such as a training or
-            [`interpolate_adapters`] writes.
-        base_model (`str` or `Path`, *optional*): Folder or hub name of the base model; by default the one that the
+        adapter (`str` or `Path`): Folder or Hub name of a LoRA adapter, as written by training or
+            [`interpolate_adapters`].
+        base_model (`str` or `Path`, *optional*): Folder or Hub name of the base model; by default the one that the
             adapter records.
-        is_trainable (`bool`, *optional*, defaults to `False`): Whether the adapter is to be trained further.
-        **kwargs: For the base model's `from_pretrained`, such as `dtype` or `device_map`.
+        is_trainable (`bool`, *optional*, defaults to `False`): Whether the adapter's weights require gradients.
+        **kwargs: Passed to the base model's `from_pretrained`, such as `dtype` or `device_map`.
 
     Returns:
         `PeftModel`: For `generate`, for `pipeline(task, model=..., tokenizer=...)`, and for
-        [`set_interpolation_weight`]. Where the folder has no generation config, it has the base model's.
+        [`set_interpolation_weight`]. If the folder has no generation config, the base model's is kept.
 
     Raises:
-        FileNotFoundError: If the adapter or its base model is not there.
-        ValueError: If a file of either is broken or a link out of its folder, or they do not fit.
+        FileNotFoundError: If the adapter or its base model does not exist, or no base model is recorded or given.
+        ValueError: If a file of either is broken or a link out of its folder, or they do not match.
     """
     folder = find_folder(adapter, "adapter")
     check_files("adapter", folder)

@@ -1,4 +1,4 @@
-"""LoRA adapters as files: which of them are linear in their products, and their factors."""
+"""Read LoRA adapters from files, and check that their effect is linear in the products `B @ A`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from trl_drcd.validation.model_folders import check_adapter_folder
 from trl_drcd.validation.saved_files import read_json
 
 PREFIX = "base_model.model."
-# Entries of a configuration with which the change of the weights is still `scaling * B @ A`; `init_lora_weights` is
-# looked at separately, and with it the configurations of initialisations
+# Configuration entries under which the change of the weights remains `scaling * B @ A`; `init_lora_weights`, with the
+# configurations of initialisations, is checked separately
 LINEAR = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "lora_bias"),
@@ -30,20 +30,20 @@ LINEAR = {
     *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("megatron_core", "qalora_group_size", "runtime_config"),
 }
-# All others are refused; why, where it is known
+# All other entries are refused; the reasons, if known
 REASONS = {
     "use_dora": "DoRA rescales the columns of the weights, which is not linear",
     "use_qalora": "QA-LoRA pools its inputs",
     "use_bdlora": "its factors are block-diagonal",
     "alora_invocation_tokens": "activated LoRA depends on the tokens of the input",
     "arrow_config": "an Arrow router chooses among adapters for each token",
-    "kasa_config": "KaSA changes the base weights too",
+    "kasa_config": "KaSA also changes the base weights",
     "monteclora_config": "MonteCLoRA samples its factors",
     "velora_config": "VeLoRA is not supported here",
     "megatron_config": "Megatron layers are not supported here",
-    "target_parameters": "adapters of bare parameters are not supported here",
+    "target_parameters": "adapters of parameters outside modules are not supported here",
 }
-# Initialisations that leave the base weights as they are
+# Initialisations that do not change the base weights
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 REMEDY = (
     "merge each adapter into the base first (`interpolate_adapters([adapter], [1.0], folder, base_model=base)`), then "
@@ -53,29 +53,29 @@ REMEDY = (
 
 def check_linear(config: LoraConfig, name: str) -> None:
     """
-    Refuse adapters whose change of the weights is not linear in the products B·A.
+    Check that an adapter's change of the weights is linear in the products B·A.
 
     Args:
-        config (`LoraConfig`): The adapter's.
-        name (`str`): What messages call it.
+        config (`LoraConfig`): Configuration of the adapter.
+        name (`str`): Name of the adapter in messages.
 
     Raises:
-        ValueError: With the reason, and what to do instead.
+        ValueError: If it is not; the message gives the reason and the remedy.
     """
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{name} is a {getattr(config, 'peft_type', type(config))} adapter; only LoRA is supported")
     for option, value in unusual(config).items():
-        reason = REASONS.get(option, "what it does is not known here")
+        reason = REASONS.get(option, "this option is not supported")
         raise ValueError(f"{name} has `{option}={value}`: {reason}; {REMEDY}")
     if config.init_lora_weights not in PLAIN_INITS:
         raise ValueError(
-            f"{name} has `init_lora_weights={config.init_lora_weights!r}`, which changes the base weights too; "
+            f"{name} has `init_lora_weights={config.init_lora_weights!r}`, which also changes the base weights; "
             "save it with `path_initial_model_for_weight_conversion`, or " + REMEDY
         )
 
 
 def unusual(config: LoraConfig) -> dict[str, object]:
-    """The entries of a configuration, not of [`LINEAR`], that are set to something."""
+    """Configuration entries outside [`LINEAR`] that differ from their defaults."""
     found = {}
     for entry in fields(config):
         default = entry.default if entry.default_factory is MISSING else entry.default_factory()
@@ -91,13 +91,12 @@ class Adapter:
     An adapter in memory.
 
     Args:
-        folder (`Path`): Where it comes from.
+        folder (`Path`): Its folder.
         config (`LoraConfig`): Its configuration.
-        factors (`dict`): Module to `(A, B)`, shapes `(r, in)` and `(out, r)`, the scaling not applied. Embeddings too.
-        biases (`dict`): Module to the bias of its B, shape `(out,)`, the scaling not applied.
-        full (`dict`): Key to a tensor that takes the place of one of the base's: saved modules, embeddings, token
-            rows, biases.
-        embeddings (`set`): Modules whose factors are those of an embedding.
+        factors (`dict`): Module, including embeddings, to `(A, B)`, shapes `(r, in)` and `(out, r)`, not scaled.
+        biases (`dict`): Module to the bias of its B, shape `(out,)`, not scaled.
+        full (`dict`): Key to a tensor that replaces one of the base: saved modules, embeddings, token rows, biases.
+        embeddings (`set`): Modules that are embeddings.
     """
 
     folder: Path
@@ -109,10 +108,10 @@ class Adapter:
 
     def scaling(self, module: str) -> float:
         """
-        What multiplies B·A of a module: `alpha / r`, or `alpha / sqrt(r)` for rsLoRA, patterns looked up.
+        Scaling of B·A of a module: `alpha / r`, or `alpha / sqrt(r)` for rsLoRA, with rank and alpha patterns applied.
 
         Raises:
-            ValueError: If the factors have not the rank that the configuration says.
+            ValueError: If the rank of the factors is not that of the configuration.
         """
         name = module.removeprefix(PREFIX)
         ranks, alphas = self.config.rank_pattern or {}, self.config.alpha_pattern or {}
@@ -125,7 +124,7 @@ class Adapter:
         return alpha / math.sqrt(rank) if self.config.use_rslora else alpha / rank
 
     def nbytes(self) -> int:
-        """Bytes that the tensors take in float32."""
+        """Size of all tensors in float32, bytes."""
         tensors = [*(t for pair in self.factors.values() for t in pair), *self.biases.values(), *self.full.values()]
         return 4 * sum(tensor.numel() for tensor in tensors)
 
@@ -136,7 +135,7 @@ def load_adapter(folder: Path, argument: str = "adapters") -> Adapter:
 
     Raises:
         FileNotFoundError: If the folder lacks `adapter_config.json` or `adapter_model.safetensors`.
-        ValueError: If it is of a kind that has no exact interpolation, a file is broken, or a link out of the folder.
+        ValueError: If it is not a LoRA adapter of finite floats, or a file is broken or a link out of the folder.
     """
     check_files(argument, folder)
     check_adapter_folder(argument, folder)
@@ -146,45 +145,48 @@ def load_adapter(folder: Path, argument: str = "adapters") -> Adapter:
         tensors = load_file(file)
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise ValueError(f"`{argument}`: {key} of {folder} is {tensor.dtype}; give an adapter of floats")
+            raise ValueError(f"`{argument}`: {key} of {folder} is {tensor.dtype}; give a floating-point adapter")
         if not tensor.float().isfinite().all():
-            raise ValueError(f"`{argument}`: {key} of {folder} is NaN or infinite; give an adapter of finite weights")
+            raise ValueError(f"`{argument}`: {key} of {folder} has NaN or infinite values; give a finite adapter")
         _sort(adapter, key, tensors, argument)
     return adapter
 
 
 def _sort(adapter: Adapter, key: str, tensors: Mapping[str, torch.Tensor], argument: str) -> None:
-    """Put one tensor of an adapter's file where it belongs, by its name."""
+    """Add one tensor of the file to the field of `adapter` that its key belongs to."""
     if key.endswith((".lora_B.weight", ".lora_embedding_B")):
         partner = key.replace(".lora_B.", ".lora_A.").replace(".lora_embedding_B", ".lora_embedding_A")
         if partner not in tensors:
-            raise ValueError(f"`{argument}`: {adapter.folder} has no {partner} beside {key}; copy or save it again")
+            raise ValueError(f"`{argument}`: {adapter.folder} has {key} but no {partner}; copy or save it again")
     elif key.endswith((".lora_A.weight", ".lora_embedding_A")):
         partner = key.replace(".lora_A.", ".lora_B.").replace(".lora_embedding_A", ".lora_embedding_B")
         if partner not in tensors:
-            raise ValueError(f"`{argument}`: {adapter.folder} has no {partner} beside {key}; copy or save it again")
+            raise ValueError(f"`{argument}`: {adapter.folder} has {key} but no {partner}; copy or save it again")
         module = key.removesuffix(".lora_A.weight").removesuffix(".lora_embedding_A")
         a, b = tensors[key], tensors[partner]
         if a.ndim != b.ndim or a.ndim < 2 or a.shape[0] != b.shape[1]:
             shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
-            raise ValueError(f"`{argument}`: A and B of {module} of {adapter.folder} have the shapes {shapes}")
+            raise ValueError(
+                f"`{argument}`: A and B of {module} of {adapter.folder} have shapes {shapes}; expected (r, in) and "
+                "(out, r)"
+            )
         adapter.factors[module] = a, b
         if key.endswith("_A"):
             adapter.embeddings.add(module)
     elif key.endswith(".lora_B.bias"):
         adapter.biases[key.removesuffix(".lora_B.bias")] = tensors[key]
     elif ".lora_" in key and "lora_magnitude_vector" not in key:
-        raise ValueError(f"{key} of {adapter.folder} is of a kind that is not known here; {REMEDY}")
+        raise ValueError(f"{key} of {adapter.folder} is of an unknown kind; {REMEDY}")
     else:
         adapter.full[key] = tensors[key]
 
 
 def load_adapter_config(folder: Path, argument: str = "adapters") -> LoraConfig:
     """
-    The configuration of a LoRA adapter.
+    Load the configuration of a LoRA adapter.
 
     Raises:
-        ValueError: If it is broken, or has an entry that the installed PEFT does not know, and would ignore.
+        ValueError: If it is broken, or has an entry that the installed PEFT does not know and would ignore.
     """
     file = folder / ADAPTER_FILES[0]
     raw = read_json(file)

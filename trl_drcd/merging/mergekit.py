@@ -1,8 +1,8 @@
 """
-Merges by mergekit, which is run as a program (its licence is the LGPL), and what it leaves out.
+Merge with mergekit, run as a separate program (it is under the LGPL), and restore the files that it leaves out.
 
-The program ends with this process: a signal that ends this process ends it too, and where this process is killed, the
-kernel ends it (`PR_SET_PDEATHSIG`, Linux).
+The program does not outlive this process: it is terminated when this process ends by a signal, and on Linux the kernel
+kills it if this process is killed (`PR_SET_PDEATHSIG`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trl_drcd.merging.folders import SIDE_FILES
 from trl_drcd.merging.safetensors_files import Checkpoint
 from trl_drcd.validation.saved_files import INDEX, WEIGHTS
 
-# Asks for SIGKILL at the death of the parent, unless that died before, and becomes the program
+# Request SIGKILL on the parent's death, exit if the parent has died already, then exec the program
 END_WITH_PARENT = """
 import ctypes, os, sys
 if sys.platform == "linux":
@@ -46,15 +46,16 @@ def merge_with_mergekit(
     verify: bool = False,
 ) -> Path:
     """
-    As [`interpolate_checkpoints`], with the weights merged by mergekit.
+    Like [`interpolate_checkpoints`], with the weights merged by mergekit.
 
-    Writes a recipe as in recipes/lerp.yaml, runs `mergekit-yaml`, and then restores what it leaves out: processor,
-    generation config (with guidance off), codec. Models of weight 0 are compared with the others, but not merged.
+    Writes a recipe as in recipes/lerp.yaml, runs `mergekit-yaml`, and then restores the files that it leaves out:
+    processor, generation config (with guidance off), codec. Models of weight 0 are checked, but not merged. Arguments
+    and return value are those of [`interpolate_checkpoints`].
 
     Raises:
-        ImportError: If mergekit is not installed; it comes with the extra `merge`.
-        RuntimeError: If mergekit fails; the message ends with its last lines.
-        FileExistsError, FileNotFoundError, ValueError: As for [`interpolate_checkpoints`].
+        ImportError: If mergekit is not installed (extra `merge`).
+        RuntimeError: If mergekit fails, with the last lines of its output; or as for [`interpolate_checkpoints`].
+        FileExistsError, FileNotFoundError, OSError, TypeError, ValueError: As for [`interpolate_checkpoints`].
     """
     run = partial(_write_weights, program=find_mergekit(), dtype=dtype)
     return merge_folders(models, weights, output_dir, run, dtype, overwrite, verify)
@@ -71,14 +72,14 @@ def _write_weights(
     """
     Run mergekit on the files that were checked.
 
-    mergekit reads an index where transformers reads the single file beside it, and `@` and `+` in a path are syntax to
-    it. So it gets folders of plain names with links to the checked files alone.
+    mergekit prefers an index where transformers reads the single file beside it, and parses `@` and `+` in paths. So
+    it gets folders with plain names that contain only links to the checked files.
     """
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         views = [view_of(model, Path(scratch, f"model{number}")) for number, model in enumerate(checkpoints)]
         recipe = Path(scratch, "lerp.yaml")
         recipe.write_text(merge_recipe([str(view) for view in views], weights, dtype))
-        # Without tokenizer files mergekit would ask the Hub for them
+        # Without tokenizer files mergekit would request them from the Hub
         run = run_to_its_end(
             [program, str(recipe), str(folder), "--no-write-model-card"], os.environ | {"HF_HUB_OFFLINE": "1"}
         )
@@ -87,7 +88,7 @@ def _write_weights(
 
 
 def view_of(model: Checkpoint, folder: Path) -> Path:
-    """A folder with links to the configuration, the weights and the tokenizer of a model, and nothing else."""
+    """Create a folder that contains only links to the configuration, weights and side files of a model."""
     folder.mkdir()
     index = [] if WEIGHTS in model.files else [INDEX]
     for name in ["config.json", *index, *model.files, *(name for group in SIDE_FILES[:3] for name in group)]:
@@ -98,14 +99,14 @@ def view_of(model: Checkpoint, folder: Path) -> Path:
 
 def run_to_its_end(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """
-    Run a program in a process group of its own, which does not outlive this call, nor this process.
+    Run a program in its own process group, which outlives neither this call nor this process.
 
     Args:
         command (`Sequence[str]`): Path of the program, and its arguments.
         environment (`Mapping[str, str]`): Its environment variables.
 
     Returns:
-        `subprocess.CompletedProcess`: With its output as text.
+        `subprocess.CompletedProcess`: With stdout and stderr as text.
     """
     wrapped = [sys.executable, "-I", "-S", "-c", END_WITH_PARENT, str(os.getpid()), *command]
     pipe = subprocess.PIPE
@@ -121,7 +122,7 @@ def run_to_its_end(command: Sequence[str], environment: Mapping[str, str]) -> su
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:
-    """End a process and all that it has started: SIGTERM, and SIGKILL for those that it is not enough for."""
+    """End a process group with SIGTERM, then SIGKILL for processes that ignore it."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -131,12 +132,12 @@ def _end_group(process: subprocess.Popen[str]) -> None:
 
 def find_mergekit() -> str:
     """
-    The `mergekit-yaml` of this Python environment, or else of the path.
+    Path of `mergekit-yaml` in this Python environment, else on `PATH`.
 
     Raises:
-        ImportError: If there is none.
+        ImportError: If it is not installed.
     """
     program = shutil.which("mergekit-yaml", path=str(Path(sys.executable).parent)) or shutil.which("mergekit-yaml")
     if program is None:
-        raise ImportError('mergekit is needed here. Install it with: pip install "trl-drcd[merge]"')
+        raise ImportError('mergekit is not installed. Install it with: pip install "trl-drcd[merge]"')
     return program

@@ -1,4 +1,4 @@
-"""Checkpoints in safetensors files, read and written one tensor at a time."""
+"""Read and write safetensors checkpoints one tensor at a time."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Specs = Mapping[str, Spec]
 
 class Checkpoint:
     """
-    The tensors of a folder with `model.safetensors`, in one file or in shards, each read when it is asked for.
+    The tensors of a safetensors checkpoint, in one file or in shards, each read on access.
 
     Args:
-        folder (`Path`): The folder.
+        folder (`Path`): Folder of the checkpoint.
 
     Raises:
         FileNotFoundError: If it holds no safetensors checkpoint.
-        ValueError: If a file is torn, a link out of the folder, or named by the index outside it.
+        ValueError: If a file is broken, lies outside the folder, or does not match the index.
     """
 
     def __init__(self, folder: Path):
@@ -63,33 +63,31 @@ class Checkpoint:
         view = self._handles[name].get_slice(name)
         dtype = DTYPES.get(view.get_dtype())
         if dtype is None:
-            raise ValueError(
-                f"{name} of {self.folder} has the dtype {view.get_dtype()}; expected one of {list(DTYPES)}"
-            )
+            raise ValueError(f"{name} of {self.folder} has dtype {view.get_dtype()}; expected one of {list(DTYPES)}")
         return dtype, tuple(view.get_shape())
 
 
 def size_of(specs: Specs) -> int:
-    """Bytes of all tensors."""
+    """Total size of the tensors, bytes."""
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values())
 
 
 def write_safetensors(path: Path, specs: Specs, tensor_of: Callable[[str], torch.Tensor]) -> int:
     """
-    Write a safetensors file with one tensor in memory at a time; `safetensors.torch.save_file` needs them all.
+    Write a safetensors file with one tensor in memory at a time (`safetensors.torch.save_file` needs all of them).
 
     Args:
         path (`Path`): The file.
         specs (`Mapping`): Name of each tensor to its data type and shape.
-        tensor_of (`Callable`): Makes the tensor of a name, when its turn comes.
+        tensor_of (`Callable`): Returns the tensor of a given name; called once for each, in order of writing.
 
     Returns:
-        `int`: Bytes of the tensors.
+        `int`: Total size of the tensors, bytes.
 
     Raises:
-        ValueError: If a tensor is not what its spec says.
+        ValueError: If the data type or shape of a tensor is not that of its spec.
     """
-    # As the library does: wide data types first, so that every tensor is aligned
+    # As in the safetensors library: wide data types first, so that every tensor is aligned
     order = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -116,10 +114,10 @@ def write_checkpoint(
     tensor_of: Callable[[str], torch.Tensor],
 ) -> None:
     """
-    Write shards and, where there are several, their index.
+    Write shards and, if there are several, their index.
 
     Args:
-        folder (`Path`): Where to.
+        folder (`Path`): Output folder.
         files (`dict`): Name of each shard to the names of its tensors.
         specs, tensor_of: As for [`write_safetensors`].
     """

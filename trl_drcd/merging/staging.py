@@ -1,15 +1,15 @@
 """
-A folder that appears under its name complete, or not at all, and never at the cost of another one.
+Write an output folder atomically: it appears complete or not at all, and no other folder is lost.
 
-The result is written to a staging folder beside its name, of a name that nobody can guess. It takes its name by one
-`rename` where the name is free, and by one exchange of the two folders (`renameat2`, Linux) where a folder is
-replaced, so that at every moment one complete folder has the name. Where the system or the file system cannot exchange
-(macOS, Windows, some network and FUSE mounts), two renames do it: a kill between them leaves the old folder beside its
-name, and the next merge to that name puts it back.
+The result is written to a staging folder with a random name beside the output folder. If the output name is free, one
+`rename` publishes it; if a folder is replaced, the two folders are exchanged in one step (`renameat2`, Linux), so the
+name always refers to a complete folder. Where an exchange is not supported (macOS, Windows, some network and FUSE
+mounts), two renames are used: a kill between them leaves the old folder under a temporary name, and the next merge to
+the same output restores it.
 
-A lock file, `.NAME.lock`, keeps two processes from writing one folder. The kernel releases the lock when a process
-ends, however it ends; so who holds the lock may remove the staging folders of that name: their owners are dead.
-Without locks of files (Windows, some network mounts) there is none, and dead staging folders stay.
+A lock file, `.NAME.lock`, prevents two processes from writing the same folder. The kernel releases the lock when its
+process ends for any reason, so the holder of the lock may remove staging folders of that name: their owners are dead.
+Where file locks are not supported (Windows, some network mounts) there is no lock, and stale staging folders remain.
 """
 
 from __future__ import annotations
@@ -50,23 +50,23 @@ def new_folder(
     output_dir: str | Path, parents: Sequence[Path], overwrite: bool, needed_bytes: int = 0
 ) -> Iterator[Path]:
     """
-    A staging folder that becomes `output_dir` when the block ends well, and is removed when it does not.
+    A staging folder that becomes `output_dir` if the block succeeds, and is removed if it raises.
 
-    Its parent is private to this call and removed at the end: the place for further temporary files. SIGTERM and
-    SIGHUP end the block as Ctrl-C does. What appeared or changed at `output_dir` in the meantime is never touched: the
-    finished result is then kept in a folder beside it, which the error names.
+    Its parent folder is private to this call and removed at the end; use it for other temporary files. SIGTERM and
+    SIGHUP end the block like Ctrl-C. If something else appears or changes at `output_dir` in the meantime, it is left
+    untouched and the finished result is kept in a folder beside it, which the error names.
 
     Args:
-        output_dir (`str` or `Path`): The folder to write; a link to a folder stays, and its target is written.
-        parents (`Sequence[Path]`): Folders that must not be it.
+        output_dir (`str` or `Path`): The folder to write. If it is a link to a folder, its target is replaced.
+        parents (`Sequence[Path]`): Folders that must not be overwritten.
         overwrite (`bool`): Whether a folder that is not empty may be replaced.
-        needed_bytes (`int`, *optional*, defaults to 0): Room that the result takes.
+        needed_bytes (`int`, *optional*, defaults to 0): Size of the result.
 
     Raises:
-        FileExistsError: If there is something at `output_dir`, and `overwrite` is not set; if another process is
-            writing it; or if it changed in the meantime.
-        OSError: If the disk has too little room, or is not writable.
-        ValueError: If `output_dir` is one of the parents, holds one, or is a mount point.
+        FileExistsError: If `output_dir` is not empty and `overwrite` is not set, is a file, is being written by
+            another process, or changed in the meantime.
+        OSError: If the disk is too full or not writable.
+        ValueError: If `output_dir` is one of the parents, contains one, or is a mount point.
     """
     output = Path(os.path.realpath(output_dir))
     _check_output(output_dir, output, parents, overwrite)
@@ -75,7 +75,9 @@ def new_folder(
         output.parent.mkdir(parents=True, exist_ok=True)
         with _unwound_by_signals(), _locked(output):
             _clean_up(output)
-            _check_output(output_dir, output, parents, overwrite)  # the former owner of the lock may have written it
+            _check_output(
+                output_dir, output, parents, overwrite
+            )  # the previous holder of the lock may have written it
             before = contents(output)
             private = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=f".{STAGING}", dir=output.parent))
             try:
@@ -88,44 +90,44 @@ def new_folder(
 
 
 def _check_output(given: str | Path, output: Path, parents: Sequence[Path], overwrite: bool) -> None:
-    """Refuse an output folder that must not be written, before anything is computed."""
+    """Check that an output folder may be written, before anything is computed."""
     for parent in parents:
         if output in (parent.resolve(), *parent.resolve().parents):
-            raise ValueError(f"`output_dir={given}` holds the model {parent} that is merged; give another folder")
+            raise ValueError(f"`output_dir={given}` contains the input model {parent}; give another folder")
     if output.is_file():
         raise FileExistsError(f"`output_dir={given}` is a file; give a folder")
     if output.is_mount():
         raise ValueError(
-            f"`output_dir={given}` is a mount point, which no finished folder can replace; give a folder inside it"
+            f"`output_dir={given}` is a mount point, which cannot be replaced by a rename; give a folder inside it"
         )
     if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise FileExistsError(f"`output_dir={given}` is not an empty folder; give another, or set `overwrite`")
+        raise FileExistsError(f"`output_dir={given}` is not empty; give another folder, or set `overwrite`")
 
 
 # ---------------------------------------------------------------- publishing
 
 
 def contents(folder: Path) -> Contents | None:
-    """Inode, size in bytes and time of the last change in ns of all that a folder holds; `None` without a folder."""
+    """Inode, size in bytes and modification time in ns of a folder and everything in it; `None` without a folder."""
     if not folder.is_dir():
         return None
     found: Contents = {}
     for root, folders, files in os.walk(folder):
         for path in [Path(root), *(Path(root, name) for name in [*folders, *files])]:
-            with suppress(FileNotFoundError):  # removed at this moment: a difference to the other listing
+            with suppress(FileNotFoundError):  # removed meanwhile, which shows as a difference between listings
                 status = path.lstat()
                 found[str(path.relative_to(folder))] = status.st_ino, status.st_size, status.st_mtime_ns
     return found
 
 
 def _publish(staging: Path, output: Path, before: Contents | None) -> None:
-    """Give the result its name, if what has the name now is what had it at the start."""
+    """Move the result to `output`, provided that `output` has not changed since the start."""
     _synchronise(staging)
     if contents(output) != before:
         _keep(staging, output)
     if before is None or len(before) == 1:  # no folder, or an empty one
         try:
-            os.rename(staging, output)  # replaces nothing but an empty folder
+            os.rename(staging, output)  # can only replace an empty folder
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 _keep(staging, output)
@@ -138,7 +140,7 @@ def _publish(staging: Path, output: Path, before: Contents | None) -> None:
 
 
 def _swap(staging: Path, output: Path) -> None:
-    """Exchange the names of two folders of one file system: in one step, or else in renames."""
+    """Exchange two folders of the same file system, in one step if supported, else by renames."""
     try:
         exchange(staging, output)
     except OSError as error:
@@ -159,7 +161,7 @@ def exchange(first: Path, second: Path) -> None:
     Exchange the names of two folders in one step.
 
     Raises:
-        OSError: If the system or the file system cannot, with an `errno` of `NO_EXCHANGE`; or as `rename` does.
+        OSError: With an `errno` in `NO_EXCHANGE` if it is not supported; otherwise as for `rename`.
     """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if renameat2 is None:
@@ -179,13 +181,13 @@ def _keep(staging: Path, output: Path) -> NoReturn:
     kept = output.with_name(f"{output.name}-{secrets.token_hex(4)}")
     os.rename(staging, kept)
     raise FileExistsError(
-        f"`output_dir={output}` appeared or changed while the merge ran, and is left as it is; the finished merge is "
-        f"in {kept}: rename it, or merge again with `overwrite`"
+        f"`output_dir={output}` appeared or changed while the merge ran, and was left untouched; the finished merge "
+        f"is in {kept}: rename it, or merge again with `overwrite`"
     )
 
 
 def _synchronise(folder: Path) -> None:
-    """Let all files reach the disk, so that not even a power failure leaves half a file under a complete name."""
+    """Flush all files to disk, so that a power failure cannot leave incomplete files under the final name."""
     for root, _, files in os.walk(folder):
         for path in [*(Path(root, name) for name in files), *([Path(root)] if os.name == "posix" else [])]:
             descriptor = os.open(path, os.O_RDONLY)
@@ -213,10 +215,10 @@ def _locked(output: Path) -> Iterator[None]:
 
 def _acquire(path: Path, output: Path) -> int | None:
     """
-    The descriptor of the lock file, locked; `None` where there are no locks.
+    Create and lock the lock file; return its descriptor, or `None` if file locks are not supported.
 
     Raises:
-        FileExistsError: If another process, or another thread, holds the lock.
+        FileExistsError: If another process or thread holds the lock.
     """
     while fcntl is not None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -235,12 +237,12 @@ def _acquire(path: Path, output: Path) -> int | None:
             if error.errno in NO_LOCKS:
                 return None
             raise
-        os.close(descriptor)  # its former owner has removed this file: take the lock of the new one
+        os.close(descriptor)  # the previous holder has removed this file: try again with a new one
     return None
 
 
 def _clean_up(output: Path) -> None:
-    """Remove what killed merges left beside an output folder whose lock is held; put back a folder they moved."""
+    """With the lock held, remove staging folders of killed merges, and restore a folder that they moved aside."""
     if fcntl is None:
         return
     for path in output.parent.glob(f".{glob.escape(output.name)}.*"):
@@ -258,7 +260,7 @@ def _unwound_by_signals() -> Iterator[None]:
     def end(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)
 
-    main = threading.current_thread() is threading.main_thread()  # no other can set handlers
+    main = threading.current_thread() is threading.main_thread()  # only the main thread can set handlers
     numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")] if main else []
     chosen = [number for number in numbers if number and signal.getsignal(number) == signal.SIG_DFL]
     for number in chosen:
