@@ -60,7 +60,7 @@ def test_it_is_an_embedder(judge):
 
 
 def test_bad_input_is_refused(judge):
-    with pytest.raises(ValueError, match="1 captions and 2 clips"):
+    with pytest.raises(ValueError, match="got 1 `captions` and 2 clips"):
         judge.adherence(["harp"], [clip(0), clip(1)])
     with pytest.raises(ValueError, match="average the channels"):
         judge([(torch.zeros(2, 100), RATE)])

@@ -45,7 +45,7 @@ def test_codebooks_find_the_clusters():
 
 
 def test_fit_needs_enough_frames():
-    with pytest.raises(ValueError, match="7 rows; a codebook of 8"):
+    with pytest.raises(ValueError, match="at least `codebook_size=8` rows, got 7"):
         fit_codebooks(torch.zeros(7, 4), 1, 8)
 
 
@@ -143,7 +143,7 @@ def test_files(codec, tmp_path):
     codes = torch.randint(0, C, (1, 5, K))
     torch.testing.assert_close(again.decode_codes(codes), codec.decode_codes(codes))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds no spectral codec"):
+    with pytest.raises(ValueError, match="does not hold a spectral codec"):
         SpectralCodec.from_pretrained(tmp_path)
 
 
@@ -161,5 +161,5 @@ def test_bad_codes_are_refused(codec, codes, message):
 
 
 def test_bad_waveform_is_refused(codec):
-    with pytest.raises(ValueError, match="waveform has 100 samples"):
+    with pytest.raises(ValueError, match="samples, got 100"):
         codec.encode(torch.zeros(100))

@@ -105,7 +105,7 @@ def test_numpy_and_float64_are_taken(embedder):
     ("waveform", "rate", "error", "message"),
     [
         (torch.zeros(2, 800), RATE, ValueError, r"audio\[1\] has shape \(2, 800\).*average the channels"),
-        (torch.tensor([0.0, float("nan")]), RATE, ValueError, r"audio\[1\] holds NaN"),
+        (torch.tensor([0.0, float("nan")]), RATE, ValueError, r"audio\[1\] has NaN"),
         (torch.zeros(800, dtype=torch.int16), RATE, TypeError, r"audio\[1\] has samples of type torch.int16"),
         (torch.zeros(800), 0, ValueError, r"audio\[1\] has sampling rate 0"),
         (torch.zeros(800), 44100.5, ValueError, r"audio\[1\] has sampling rate 44100.5"),
@@ -183,7 +183,7 @@ def test_loading_something_else_is_refused(embedder, tmp_path):
 
 
 def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match="hidden_size 16 is not a multiple of num_heads 3"):
+    with pytest.raises(ValueError, match="`hidden_size=16` must be a multiple of `num_heads=3`"):
         MusicEmbedder(hidden_size=16, num_heads=3)
 
 

@@ -115,7 +115,7 @@ def test_curve_difference_by_hand():
 def test_above_the_diagonal():
     curve = np.array([[0.0, 2.0], [3.0, 2.0], [2.0, 4.0]])
     np.testing.assert_allclose(above_diagonal(curve, [0, 0.5, 1]), [[0, 0], [2, -1], [0, 0]])
-    with pytest.raises(ValueError, match="rise from 0 to 1"):
+    with pytest.raises(ValueError, match="increase from 0 to 1"):
         above_diagonal(curve, [0, 1, 0.5])
 
 

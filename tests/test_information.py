@@ -36,7 +36,7 @@ def test_prompt_information_is_the_difference_of_two_log_likelihoods(frame, mode
 
 
 def test_prompts_and_completions_must_be_pairs(tokenizer, model):
-    with pytest.raises(ValueError, match="got 1 `prompts` for 2 `completions`"):
+    with pytest.raises(ValueError, match="must have the same length, got 1 and 2"):
         prompt_information(model, tokenizer, ["a"], ["b", "c"])
 
 

@@ -81,7 +81,7 @@ def test_silence_is_left_out_of_the_average(judge):
 
 
 def test_bad_input_is_refused(judge, audio):
-    with pytest.raises(ValueError, match="1 captions and 4 clips"):
+    with pytest.raises(ValueError, match="got 1 `captions` and 4 clips"):
         judge.adherence(["a tune"], audio)
     with pytest.raises(ValueError, match="average the channels"):
         judge.classify([(torch.zeros(2, 100), RATE)])

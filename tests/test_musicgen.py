@@ -154,7 +154,7 @@ def test_codec_decodes_as_generate_does(t5_tokenizer, musicgen):
     for mine, theirs in zip(CodebookCodec(codec.audio_encoder, BOOKS, SIZE, 3).decode(delayed), audio, strict=True):
         assert mine[1] == 80
         torch.testing.assert_close(mine[0], theirs[0])
-    with pytest.raises(ValueError, match="mask id 8 stands where a code belongs"):
+    with pytest.raises(ValueError, match="mask id 8 is at the position of a code"):
         codec.decode([delayed[0] + [SIZE] * BOOKS])
     with pytest.raises(ValueError, match="S \\* 3"):
         codec.decode([delayed[0][:-1]])

@@ -121,7 +121,7 @@ def test_settings_change_with_the_source_of_a_metric_and_with_extra_metrics(args
     third = plan.plan(args, {"more": lambda prompts, completions: [0.0]})[1][0]
     assert len({first.settings, second.settings, third.settings}) == 3 and first.drawn == second.drawn == third.drawn
     args.metrics = ["my_metric_of_plan.length", "other.length"]
-    with pytest.raises(ValueError, match="no importable"):
+    with pytest.raises(ValueError, match="cannot be imported"):
         plan.plan(args, {})
     (tmp_path / "other.py").write_text("def length(**kwargs):\n    return []\n")
     with pytest.raises(ValueError, match=r"`metrics` has two functions `length`"):
@@ -151,7 +151,7 @@ def test_an_embedder_of_ones_own_is_named_by_its_path(args, tmp_path, monkeypatc
     assert load_embedder("embedder", "own_of_plan.words")(["a b"]).tolist() == [[1.0, 2.0]]
     letters = load_embedder("embedder", "own_of_plan.Letters")
     assert embed_all("embedder", letters, ["abc", ""]).tolist() == [[1.0, 3.0], [1.0, 0.0]]
-    with pytest.raises(ValueError, match=r"`embedder` gives shape \(1, 2\) for 3 completions"):
+    with pytest.raises(ValueError, match=r"`embedder` returned shape \(1, 2\) for 3 completions"):
         embed_all("embedder", load_embedder("embedder", "own_of_plan.wrong"), ["a", "b", "c"])
     for name, known in {
         "own_of_plan.words": True,

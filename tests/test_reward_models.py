@@ -77,7 +77,7 @@ def test_cross_encoder_scores_pairs(tokenizer, tmp_path):
 
 def test_classifiers_are_refused(tokenizer, tmp_path):
     folder = bert(tmp_path, tokenizer, 3)
-    with pytest.raises(ValueError, match="has 3 outputs; a reward model has one"):
+    with pytest.raises(ValueError, match=r"`reward_model=.*` must have one output, got 3"):
         RewardModel.from_pretrained(folder)
-    with pytest.raises(ValueError, match="has 3 outputs; expected one score"):
+    with pytest.raises(ValueError, match=r"`cross_encoder=.*` must have one output, got 3"):
         cross_encoder(folder)

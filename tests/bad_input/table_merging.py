@@ -169,7 +169,7 @@ ROWS = [
     adapters("DoRA", ValueError, "`use_dora=True`", "not linear", "merge each adapter into the base first",
              lambda w, tmp: w.edited("adapter", tmp, "adapter_config.json", use_dora=True)),
     adapters("compression to rank 0", ValueError, "`svd_rank`", "0", "at least 1", svd_rank=0),
-    adapters("compression to half a rank", TypeError, "`svd_rank`", "1.5", "a whole number", svd_rank=1.5),
+    adapters("compression to half a rank", TypeError, "`svd_rank`", "1.5", "an integer", svd_rank=1.5),
     adapters("base that is not there", FileNotFoundError, "`base_model", "none", "give the folder of a saved model",
              base_model="/none"),
     Bad("base of another vocabulary", lambda w, tmp: interpolate_adapters(

@@ -90,7 +90,7 @@ def test_adapters_that_are_refused(adapters, tmp_path):
     with pytest.raises(ValueError, match=r"adapter 'a1' has `use_dora=True`: DoRA rescales"):
         set_interpolation_weight(loaded(base, [pair[0], dora]), 0.3)
     saved = random_adapter(tmp_path / "saved", base, 0, modules_to_save=["lm_head"])
-    with pytest.raises(ValueError, match=r"adapter 'a0' holds tensors .*`modules_to_save=\['lm_head'\]`"):
+    with pytest.raises(ValueError, match=r"adapter 'a0' replaces tensors .*`modules_to_save=\['lm_head'\]`"):
         set_interpolation_weight(loaded(base, [saved, pair[1]]), 0.3)
     model = loaded(base, pair)
     model.merge_adapter()

@@ -1,4 +1,4 @@
-"""Sound: codecs, the embedders E that hear it, and the judges of evaluation."""
+"""Audio: codecs, embedders E, and the judges of evaluation."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ __all__ = [
     "TextAudioJudge",
 ]
 
-# Loaded when asked for: a codec needs no torchaudio
+# Imported lazily: a codec does not need torchaudio
 _MODULES = {
     "ClapJudge": "clap",
     "CodebookCodec": "codecs",

@@ -1,4 +1,4 @@
-"""CLAP (https://huggingface.co/papers/2211.06687) as a judge, for whoever has a checkpoint of it."""
+"""Judge of audio-text adherence from a CLAP checkpoint (https://huggingface.co/papers/2211.06687)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from trl_drcd.compat.extras import require
 
 class ClapJudge:
     """
-    How well audio fits a caption by a CLAP model of transformers, behind the same calls as [`TextAudioJudge`].
+    Scores how well audio matches a caption with a CLAP model of transformers; same interface as [`TextAudioJudge`].
 
-    Called with a list of clips it is an embedder, so it can measure diversity as well. A clip that is longer than the
-    model's window is read as its feature extractor reads it: checkpoints that pick a window at random take their
-    draws from NumPy's global state, which is seeded for each call here.
+    Called with a list of clips it is an embedder, so it can also measure diversity. Clips longer than the model's
+    window are handled by its feature extractor. Some checkpoints crop at random with NumPy's global random state,
+    which is seeded here for each call and then restored.
 
     Args:
-        model (`ClapModel`): In evaluation mode, on any device.
+        model (`ClapModel`): The model in evaluation mode, on any device.
         processor (`ClapProcessor`): Its tokenizer and feature extractor.
-        batch_size (`int`, *optional*, defaults to 16): Clips or captions at one time.
+        batch_size (`int`, *optional*, defaults to 16): Clips or captions per batch.
     """
 
     def __init__(self, model: Any, processor: Any, batch_size: int = 16) -> None:
@@ -31,7 +31,7 @@ class ClapJudge:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **kwargs: Any) -> ClapJudge:
-        """Load folder or hub name, e.g. `"laion/larger_clap_music"`; weights from safetensors only."""
+        """Load from a folder or a Hub name, e.g. `"laion/larger_clap_music"`; weights from safetensors only."""
         from transformers import ClapModel, ClapProcessor
 
         model = ClapModel.from_pretrained(name_or_path, use_safetensors=True, **kwargs).eval()
@@ -39,7 +39,7 @@ class ClapJudge:
 
     @torch.no_grad()
     def embed_text(self, captions: Sequence[str]) -> torch.Tensor:
-        """Embeddings of captions, shape `(N, D)`, each of length 1, on the CPU."""
+        """Embeddings of captions, shape `(N, D)`, of unit norm, on the CPU."""
         parts = []
         for start in range(0, len(captions), self.batch_size):
             part = list(captions[start : start + self.batch_size])
@@ -49,7 +49,7 @@ class ClapJudge:
 
     @torch.no_grad()
     def embed_audio(self, audio: Sequence[tuple[Any, int]]) -> torch.Tensor:
-        """Embeddings of clips, shape `(N, D)`, each of length 1, on the CPU; raises as [`adherence`] does."""
+        """Embeddings of clips, shape `(N, D)`, of unit norm, on the CPU; raises as [`adherence`] does."""
         import numpy as np
 
         rate, parts = self.processor.feature_extractor.sampling_rate, []
@@ -67,7 +67,7 @@ class ClapJudge:
 
     def adherence(self, captions: Sequence[str], audio: Sequence[tuple[Any, int]]) -> torch.Tensor:
         """
-        Cosine of each caption's embedding and its clip's.
+        Cosine similarity of the embeddings of each caption and its clip.
 
         Args:
             captions (`list[str]`): Length N.
@@ -78,22 +78,23 @@ class ClapJudge:
 
         Raises:
             TypeError: If samples are not floating-point numbers.
-            ValueError: If the lengths differ, a waveform is not 1-D or not finite, or a rate is not a positive number.
+            ValueError: If the lengths differ, a waveform is not 1-D or not finite, or a rate is not a positive
+                integer.
         """
         if len(captions) != len(audio):
-            raise ValueError(f"{len(captions)} captions and {len(audio)} clips; expected one caption for each clip")
+            raise ValueError(f"expected one caption per clip, got {len(captions)} `captions` and {len(audio)} clips")
         return (self.embed_text(captions) * self.embed_audio(audio)).sum(-1)
 
     @staticmethod
     def _resampled(waveform: torch.Tensor, rate: int, wanted: int) -> torch.Tensor:
         if not waveform.numel():
-            return torch.zeros(wanted // 10)  # an empty clip is a short silence
+            return torch.zeros(wanted // 10)  # 0.1 s of silence for an empty clip
         return (
             waveform if rate == wanted else require("torchaudio.functional", "audio").resample(waveform, rate, wanted)
         )
 
 
 def _normalised(features: Any) -> torch.Tensor:
-    """Rows of length 1, float32 on the CPU; transformers returns a tensor or an output that holds it."""
+    """Rows of unit norm, float32 on the CPU; transformers returns a tensor or an output object that holds it."""
     tensor = features if isinstance(features, torch.Tensor) else features.pooler_output
     return torch.nn.functional.normalize(tensor.float(), dim=-1).cpu()

@@ -1,4 +1,4 @@
-"""Audio tokens to waveforms: a small closed-form spectral codec, and neural codecs of transformers."""
+"""Codecs, from audio tokens to waveforms: a small closed-form spectral codec, and neural codecs of transformers."""
 
 from __future__ import annotations
 
@@ -17,28 +17,31 @@ from trl_drcd.validation.saved_files import arguments_of, open_safetensors, read
 
 class SpectralCodec(nn.Module):
     """
-    Log-mel spectrogram, residual vector quantisation, and Griffin-Lim back.
+    Codec of log-mel spectrograms with residual vector quantisation, decoded with Griffin-Lim.
 
-    Nothing in it is trained by gradient descent: the codebooks come from residual k-means (see `fit_codebooks`), the
-    magnitudes from the pseudo-inverse of the mel matrix, the phases from a few Griffin-Lim iterations that start from
-    fixed phases. So decoding is deterministic.
+    Nothing is trained by gradient descent: codebooks come from residual k-means (see `fit_codebooks`), magnitudes from
+    the pseudo-inverse of the mel matrix, phases from a few Griffin-Lim iterations. The initial phases are fixed, so
+    decoding is deterministic.
 
     Shapes: `B` clips, `T` samples, `S = T // hop_length` frames, `K` codebooks of `C` entries, `M` mel bands. Frame
     `s` is centred on sample `s * hop_length`.
 
-    Token ids of a frame-by-frame stream: code `c` of codebook `k` is `first_token_id + k * codebook_size + c`.
+    Token ids are ordered frame by frame: code `c` of codebook `k` is `first_token_id + k * codebook_size + c`.
 
     Args:
         codebooks (`torch.Tensor`):
-            Shape `(K, C, M)`, in nats of mel magnitude.
+            Shape `(K, C, M)`, log mel magnitudes in nats.
         first_token_id (`int`):
             Token id of code 0 of codebook 0.
         sampling_rate, n_fft, hop_length (`int`):
-            In Hz, samples and samples.
+            Sampling rate in Hz; window and hop of the spectrogram in samples.
         floor (`float`):
             Magnitude added before the logarithm, so that silence is finite.
         iterations (`int`):
             Griffin-Lim iterations of `decode_codes`.
+
+    Raises:
+        ValueError: If `codebooks` is not 3-D, or `sampling_rate`, `n_fft` or `hop_length` is below 1.
     """
 
     codebooks: torch.Tensor
@@ -58,10 +61,10 @@ class SpectralCodec(nn.Module):
     ):
         super().__init__()
         if codebooks.dim() != 3:
-            raise ValueError(f"codebooks has shape {tuple(codebooks.shape)}; it must be (K, C, M)")
+            raise ValueError(f"`codebooks` must have shape (K, C, M), got {tuple(codebooks.shape)}")
         for name, value in {"sampling_rate": sampling_rate, "n_fft": n_fft, "hop_length": hop_length}.items():
             if value < 1:
-                raise ValueError(f"the codec has `{name}={value}`; it must be a positive number")
+                raise ValueError(f"the codec has `{name}={value}`; it must be a positive integer")
         self.num_codebooks, self.codebook_size, self.num_mels = codebooks.shape
         self.first_token_id, self.sampling_rate, self.n_fft = first_token_id, sampling_rate, n_fft
         self.hop_length, self.floor, self.iterations = hop_length, floor, iterations
@@ -77,17 +80,22 @@ class SpectralCodec(nn.Module):
         return self.sampling_rate / self.hop_length
 
     def log_mel(self, waveform: torch.Tensor) -> torch.Tensor:
-        """Log-mel spectrogram `(B, S, M)` in nats, of a waveform `(T,)` or `(B, T)` of float samples in `[-1, 1]`."""
+        """
+        Log-mel spectrogram `(B, S, M)`, nats, of a waveform `(T,)` or `(B, T)` of float samples in `[-1, 1]`.
+
+        Raises:
+            ValueError: If the waveform is shorter than a hop or half a window.
+        """
         waveform = torch.atleast_2d(waveform).to(self.window)
         samples, least = waveform.shape[-1], max(self.hop_length, self.n_fft // 2 + 1)
         if samples < least:
-            raise ValueError(f"waveform has {samples} samples; it needs at least {least}")
+            raise ValueError(f"`waveform` must have at least {least} samples, got {samples}")
         frames = samples // self.hop_length
         spectrum = torch.stft(waveform, self.n_fft, self.hop_length, window=self.window, return_complex=True)
         return (spectrum.abs()[..., :frames].transpose(1, 2) @ self.mel + self.floor).log()
 
     def quantise(self, log_mel: torch.Tensor) -> torch.Tensor:
-        """Nearest codes `(B, S, K)`, int64, of log-mel frames `(B, S, M)`: a codebook codes what the last one left."""
+        """Codes `(B, S, K)`, int64, of log-mel frames `(B, S, M)`; each codebook quantises the last one's residual."""
         residual, codes = log_mel.reshape(-1, self.num_mels), []
         for codebook in self.codebooks:
             codes.append(nearest(residual, codebook))
@@ -99,16 +107,16 @@ class SpectralCodec(nn.Module):
         return self.quantise(self.log_mel(waveform))
 
     def decode_log_mel(self, codes: torch.Tensor) -> torch.Tensor:
-        """The quantised log-mel spectrogram `(B, S, M)` of codes `(B, S, K)`: what `decode_codes` renders."""
+        """The quantised log-mel spectrogram `(B, S, M)`, nats, of codes `(B, S, K)`."""
         return torch.stack([book[codes[..., k]] for k, book in enumerate(self.codebooks)]).sum(0)
 
     def decode_codes(self, codes: torch.Tensor, iterations: int | None = None) -> torch.Tensor:
         """
-        Waveforms of codes.
+        Decode codes to waveforms.
 
         Args:
             codes (`torch.Tensor`): Shape `(B, S, K)`, integers in `[0, C)`.
-            iterations (`int`, *optional*): Of Griffin-Lim; the codec's own if `None`.
+            iterations (`int`, *optional*): Griffin-Lim iterations; the codec's `iterations` if `None`.
 
         Returns:
             `torch.Tensor`: Shape `(B, S * hop_length)`, float32, in `[-1, 1]`.
@@ -117,22 +125,23 @@ class SpectralCodec(nn.Module):
             ValueError: If the shape is not `(B, S, K)`, or a code is out of range.
         """
         if codes.dim() != 3 or codes.shape[-1] != self.num_codebooks or codes.shape[1] < 1:
-            raise ValueError(f"codes has shape {tuple(codes.shape)}; it must be (B, S >= 1, {self.num_codebooks})")
+            raise ValueError(f"`codes` must have shape (B, S >= 1, {self.num_codebooks}), got {tuple(codes.shape)}")
         if codes.min() < 0 or codes.max() >= self.codebook_size:
-            raise ValueError(f"codes holds {codes.min()}..{codes.max()}; codes are 0..{self.codebook_size - 1}")
+            raise ValueError(f"`codes` must be in 0..{self.codebook_size - 1}, got {codes.min()}..{codes.max()}")
         mel = (self.decode_log_mel(codes.to(self.window.device).long()).exp() - self.floor).clamp_min(0)
         magnitude = (mel @ self.mel_inverse).clamp_min(0).transpose(1, 2)
-        # The frame after the last one is not coded; without it the last hop would be half a window of silence.
+        # The frame after the last one is not coded; repeat the last, or the end would fade out over half a window.
         magnitude = torch.cat([magnitude, magnitude[..., -1:]], -1)
-        # On a CPU, four clips at a time: larger temporaries are mapped anew on each iteration, which doubles the time.
+        # On a CPU, four clips at a time: larger temporaries are mapped again in each iteration, which doubles the
+        # time.
         size = 4 if magnitude.device.type == "cpu" else max(1, len(magnitude))
         length, rounds = codes.shape[1] * self.hop_length, self.iterations if iterations is None else iterations
         waveforms = [self._griffin_lim(part, length, rounds) for part in magnitude.split(size)]
         return torch.cat(waveforms).clamp(-1, 1)
 
     def _griffin_lim(self, magnitude: torch.Tensor, length: int, iterations: int) -> torch.Tensor:
-        """Fast Griffin-Lim (Perraudin et al., 2013), from fixed phases, on magnitudes `(B, bins, S + 1)`."""
-        # Each bin turns at its own frequency from one frame to the next: half as many iterations as from white phase.
+        """Fast Griffin-Lim (Perraudin et al., 2013) from fixed phases, of magnitudes `(B, bins, S + 1)`."""
+        # Initial phases advance at each bin's centre frequency; random phases would need twice the iterations.
         bins, frames = magnitude.shape[1:]
         start = torch.rand(bins, 1, generator=torch.Generator().manual_seed(0))
         turns = start + torch.outer(torch.arange(bins), torch.arange(frames)) * (self.hop_length / self.n_fft)
@@ -154,16 +163,16 @@ class SpectralCodec(nn.Module):
         return torch.istft(spectrum, self.n_fft, self.hop_length, window=self.window, length=length)
 
     def to_token_ids(self, codes: torch.Tensor) -> list[int]:
-        """The token-id stream, frame by frame, of the codes `(S, K)` of one clip."""
+        """Token ids, frame by frame, of the codes `(S, K)` of one clip."""
         offsets = torch.arange(self.num_codebooks, device=codes.device) * self.codebook_size + self.first_token_id
         return (codes.long() + offsets).flatten().tolist()
 
     def to_codes(self, token_ids: Sequence[int]) -> torch.Tensor:
         """
-        The codes `(S, K)`, int64, of a token-id stream; the inverse of `to_token_ids`, and tolerant.
+        Codes `(S, K)`, int64, of a sequence of token ids: the inverse of `to_token_ids`, tolerant of invalid tokens.
 
-        Tokens are read from the left. One that is not an audio token of the codebook whose turn it is, is skipped; the
-        turn stays. A last frame that is not complete is dropped. So a stream without a complete frame gives `(0, K)`.
+        Tokens are read from left to right. A token that does not belong to the next expected codebook is skipped. An
+        incomplete last frame is dropped, so a sequence without a complete frame gives `(0, K)`.
         """
         codes: list[int] = []
         for token in token_ids:
@@ -176,10 +185,10 @@ class SpectralCodec(nn.Module):
     @torch.no_grad()
     def decode(self, token_ids: Sequence[Sequence[int]]) -> list[tuple[torch.Tensor, int]]:
         """
-        `(waveform, sampling_rate)` of each token-id stream; the waveform is 1-D float32 on the CPU.
+        Decode sequences of token ids to `(waveform, sampling_rate)`; waveforms are 1-D, float32, on the CPU.
 
-        Streams of one length are decoded in one batch. See `to_codes` for tokens out of turn. A stream without a
-        complete frame gives one frame of silence.
+        Sequences with the same number of frames are decoded in one batch. Invalid tokens are skipped as in `to_codes`.
+        A sequence without a complete frame gives one hop of silence.
         """
         return self._decode([self.to_codes(tokens) for tokens in token_ids], self.iterations)
 
@@ -188,17 +197,17 @@ class SpectralCodec(nn.Module):
         self, token_ids: Sequence[Sequence[int]], lengths: Sequence[int]
     ) -> list[list[tuple[torch.Tensor, int]]]:
         """
-        What the beginnings of token-id streams sound like, in one pass and without refining the phases.
+        Decode prefixes of sequences of token ids, in one pass and without Griffin-Lim iterations.
 
-        Nothing that follows a beginning is in it: it ends half a window before its next frame. One that is too short
-        for that is silence, a hop of it.
+        A prefix is cut half a window before its next frame, so that it does not depend on later tokens. A prefix too
+        short for that gives one hop of silence.
 
         Args:
             token_ids (`Sequence`): As in `decode`.
-            lengths (`Sequence[int]`): Ids of each beginning.
+            lengths (`Sequence[int]`): Lengths of the prefixes, in token ids.
 
         Returns:
-            `list`: For each length, `(waveform, sampling_rate)` of each stream, as `decode` gives them.
+            `list`: For each length, `(waveform, sampling_rate)` of each sequence, as from `decode`.
         """
         whole = self._decode([self.to_codes(tokens) for tokens in token_ids], iterations=0)
         silence = torch.zeros(self.hop_length)
@@ -213,7 +222,7 @@ class SpectralCodec(nn.Module):
         ]
 
     def _decode(self, all_codes: list[torch.Tensor], iterations: int) -> list[tuple[torch.Tensor, int]]:
-        """Of codes `(S, K)` of each stream."""
+        """`(waveform, sampling_rate)` of the codes `(S, K)` of each sequence."""
         waveforms = [torch.zeros(self.hop_length) for _ in all_codes]
         for frames in {len(codes) for codes in all_codes} - {0}:
             rows = [i for i, codes in enumerate(all_codes) if len(codes) == frames]
@@ -234,11 +243,11 @@ class SpectralCodec(nn.Module):
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> SpectralCodec:
         """
-        Read what `save_pretrained` wrote.
+        Read a folder written by `save_pretrained`.
 
         Raises:
             FileNotFoundError: If a file is missing.
-            ValueError: If one is broken, or it is another codec.
+            ValueError: If a file is broken, or holds another kind of codec.
         """
         folder = Path(directory)
         if not (folder / "config.json").is_file():
@@ -246,8 +255,8 @@ class SpectralCodec(nn.Module):
         config = read_json(folder / "config.json")
         if config.pop("codec_type", None) != "spectral":
             raise ValueError(
-                f"{directory} holds no spectral codec: its config.json lacks `codec_type: spectral`; give the folder "
-                "of a codec"
+                f"{directory} does not hold a spectral codec: its config.json lacks `codec_type: spectral`; give the "
+                "folder of a codec"
             )
         with open_safetensors(folder / "codec.safetensors") as tensors:
             if "codebooks" not in tensors.keys():  # noqa: SIM118
@@ -257,19 +266,19 @@ class SpectralCodec(nn.Module):
 
 
 def delays_of(num_codebooks: int, channels: int = 1) -> list[int]:
-    """By how many steps each codebook is late: `k`; with two channels, whose codebooks alternate, `k // 2`."""
+    """Delay of each codebook, steps: `k`; for stereo, whose codebooks alternate between channels, `k // 2`."""
     return [k // channels for k in range(num_codebooks)]
 
 
 def is_coded(steps: int, num_codebooks: int, channels: int = 1) -> torch.Tensor:
-    """Where codes stand in the delayed layout, bool `(S, K)`: as many in each codebook, from its delay on."""
+    """Positions of codes in the delay pattern, bool `(S, K)`: each codebook has as many codes, from its delay on."""
     delays = delays_of(num_codebooks, channels)
     frame = torch.arange(steps)[:, None] - torch.tensor(delays)
     return (frame >= 0) & (frame < steps - delays[-1])
 
 
 def delay(codes: torch.Tensor, mask_id: int, channels: int = 1) -> torch.Tensor:
-    """The delayed layout `(B, S, K)` of codes `(B, T, K)`: each codebook late by its delay, `S = T + the largest`."""
+    """Apply the delay pattern: codes `(B, T, K)` to `(B, S, K)`, with `S = T` plus the largest delay."""
     batch, frames, books = codes.shape
     delays = delays_of(books, channels)
     delayed = codes.new_full((batch, frames + delays[-1], books), mask_id)
@@ -279,7 +288,7 @@ def delay(codes: torch.Tensor, mask_id: int, channels: int = 1) -> torch.Tensor:
 
 
 def undelay(delayed: torch.Tensor, channels: int = 1) -> torch.Tensor:
-    """The codes `(B, T, K)` of the delayed layout `(B, S, K)`."""
+    """Undo the delay pattern: `(B, S, K)` to codes `(B, T, K)`."""
     delays = delays_of(delayed.shape[2], channels)
     frames = delayed.shape[1] - delays[-1]
     return torch.stack([delayed[:, late : late + frames, k] for k, late in enumerate(delays)], dim=-1)
@@ -287,15 +296,15 @@ def undelay(delayed: torch.Tensor, channels: int = 1) -> torch.Tensor:
 
 class CodebookCodec:
     """
-    Makes audio of MusicGen's completions, by a neural codec of transformers (EnCodec).
+    Decodes MusicGen's completions to audio with a neural codec of transformers (EnCodec).
 
     Args:
-        audio_encoder (`PreTrainedModel`): Has `decode(audio_codes, audio_scales)` and `config.sampling_rate`; mono, as
-            it decodes one channel at a time.
+        audio_encoder (`PreTrainedModel`): A mono codec with `decode(audio_codes, audio_scales)` and
+            `config.sampling_rate`; it decodes one channel at a time.
         num_codebooks (`int`): `K`.
-        mask_id (`int`): The id where the delayed layout has no code.
-        batch_size (`int`, *optional*, defaults to 8): Clips to decode at one time.
-        channels (`int`, *optional*, defaults to 1): With 2, codebooks 0, 2, ... are the left channel's.
+        mask_id (`int`): The id at positions of the delay pattern without a code.
+        batch_size (`int`, *optional*, defaults to 8): Clips per batch.
+        channels (`int`, *optional*, defaults to 1): 2 for stereo; codebooks 0, 2, ... are then the left channel's.
     """
 
     def __init__(self, audio_encoder: Any, num_codebooks: int, mask_id: int, batch_size: int = 8, channels: int = 1):
@@ -304,26 +313,28 @@ class CodebookCodec:
 
     def to_codes(self, token_ids: Sequence[int]) -> torch.Tensor:
         """
-        The codes `(T, K)`, int64, of one completion of `S * K` ids in the delayed layout.
+        Codes `(T, K)`, int64, of one completion of `S * K` ids in the delay pattern.
 
         Raises:
-            ValueError: If the ids are no whole steps, fewer than the delays take, or the mask id stands where a code
-                belongs.
+            ValueError: If the number of ids is not a multiple of `K`, `S` is below `K`, or the mask id is at the
+                position of a code.
         """
         steps, least = len(token_ids) // self.num_codebooks, self.num_codebooks // self.channels
         if len(token_ids) % self.num_codebooks or steps < least:
             raise ValueError(
-                f"a completion has {len(token_ids)} ids; it must have S * {self.num_codebooks} of them, with S at "
-                f"least {least}"
+                f"a completion must have S * {self.num_codebooks} ids, with S at least {least}, got "
+                f"{len(token_ids)} ids"
             )
         codes = undelay(torch.tensor(token_ids).view(1, steps, self.num_codebooks), self.channels)[0]
         if (codes == self.mask_id).any():
-            raise ValueError(f"the mask id {self.mask_id} stands where a code belongs: this is no delayed layout")
+            raise ValueError(
+                f"the mask id {self.mask_id} is at the position of a code: the completion is not in the delay pattern"
+            )
         return codes
 
     @torch.no_grad()
     def decode(self, token_ids: Sequence[Sequence[int]]) -> list[tuple[torch.Tensor, int]]:
-        """`(waveform, sampling_rate)` of each completion: float32 on the CPU, `(T,)`, or `(2, T)` of two channels."""
+        """Decode to `(waveform, sampling_rate)`; waveforms are float32 on the CPU, `(T,)`, or `(2, T)` for stereo."""
         all_codes = [self.to_codes(ids) for ids in token_ids]
         waveforms: list[torch.Tensor] = [torch.empty(0)] * len(all_codes)
         device, rate = self.audio_encoder.device, int(self.audio_encoder.config.sampling_rate)
@@ -357,21 +368,22 @@ def fit_codebooks(
     frames: torch.Tensor, num_codebooks: int, codebook_size: int, iterations: int = 30, seed: int = 0
 ) -> torch.Tensor:
     """
-    Residual k-means (Lloyd), one codebook after the other.
+    Fit codebooks by residual k-means (Lloyd's algorithm), one after the other.
 
     Args:
-        frames (`torch.Tensor`): Shape `(N, M)`, at least `codebook_size` frames.
+        frames (`torch.Tensor`): Shape `(N, M)`, log-mel frames, at least `codebook_size`.
         num_codebooks, codebook_size (`int`): `K` and `C`.
         iterations (`int`): Lloyd iterations per codebook.
-        seed (`int`): Seeds the choice of the first centres and of the replacements of empty ones.
+        seed (`int`): Random seed of the initial centroids and of replacements of empty clusters.
 
     Returns:
         `torch.Tensor`: Shape `(K, C, M)`.
+
+    Raises:
+        ValueError: If there are fewer than `codebook_size` frames.
     """
     if len(frames) < codebook_size:
-        raise ValueError(
-            f"frames holds {len(frames)} rows; a codebook of {codebook_size} entries needs at least as many"
-        )
+        raise ValueError(f"`frames` must have at least `codebook_size={codebook_size}` rows, got {len(frames)}")
     generator = torch.Generator().manual_seed(seed)
     residual, codebooks = frames, []
     for _ in range(num_codebooks):

@@ -1,4 +1,4 @@
-"""A second embedding of music, of another kind than the trained ones: descriptors of timbre, harmony and rhythm."""
+"""A second embedding of music, without training: descriptors of timbre, harmony and rhythm."""
 
 import math
 from collections.abc import Sequence
@@ -10,29 +10,30 @@ from torch import nn
 from trl_drcd.audio.front_end import LogMel, SavedModule, clean_waveform
 from trl_drcd.compat.extras import require
 
-LAGS = (0.25, 0.5, 1.0)  # seconds between the notes whose intervals are counted
+LAGS = (0.25, 0.5, 1.0)  # seconds between the notes of an interval
 
 
 class MusicDescriptors(SavedModule):
     """
-    Embeds audio by what can be computed of it without training, as a check on embedders that are trained.
+    Embeds audio with hand-crafted descriptors, as a check on trained embedders.
 
-    Three blocks, each standardised with means and deviations of real music and given the same weight:
+    Three blocks, each standardised with means and standard deviations of real music and given equal weight:
 
-    - timbre: mean and standard deviation over time of mel-frequency cepstral coefficients, the first left out;
-    - harmony: the mean chroma (which pitch classes sound), and how often an interval follows after 0.25, 0.5 and 1 s,
-      whatever the key;
+    - timbre: mean and standard deviation over time of mel-frequency cepstral coefficients, without the first;
+    - harmony: the mean chroma (strength of pitch classes), and the strength of each interval between notes 0.25, 0.5
+      and 1 s apart, independent of the key;
     - rhythm: autocorrelation of the onset strength at lags from 0.1 to 2 s.
 
-    Loudness does not count. Clips are read whole, whatever their length; those below 2.5 s are filled up with silence.
+    Embeddings do not depend on loudness. Clips of any length are read whole; those below 2.5 s are padded with
+    silence.
 
     Args:
-        sampling_rate (`int`): What is analysed, in Hz; other rates are resampled.
-        num_cepstra (`int`): Cepstral coefficients.
-        num_rhythm_lags (`int`): Lags of the autocorrelation, in equal ratios.
+        sampling_rate (`int`): Sampling rate of the analysis, Hz; audio of other rates is resampled.
+        num_cepstra (`int`): Number of cepstral coefficients.
+        num_rhythm_lags (`int`): Number of lags of the autocorrelation, logarithmically spaced.
 
     Raises:
-        ImportError: If torchaudio is missing; it comes with the extra `audio`.
+        ImportError: If torchaudio is not installed (extra `audio`).
     """
 
     def __init__(self, sampling_rate: int = 16000, num_cepstra: int = 20, num_rhythm_lags: int = 24) -> None:
@@ -53,16 +54,21 @@ class MusicDescriptors(SavedModule):
         self.register_buffer("std", torch.ones(sum(self.block_sizes)))
 
     def fit(self, audio: Sequence[tuple[Any, int]]) -> "MusicDescriptors":
-        """Takes the means and standard deviations of the descriptors from real music, at least two clips."""
+        """
+        Set the means and standard deviations of the descriptors from clips of real music.
+
+        Raises:
+            ValueError: If there are fewer than 2 clips; otherwise as for [`forward`].
+        """
         if len(audio) < 2:
-            raise ValueError(f"`audio` must have at least 2 clips to take deviations from, got {len(audio)}")
+            raise ValueError(f"`audio` must have at least 2 clips for standard deviations, got {len(audio)}")
         raw = self.descriptors(audio)
         self.mean, self.std = raw.mean(0), raw.std(0).clamp(min=1e-4)
         return self
 
     @torch.no_grad()
     def descriptors(self, audio: Sequence[tuple[Any, int]]) -> torch.Tensor:
-        """The descriptors as they are, shape `(len(audio), D)`; raises as [`forward`] does."""
+        """The descriptors before standardisation, shape `(len(audio), D)`; raises as [`forward`] does."""
         rows = [
             self._describe(clean_waveform(wave, rate, i, self.sampling_rate)) for i, (wave, rate) in enumerate(audio)
         ]
@@ -76,11 +82,11 @@ class MusicDescriptors(SavedModule):
             audio (`list` of `(waveform, sampling_rate)`): Waveforms 1-D, floating point, of any length; rates in Hz.
 
         Returns:
-            `torch.Tensor`: Shape `(len(audio), D)`, float32, on the CPU, each row of length 1.
+            `torch.Tensor`: Shape `(len(audio), D)`, float32, on the CPU, rows of unit norm.
 
         Raises:
             TypeError: If samples are not floating-point numbers.
-            ValueError: If a waveform is not 1-D or not finite, or a rate is not a positive whole number.
+            ValueError: If a waveform is not 1-D or not finite, or a rate is not a positive integer.
         """
         standard = (self.descriptors(audio) - self.mean.cpu()) / self.std.cpu()
         blocks = [block / math.sqrt(block.shape[-1]) for block in standard.split(self.block_sizes, dim=-1)]
@@ -109,21 +115,23 @@ class MusicDescriptors(SavedModule):
 
 def intervals(chroma: torch.Tensor, lag: int) -> torch.Tensor:
     """
-    How strongly pitch classes `i` semitones above a sounding one sound `lag` frames later; the same in every key.
+    Strength of each interval of `i` semitones between chroma `lag` frames apart; invariant to transposition.
+
+    `mean over t of sum_p c[t, p] c[t + lag, p + i]`, with pitch classes modulo 12.
 
     Args:
         chroma (`torch.Tensor`): Shape `(F, 12)`.
-        lag (`int`): Frames, less than `F`.
+        lag (`int`): Number of frames, below `F`.
 
     Returns:
-        `torch.Tensor`: Shape `(12,)`.
+        `torch.Tensor`: Shape `(12,)`, no unit.
     """
     now, later = chroma[:-lag], chroma[lag:]
     return torch.stack([(now * later.roll(-i, dims=1)).sum(1).mean() for i in range(12)])
 
 
 def _pitch_classes(sampling_rate: int, n_fft: int) -> torch.Tensor:
-    """Weights `(n_fft / 2 + 1, 12)` of each bin in the nearest pitch class, from 65 Hz to 2 kHz."""
+    """Assignment `(n_fft / 2 + 1, 12)` of each bin from 65 Hz to 2 kHz to its nearest pitch class."""
     frequencies = torch.arange(n_fft // 2 + 1) * sampling_rate / n_fft
     audible = (frequencies >= 65) & (frequencies <= 2000)
     pitch = 69 + 12 * torch.log2(frequencies.clamp(min=1) / 440)

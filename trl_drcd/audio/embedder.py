@@ -1,4 +1,4 @@
-"""The music embedding model E: log-mel, a small vision transformer, a mean over time (Appendix C.1 of the paper)."""
+"""The music embedding model E: log-mel, a small vision transformer, mean over time (Appendix C.1 of the paper)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,8 +8,9 @@ from torch import nn
 
 from trl_drcd.audio.front_end import LogMel, SavedModule, audio_windows
 
-# The paper's model, 25 million parameters. 512 is no multiple of its 6 heads, so attention is 6 x 85 = 510 wide. The
-# paper says 376 frames; 4 s at 16 kHz are 251 centred frames at its hop of 256; the last, half outside, is dropped.
+# The paper's model, 25 million parameters. 512 is not a multiple of its 6 heads, so attention is 6 x 85 = 510 wide.
+# The paper says 376 frames, but 4 s at 16 kHz are 251 centred frames at its hop of 256; the last, half outside, is
+# dropped.
 PAPER: dict[str, Any] = {
     "n_fft": 512, "hop_length": 256, "n_mels": 156, "patch_frames": 1, "num_patches": 250,
     "hidden_size": 512, "num_layers": 12, "num_heads": 6, "head_size": 85, "feed_forward_size": 1024,
@@ -18,7 +19,7 @@ PAPER: dict[str, Any] = {
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention whose heads may have any size; parameters named as in `nn.MultiheadAttention`."""
+    """Multi-head self-attention with heads of any size; parameters are named as in `nn.MultiheadAttention`."""
 
     def __init__(self, hidden_size: int, num_heads: int, head_size: int) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pre-norm layers and a last norm."""
+    """Pre-norm layers and a final norm."""
 
     def __init__(self, num_layers: int, hidden_size: int, *sizes: int) -> None:
         super().__init__()
@@ -69,32 +70,32 @@ class Encoder(nn.Module):
 
 class MusicEmbedder(SavedModule):
     """
-    Embeds audio so that chunks of one recording lie close, after Appendix C.1 of
+    Embeds audio so that segments of one recording are close, after Appendix C.1 of
     https://huggingface.co/papers/2410.06084.
 
     A vision transformer reads patches of `patch_frames` frames by all mel bands, in windows of `num_patches *
-    patch_frames * hop_length` samples (4 s by default). The mean of its outputs over all patches of a clip, projected
-    to `embedding_size` and scaled to length 1, is the embedding. Audio of other rates is resampled. A longer clip is
-    read in windows, and the mean runs over all of them; a shorter one is filled up with silence that no patch attends
-    to, so other items of the list change nothing. Loudness does not count, and samples beyond
-    +-1 are taken as they are: only what was clipped before sounds clipped. Silence, and audio without samples, is
-    embedded like any other sound, so two silent clips are equal.
+    patch_frames * hop_length` samples (4 s by default). The embedding is the mean of its outputs over all patches of a
+    clip, projected to `embedding_size` and normalised to unit norm. Audio of other rates is resampled. A longer clip
+    is split into windows, and the mean is over the patches of all; a shorter clip is padded with silence that is
+    masked, so the embedding of a clip does not depend on the rest of the list. Embeddings do not depend on loudness.
+    Samples outside `[-1, 1]` are not clipped. Silence and empty clips are embedded like any other audio, so two silent
+    clips have equal embeddings.
 
-    The defaults are the small model that the project ships; `PAPER` holds the arguments of the paper's.
+    The defaults are those of the small model that the project ships; `PAPER` holds the arguments of the paper's.
 
     Args:
-        sampling_rate (`int`): What the model hears, in Hz.
-        n_fft, hop_length, n_mels (`int`): Of the mel spectrogram; samples, samples, bands.
+        sampling_rate (`int`): Sampling rate of the model's input, Hz.
+        n_fft, hop_length, n_mels (`int`): Window and hop of the mel spectrogram in samples, and number of bands.
         patch_frames (`int`): Frames per patch.
         num_patches (`int`): Patches per window.
-        hidden_size, num_layers, num_heads, feed_forward_size (`int`): Of the transformer.
+        hidden_size, num_layers, num_heads, feed_forward_size (`int`): Sizes of the transformer.
         head_size (`int`, *optional*): Width of a head; `hidden_size / num_heads` if not given.
         embedding_size (`int`): D.
-        mel_mean, mel_std (`float`): Of the log-mel in the training data, in nats.
+        mel_mean, mel_std (`float`): Mean and standard deviation of the log-mel in the training data, nats.
 
     Raises:
         ValueError: If `hidden_size` is not a multiple of `num_heads` and no `head_size` is given.
-        ImportError: If torchaudio is missing; it comes with the extra `audio`.
+        ImportError: If torchaudio is not installed (extra `audio`).
     """
 
     def __init__(
@@ -117,7 +118,8 @@ class MusicEmbedder(SavedModule):
         super().__init__()
         if head_size is None and hidden_size % num_heads:
             raise ValueError(
-                f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}; change one, or give head_size"
+                f"`hidden_size={hidden_size}` must be a multiple of `num_heads={num_heads}`; change one, or give "
+                "`head_size`"
             )
         self.sampling_rate, self.patch_frames, self.embedding_size = sampling_rate, patch_frames, embedding_size
         self.window = num_patches * patch_frames * hop_length
@@ -130,12 +132,12 @@ class MusicEmbedder(SavedModule):
 
     def encode(self, frames: torch.Tensor, num_patches: torch.Tensor) -> torch.Tensor:
         """
-        Sums over time of the transformer's outputs; differentiable.
+        Sum of the transformer's outputs over the patches of each window; differentiable.
 
         Args:
             frames (`torch.Tensor`): Log-mel windows of N patches, shape `(W, N * patch_frames, n_mels)`; N at most the
                 model's `num_patches`.
-            num_patches (`torch.Tensor`): Patches of each window that count, shape `(W,)`, from 1 to N.
+            num_patches (`torch.Tensor`): Patches of each window that are not padding, shape `(W,)`, from 1 to N.
 
         Returns:
             `torch.Tensor`: Shape `(W, hidden_size)`.
@@ -146,7 +148,7 @@ class MusicEmbedder(SavedModule):
         return hidden.masked_fill(beyond[..., None], 0.0).sum(1)
 
     def project(self, means: torch.Tensor) -> torch.Tensor:
-        """Means over time `(N, hidden_size)` to embeddings `(N, embedding_size)` of length 1; differentiable."""
+        """Means over time `(N, hidden_size)` to embeddings `(N, embedding_size)` of unit norm; differentiable."""
         return nn.functional.normalize(self.projection(means).float(), dim=-1)
 
     @torch.no_grad()
@@ -158,20 +160,20 @@ class MusicEmbedder(SavedModule):
             audio (`list` of `(waveform, sampling_rate)`): Waveforms 1-D, floating point, of any length; rates in Hz.
 
         Returns:
-            `torch.Tensor`: Shape `(len(audio), embedding_size)`, float32, on the CPU, each row of length 1.
+            `torch.Tensor`: Shape `(len(audio), embedding_size)`, float32, on the CPU, rows of unit norm.
 
         Raises:
             TypeError: If samples are not floating-point numbers.
-            ValueError: If a waveform is not 1-D or not finite, or a rate is not a positive whole number.
+            ValueError: If a waveform is not 1-D or not finite, or a rate is not a positive integer.
         """
         windows, lengths, owners = audio_windows(audio, self.sampling_rate, self.window)
         patch = self.log_mel.hop_length * self.patch_frames  # samples
         num_patches = -(-lengths // patch)
         device = self.positions.device
         sums = torch.zeros(len(audio), self.positions.shape[1], device=device)
-        for start in range(0, len(windows), 16):  # small enough for the cache: twice as fast as all at once
+        for start in range(0, len(windows), 16):  # fits the CPU cache: twice as fast as all at once
             part = slice(start, start + 16)
-            longest = int(num_patches[part].max())  # beyond it there is only silence, which nothing attends to
+            longest = int(num_patches[part].max())  # later patches are padding in all windows
             frames = self.log_mel(windows[part, : longest * patch].to(device))
             encoded = self.encode(frames, num_patches[part].to(device))
             sums.index_add_(0, owners[part].to(device), encoded.float())

@@ -1,4 +1,4 @@
-"""From a list of waveforms to log-mel windows, and models that are a folder of safetensors and JSON."""
+"""Audio front end, from a list of waveforms to log-mel windows; and modules saved as safetensors and JSON."""
 
 import inspect
 import json
@@ -18,23 +18,23 @@ from torch import nn
 from trl_drcd.compat.extras import require
 from trl_drcd.validation.saved_files import arguments_of, load_state, open_safetensors, read_json
 
-MINIMUM_RMS = 1e-3  # quieter audio is not amplified any further, so that silence stays silence
+MINIMUM_RMS = 1e-3  # limits the gain of quiet audio to 60 dB, so that silence stays silent
 MEL_FLOOR = 1e-3  # added to the mel power of audio of unit RMS before the logarithm
 
 
 def check_waveform(waveform: Any, sampling_rate: Any, index: int) -> torch.Tensor:
     """
-    Checked float32 copy of one waveform, on the CPU.
+    Check a waveform and return it as float32 on the CPU.
 
     Args:
         waveform (`torch.Tensor` or array): Shape `(T,)`, floating point; `T` may be 0.
-        sampling_rate (`int`): In Hz.
-        index (`int`): Position in the caller's list, for the messages.
+        sampling_rate (`int`): Sampling rate, Hz.
+        index (`int`): Position in the caller's list, for messages.
 
     Raises:
-        TypeError: If the samples are not floating-point numbers, or the rate is no number.
-        ValueError: If the waveform is not 1-D (average the channels of stereo first), holds NaN or infinity, or the
-            sampling rate is not a positive whole number.
+        TypeError: If the samples are not floating-point numbers, or the rate is not a number.
+        ValueError: If the waveform is not 1-D (average the channels of stereo first) or has NaN or infinite samples,
+            or the sampling rate is not a positive integer.
     """
     try:
         waveform = torch.as_tensor(waveform)
@@ -48,25 +48,25 @@ def check_waveform(waveform: Any, sampling_rate: Any, index: int) -> torch.Tenso
             f"audio[{index}] has shape {tuple(waveform.shape)}; expected one channel, shape (T,): average the channels"
         )
     if not isinstance(sampling_rate, int | float | np.number):
-        raise TypeError(f"audio[{index}] has sampling rate {sampling_rate!r}; expected a positive whole number of Hz")
+        raise TypeError(f"audio[{index}] has sampling rate {sampling_rate!r}; expected a positive integer in Hz")
     if not sampling_rate > 0 or not float(sampling_rate).is_integer():
-        raise ValueError(f"audio[{index}] has sampling rate {sampling_rate}; expected a positive whole number of Hz")
+        raise ValueError(f"audio[{index}] has sampling rate {sampling_rate}; expected a positive integer in Hz")
     waveform = waveform.detach().to("cpu", torch.float32)
     if not torch.isfinite(waveform).all():
-        raise ValueError(f"audio[{index}] holds NaN or infinite samples; expected finite ones")
+        raise ValueError(f"audio[{index}] has NaN or infinite samples; expected finite samples")
     return waveform
 
 
 def resampled_waveform(waveform: Any, rate: Any, index: int, sampling_rate: int) -> torch.Tensor:
     """
-    One clip at another rate.
+    Check a clip and resample it to `sampling_rate`.
 
     Args:
         waveform, rate, index: As in [`check_waveform`].
-        sampling_rate (`int`): Wanted, in Hz.
+        sampling_rate (`int`): Sampling rate of the result, Hz.
 
     Returns:
-        `torch.Tensor`: Shape `(T',)`, float32, on the CPU; empty if the clip is.
+        `torch.Tensor`: Shape `(T',)`, float32, on the CPU; empty if the clip is empty.
 
     Raises:
         TypeError, ValueError: See [`check_waveform`].
@@ -79,7 +79,7 @@ def resampled_waveform(waveform: Any, rate: Any, index: int, sampling_rate: int)
 
 def clean_waveform(waveform: Any, rate: Any, index: int, sampling_rate: int) -> torch.Tensor:
     """
-    [`resampled_waveform`] at one loudness: an RMS of 1, but for what is quieter than -60 dB (silence stays silence).
+    [`resampled_waveform`], normalised to an RMS of 1 with a gain of at most 60 dB, so that silence stays silent.
     """
     waveform = resampled_waveform(waveform, rate, index, sampling_rate)
     if not waveform.numel():
@@ -91,20 +91,19 @@ def audio_windows(
     audio: Sequence[tuple[Any, int]], sampling_rate: int, window: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Cut audio of any length and rate into windows of one length and rate, at one loudness.
+    Split audio of any length and rate into windows of the same length, rate and loudness.
 
-    Each clip is resampled, scaled to an RMS of 1 (so loudness carries no information; at most by 60 dB, so silence
-    stays silence), cut every `window` samples, and the last piece filled up with zeros. A clip without samples gives
-    one window of silence.
+    Each clip is resampled, normalised as in [`clean_waveform`], split every `window` samples, and its last window
+    padded with zeros. A clip without samples gives one window of silence.
 
     Args:
-        audio (`list` of `(waveform, sampling_rate)`): As `check_waveform` wants them.
-        sampling_rate (`int`): Of the windows, in Hz.
+        audio (`list` of `(waveform, sampling_rate)`): As for `check_waveform`.
+        sampling_rate (`int`): Sampling rate of the windows, Hz.
         window (`int`): Samples per window.
 
     Returns:
-        `tuple` of `torch.Tensor`: windows `(W, window)`; samples of each that came from the clip `(W,)`, at least 1;
-        index of the clip each belongs to `(W,)`, ascending.
+        `tuple` of `torch.Tensor`: Windows `(W, window)`; number of samples of each that are not padding `(W,)`, at
+        least 1; index of the clip of each `(W,)`, ascending.
 
     Raises:
         TypeError, ValueError: See `check_waveform`.
@@ -123,15 +122,18 @@ def audio_windows(
 
 class LogMel(nn.Module):
     """
-    `log(mel power + 1e-3)`, standardised with two fixed numbers; its filters are computed, never stored.
+    Standardised log-mel spectrogram, `(log(mel power + 1e-3) - mean) / std`; its filters are computed, not saved.
 
     Args:
-        sampling_rate (`int`): In Hz.
-        n_fft (`int`): Samples of the Hann window.
+        sampling_rate (`int`): Sampling rate, Hz.
+        n_fft (`int`): Length of the Hann window, samples.
         hop_length (`int`): Samples between frames.
-        n_mels (`int`): Bands.
-        mean (`float`): Taken from the log-mel; nats.
-        std (`float`): What is left is divided by it; nats.
+        n_mels (`int`): Number of mel bands.
+        mean (`float`): Mean of the log-mel, nats.
+        std (`float`): Standard deviation of the log-mel, nats.
+
+    Raises:
+        ImportError: If torchaudio is not installed (extra `audio`).
     """
 
     def __init__(self, sampling_rate: int, n_fft: int, hop_length: int, n_mels: int, mean: float, std: float) -> None:
@@ -147,7 +149,7 @@ class LogMel(nn.Module):
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:
         """Waveforms `(W, window)` of unit RMS to frames `(W, window / hop_length, n_mels)`."""
-        # Zeros and not reflections beyond the edges: what is computed then does not depend on the padding.
+        # Pad with zeros, not by reflection: then zero padding of a window does not change its frames.
         spectrum = torch.stft(
             windows, self.n_fft, self.hop_length, window=self.window, pad_mode="constant", return_complex=True
         )[..., : windows.shape[-1] // self.hop_length]
@@ -157,22 +159,22 @@ class LogMel(nn.Module):
 
 class SavedModule(nn.Module, ModelHubMixin, library_name="trl-drcd", repo_url=None, tags=["trl-drcd", "audio"]):
     """
-    A module that is a folder or a repository of the hub: the arguments of its constructor in `config.json`, weights in
-    `model.safetensors`. `push_to_hub` is huggingface_hub's.
+    A module saved to a folder or a Hub repository: constructor arguments in `config.json`, weights in
+    `model.safetensors`. `push_to_hub` is inherited from huggingface_hub.
     """
 
     @property
     def config(self) -> dict[str, Any]:
-        """The arguments of the constructor."""
+        """Arguments of the constructor."""
         return dict(self._hub_mixin_config)  # type: ignore[arg-type]
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> Any:
         """
-        Write the folder, each file in one piece; existing files are replaced, but for the model card.
+        Write the folder, each file atomically; existing files are replaced except the model card.
 
         Args:
-            save_directory (`str` or `Path`): Made if it does not exist.
-            **kwargs: Of `huggingface_hub.ModelHubMixin.save_pretrained`, e.g. `push_to_hub` and `repo_id`.
+            save_directory (`str` or `Path`): Output folder, created if it does not exist.
+            **kwargs: Passed to `huggingface_hub.ModelHubMixin.save_pretrained`, e.g. `push_to_hub` and `repo_id`.
         """
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -192,7 +194,7 @@ class SavedModule(nn.Module, ModelHubMixin, library_name="trl-drcd", repo_url=No
         (save_directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """A card with what the class says of itself, and how to load the model."""
+        """A model card with the class's docstring and an example of loading the model."""
         name, module = type(self).__name__, type(self).__module__.rpartition(".")[0]
         about = (inspect.getdoc(type(self)) or "").partition("\n\nArgs:")[0]
         usage = f"from {module} import {name}\n\nmodel = {name}.from_pretrained(...)  # this folder or repository"
@@ -202,23 +204,22 @@ class SavedModule(nn.Module, ModelHubMixin, library_name="trl-drcd", repo_url=No
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """
-        Read a folder that `save_pretrained` wrote, or a repository of the hub; the model comes in evaluation mode, on
-        the CPU.
+        Load a folder written by `save_pretrained`, or a Hub repository; in evaluation mode, on the CPU.
 
         Args:
-            pretrained_model_name_or_path (`str` or `Path`): Folder, or name on the hub.
-            **kwargs: Of `huggingface_hub.ModelHubMixin.from_pretrained`, e.g. `revision`.
+            pretrained_model_name_or_path (`str` or `Path`): Folder or Hub name.
+            **kwargs: Passed to `huggingface_hub.ModelHubMixin.from_pretrained`, e.g. `revision`.
 
         Raises:
             FileNotFoundError: If a folder lacks a file.
             ValueError: If it holds another class, or a file is broken.
         """
         directory = Path(pretrained_model_name_or_path)
-        # A relative path of more than two parts, or one that exists, is no name of the hub
+        # Only a relative path of two parts that does not exist can be a Hub name
         if directory.exists() or directory.is_absolute() or len(directory.parts) != 2:
             if not (directory / "config.json").is_file():
                 raise FileNotFoundError(
-                    f"{directory} has no config.json; expected a folder that save_pretrained wrote"
+                    f"{directory} has no config.json; expected a folder written by `save_pretrained`"
                 )
             read_json(directory / "config.json")
             open_safetensors(directory / "model.safetensors")

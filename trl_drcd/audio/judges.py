@@ -1,8 +1,8 @@
 """
-Models that judge music, for evaluation alone: never a reward, and trained apart from the embedding model E.
+Models that judge music, for evaluation only: never used as rewards, and trained separately from the embedder E.
 
-Text adherence is measured as the paper does with MuLan (https://huggingface.co/papers/2208.12415): a tower for audio
-and one for text, trained contrastively, meet in one space.
+Text adherence is measured as in the paper with MuLan (https://huggingface.co/papers/2208.12415): the cosine
+similarity of an audio tower and a text tower, trained contrastively.
 """
 
 import re
@@ -19,19 +19,19 @@ class AudioTower(SavedModule):
     """
     A convolutional network over log-mel windows of `window` samples, averaged over time.
 
-    Longer audio is read in windows and averaged over all, shorter audio filled up with silence that is left out of the
-    average. Loudness does not count.
+    Longer audio is split into windows and averaged over all of them; shorter audio is padded with silence that is
+    excluded from the average. Features do not depend on loudness.
 
     Args:
-        sampling_rate (`int`): What the model hears, in Hz.
-        n_fft, hop_length, n_mels (`int`): Of the mel spectrogram; samples, samples, bands.
+        sampling_rate (`int`): Sampling rate of the model's input, Hz.
+        n_fft, hop_length, n_mels (`int`): Window and hop of the mel spectrogram in samples, and number of bands.
         window (`int`): Samples per window.
-        channels (`list[int]`): Of the convolutions, each of which halves time and frequency.
+        channels (`list[int]`): Channels of the convolutions, each of which halves time and frequency.
         feature_size (`int`): Width of the features.
-        mel_mean, mel_std (`float`): Of the log-mel in the training data, in nats.
+        mel_mean, mel_std (`float`): Mean and standard deviation of the log-mel in the training data, nats.
 
     Raises:
-        ImportError: If torchaudio is missing; it comes with the extra `audio`.
+        ImportError: If torchaudio is not installed (extra `audio`).
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class AudioTower(SavedModule):
 
         Args:
             frames (`torch.Tensor`): Log-mel windows, shape `(W, F, n_mels)`.
-            num_frames (`torch.Tensor`): Frames of each window that count, shape `(W,)`, at least 1.
+            num_frames (`torch.Tensor`): Frames of each window that are not padding, shape `(W,)`, at least 1.
 
         Returns:
             `torch.Tensor`: Shape `(W, feature_size)`, float32.
@@ -84,7 +84,7 @@ class AudioTower(SavedModule):
 
         Raises:
             TypeError: If samples are not floating-point numbers.
-            ValueError: If a waveform is not 1-D or not finite, or a rate is not a positive whole number.
+            ValueError: If a waveform is not 1-D or not finite, or a rate is not a positive integer.
         """
         windows, lengths, owners = audio_windows(audio, self.sampling_rate, self.window)
         num_frames = (-(-lengths // self.log_mel.hop_length)).clamp(max=self.window // self.log_mel.hop_length)
@@ -100,19 +100,20 @@ class AudioTower(SavedModule):
 
 class TextAudioJudge(AudioTower):
     """
-    Says how well audio fits a caption, and which of some known labels it has.
+    Scores how well audio matches a caption, and classifies audio by known attributes.
 
-    The audio tower is [`AudioTower`]'s. The text tower is an embedding of lower-cased words, one convolution over
-    three neighbours, and the mean over words; words outside `vocabulary` share one embedding.
+    The audio tower is [`AudioTower`]. The text tower embeds lower-cased words, applies one convolution of width 3, and
+    averages over words; words outside `vocabulary` share one embedding.
 
     Args:
-        vocabulary (`list[str]`): The words known to the text tower, in lower case.
-        labels (`dict[str, list[str]]`): For each attribute that `classify` returns, the labels it may take.
-        text_size, embedding_size (`int`): Widths of words, and of the common space.
-        sampling_rate, n_fft, hop_length, n_mels, window, channels, feature_size, mel_mean, mel_std: Of [`AudioTower`].
+        vocabulary (`list[str]`): Words known to the text tower, in lower case.
+        labels (`dict[str, list[str]]`): Attribute to its possible labels, for `classify`.
+        text_size, embedding_size (`int`): Widths of word embeddings and of the joint space.
+        sampling_rate, n_fft, hop_length, n_mels, window, channels, feature_size, mel_mean, mel_std: See
+            [`AudioTower`].
 
     Raises:
-        ImportError: If torchaudio is missing; it comes with the extra `audio`.
+        ImportError: If torchaudio is not installed (extra `audio`).
     """
 
     def __init__(
@@ -139,40 +140,40 @@ class TextAudioJudge(AudioTower):
         self.words = nn.Embedding(len(vocabulary) + 2, text_size, padding_idx=0)
         self.phrases = nn.Conv1d(text_size, feature_size, 3, padding=1)
         self.text_projection = nn.Linear(feature_size, embedding_size)
-        self.log_scale = nn.Parameter(torch.tensor(2.3))  # of the cosines in the contrastive loss
+        self.log_scale = nn.Parameter(torch.tensor(2.3))  # log of the inverse temperature of the contrastive loss
 
     def word_tensor(self, captions: Sequence[str]) -> torch.Tensor:
-        """Ids of the captions' words, shape `(N, L)`, padded with 0; a caption without words is one unknown word."""
+        """Word ids of captions, shape `(N, L)`, padded with 0; a caption without words becomes one unknown word."""
         words = [re.findall(r"[\w#']+", caption.lower()) for caption in captions]
         rows = [[self.word_ids.get(word, 1) for word in line] or [1] for line in words]
         return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
     def text_embeddings(self, word_ids: torch.Tensor) -> torch.Tensor:
-        """Word ids `(N, L)` to embeddings `(N, embedding_size)` of length 1; differentiable."""
+        """Word ids `(N, L)` to embeddings `(N, embedding_size)` of unit norm; differentiable."""
         present = (word_ids != 0)[..., None]
         phrases = nn.functional.gelu(self.phrases(self.words(word_ids).transpose(1, 2))).transpose(1, 2)
         mean = (phrases.float() * present).sum(1) / present.sum(1)
         return nn.functional.normalize(self.text_projection(mean).float(), dim=-1)
 
     def audio_embeddings(self, features: torch.Tensor) -> torch.Tensor:
-        """Features `(N, feature_size)` to embeddings `(N, embedding_size)` of length 1; differentiable."""
+        """Features `(N, feature_size)` to embeddings `(N, embedding_size)` of unit norm; differentiable."""
         return nn.functional.normalize(self.audio_projection(features).float(), dim=-1)
 
     @torch.no_grad()
     def embed_text(self, captions: Sequence[str]) -> torch.Tensor:
-        """Embeddings of captions, shape `(N, embedding_size)`, each of length 1, on the CPU."""
+        """Embeddings of captions, shape `(N, embedding_size)`, of unit norm, on the CPU."""
         if not len(captions):
             return torch.zeros(0, self.text_projection.out_features)
         return self.text_embeddings(self.word_tensor(captions).to(self.log_scale.device)).cpu()
 
     @torch.no_grad()
     def embed_audio(self, audio: Sequence[tuple[Any, int]]) -> torch.Tensor:
-        """Embeddings of clips, shape `(N, embedding_size)`, length 1, on the CPU; raises as `adherence` does."""
+        """Embeddings of clips, shape `(N, embedding_size)`, of unit norm, on the CPU; raises as `adherence` does."""
         return self.audio_embeddings(self.listen(audio)).cpu()
 
     def adherence(self, captions: Sequence[str], audio: Sequence[tuple[Any, int]]) -> torch.Tensor:
         """
-        Cosine of each caption's embedding and its clip's: how well the music fits the text.
+        Cosine similarity of the embeddings of each caption and its clip.
 
         Args:
             captions (`list[str]`): Length N.
@@ -183,16 +184,17 @@ class TextAudioJudge(AudioTower):
 
         Raises:
             TypeError: If samples are not floating-point numbers.
-            ValueError: If the lengths differ, a waveform is not 1-D or not finite, or a rate is not a positive number.
+            ValueError: If the lengths differ, a waveform is not 1-D or not finite, or a rate is not a positive
+                integer.
         """
         if len(captions) != len(audio):
-            raise ValueError(f"{len(captions)} captions and {len(audio)} clips; expected one caption for each clip")
+            raise ValueError(f"expected one caption per clip, got {len(captions)} `captions` and {len(audio)} clips")
         return (self.embed_text(captions) * self.embed_audio(audio)).sum(-1)
 
     @torch.no_grad()
     def classify(self, audio: Sequence[tuple[Any, int]]) -> dict[str, list[str]]:
         """
-        The likeliest label of each clip, for each attribute.
+        The most likely label of each clip, for each attribute.
 
         Args:
             audio (`list` of `(waveform, sampling_rate)`): Length N; waveforms 1-D, floating point, of any length.
@@ -202,7 +204,7 @@ class TextAudioJudge(AudioTower):
 
         Raises:
             TypeError: If samples are not floating-point numbers.
-            ValueError: If a waveform is not 1-D or not finite, or a rate is not a positive whole number.
+            ValueError: If a waveform is not 1-D or not finite, or a rate is not a positive integer.
         """
         features = self.listen(audio)
         return {
@@ -213,14 +215,18 @@ class TextAudioJudge(AudioTower):
 
 class PreferenceModel(AudioTower):
     """
-    Scores how good audio sounds, whatever it is of: the stand-in for a score learned from listeners' preferences.
+    Scores the acoustic quality of audio, independent of its prompt: a proxy for a score learned from listeners.
 
     A Bradley-Terry model, `P(a preferred to b) = sigmoid(score(a) - score(b))`, trained on pairs whose better side is
-    known by construction (a recording and a degraded copy of it, a recording and a generated clip). It knows of no
-    listener, and it never compares samples with and without guidance in training.
+    known by construction (a recording and a degraded copy of it, a recording and a generated clip). Its training data
+    contain no ratings by listeners, and no comparisons of samples with and without guidance.
 
     Args:
-        sampling_rate, n_fft, hop_length, n_mels, window, channels, feature_size, mel_mean, mel_std: Of [`AudioTower`].
+        sampling_rate, n_fft, hop_length, n_mels, window, channels, feature_size, mel_mean, mel_std: See
+            [`AudioTower`].
+
+    Raises:
+        ImportError: If torchaudio is not installed (extra `audio`).
     """
 
     def __init__(
@@ -251,15 +257,15 @@ class PreferenceModel(AudioTower):
             audio (`list` of `(waveform, sampling_rate)`): Waveforms 1-D, floating point, of any length; rates in Hz.
 
         Returns:
-            `torch.Tensor`: Shape `(len(audio),)`, on the CPU.
+            `torch.Tensor`: Shape `(len(audio),)`, nats, on the CPU.
 
         Raises:
             TypeError: If samples are not floating-point numbers.
-            ValueError: If a waveform is not 1-D or not finite, or a rate is not a positive whole number.
+            ValueError: If a waveform is not 1-D or not finite, or a rate is not a positive integer.
         """
         return self.scores(self.listen(audio)).cpu()
 
 
 def bradley_terry_loss(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
-    """Mean of `-log sigmoid(better - worse)`, nats, for the scores of pairs, each of shape `(N,)`."""
+    """Bradley-Terry loss: mean of `-log sigmoid(better - worse)`, nats, of the scores of pairs, each `(N,)`."""
     return -nn.functional.logsigmoid(better - worse).mean()

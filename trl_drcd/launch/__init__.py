@@ -1,10 +1,10 @@
 """
-What a training script is made of: public, for the scripts of this package and for yours.
+Building blocks of training scripts, for the scripts of this package and for yours.
 
-In the order of a script: its arguments ([`~trl_drcd.launch.arguments.parse_training_arguments`]), its prompts
-([`~trl_drcd.launch.parts.load_datasets`]), the parts that the trainer is given
-([`~trl_drcd.launch.parts.load_embedder`]), the trainer itself ([`~trl_drcd.launch.training.make_trainer`]), and what a
-run leaves behind ([`~trl_drcd.launch.training.train_and_save`]). `trl_drcd/scripts/train_text.py` shows all of it.
+In the order of use: parse arguments ([`~trl_drcd.launch.arguments.parse_training_arguments`]), load prompts
+([`~trl_drcd.launch.parts.load_datasets`]) and the embedder ([`~trl_drcd.launch.parts.load_embedder`]), create the
+trainer ([`~trl_drcd.launch.training.make_trainer`]), train and save
+([`~trl_drcd.launch.training.train_and_save`]). `trl_drcd/scripts/train_text.py` is a complete example.
 """
 
 from importlib import import_module
@@ -31,7 +31,7 @@ __all__ = [
     "write_samples",
 ]
 
-# Loaded when asked for: starting a job needs no torch
+# Imported lazily: starting a job does not need torch
 _MODULES = {
     "PromptArguments": "arguments",
     "end_on_signals": "processes",

@@ -1,4 +1,4 @@
-"""The arguments of a training script: the command line before a YAML file, that before the defaults."""
+"""Arguments of a training script: the command line overrides a YAML file, which overrides the defaults."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trl_drcd.validation.command_line import parse_command_line
 from trl_drcd.validation.field_types import check_types
 from trl_drcd.validation.ranges import Range, check_ranges
 
-# What --help shows of the arguments of TRL and transformers; --help_all shows them all
+# Arguments of TRL and transformers that --help shows; --help_all shows all of them
 COMMON = {
     *("output_dir", "max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "max_completion_length", "num_generations", "temperature", "bf16", "seed"),
@@ -40,24 +40,24 @@ COMMON = {
 
 @dataclass
 class PromptArguments:
-    """Prompts to train on and to evaluate on, what is rewarded, how long to train, and what the model card says."""
+    """Arguments of a training script: prompts, rewards, duration, and entries of the model card."""
 
     dataset: str | None = field(
         default=None, metadata={"help": "Prompts to train on: Hub name, or JSONL, CSV or Parquet file."}
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub data set to train on."})
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "Held-out prompts, likewise; evaluated and sampled from."}
+        default=None, metadata={"help": "Held-out prompts for evaluation and samples; given like `dataset`."}
     )
     eval_split: str = field(default="test", metadata={"help": "Split of a Hub data set to evaluate on."})
-    max_eval_prompts: int = field(default=64, metadata={"help": "Evaluate on the first so many held-out prompts."})
+    max_eval_prompts: int = field(default=64, metadata={"help": "Largest number of held-out prompts to evaluate on."})
     embedder: str | None = field(
         default=None,
-        metadata={"help": "E, needed where diversity_coef is above 0: folder or Hub name, or `module.function`."},
+        metadata={"help": "E, required if diversity_coef is above 0: folder, Hub name, or `module.function`."},
     )
     reward_funcs: list[str] | None = field(
         default=None,
-        metadata={"help": "Further rewards, as TRL calls them: each `module.function`, or a reward model's name."},
+        metadata={"help": "Further rewards: each a `module.function` with TRL's signature, or a reward model's name."},
     )
     teacher: str | None = field(
         default=None,
@@ -66,12 +66,12 @@ class PromptArguments:
             "the same vocabulary."
         },
     )
-    num_samples: int = field(default=4, metadata={"help": "Held-out prompts to write samples of after training."})
+    num_samples: int = field(default=4, metadata={"help": "Number of held-out prompts to sample after training."})
     max_minutes: float | None = field(
-        default=None, metadata={"help": "End training after so many minutes, whatever max_steps says."}
+        default=None, metadata={"help": "Stop training after this many minutes, even before max_steps."}
     )
     license: str | None = field(
-        default=None, metadata={"help": "Licence that the model card names; by default that of the base's card."}
+        default=None, metadata={"help": "Licence in the model card; by default that of the base's card."}
     )
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ Script = TypeVar("Script", bound=PromptArguments)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the lines of the description, and shows defaults."""
+    """Keeps the line breaks of the description and shows defaults."""
 
 
 def parse_training_arguments(
@@ -101,22 +101,22 @@ def parse_training_arguments(
     default_config: Path | None = None,
 ) -> tuple[Script, CFGDistillDiversityConfig, ModelConfig]:
     """
-    The arguments of a training script, looked at before anything is loaded.
+    Parse and validate the arguments of a training script, before anything is loaded.
 
     Args:
         argv (`Sequence[str]`): The command line.
         script_arguments (`type`): The script's own arguments, a dataclass that inherits from [`PromptArguments`].
-        program (`str`): What the user calls the script.
-        output_dir (`str`): Folder of the results where none is named.
-        description (`str`, *optional*): For `--help`.
-        default_config (`Path`, *optional*): The YAML file of a call that names neither one nor a model.
+        program (`str`): Name of the script in messages.
+        output_dir (`str`): Default output folder.
+        description (`str`, *optional*): Description in `--help`.
+        default_config (`Path`, *optional*): YAML file to use if the command line has neither one nor a model.
 
     Returns:
-        `tuple`: The script's arguments, the trainer's and the model's. `args.model_init_kwargs` says how to load it.
+        `tuple`: The arguments of the script, the trainer and the model; `args.model_init_kwargs` are set for loading.
 
     Raises:
-        FileNotFoundError: If the YAML file or the checkpoint to resume from is not there.
-        TypeError, ValueError: If an argument is unknown, missing or of another type, or out of its range.
+        FileNotFoundError: If the YAML file or the checkpoint to resume from does not exist.
+        TypeError, ValueError: If an argument is unknown, missing, of the wrong type, or out of range.
     """
     parser = _parser(script_arguments, program, output_dir, description)
     if {"-h", "--help", "--help_all"} & set(argv):
@@ -141,7 +141,7 @@ def parse_training_arguments(
 def _parser(
     script_arguments: type[PromptArguments], program: str, output_dir: str, description: str | None
 ) -> TrlParser:
-    """The parser of a training script, with the defaults of this machine."""
+    """The parser of a training script, with defaults for this machine."""
     kinds: Any = (script_arguments, CFGDistillDiversityConfig, ModelConfig)
     parser = TrlParser(
         kinds,
@@ -161,16 +161,16 @@ def _parser(
 
 
 def _print_help(parser: TrlParser, shown: set[str], all_of_it: bool) -> None:
-    """`--help`, of the arguments that matter here, or of all."""
+    """Print the help for the arguments in `shown`, or for all."""
     for action in parser._actions:
         if not all_of_it and action.dest not in shown:
             action.help = argparse.SUPPRESS
     parser.print_help()
-    print("\nAlso every argument of TRL's RLOOConfig and ModelConfig: --help_all lists them.")
+    print("\nAll arguments of TRL's RLOOConfig and ModelConfig are accepted too: --help_all lists them.")
 
 
 def model_init_kwargs(args: CFGDistillDiversityConfig, model: ModelConfig) -> dict[str, Any]:
-    """How the trainer loads the model: safetensors alone, which cannot run code when they are read."""
+    """Arguments of `from_pretrained`; safetensors only, since pickles can run code when loaded."""
     given: dict[str, Any] = {"use_safetensors": True}
     given |= {"revision": model.model_revision, "attn_implementation": model.attn_implementation}
     own: Any = args.model_init_kwargs or {}
@@ -178,6 +178,6 @@ def model_init_kwargs(args: CFGDistillDiversityConfig, model: ModelConfig) -> di
 
 
 def shipped_recipe(name: str) -> Path | None:
-    """A file or folder of recipes/, where the package is a part of its repository; else `None`."""
+    """A file or folder in recipes/ if the package is in a clone of its repository; else `None`."""
     path = Path(__file__).parents[2] / "recipes" / name
     return path if path.exists() else None

@@ -1,4 +1,4 @@
-"""What a training script loads for the trainer: prompts, the embedder, the codec, reward functions."""
+"""Load the inputs of the trainer: prompts, embedder, codec, reward functions."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ def load_datasets(
     script: PromptArguments, streaming: bool = False, system_prompt: str | None = None
 ) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """
-    Prompts to train on, and the first held-out ones, or `None`; the trainer looks at their rows.
+    Load the training prompts and the first `max_eval_prompts` held-out prompts; the trainer validates their rows.
 
     Args:
-        script ([`PromptArguments`]): Names them.
-        streaming (`bool`, *optional*, defaults to `False`): Read training prompts as they are needed.
-        system_prompt (`str`, *optional*): System turn before every prompt that has none.
+        script ([`PromptArguments`]): Names of the data sets.
+        streaming (`bool`, *optional*, defaults to `False`): Stream the training prompts instead of loading them.
+        system_prompt (`str`, *optional*): System turn to add to every prompt that has none.
+
+    Returns:
+        `tuple`: The training prompts, and the held-out prompts or `None`.
 
     Raises:
         FileNotFoundError, ValueError: See [`~trl_drcd.prompts.read_prompts`].
@@ -45,7 +48,7 @@ def load_datasets(
 
 
 def load_part(argument: str, load: Callable[[str], Part], name: str | None) -> Part | None:
-    """A codec or an embedder, whose errors name the argument; `None` where none is given."""
+    """Load a codec or an embedder with errors that name the argument; `None` if `name` is empty."""
     if not name:
         return None
     with prefix_errors(argument):
@@ -53,7 +56,7 @@ def load_part(argument: str, load: Callable[[str], Part], name: str | None) -> P
 
 
 def load_embedder(load: Callable[[str], Part], name: str | None) -> Part | Callable | None:
-    """The embedder E: a function where `module.function` is given, else what `load` makes of a folder or name."""
+    """Load the embedder E: import a `module.function`, else call `load` with the folder or Hub name."""
     if name and names_a_callable(name):
         return load_callable("embedder", name)
     return load_part("embedder", load, name)
@@ -61,14 +64,14 @@ def load_embedder(load: Callable[[str], Part], name: str | None) -> Part | Calla
 
 def load_rewards(names: Sequence[str] | None) -> list[Callable | str] | None:
     """
-    Reward functions by their names; `None` where there are none.
+    Import reward functions; `None` if there are no names.
 
     Args:
-        names (`Sequence[str]`, *optional*): Each `module.function`, or a reward model's folder or name on the Hub,
-            which TRL loads.
+        names (`Sequence[str]`, *optional*): Each a `module.function`, or the folder or Hub name of a reward model,
+            which is returned as it is for TRL to load.
 
     Raises:
-        ValueError: If a function is not there, or a name is neither.
+        ValueError: If a function cannot be imported, or a name is neither.
     """
     return [_reward(name) for name in names] if names else None
 

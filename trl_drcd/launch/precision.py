@@ -8,7 +8,7 @@ import time
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-MARGIN = 0.9  # of the seconds in float32: a gain that is less is not worth the rounding
+MARGIN = 0.9  # largest ratio of the time to float32's: a smaller gain does not justify the lower precision
 
 
 @functools.cache
@@ -16,9 +16,9 @@ def has_fast_bfloat16() -> bool:
     """
     Whether this machine trains faster under bfloat16 autocast than in float32.
 
-    A GPU says so itself. A CPU without instructions for bfloat16 only emulates it; one with them is measured, once in
-    a process and for about a second, since some of these are slower all the same: casts and small matrices cost more
-    than the products gain.
+    For a GPU, whether it supports bfloat16 natively. A CPU without bfloat16 instructions only emulates it. A CPU with
+    them is measured, once per process for about a second, since on some of them casts and small matrices cost more
+    than the faster products gain.
     """
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -30,15 +30,15 @@ def has_fast_bfloat16() -> bool:
 
 def training_seconds(width: int = 256, tokens: int = 1024, rounds: int = 2) -> dict[torch.dtype, float]:
     """
-    Seconds of a forward and backward pass of two transformer layers on a CPU, the least of some rounds in turn.
+    Time a forward and backward pass of two transformer layers on the CPU; the minimum of several alternating rounds.
 
     Args:
-        width (`int`, *optional*, defaults to 256): Hidden size, that of the shipped model.
-        tokens (`int`, *optional*, defaults to 1024): In 8 sequences.
-        rounds (`int`, *optional*, defaults to 2): After one to warm up.
+        width (`int`, *optional*, defaults to 256): Hidden size; the default is that of the shipped model.
+        tokens (`int`, *optional*, defaults to 1024): Total number of tokens, in 8 sequences.
+        rounds (`int`, *optional*, defaults to 2): Rounds after one to warm up.
 
     Returns:
-        `dict`: Under bfloat16 autocast, and in float32 without.
+        `dict`: Seconds for `torch.bfloat16` (autocast) and `torch.float32`.
     """
     config = LlamaConfig(
         vocab_size=64,

@@ -1,4 +1,4 @@
-"""A job of several processes: signals reach all of them, and none outlives the one that started it."""
+"""Run several processes as one job: signals reach all of them, and none outlives the process that started it."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# Tells a process of a job that it has a parent to end with
+# Environment variable that tells a process of a job to end with its parent
 IN_A_JOB = "TRL_DRCD_IN_A_JOB"
-# Of prctl(2)
+# Options of prctl(2)
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def run_job(command: Sequence[str]) -> int:
     """
-    Run a program, with all processes that it starts, as one job.
+    Run a program and all processes that it starts as one job; return when the last one has ended.
 
-    SIGTERM, SIGINT and SIGHUP are passed on to every process of it, as SIGTERM, which `accelerate` and others take
-    without a traceback; a second signal kills them. Returns when the last one has ended. What is left when the program
-    itself has ended, or this process is killed, is ended too (on Linux).
+    SIGTERM, SIGINT and SIGHUP are forwarded to every process of the job as SIGTERM, which `accelerate` and others
+    handle without a traceback; a second signal kills them. Processes that remain when the program has ended, or when
+    this process is killed, are terminated too (on Linux).
 
     Args:
         command (`Sequence[str]`): The program and its arguments.
 
     Returns:
-        `int`: As a shell has it: the program's exit status, or 128 and the number of the signal.
+        `int`: Exit status as in a shell: the program's, or 128 plus the number of the signal.
     """
     received: list[int] = []
 
@@ -38,14 +38,14 @@ def run_job(command: Sequence[str]) -> int:
         received.append(number)
         _signal_group(process.pid, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
 
-    def stop_and_go_on(number: int, frame: FrameType | None) -> None:  # Ctrl-Z, and `fg`
+    def stop_and_go_on(number: int, frame: FrameType | None) -> None:  # Ctrl-Z, then `fg`
         _signal_group(process.pid, signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
         _signal_group(process.pid, signal.SIGCONT)
 
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)  # who has lost its parent becomes a child of this process, and can be awaited
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans become children of this process, which can then wait for them
     environment = os.environ | {IN_A_JOB: "1"}
-    # A group of its own: a Ctrl-C in a terminal comes here alone, and is passed on once
+    # In its own process group, so that Ctrl-C in a terminal reaches only this process, which forwards it once
     process = subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_end_with_parent)
     handlers = dict.fromkeys(PASSED_ON, pass_on) | {signal.SIGTSTP: stop_and_go_on}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -61,7 +61,7 @@ def run_job(command: Sequence[str]) -> int:
 
 
 def _wait_for_group(leader: int) -> int:
-    """Waits for a process and then for what is left of its group, which is told to end; the first one's status."""
+    """Wait for a process, terminate and wait for the rest of its group, and return the status of the first."""
     status = 0
     while True:
         try:
@@ -79,7 +79,7 @@ def _signal_group(group: int, number: int) -> None:
 
 
 def _prctl(option: int, value: int) -> None:
-    """A setting of this process, on Linux; nothing elsewhere."""
+    """Call prctl(2) on Linux; do nothing elsewhere."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
@@ -91,19 +91,19 @@ def _end_with_parent() -> None:
 @contextmanager
 def end_on_signals(program: str) -> Iterator[None]:
     """
-    Ends a training script at SIGTERM or Ctrl-C with one line and the right exit status (143, 130).
+    End a training script on SIGTERM or Ctrl-C with a one-line message and the exit status 143 or 130.
 
-    A trainer that trains handles them itself, and says in its line where the state is. In a job of [`run_job`] the
-    script also ends with the process that started it.
+    During training the trainer handles these signals itself, and its message names the saved checkpoint. In a job of
+    [`run_job`] the script also ends with the process that started it.
 
     Args:
-        program (`str`): What the user calls the script.
+        program (`str`): Name of the script in messages.
     """
     if os.environ.get(IN_A_JOB):
         _end_with_parent()
 
     def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent's end, say, must not cut short what follows
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second SIGTERM, as from the parent's end, must not interrupt
         print(f"{program}: ended by SIGTERM", file=sys.stderr)
         raise SystemExit(128 + number)
 
@@ -111,7 +111,7 @@ def end_on_signals(program: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        if not error.args:  # else the trainer has said more
+        if not error.args:  # otherwise the trainer has printed a message
             print(f"{program}: interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     finally:

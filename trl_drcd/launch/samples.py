@@ -1,4 +1,4 @@
-"""Samples of held-out prompts that a training run leaves behind."""
+"""Write the samples of a training run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def write_samples(
     samples: Samples, folder: Path, tokenizer: PreTrainedTokenizerBase, codec: AudioDecoder | None = None
 ) -> None:
     """
-    Write completions, and `samples.jsonl`, which says of which prompt each one is.
+    Write completions and their prompts to `samples.jsonl`; audio also to WAV files.
 
     Args:
-        samples ([`~trl_drcd.evaluation.sampling.Samples`]): Of a model without guidance.
-        folder (`Path`): Made where it is not there.
-        tokenizer (`PreTrainedTokenizerBase`): Makes texts of completions.
-        codec (`AudioDecoder`, *optional*): Makes sounds of them, which become WAV files.
+        samples ([`~trl_drcd.evaluation.sampling.Samples`]): The samples.
+        folder (`Path`): Output folder, created if it does not exist.
+        tokenizer (`PreTrainedTokenizerBase`): Decodes completions to text.
+        codec (`AudioDecoder`, *optional*): Decodes completions to audio instead.
     """
     rows = [{"prompt": prompt} for prompt in samples.repeated_prompts]
     if codec is None:

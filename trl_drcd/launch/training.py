@@ -1,4 +1,4 @@
-"""A training run from the trainer to what it leaves behind: model, card, log, samples."""
+"""A training run: create the trainer, train, save model, card, log and samples."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def make_trainer(
     **parts: Any,
 ) -> CFGDistillDiversityTrainer:
     """
-    The trainer of a script; its errors name the script's arguments.
+    Create the trainer of a script; errors name the script's arguments.
 
     Args:
         script ([`~trl_drcd.launch.arguments.PromptArguments`]): The script's arguments.
-        args ([`CFGDistillDiversityConfig`]): The trainer's.
-        model (`ModelConfig`): The model's.
-        train_dataset, eval_dataset: Of [`~trl_drcd.launch.parts.load_datasets`].
+        args ([`CFGDistillDiversityConfig`]): Arguments of the trainer.
+        model (`ModelConfig`): Arguments of the model.
+        train_dataset, eval_dataset: From [`~trl_drcd.launch.parts.load_datasets`].
         **parts: Further arguments of the trainer: `embedder`, `codec`.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: If something cannot give a right result, before anything is sampled.
+        FileNotFoundError, TypeError, ValueError: If an argument, model or data set is invalid; before any sampling.
     """
     names = {
         "model": "model_name_or_path",
@@ -70,23 +70,23 @@ def make_trainer(
 
 def train_and_save(trainer: CFGDistillDiversityTrainer, script: PromptArguments) -> None:
     """
-    Trains, evaluates at the end if evaluation is enabled, and fills the output folder.
+    Train, run a final evaluation if enabled, and save everything to the output folder.
 
     The folder gets the model with its tokenizer and a generation config without guidance, the codec, samples of
     held-out prompts and a model card, beside the log and the checkpoints.
 
     Args:
-        trainer ([`CFGDistillDiversityTrainer`]): Ready to train.
+        trainer ([`CFGDistillDiversityTrainer`]): A trainer, for example from [`make_trainer`].
         script ([`~trl_drcd.launch.arguments.PromptArguments`]): The script's arguments.
 
     Raises:
-        RuntimeError: If no update was made: a stream of fewer rows than a rollout takes.
+        RuntimeError: If no update was made because a streamed data set has fewer rows than one rollout needs.
     """
     args, output = trainer.args, Path(str(trainer.args.output_dir))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if not trainer.state.global_step:
         raise RuntimeError(
-            f"`dataset={script.dataset}` has fewer rows than one rollout takes, so no update was made and nothing is "
+            f"`dataset={script.dataset}` has fewer rows than one rollout needs, so no update was made and nothing was "
             "saved; give more prompts, or lower `per_device_train_batch_size` or `gradient_accumulation_steps`"
         )
     evaluates = args.eval_strategy != "no"
@@ -95,7 +95,7 @@ def train_and_save(trainer: CFGDistillDiversityTrainer, script: PromptArguments)
         trainer.evaluate()
     trainer.save_model(str(output))
     samples = _held_out_samples(trainer, script.num_samples)
-    if samples is None:  # not the process that writes
+    if samples is None:  # not the main process
         return
     shutil.rmtree(output / "samples", ignore_errors=True)
     tokenizer: Any = trainer.processing_class
@@ -109,9 +109,9 @@ def train_and_save(trainer: CFGDistillDiversityTrainer, script: PromptArguments)
 
 
 def _held_out_samples(trainer: CFGDistillDiversityTrainer, count: int) -> Samples | None:
-    """One completion, without guidance, of each of the first held-out prompts; `None` in all processes but one."""
+    """One completion without guidance of each of the first held-out prompts; `None` except in the main process."""
     with trainer.model_for_sampling() as student:
-        if trainer.accelerator.is_main_process or is_sharded(trainer.accelerator):  # then they sample in step
+        if trainer.accelerator.is_main_process or is_sharded(trainer.accelerator):  # if sharded, all sample
             samples = _sampled(trainer, student, count)
     return samples if trainer.accelerator.is_main_process else None
 

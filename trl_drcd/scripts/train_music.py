@@ -2,19 +2,19 @@
 Distil classifier-free guidance into a text-to-music model, with or without the diversity reward
 (https://huggingface.co/papers/2410.06084).
 
-Any causal LM over words and audio tokens, and any prompts (Hub name, or a JSONL, CSV or Parquet file, with a column
-`prompt` and perhaps `negative_prompt`); the defaults are the paper's:
+Works with any causal LM over words and audio tokens, and any prompts (Hub name, or a JSONL, CSV or Parquet file, with
+a column `prompt` and optionally `negative_prompt`); the defaults are the paper's:
 
     trl-drcd train music --model_name_or_path my/musiclm --codec my/codec --embedder my/embedder \\
         --dataset prompts.jsonl --diversity_coef 5 --output_dir outputs/mine
 
-A MusicGen has its own codec, and its completions count decoder steps (50 a second, and 3 for the delays):
+MusicGen has its own codec, and its completion length is in decoder steps (50 per second, plus 3 for the delays):
 
     trl-drcd train music --model_name_or_path facebook/musicgen-small --dataset prompts.jsonl \\
         --max_completion_length 503 --output_dir outputs/musicgen
 
-The same from a YAML file, with a value of it overridden; with LoRA (the teacher is then the same weights with the
-adapter off); with a reward of your own, a function in rewards.py; after an interruption:
+From a YAML file, with one value overridden; with LoRA (the teacher is then the same weights with the adapter off);
+with a reward of your own, a function in rewards.py; resumed after an interruption:
 
     trl-drcd train music --config run.yaml --max_steps 300
     trl-drcd train music --config run.yaml --use_peft --lora_target_modules all-linear --lora_dropout 0
@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import os
 
-# One thread per process unless the caller says otherwise: on two cores it was the fastest
+# One thread per process unless the caller sets another number: it was the fastest on two cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sys
@@ -49,7 +49,7 @@ from trl_drcd.validation.messages import one_line_errors
 
 @dataclass
 class MusicArguments(PromptArguments):
-    """Prompts, and what turns tokens into music."""
+    """Arguments of [`PromptArguments`], and the codec."""
 
     codec: str | None = field(
         default=None,
@@ -64,13 +64,13 @@ def main(
     description: str | None = __doc__,
 ) -> None:
     """
-    Checks, trains, saves.
+    Validate the arguments, train, and save.
 
     Args:
         argv (`Sequence[str]`, *optional*): The command line; that of the process if `None`.
-        default_config (`Path`, *optional*): The YAML file of a call that names neither one nor a model.
-        program (`str`, *optional*): What the user calls this.
-        description (`str`, *optional*): For `--help`.
+        default_config (`Path`, *optional*): YAML file to use if the command line has neither one nor a model.
+        program (`str`, *optional*): Name of the script in messages.
+        description (`str`, *optional*): Description in `--help`.
     """
     words = sys.argv[1:] if argv is None else argv
     with end_on_signals(program):

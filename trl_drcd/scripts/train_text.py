@@ -2,13 +2,13 @@
 Distil classifier-free guidance into a language model, with or without the diversity reward
 (https://huggingface.co/papers/2410.06084).
 
-Any causal LM and any prompts (Hub name, or a JSONL, CSV or Parquet file); the defaults are the paper's:
+Works with any causal LM and any prompts (Hub name, or a JSONL, CSV or Parquet file); the defaults are the paper's:
 
     trl-drcd train text --model_name_or_path Qwen/Qwen3-0.6B --dataset prompts.jsonl \\
         --embedder sentence-transformers/all-MiniLM-L6-v2 --diversity_coef 5 --output_dir outputs/mine
 
-The same from a YAML file, with a value of it overridden; with LoRA (the teacher is then the same weights with the
-adapter off); with a reward of your own, a function in rewards.py; after an interruption:
+From a YAML file, with one value overridden; with LoRA (the teacher is then the same weights with the adapter off);
+with a reward of your own, a function in rewards.py; resumed after an interruption:
 
     trl-drcd train text --config run.yaml --max_steps 300
     trl-drcd train text --config run.yaml --use_peft --lora_target_modules all-linear --lora_dropout 0
@@ -17,11 +17,11 @@ adapter off); with a reward of your own, a function in rewards.py; after an inte
 
 On several GPUs: `accelerate launch --config_file FILE -m trl_drcd.scripts.train_text`, with the same arguments.
 
-A `prompt` that is a list of turns goes through the model's chat template; a text is continued as it is. Data sets of
-chats (`messages`), ShareGPT (`conversations`) and Alpaca (`instruction`) become such turns. The negative prompt of the
-teacher is a row's `negative_prompt`, else --negative_prompt: a text (of a conversation, the user's turn) or, in a row,
-a list of turns. Without one it is an empty user's turn, without the row's system prompt; for a text, the tokenizer's
-rendering of "", or the BOS token where that is empty. No prompt is ever cut.
+A `prompt` that is a list of turns is rendered with the model's chat template; a string is continued as it is. Data
+sets of chats (`messages`), ShareGPT (`conversations`) and Alpaca (`instruction`) are converted to turns. The negative
+prompt of the teacher is a row's `negative_prompt`, else --negative_prompt: a string (for a conversation, the user
+turn) or, in a row, a list of turns. The default for conversations is an empty user turn without the row's system
+prompt; for strings, the tokenizer's encoding of "", or the BOS token if that is empty. Prompts are never truncated.
 
 The output folder gets the model or the adapter with its tokenizer and a generation config without guidance, a model
 card, the log (log.jsonl; TensorBoard where it is installed) and completions of held-out prompts.
@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import os
 
-# One thread per process unless the caller says otherwise: on two cores it was the fastest
+# One thread per process unless the caller sets another number: it was the fastest on two cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sys
@@ -52,13 +52,13 @@ MADE_HERE = "outputs/smollm2"
 
 @dataclass
 class TextArguments(PromptArguments):
-    """Prompts, and how they are read."""
+    """Arguments of [`PromptArguments`], and how prompts are read."""
 
     system_prompt: str | None = field(
-        default=None, metadata={"help": "System turn before every prompt that has none; texts become conversations."}
+        default=None, metadata={"help": "System turn for every prompt that has none; strings become conversations."}
     )
     streaming: bool = field(
-        default=False, metadata={"help": "Read training prompts as they are needed; max_steps must be set."}
+        default=False, metadata={"help": "Stream training prompts instead of loading them; max_steps must be set."}
     )
 
 
@@ -69,13 +69,13 @@ def main(
     description: str | None = __doc__,
 ) -> None:
     """
-    Checks, trains, saves.
+    Validate the arguments, train, and save.
 
     Args:
         argv (`Sequence[str]`, *optional*): The command line; that of the process if `None`.
-        default_config (`Path`, *optional*): The YAML file of a call that names neither one nor a model.
-        program (`str`, *optional*): What the user calls this.
-        description (`str`, *optional*): For `--help`.
+        default_config (`Path`, *optional*): YAML file to use if the command line has neither one nor a model.
+        program (`str`, *optional*): Name of the script in messages.
+        description (`str`, *optional*): Description in `--help`.
     """
     words = sys.argv[1:] if argv is None else argv
     with end_on_signals(program):
@@ -84,7 +84,7 @@ def main(
                 words, TextArguments, program, "outputs/text_drcd", description, default_config
             )
             if model.model_name_or_path == MADE_HERE and not Path(MADE_HERE).is_dir() and shipped_recipe("text"):
-                raise FileNotFoundError(f"`{MADE_HERE}` is not there yet. Run: python recipes/text/get_smollm2.py")
+                raise FileNotFoundError(f"`{MADE_HERE}` does not exist yet. Run: python recipes/text/get_smollm2.py")
             train, held_out = load_datasets(script, script.streaming, script.system_prompt)
             embedder = load_embedder(SentenceEmbedder, script.embedder)
             trainer = make_trainer(script, args, model, train, held_out, embedder=embedder)

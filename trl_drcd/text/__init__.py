@@ -1,4 +1,4 @@
-"""Text: the embedder E of sentences, and the judges of evaluation."""
+"""Text: the sentence embedder E, and the judges of evaluation."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

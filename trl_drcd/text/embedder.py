@@ -1,4 +1,4 @@
-"""Embeddings of texts, by a sentence encoder of the library sentence-transformers."""
+"""Text embedder: a sentence encoder of the library sentence-transformers."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from trl_drcd.validation.saved_files import PICKLES
 
 class SentenceEmbedder:
     """
-    Embeds texts with a sentence encoder; any callable `list[str] -> (N, D)` can stand in its place.
+    Embeds texts with a sentence encoder; any callable `list[str] -> (N, D)` can be used instead.
 
-    A text longer than the encoder reads is cut into windows of that length, and its embedding is the direction of the
-    mean of their embeddings, weighted by the tokens of each, so that no part of it goes unseen. An empty text, one of
-    white space too, is embedded as a full stop, since not every encoder gives "" a direction: all empty completions
-    are equal. Equal texts get equal embeddings, whatever else is in the list.
+    A text longer than the encoder's maximum length is split into windows of that length; its embedding is the
+    normalised mean of their embeddings, weighted by their numbers of tokens. Empty and white-space texts are embedded
+    as a full stop, since some encoders give "" a zero vector, so all empty completions have equal embeddings. Equal
+    texts get equal embeddings, independent of the rest of the list.
 
     Args:
-        model (`str` or `SentenceTransformer`): Folder or hub name of a sentence encoder, or the encoder.
-        batch_size (`int`, *optional*, defaults to 64): Texts at one time.
-        device (`str`, *optional*): Where the encoder runs; sentence-transformers chooses if `None`.
+        model (`str` or `SentenceTransformer`): Folder or Hub name of a sentence encoder, or the encoder.
+        batch_size (`int`, *optional*, defaults to 64): Texts per batch.
+        device (`str`, *optional*): Device of the encoder; chosen by sentence-transformers if `None`.
 
     Raises:
-        FileNotFoundError: If a path is given, and it is no encoder in safetensors.
-        ImportError: If sentence-transformers is missing; it comes with the extra `text`.
+        FileNotFoundError: If a path does not exist, or its weights are not safetensors.
+        ImportError: If sentence-transformers is not installed (extra `text`).
     """
 
     def __init__(self, model: Any, batch_size: int = 64, device: str | None = None) -> None:
@@ -40,7 +40,7 @@ class SentenceEmbedder:
         self.batch_size = batch_size
 
     def windows(self, text: str) -> list[tuple[str, int]]:
-        """The parts of a text that the encoder can read whole, each with its number of tokens, at least 1."""
+        """Split a text into parts within the encoder's maximum length, each with its number of tokens, at least 1."""
         tokenizer, limit = self.model.tokenizer, self.model.max_seq_length
         if limit is None or limit == torch.inf:
             return [(text, 1)]
@@ -59,13 +59,13 @@ class SentenceEmbedder:
         Embed a list of texts.
 
         Args:
-            texts (`list[str]`): `N` texts of any length, empty ones too.
+            texts (`list[str]`): `N` texts of any length; they may be empty.
 
         Returns:
-            `torch.Tensor`: Shape `(N, D)`, float32, on the CPU, each row of length 1.
+            `torch.Tensor`: Shape `(N, D)`, float32, on the CPU, rows of unit norm.
 
         Raises:
-            TypeError: If an item is not a text.
+            TypeError: If an item is not a string.
         """
         if wrong := [type(text).__name__ for text in texts if not isinstance(text, str)]:
             raise TypeError(f"`texts` must be strings, got {wrong[0]}")
@@ -86,17 +86,17 @@ class SentenceEmbedder:
 
 
 def _check_folder(name: str) -> None:
-    """Refuses a path that does not exist, and weights that are pickled."""
+    """Refuse a path that does not exist, and pickled weights."""
     folder = Path(name)
     if not folder.is_dir():
         if folder.exists() or not is_hub_name(name):
             raise FileNotFoundError(
-                f"`model={name}` is no folder; give the folder of a sentence encoder, or a hub name"
+                f"`model={name}` is not a folder; give the folder of a sentence encoder, or a Hub name"
             )
         return
     for file in sorted(folder.rglob("*")):
         if file.suffix in PICKLES and not list(file.parent.glob("*.safetensors")):
             raise FileNotFoundError(
                 f"`model={name}` has no safetensors beside {file.relative_to(folder)}, a pickle, which could run code "
-                "when it is read: save the encoder as safetensors"
+                "when loaded; save the encoder as safetensors"
             )

@@ -1,4 +1,4 @@
-"""Judges of text that others have trained: reward models and cross-encoders, for whoever has a checkpoint of one."""
+"""Judges of text from pretrained checkpoints: reward models and cross-encoders."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from trl_drcd.compat.extras import require
 
 
 def question_of(prompt: Any) -> str:
-    """A prompt as text: itself, or what the user said last in a conversation."""
+    """A prompt as text: itself, or the last user turn of a conversation."""
     return prompt if isinstance(prompt, str) else [turn["content"] for turn in prompt if turn["role"] == "user"][-1]
 
 
 def _answer_of(completion: Any) -> str:
-    """A completion as text: itself, or the one turn of a conversation that it is."""
+    """A completion as text: itself, or the last turn of a conversation."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 class RewardModel:
     """
-    A reward model, a sequence classifier with one output, as a callable with TRL's reward signature.
+    A reward model (sequence classifier with one output) as a callable with TRL's reward signature.
 
-    What it reads is what TRL gives it as a reward in training: prompt and completion in one text; through the chat
-    template of its tokenizer where the prompt is a conversation.
+    Its input is the same as when TRL uses it as a reward in training: prompt and completion concatenated, or rendered
+    with its tokenizer's chat template if the prompt is a conversation.
 
     Args:
-        model (`PreTrainedModel`): With `num_labels=1`, in evaluation mode, on any device.
-        tokenizer (`PreTrainedTokenizerBase`): With a padding token.
-        batch_size (`int`, *optional*, defaults to 16): Texts at one time.
+        model (`PreTrainedModel`): A model with `num_labels=1`, in evaluation mode, on any device.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a padding token.
+        batch_size (`int`, *optional*, defaults to 16): Texts per batch.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int = 16) -> None:
@@ -40,17 +40,17 @@ class RewardModel:
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **kwargs: Any) -> RewardModel:
         """
-        Load folder or hub name; weights from safetensors only.
+        Load from a folder or a Hub name; weights from safetensors only.
 
         Raises:
-            ValueError: If the checkpoint has another number of outputs than one.
+            ValueError: If the checkpoint does not have exactly one output.
         """
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
         kwargs = {"trust_remote_code": False} | kwargs
         outputs = AutoConfig.from_pretrained(name_or_path, **kwargs).num_labels
         if outputs != 1:
-            raise ValueError(f"`reward_model={name_or_path}` has {outputs} outputs; a reward model has one")
+            raise ValueError(f"`reward_model={name_or_path}` must have one output, got {outputs}")
         model = AutoModelForSequenceClassification.from_pretrained(name_or_path, use_safetensors=True, **kwargs).eval()
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
         if tokenizer.pad_token is None:
@@ -59,7 +59,7 @@ class RewardModel:
         return cls(model, tokenizer)
 
     def text_of(self, prompt: Any, completion: Any) -> str:
-        """Prompt and completion in one text."""
+        """Render prompt and completion as one text."""
         if isinstance(prompt, str):
             return prompt + _answer_of(completion)
         turns = [*prompt, {"role": "assistant", "content": _answer_of(completion)}]
@@ -86,7 +86,7 @@ class RewardModel:
                 padding=True,
                 padding_side="right",
                 truncation=self.tokenizer.model_max_length < 10**9,
-                add_special_tokens=False,  # as TRL does: the chat template has them
+                add_special_tokens=False,  # as in TRL: the chat template adds them
             )
             rewards += self.model(**inputs.to(self.model.device)).logits[:, 0].float().tolist()
         return rewards
@@ -94,22 +94,23 @@ class RewardModel:
 
 def cross_encoder(name_or_path: str | Path, batch_size: int = 16) -> Callable[[list[Any], list[Any]], torch.Tensor]:
     """
-    A cross-encoder of sentence-transformers as a judge of how well completions fit their prompts.
+    A cross-encoder of sentence-transformers as a judge of the adherence of completions to their prompts.
 
     Args:
-        name_or_path (`str` or `Path`): Folder or hub name.
-        batch_size (`int`, *optional*, defaults to 16): Pairs at one time.
+        name_or_path (`str` or `Path`): Folder or Hub name.
+        batch_size (`int`, *optional*, defaults to 16): Pairs per batch.
 
     Returns:
         `Callable`: `(prompts, completions)`, `N` each, to scores `(N,)`, float32, on the CPU, in the model's unit.
 
     Raises:
-        ValueError: If the checkpoint has another number of outputs than one.
+        ImportError: If sentence-transformers is not installed (extra `text`).
+        ValueError: If the checkpoint does not have exactly one output.
     """
     kind = require("sentence_transformers", "text").CrossEncoder
     model = kind(str(name_or_path), model_kwargs={"use_safetensors": True})
     if model.num_labels != 1:
-        raise ValueError(f"`cross_encoder={name_or_path}` has {model.num_labels} outputs; expected one score")
+        raise ValueError(f"`cross_encoder={name_or_path}` must have one output, got {model.num_labels}")
 
     def score(prompts: list[Any], completions: list[Any]) -> torch.Tensor:
         pairs = [(question_of(p), _answer_of(c)) for p, c in zip(prompts, completions, strict=True)]
