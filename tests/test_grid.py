@@ -279,7 +279,8 @@ def test_evaluation_writes_everything_and_does_nothing_twice(args, judged, tmp_p
         evaluate(args)
     args.only = ["cfg"]
     with pytest.raises(
-        ValueError, match=r"`only` has \['cfg'\]; the strategies are \['base', 'CFG', 'LERP', 'diversity'\]"
+        ValueError,
+        match=r"`only` has unknown names \['cfg'\]; the strategies are \['base', 'CFG', 'LERP', 'diversity'\]",
     ):
         evaluate(args)
 

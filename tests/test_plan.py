@@ -124,7 +124,7 @@ def test_settings_change_with_the_source_of_a_metric_and_with_extra_metrics(args
     with pytest.raises(ValueError, match="cannot be imported"):
         plan.plan(args, {})
     (tmp_path / "other.py").write_text("def length(**kwargs):\n    return []\n")
-    with pytest.raises(ValueError, match=r"`metrics` has two functions `length`"):
+    with pytest.raises(ValueError, match=r"`metrics` has two functions called `length`"):
         plan.plan(args, {})
 
 

@@ -34,7 +34,7 @@ def test_what_a_line_lacks_has_its_default_and_what_it_has_more_is_kept():
     assert read.to_json()["of a later version"] == [1] and "omega" not in read.to_json()
     assert Result.from_json(read.to_json()) == read
     for broken in ({"metrics": {}, "per_prompt": {}}, {"name": "a", "metrics": []}, {}):
-        with pytest.raises(ValueError, match="no result"):
+        with pytest.raises(ValueError, match="not a result"):
             Result.from_json(broken)
 
 

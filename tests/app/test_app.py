@@ -34,7 +34,7 @@ def engine(models):
         ({"tabs": ["rate"], "model": "m"}, "the tab rate needs `study`"),
         ({"model": "m", "port": 0}, "`port` must be between"),
         ({"model": "m", "dtype": "int8"}, "`dtype` must be"),
-        ({"model": "m", "export": "out"}, "`export` writes a page of an `evaluation`"),
+        ({"model": "m", "export": "out"}, "`export` needs an `evaluation`"),
         ({"model": "m", "most_samples": 0}, "`most_samples` must be at least 1"),
         ({"model": "m", "ends": ["a"], "end_names": ["a", "b"]}, "`end_names` must have one for each"),
     ],
@@ -87,7 +87,7 @@ def test_the_same_seed_gives_the_same_samples(engine):
         ({"prompt": "x" * 5000}, "the prompt must have 1 to"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"samples": 9}, "between 1 and 8, got 9"),
-        ({"guidance_scale": -1.0}, "guidance must be between"),
+        ({"guidance_scale": -1.0}, "guidance scale must be between"),
         ({"seed": -1}, "seed must be between"),
     ],
 )
@@ -168,14 +168,14 @@ def test_media_are_forgotten_in_the_end():
 def test_a_rater_goes_from_item_to_item(study):
     rate = Rate(study)
     assert "diversity" in rate.welcome().lower() and rate.open("").place == "welcome"
-    assert "not known here" in rate.open("forged").message
+    assert "personal link is unknown" in rate.open("forged").message
     view = rate.begin("ann")
     seen = []
     while view.place == "task":
         assert not any(name in view.task + view.left + view.right for name in ("CFG", "beta", "LERP", "base"))
         if view.question == "quality":
             refused = rate.answer(view.link, view.slot, 3, None, None)
-            assert "give both sides a mark" in refused.message
+            assert "give both sides a score" in refused.message
         assert "play every clip" in rate.answer(view.link, view.slot, 3, 4, 3).message
         for place in study.task(view.link, int(view.slot)).places:
             study.mark_played(view.link, int(view.slot), place)
@@ -241,8 +241,8 @@ def test_filters(evaluation):
     assert every.count("<section") == 6 and every.count("<audio") == 6 * 5 * 3
     few = listen.show("WALTZ", ["CFG", "LERP"], 2)
     assert few.count("<section") == 1 and few.count("<audio") == 4 and few.count("aria-label=") == 5
-    assert "No sample fits" in listen.show("nothing", listen.strategies, 1)
-    assert "No sample fits" in listen.show("", [], 1)
+    assert "No sample matches" in listen.show("nothing", listen.strategies, 1)
+    assert "No sample matches" in listen.show("", [], 1)
     with pytest.raises(FileNotFoundError, match=r"no results\.jsonl"):
         Listen(str(evaluation / "samples"))
 

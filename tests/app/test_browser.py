@@ -113,7 +113,7 @@ def test_play_and_slide(server, page_of, size):
 def test_a_prompt_is_no_html(server, page_of):
     page = page_of(server.url)
     page.get_by_label("Prompt", exact=True).fill(EVIL)
-    page.get_by_label("Negative prompt of the guidance").fill(EVIL)
+    page.get_by_label("Negative prompt for guidance").fill(EVIL)
     page.get_by_role("button", name="Sample").click()
     page.locator("#play-status").get_by_text("Done").wait_for()
     assert page.title() != "hacked" and page.locator("img[src=x]").count() == 0
@@ -145,7 +145,7 @@ def test_listen(server, page_of, size):
     player = samples.get_by_label("base, sample 1: slow waltz")
     player.evaluate("audio => audio.play()")
     page.wait_for_function("audio => audio.currentTime > 0.1 && !audio.error", arg=player.element_handle())
-    page.get_by_label("Prompts with these words").fill("waltz")
+    page.get_by_label("Prompts that contain").fill("waltz")
     page.wait_for_function("document.querySelectorAll('#listen-samples section').length == 1")
     page.get_by_role("checkbox", name="CFG", exact=True).uncheck()
     page.wait_for_function("document.querySelectorAll('#listen-samples article').length == 4")
@@ -331,6 +331,6 @@ def test_the_static_page_opens_fast(page_of, tmp_path, size):
     page.wait_for_function("audio => audio.currentTime > 0.1 && !audio.error", arg=first.element_handle())
     assert low_contrast(page) == []
     shoot(page, f"static_{size}")
-    page.get_by_label("Prompts with these words").fill("prompt 7")
+    page.get_by_label("Prompts that contain").fill("prompt 7")
     page.get_by_role("checkbox", name="strategy 3").uncheck()
     assert page.locator("section:visible").count() == 1 and page.locator("article:visible").count() == 7

@@ -86,7 +86,7 @@ ONES, ZEROS = torch.ones(4, 3), torch.zeros(4, 3)
 ROWS = [
     hears("whole numbers for sound", torch.ones(9, dtype=torch.int16), 16000, TypeError, "int16", "floats in [-1, 1]"),
     hears("stereo", torch.zeros(2, 9), 16000, ValueError, "(2, 9)", "average the channels"),
-    hears("NaN in sound", torch.tensor([0.0, float("nan")]), 16000, ValueError, "NaN", "finite ones"),
+    hears("NaN in sound", torch.tensor([0.0, float("nan")]), 16000, ValueError, "NaN", "finite samples"),
     hears("no sampling rate", torch.zeros(9), 0, ValueError, "0", "a positive integer in Hz"),
     hears("sampling rate in words", torch.zeros(9), "CD", TypeError, "'CD'", "a positive integer in Hz"),
     hears("sampling rate NaN", torch.zeros(9), float("nan"), ValueError, "nan", "a positive integer in Hz"),

@@ -66,7 +66,7 @@ def test_existing_files_are_replaced_only_when_asked(hub, folder):
     repo = hub.repos["user/quality"]
     repo.files |= {"notes.txt": b"mine", "model-00001-of-00002.safetensors": b"old"}
     before = dict(repo.files)
-    with pytest.raises(SystemExit, match=r"user/quality is on the Hub already, with 9 files; give `--yes`"):
+    with pytest.raises(SystemExit, match=r"user/quality is already on the Hub, with 9 files; give `--yes`"):
         main(["push", str(folder), "user/quality"])
     assert repo.files == before
     main(["push", str(folder), "user/quality", "--yes"])
@@ -104,7 +104,7 @@ def test_401(hub, folder, monkeypatch):
         main(["push", str(folder), "user/quality"])
     assert str(error.value) == (
         "trl-drcd push: error: push of user/quality: the Hub refuses the token; log in with `hf auth login`, or set "
-        "HF_TOKEN to a token that may write (HTTP 401)"
+        "HF_TOKEN to a token with write access (HTTP 401)"
     )
     assert hub.repos == {}
 
@@ -134,7 +134,7 @@ def test_half_an_upload_is_resumed(hub, folder, monkeypatch):
     (folder / "codec" / "config.json").write_text("{}")
     # the first attempt: one large file arrives, the commit never does
     hub.fail("commit/main", 503, times=9, retry_after="0")
-    with pytest.raises(ConnectionError, match="what was uploaded is not uploaded again"):
+    with pytest.raises(ConnectionError, match="finished uploads are not repeated"):
         push_to_hub(folder, "user/quality")
     assert set(hub.repos["user/quality"].files) == {".gitattributes"}
     hub.faults.clear()
@@ -165,7 +165,7 @@ def test_links_out_of_the_folder(folder, tmp_path):
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a\\b.wav", "run.sh", ".env"])
 def test_samples_name_sounds_in_their_folder(folder, name):
     (folder / "samples" / "samples.jsonl").write_text(json.dumps({"prompt": "a", "file": name}) + "\n")
-    with pytest.raises(ValueError, match="line 1 is no sample"):
+    with pytest.raises(ValueError, match="line 1 is not a sample"):
         read_samples(folder)
 
 
@@ -184,14 +184,14 @@ def test_torn_weights(folder):
 
 def test_a_token_in_a_text(folder):
     (folder / "README.md").write_text((folder / "README.md").read_text() + f"\nexport HF_TOKEN={TOKEN}\n")
-    with pytest.raises(ValueError, match="holds an access token") as error:
+    with pytest.raises(ValueError, match="contains an access token") as error:
         push_to_hub(folder, "user/quality", dry_run=True)
     assert TOKEN not in str(error.value)
 
 
 def test_a_path_in_a_text(folder):
     (folder / "README.md").write_text((folder / "README.md").read_text() + "\nfrom /home/me/run\n")
-    with pytest.raises(ValueError, match=r"README.md, line .* holds a path of this machine, /home/me"):
+    with pytest.raises(ValueError, match=r"README.md, line .* contains a local path, /home/me"):
         push_to_hub(folder, "user/quality", dry_run=True)
 
 
@@ -214,7 +214,7 @@ def adapter(folder, base):
 
 def test_the_base_of_an_adapter_must_be_on_the_hub(hub, folder, tmp_path):
     path = adapter(tmp_path / "lora", str(folder))
-    with pytest.raises(ValueError, match="is no name on the Hub; give `base_model`"):
+    with pytest.raises(ValueError, match="is not a name on the Hub; give `base_model`"):
         push_to_hub(path, "user/lora")
     with pytest.raises(FileNotFoundError, match=r"user/quality is not on the Hub.*push the base first"):
         push_to_hub(path, "user/lora", base_model=["user/quality"])

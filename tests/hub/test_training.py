@@ -28,5 +28,5 @@ def test_the_finished_model_is_pushed_and_no_checkpoint(hub, tmp_path, tokenizer
 
 def test_a_name_that_is_taken_is_found_before_training(hub, folder, tmp_path, tokenizer):
     push_to_hub(folder, "user/mine")
-    with pytest.raises(FileExistsError, match="user/mine is on the Hub already"):
+    with pytest.raises(FileExistsError, match="user/mine is already on the Hub"):
         make_trainer(tmp_path / "out", tokenizer, push_to_hub=True, hub_model_id="user/mine")

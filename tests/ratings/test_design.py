@@ -116,7 +116,7 @@ def test_bad_arguments(changed, message):
         (["a", "a"], 2, {"quality": 2}, 3, "at least 2 different names"),
         (["a", "b"], 1, {"diversity": 2}, 3, "only 1 is kept"),
         (["a", "b"], 2, {"quality": 9}, 3, "samples of 2 prompts are kept"),
-        (["a", "b"], 2, {"quality": 0}, 3, "nothing would be rated"),
+        (["a", "b"], 2, {"quality": 0}, 3, "at least one must be above 0"),
         (["a", "b"], 2, {"quality": 2}, 9, "too many for 2 items"),
     ],
 )

@@ -131,9 +131,9 @@ def test_mturk_and_back(study, tmp_path):
     [
         ("", "has no rows"),
         ("rater,left,right\nann,1,2\n", "none of the columns"),
-        ("slot,rater,left,right\nx,ann,1,2\n", "rating 1: 'x' is no whole number"),
-        ("slot,rater,left,right\n1,ann,1,9\n", "rating 1: `right` must be a whole number from 1 to 5"),
-        ("slot,rater,left,right\n99999,ann,1,2\n", "is none of this study"),
+        ("slot,rater,left,right\nx,ann,1,2\n", "rating 1: 'x' is not an integer"),
+        ("slot,rater,left,right\n1,ann,1,9\n", "rating 1: `right` must be an integer from 1 to 5"),
+        ("slot,rater,left,right\n99999,ann,1,2\n", "is not a slot of this study"),
         ("slot,rater,left,right\n1,,1,2\n", "the rater is empty"),
     ],
 )
@@ -173,8 +173,8 @@ def test_what_is_degraded():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({}, "give `abilities`"),
-        ({"abilities": [1.0], "judges": ["a", "b"]}, "give `abilities`"),
+        ({}, "give either `abilities`"),
+        ({"abilities": [1.0], "judges": ["a", "b"]}, "give either `abilities`"),
         ({"judges": ["a"]}, "two `judges`"),
         ({"abilities": [1.0], "ties": 2.0}, "`ties` must be between 0 and 1"),
     ],
@@ -189,6 +189,6 @@ def test_simulations_that_do_not_fit(study):
         simulate(study, SimulateArguments(str(study.folder), [1.0]))
     with pytest.raises(ValueError, match="was not measured"):
         simulate(study, SimulateArguments(str(study.folder), judges=["quality", "taste"]))
-    with pytest.raises(ValueError, match="but 6 places of this study are free"):
+    with pytest.raises(ValueError, match="must be between 1 and the number of free places, 6"):
         simulate(study, SimulateArguments(str(study.folder), [0, 0, 0, 0, 0.0], raters=7))
     assert Study(study.folder).ratings() == []

@@ -130,20 +130,20 @@ def test_what_is_refused(study):
         with pytest.raises(ValueError, match="must be"):
             study.rate(link, task.slot, answer)
     for place in ("left1", "up0", ""):
-        with pytest.raises(ValueError, match="is no clip"):
+        with pytest.raises(ValueError, match="is not a clip"):
             study.mark_played(link, task.slot, place)
     other = study.join("bob")
     with pytest.raises(ValueError, match="not in this rater's book"):
         study.rate(other, task.slot, Answer(1, 2))
     for unknown in ("", "x' OR 1=1 --", None):
-        with pytest.raises(ValueError, match="not known here"):
+        with pytest.raises(ValueError, match="personal link is unknown"):
             study.next_task(unknown)
     assert study.ratings() == []
 
 
 def test_people_and_simulated_raters_do_not_mix(study):
     study.join("ann")
-    with pytest.raises(ValueError, match="this study has persons"):
+    with pytest.raises(ValueError, match="this study has human raters"):
         study.join("simulated 1", simulated=True)
     assert not study.simulated
 
@@ -159,7 +159,7 @@ def test_what_a_rater_leaves_another_takes(study):
     heir = study.join("bob")
     assert study.progress(heir) == (0, left)
     assert first not in {slot["slot"] for slot in study.rows("SELECT slot FROM slots WHERE book = 6")}
-    with pytest.raises(ValueError, match="is no rater"):
+    with pytest.raises(ValueError, match="is not a rater"):
         study.release("nobody")
     with pytest.raises(ValueError, match="rated everything"):
         study.release("ann")
@@ -179,7 +179,7 @@ def test_a_study_is_not_overwritten(study, evaluation):
     from trl_drcd.ratings.design import DesignArguments
     from trl_drcd.ratings.study import create_study
 
-    with pytest.raises(FileExistsError, match="has a study already"):
+    with pytest.raises(FileExistsError, match="already has a study"):
         create_study(DesignArguments(str(evaluation), str(study.folder), raters=6))
     with pytest.raises(FileNotFoundError, match=r"study\.sqlite"):
         Study(study.folder / "clips")

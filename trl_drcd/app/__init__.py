@@ -1,4 +1,4 @@
 """
-Hear it, steer it, rate it: one Gradio application with the tabs Play, Listen and Rate, each usable alone, and a static
-page of an evaluation's samples. Nothing is loaded from elsewhere.
+Web application (Gradio) with the tabs Play, Listen and Rate, each usable alone, and a static page of an evaluation's
+samples. No remote resources are loaded.
 """

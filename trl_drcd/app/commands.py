@@ -8,8 +8,9 @@ from typing import Any
 
 def main(argv: Sequence[str]) -> None:
     """
-    Play (sample with lambda as a slider, beside guidance), Listen (an evaluation's samples), Rate (a study), in a
-    browser; `--export FOLDER` writes a static page of the samples instead. `--demo` takes what `make demo` has made.
+    Serve a web page with the tabs Play (sample with lambda as a slider, beside guidance), Listen (an evaluation's
+    samples) and Rate (a study). `--export FOLDER` writes a static page of the samples instead. `--demo` uses the
+    results of `make demo`.
     """
     from trl import TrlParser
 

@@ -1,4 +1,4 @@
-"""Play: models in memory, a mixture set in place, samples drawn, with what they cost."""
+"""The models of the tab Play: set an interpolation in place, sample, measure the cost."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ MAX_PROMPT, MAX_TEMPERATURE, MAX_GUIDANCE = 4000, 5.0, 20.0
 
 
 class Cancelled(Exception):
-    """The user has cancelled."""
+    """Raised in a sampling call that the user has cancelled."""
 
 
 @dataclass
 class Job:
     """
-    A call that is sampling: how far it is, and whether to stop.
+    A running sampling call: its progress, and whether to cancel it.
 
     Args:
         steps (`int`): Forward passes of the model so far.
@@ -42,13 +42,15 @@ class Job:
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
-        """Stops it before the next forward pass."""
+        """Cancel it before the next forward pass."""
         self._stop.set()
 
     def step(self) -> None:
         """
+        Count a forward pass.
+
         Raises:
-            Cancelled: If it is to stop.
+            Cancelled: If the job was cancelled.
         """
         if self._stop.is_set():
             raise Cancelled
@@ -58,16 +60,16 @@ class Job:
 @dataclass(frozen=True)
 class Ask:
     """
-    What to sample.
+    A request for samples.
 
     Args:
-        prompt (`str`): A text; a user turn where the tokenizer has a chat template.
-        weights (`tuple[float, ...]`): Of the ends, which sum to 1; `()` for the base.
-        guidance_scale (`float`): gamma; 1 is off.
-        negative_prompt (`str`, *optional*): x^- of the guidance; `None` is the null prompt.
-        temperature (`float`): Above 0.
-        seed (`int`): Of the draws.
-        samples (`int`): How many.
+        prompt (`str`): The prompt; a user turn if the tokenizer has a chat template.
+        weights (`tuple[float, ...]`): Weights of the ends, which sum to 1; `()` for the base.
+        guidance_scale (`float`): gamma; 1 turns guidance off.
+        negative_prompt (`str`, *optional*): x^- of guidance; `None` is the null prompt.
+        temperature (`float`): Sampling temperature, above 0.
+        seed (`int`): Random seed.
+        samples (`int`): Number of samples.
     """
 
     prompt: str
@@ -80,19 +82,23 @@ class Ask:
 
     def check(self, most_samples: int) -> None:
         """
+        Check the ranges of all values.
+
         Raises:
-            ValueError: If a value is out of its range.
+            ValueError: If a value is out of range.
         """
         if not isinstance(self.prompt, str) or not self.prompt.strip() or len(self.prompt) > MAX_PROMPT:
             raise ValueError(f"the prompt must have 1 to {MAX_PROMPT} characters, got {short_repr(self.prompt)}")
         if self.negative_prompt is not None and len(self.negative_prompt) > MAX_PROMPT:
-            raise ValueError(f"the negative prompt must have at most {MAX_PROMPT} characters")
+            raise ValueError(
+                f"the negative prompt must have at most {MAX_PROMPT} characters, got {len(self.negative_prompt)}"
+            )
         if not 0 < self.temperature <= MAX_TEMPERATURE:
             raise ValueError(
                 f"the temperature must be above 0 and at most {MAX_TEMPERATURE:g}, got {self.temperature}"
             )
         if not 0 <= self.guidance_scale <= MAX_GUIDANCE:
-            raise ValueError(f"the guidance must be between 0 and {MAX_GUIDANCE:g}, got {self.guidance_scale}")
+            raise ValueError(f"the guidance scale must be between 0 and {MAX_GUIDANCE:g}, got {self.guidance_scale}")
         if not 1 <= self.samples <= most_samples:
             raise ValueError(f"the number of samples must be between 1 and {most_samples}, got {self.samples}")
         if not 0 <= self.seed < 2**32:
@@ -106,9 +112,9 @@ class Drawn:
 
     Args:
         completions (`list`): Texts, or `(waveform, sampling_rate)` pairs.
-        seconds (`float`): Of the sampling, without the codec.
-        tokens (`int`): Of the longest completion, in steps.
-        passes (`float`): Sequences that went through the model for each token after the first: 1, or 2 with guidance.
+        seconds (`float`): Sampling time without the codec, seconds.
+        tokens (`int`): Length of the longest completion, steps.
+        passes (`float`): Forward passes per sequence and token after the first: 1, or 2 with guidance.
     """
 
     completions: list[Completion]
@@ -117,23 +123,23 @@ class Drawn:
     passes: float
 
     def cost(self) -> str:
-        """In words."""
+        """The cost in words."""
         plural = "pass" if round(self.passes) == 1 else "passes"
         return (
-            f"{self.passes:.2g} {plural} a token, {self.seconds:.1f} s for {len(self.completions)} samples of up to "
+            f"{self.passes:.2g} {plural} per token, {self.seconds:.1f} s for {len(self.completions)} samples of up to "
             f"{self.tokens} tokens"
         )
 
 
 class Engine:
     """
-    The models of the tab Play; one call samples at a time.
+    The models of the tab Play; sampling calls run one at a time.
 
     Args:
-        args ([`AppArguments`]): With `model`.
+        args ([`AppArguments`]): Arguments of the app, with `model`.
 
     Raises:
-        FileNotFoundError, ValueError: If a model is not there, or the ends do not fit each other.
+        FileNotFoundError, ValueError: If a model does not exist, or the ends do not match the base.
     """
 
     def __init__(self, args: AppArguments) -> None:
@@ -150,32 +156,32 @@ class Engine:
         self.codec: Any = SpectralCodec.from_pretrained(args.codec) if args.codec else own
         self._one_at_a_time = threading.Lock()
         if args.ends:
-            self.models(self._rows[0])  # loaded now, so that the first slide does not wait for it
+            self.models(self._rows[0])  # loaded now, so that the first request does not wait for it
 
     @property
     def names(self) -> list[str]:
-        """The ends, for people."""
+        """Display names of the ends."""
         return list(self.args.end_names) or [local_name(end) for end in self.args.ends]
 
     @property
     def sounds(self) -> bool:
-        """Whether completions are heard, not read."""
+        """Whether completions are audio."""
         return self.codec is not None
 
     def sample(self, ask: Ask, job: Job) -> Drawn:
         """
-        Sets the weights in memory and samples; waits while another call does.
+        Set the weights in memory and sample; waits for a running call to end.
 
         Args:
-            ask ([`Ask`]): What.
-            job ([`Job`]): Told of every step; cancelling it ends this with the model as it was set.
+            ask ([`Ask`]): The request.
+            job ([`Job`]): Counts every step; cancelling it ends this call.
 
         Returns:
             [`Drawn`]: The completions.
 
         Raises:
             Cancelled: If the job was cancelled.
-            ValueError: If the ask is out of range.
+            ValueError: If a value of the request is out of range.
         """
         ask.check(self.args.most_samples)
         with self._one_at_a_time, torch.no_grad():
@@ -188,7 +194,7 @@ class Engine:
                 )  # fmt: skip
             codebooks = getattr(self.policy, "num_codebooks", 1)
             lengths = [len(ids) // codebooks for ids in samples.token_ids]
-            # The first pass reads the prompt, which equal prompts share; each later one is of one token of each sample
+            # The first pass encodes the prompt, shared by all samples; each later one has one token of each sample
             later = sum(max(0, length - 1) for length in lengths)
             passes = sum(rows[1:]) / later if later else 1.0 + (ask.guidance_scale != 1)
             return Drawn(self._decode(samples.token_ids), samples.seconds, max(lengths), passes)
@@ -203,9 +209,9 @@ class Engine:
 
     @contextmanager
     def _counting(self, model: Any, job: Job) -> Iterator[list[int]]:
-        """Notes the sequences of every forward pass, and ends the sampling where the job is cancelled."""
+        """Record the number of sequences of every forward pass, and stop if the job is cancelled."""
         inner = model.get_base_model() if hasattr(model, "peft_config") else model
-        # Of MusicGen the decoder, called at each step; its K codebooks are rows of their own
+        # For MusicGen the decoder, called at each step; its batch has a row per codebook
         part = inner.decoder if hasattr(inner, "decoder") else inner.base_model
         codebooks, rows = getattr(self.policy, "num_codebooks", 1), []
 

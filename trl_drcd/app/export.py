@@ -1,4 +1,4 @@
-"""A static page of an evaluation: one folder of HTML, sounds and pictures, to be put on any host."""
+"""Write a static page of an evaluation: one folder of HTML, audio and pictures, for any web host."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from trl_drcd.files import write_text
 
 def export_page(evaluation: str, out: str, title: str) -> Path:
     """
-    Writes `index.html`, `audio/` and `images/`; the page loads nothing from elsewhere and needs no server.
+    Write `index.html`, `audio/` and `images/`; the page loads no remote resources and needs no server.
 
     Args:
         evaluation (`str`): `output_dir` of an evaluation.
-        out (`str`): Folder to write; it must not exist, or be empty.
-        title (`str`): Heading.
+        out (`str`): Output folder, which must be empty or not exist.
+        title (`str`): Heading of the page.
 
     Returns:
-        `Path`: The page.
+        `Path`: Path of `index.html`.
 
     Raises:
         FileExistsError: If the folder is not empty.
-        FileNotFoundError: If the evaluation has no samples.
+        FileNotFoundError: If the evaluation has no results or samples.
     """
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()):
@@ -55,7 +55,7 @@ def export_page(evaluation: str, out: str, title: str) -> Path:
 
 
 def _copied(prompt: PromptItems, number: int, strategies: dict[str, int], source: Path, folder: Path) -> PromptItems:
-    """The samples of a prompt, copied under short names."""
+    """Copy the samples of a prompt under short names."""
     items = []
     for item in prompt.items:
         samples = []

@@ -1,4 +1,4 @@
-"""The tab Listen: an evaluation's kept samples, strategies side by side, several samples of each."""
+"""The tab Listen: the kept samples of an evaluation, with strategies side by side."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trl_drcd.evaluation.results import read_results
 
 class Listen:
     """
-    What the tab shows.
+    Content of the tab.
 
     Args:
         folder (`str`): `output_dir` of an evaluation.
@@ -29,11 +29,11 @@ class Listen:
             )
         self.prompts = kept_samples(read_results(self.folder / "results.jsonl"), self.folder)
         if not self.prompts:
-            raise FileNotFoundError(f"`evaluation={folder}` has kept no samples; evaluate with `listen` above 0")
+            raise FileNotFoundError(f"`evaluation={folder}` has no kept samples; evaluate with `listen` above 0")
 
     @property
     def strategies(self) -> list[str]:
-        """Names, in order."""
+        """Names of the strategies, in order."""
         return list(dict.fromkeys(item.name for prompt in self.prompts for item in prompt.items))
 
     @property
@@ -43,10 +43,12 @@ class Listen:
 
     def show(self, words: str, strategies: list[str], samples: int) -> str:
         """
+        Render the samples that match the filters as HTML.
+
         Args:
-            words (`str`): Prompts must hold it, whatever the case.
-            strategies (`list[str]`): Names of those to show.
-            samples (`int`): Of each strategy and prompt.
+            words (`str`): Text that prompts must contain, ignoring case.
+            strategies (`list[str]`): Names of the strategies to show.
+            samples (`int`): Largest number of samples per strategy and prompt.
         """
         wanted = str(words or "").casefold().strip()
         return pages.listening([
@@ -59,10 +61,10 @@ class Listen:
 
 
 def build(gr: Any, listen: Listen) -> None:
-    """Filters and samples, inside a tab."""
+    """Add filters and samples to a tab."""
     with gr.Row():
-        words = gr.Textbox(label="Prompts with these words", elem_id="listen-words", scale=2)
-        samples = gr.Slider(1, max(2, listen.samples), listen.samples, step=1, label="Samples of each", scale=1)
+        words = gr.Textbox(label="Prompts that contain", elem_id="listen-words", scale=2)
+        samples = gr.Slider(1, max(2, listen.samples), listen.samples, step=1, label="Samples per strategy", scale=1)
     strategies = gr.CheckboxGroup(listen.strategies, value=listen.strategies, label="Strategies")
     shown = gr.HTML(listen.show("", listen.strategies, listen.samples), elem_id="listen-samples")
     for changed in (words.change, strategies.change, samples.release):

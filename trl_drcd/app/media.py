@@ -1,4 +1,4 @@
-"""Sounds and pictures of the tab Play, kept in memory for a while under names that cannot be guessed."""
+"""Audio and pictures of the tab Play, kept temporarily in memory under unguessable names."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ KINDS = {"wav": "audio/wav", "png": "image/png"}
 
 class Media:
     """
-    The newest files that were made for somebody's page.
+    The newest files that were made for users' pages.
 
     Args:
-        most (`int`, *optional*, defaults to 512): Files that are kept; the oldest go first.
+        most (`int`, *optional*, defaults to 512): Largest number of files; the oldest are dropped first.
     """
 
     def __init__(self, most: int = 512) -> None:
@@ -28,7 +28,7 @@ class Media:
         self._lock = threading.Lock()
 
     def add(self, content: bytes, suffix: str) -> str:
-        """The address of a new file, relative to the page."""
+        """Add a file; return its URL relative to the page."""
         name = f"{secrets.token_urlsafe(12)}.{suffix}"
         with self._lock:
             self._files[name] = content
@@ -37,13 +37,13 @@ class Media:
         return f"media/{name}"
 
     def get(self, name: str) -> tuple[bytes, str] | None:
-        """Content and type of a file; `None` if it is not, or no longer, there."""
+        """Content and media type of a file; `None` if it does not exist (any more)."""
         with self._lock:
             content = self._files.get(name)
         return None if content is None else (content, KINDS[name.rpartition(".")[2]])
 
     def sample(self, completion: Completion, label: str) -> Sample:
-        """A completion as it stands on a page."""
+        """A completion for a page, with its files added."""
         if isinstance(completion, str):
             return Sample(label, completion)
         waveform, rate = completion

@@ -1,4 +1,4 @@
-"""HTML of the app and of the static page; Jinja escapes every text in it."""
+"""HTML of the app and of the static page; Jinja escapes all text."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ TEMPLATES = Environment(
 
 
 def asset(name: str) -> str:
-    """A file of `templates/`, as it is."""
+    """Content of a file in `templates/`."""
     return files("trl_drcd.app").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def render(template: str, **values: Any) -> str:
-    """A template with these values."""
+    """Render a template with these values."""
     return TEMPLATES.get_template(template).render(**values)
 
 
 def listening(prompts: Sequence[PromptItems]) -> str:
-    """Prompts, each with its strategies side by side."""
+    """Render prompts, each with its strategies side by side."""
     return render("prompts.html.j2", prompts=prompts)
 
 
 def column(heading: str, cost: str, samples: Sequence[Sample]) -> str:
-    """What the tab Play shows of one way to sample."""
+    """Render a column of the tab Play: heading, cost and samples."""
     return render("column.html.j2", heading=heading, cost=cost, item=Item(heading, list(samples)))
 
 
 def notice(text: str, kind: str = "info") -> str:
-    """A line that tells something; `kind` is `info` or `error`, which is announced at once."""
+    """Render a message; `kind` is `info` or `error` (announced immediately by screen readers)."""
     return render("notice.html.j2", text=text, kind=kind)
 
 
 def side(name: str, clips: Sequence[dict[str, Any]]) -> str:
-    """One side of a comparison, blind: its clips with `label`, and `text`, or `sound` and `played_url`."""
+    """Render one side of a blind comparison; clips have `text`, or `label`, `sound`, `played_url` and `played`."""
     return render("side.html.j2", name=name, clips=clips)

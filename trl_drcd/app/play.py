@@ -1,4 +1,4 @@
-"""The tab Play: sample with lambda in memory, beside guidance on the base."""
+"""The tab Play: sample an interpolation set in memory, next to guidance on the base."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ EVERY_S = 0.25
 
 class Play:
     """
-    What the tab does, without its layout.
+    Behaviour of the tab, without its layout.
 
     Args:
         engine ([`Engine`]): The models.
-        media ([`Media`]): Where sounds and pictures go.
+        media ([`Media`]): Storage for audio and pictures.
     """
 
     def __init__(self, engine: Engine, media: Media) -> None:
@@ -29,7 +29,7 @@ class Play:
 
     def weights(self, sliders: tuple[float, ...]) -> tuple[float, ...]:
         """
-        Weights of the ends: of lambda where there are two, else each slider's share.
+        Weights of the ends: from lambda for two ends, else the normalised values of their sliders.
 
         Raises:
             ValueError: If all sliders are at 0.
@@ -39,11 +39,11 @@ class Play:
         if len(self.engine.args.ends) == 2:
             return (1 - float(sliders[0]), float(sliders[0]))
         if sliders and not sum(sliders) > 0:
-            raise ValueError("all sliders are at 0; give at least one model a share")
+            raise ValueError("all sliders are at 0; set at least one above 0")
         return tuple(float(share) / sum(sliders) for share in sliders)
 
     def heading(self, weights: tuple[float, ...]) -> str:
-        """What is heard, in words."""
+        """Heading for samples with these weights."""
         names = self.engine.names
         if len(names) == 2:
             return f"λ = {weights[1]:.2f} from {names[0]} to {names[1]}"
@@ -51,7 +51,7 @@ class Play:
         return " + ".join(parts) if len(parts) > 1 else names[0] if names else "The model"
 
     def asks(self, values: dict[str, Any], sliders: tuple[float, ...]) -> list[tuple[str, Ask]]:
-        """Headings, and what to sample under each."""
+        """Headings and requests for samples under each."""
         weights = self.weights(sliders)
         ask = Ask(
             str(values["prompt"] or ""), weights, 1.0, str(values["negative"] or "") or None,
@@ -65,12 +65,12 @@ class Play:
 
     def run(self, session: str, values: dict[str, Any], sliders: tuple[float, ...]) -> Iterator[list[str | None]]:
         """
-        Samples; yields the two columns and a line on how far it is, `None` for what has not changed.
+        Sample; yield the HTML of both columns and of the status line, with `None` for what has not changed.
 
         Args:
-            session (`str`): Whose job it is.
-            values (`dict`): Of the controls, by their names.
-            sliders (`tuple[float, ...]`): lambda, or a share of each end.
+            session (`str`): Session of the user.
+            values (`dict`): Values of the controls, by name.
+            sliders (`tuple[float, ...]`): lambda, or the share of each end.
         """
         job = self._jobs[session] = Job()
         columns: list[str | None] = ["", ""]
@@ -93,7 +93,7 @@ class Play:
                 del self._jobs[session]
 
     def _progress(self, heading: str, ask: Ask, job: Job) -> Generator[list[str | None], None, Drawn]:
-        """Samples in a thread of its own, so that a line can tell how far it is; returns what was drawn."""
+        """Sample in a separate thread and yield the progress meanwhile; return the samples."""
         result: list[Drawn] = []
         errors: list[BaseException] = []
 
@@ -126,7 +126,7 @@ class Play:
         return pages.column(heading, drawn.cost(), samples)
 
     def cancel(self, session: str) -> str:
-        """Ends what a session is sampling."""
+        """Cancel the running job of a session."""
         job = self._jobs.get(session)
         if job is None:
             return pages.notice("Nothing is running")
@@ -135,7 +135,7 @@ class Play:
 
 
 def build(gr: Any, blocks: Any, play: Play) -> None:
-    """The controls and the columns, inside a tab."""
+    """Add the controls and columns to a tab."""
     ends, examples = play.engine.names, play.engine.args.examples
     with gr.Row():
         prompt = gr.Textbox(
@@ -148,7 +148,7 @@ def build(gr: Any, blocks: Any, play: Play) -> None:
             elem_id="play-prompt",
         )
         negative = gr.Textbox(
-            label="Negative prompt of the guidance",
+            label="Negative prompt for guidance",
             lines=2,
             max_lines=4,
             scale=2,
@@ -156,7 +156,7 @@ def build(gr: Any, blocks: Any, play: Play) -> None:
             placeholder="none: unconditional",
         )
     if len(examples) > 1:
-        gr.Examples(examples, prompt, label="Prompts to begin with")
+        gr.Examples(examples, prompt, label="Example prompts")
     if len(ends) == 2:
         sliders = [gr.Slider(0, 1, 0.5, step=0.01, label=f"λ: 0 is {ends[0]}, 1 is {ends[1]}", elem_id="play-lambda")]
     else:
@@ -168,8 +168,8 @@ def build(gr: Any, blocks: Any, play: Play) -> None:
         )
         seed = gr.Number(0, precision=0, minimum=0, label="Seed")
     with gr.Row():
-        beside = gr.Checkbox(True, label="Beside it: guidance on the base, at the same seed")
-        gamma = gr.Slider(1, 8, 3, step=0.5, label="γ of the guidance")
+        beside = gr.Checkbox(True, label="Compare with guidance on the base, at the same seed")
+        gamma = gr.Slider(1, 8, 3, step=0.5, label="Guidance scale γ")
     with gr.Row():
         button = gr.Button("Sample", variant="primary", elem_id="play-sample")
         stop = gr.Button("Cancel", elem_id="play-cancel")

@@ -1,4 +1,4 @@
-"""The tab Rate: the paper's protocol, blind, item by item, every answer stored before the next is shown."""
+"""The tab Rate: blind comparisons as in the paper; every answer is stored before the next item is shown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PREFERENCES = [
     ("Right pair, a little more", 4), ("Right pair, much more", 5),
 ]  # fmt: skip
 SECONDS = {"quality": 25, "diversity": 45}
-"""About what a comparison takes, for the instructions."""
+"""Approximate duration of a comparison, seconds, for the instructions."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class View:
 
     Args:
         place (`str`): `"welcome"`, `"task"` or `"finished"`.
-        link (`str`): The rater's; empty before they have begun.
-        slot (`str`): Of the comparison.
-        question (`str`): Of it.
-        task, left, right (`str`): HTML.
-        message (`str`): HTML; what was wrong.
+        link (`str`): The rater's personal link; empty before the start.
+        slot (`str`): Slot of the comparison.
+        question (`str`): Its question.
+        task, left, right (`str`): HTML of the comparison and of both sides.
+        message (`str`): HTML of an error message.
     """
 
     place: str
@@ -44,18 +44,18 @@ class View:
 
 class Rate:
     """
-    What the tab does, without its layout.
+    Behaviour of the tab, without its layout.
 
     Args:
-        study ([`Study`]): Whose items are rated.
-        sync (*optional*): Has `save()`, which copies the ratings elsewhere.
+        study ([`Study`]): The study.
+        sync (*optional*): An object whose `save()` copies the ratings elsewhere, called after each rating.
     """
 
     def __init__(self, study: Study, sync: Any = None) -> None:
         self.study, self.sync = study, sync
 
     def welcome(self) -> str:
-        """The instructions."""
+        """HTML of the instructions."""
         of_question = {
             row["question"]: row["n"] / max(1, row["books"])
             for row in self.study.rows(
@@ -71,7 +71,7 @@ class Rate:
         )  # fmt: skip
 
     def open(self, link: str) -> View:
-        """Where a personal link goes on; the instructions if it is empty or nobody's."""
+        """The next comparison of a personal link; the instructions if the link is empty or unknown."""
         if not link:
             return View("welcome")
         try:
@@ -80,7 +80,7 @@ class Rate:
             return View("welcome", message=pages.notice(str(error), "error"))
 
     def begin(self, pseudonym: str) -> View:
-        """Takes a place in the study."""
+        """Join the study under a pseudonym."""
         try:
             return self._next(self.study.join(pseudonym))
         except ValueError as error:
@@ -88,15 +88,15 @@ class Rate:
 
     def answer(self, link: str, slot: str, left: Any, right: Any, preference: Any) -> View:
         """
-        Stores an answer and goes on. The slot is the one that the page showed when the button was clicked: a second
-        click is about the same slot, and changes nothing.
+        Store an answer and show the next comparison. The slot is that of the page when the button was clicked, so a
+        second click refers to the same slot and changes nothing.
         """
         try:
             task = self.study.task(link, int(slot))
             if task.question == "quality":
                 answer = Answer(left=_chosen(left), right=_chosen(right))
                 if answer.left is None or answer.right is None:
-                    raise ValueError("give both sides a mark from 1 to 5")
+                    raise ValueError("give both sides a score from 1 to 5")
             else:
                 answer = Answer(preference=_chosen(preference))
                 if answer.preference is None:
@@ -140,16 +140,16 @@ class Rate:
 
 
 def _chosen(value: Any) -> int | None:
-    """What a radio button holds."""
+    """Value of a radio button; `None` if nothing is chosen."""
     return None if value is None or value == "" else int(value)
 
 
 def build(gr: Any, blocks: Any, rate: Rate) -> list[Any]:
     """
-    Instructions, comparison and thanks, inside a tab.
+    Add instructions, comparison and final message to a tab.
 
     Returns:
-        `list`: Components, in the order of what [`updates`] gives.
+        `list`: Components, in the order of the values returned by [`updates`].
     """
     link, slot = (gr.Textbox(visible="hidden", elem_id=f"rate-{name}", label=name) for name in ("link", "slot"))
     with gr.Column(visible=True) as welcome:
@@ -168,7 +168,7 @@ def build(gr: Any, blocks: Any, rate: Rate) -> list[Any]:
         preference = gr.Radio(PREFERENCES, label="More diverse", elem_id="rate-preference")
         submit = gr.Button("Next", variant="primary", elem_id="rate-next")
     with gr.Column(visible=False) as finished:
-        gr.HTML(pages.notice("All done, and everything is stored. Thank you!"), elem_id="rate-finished")
+        gr.HTML(pages.notice("All comparisons are done and stored. Thank you!"), elem_id="rate-finished")
     message = gr.HTML(elem_id="rate-message")
     shown = [link, slot, welcome, task, finished, about, left, right, score_left, score_right, preference, message]
 

@@ -1,4 +1,4 @@
-"""The web application: Gradio, the routes of sounds, and headers that let nothing in from elsewhere."""
+"""The web application: Gradio, routes for audio, and headers that forbid remote resources."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from trl_drcd.app.engine import Engine
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# Gradio's page has scripts and styles in it; what a browser loads is from here alone
+# Gradio's page needs inline scripts and styles; everything else must come from this server
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
     "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self' https://huggingface.co"
 )
 SYSTEM_FONTS, SYSTEM_MONO = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
-# Base's own colours are below 4.5:1
+# The Base theme's own colours have a contrast below 4.5:1
 CONTRAST = {
     "button_primary_background_fill": "*primary_700",
     "button_primary_background_fill_hover": "*primary_800",
@@ -40,27 +40,27 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 def gradio() -> Any:
-    """Gradio, with its telemetry off before it is imported."""
+    """Import Gradio with telemetry off."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     return require("gradio", "app")
 
 
 class Headers:
-    """Adds the headers to every answer; a plain ASGI layer, since answers may be streams."""
+    """Adds security headers to every response; plain ASGI middleware, since responses may be streams."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
-        """ASGI."""
+        """Handle an ASGI connection."""
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 new = {
                     b"content-security-policy": POLICY.encode(),
                     b"x-content-type-options": b"nosniff",
-                    b"referrer-policy": b"same-origin",  # a personal link is a secret
+                    b"referrer-policy": b"same-origin",  # personal links are secret
                 }
                 kept = [(name, value) for name, value in message["headers"] if name.lower() not in new]
                 message["headers"] = [*kept, *new.items()]
@@ -71,24 +71,24 @@ class Headers:
 
 def make_app(args: AppArguments, engine: Engine | None = None, sync: Any = None) -> Any:
     """
-    The application, for uvicorn.
+    Create the application.
 
     Args:
-        args ([`AppArguments`]): Everything.
-        engine ([`Engine`], *optional*): The models, where they are loaded already.
-        sync (*optional*): Copies ratings elsewhere after each; see [`Rate`].
+        args ([`AppArguments`]): Arguments of the app.
+        engine ([`Engine`], *optional*): The models, if they are already loaded.
+        sync (*optional*): Copies ratings elsewhere after each one; see [`Rate`].
 
     Returns:
-        `fastapi.FastAPI`: With the tabs that `args` names.
+        `fastapi.FastAPI`: The application with the tabs of `args`, for uvicorn.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: If what a tab needs is not there.
+        FileNotFoundError, ImportError, ValueError: If a model, evaluation, study or library of a tab is missing.
     """
     gr, fastapi = gradio(), require("fastapi", "app")
     app, media = fastapi.FastAPI(openapi_url=None), Media()
     listen = listen_tab.Listen(str(args.evaluation)) if "listen" in args.tabs else None
     rate = rate_tab.Rate(Study(str(args.study)), sync) if "rate" in args.tabs else None
-    if "play" in args.tabs:  # else no model is loaded, nor what loads it
+    if "play" in args.tabs:  # imported only then, since it loads a model
         from trl_drcd.app import play as play_tab
         from trl_drcd.app.engine import Engine
 
@@ -110,7 +110,7 @@ def make_app(args: AppArguments, engine: Engine | None = None, sync: Any = None)
     if rate is not None:
         _add_clips(app, rate.study)
     app.add_middleware(Headers)
-    if args.host in LOOPBACK:  # else a page from elsewhere could reach this by a name of its own
+    if args.host in LOOPBACK:  # against DNS rebinding: a remote page could reach this server by its own name
         trusted = require("starlette.middleware.trustedhost", "app")
         app.add_middleware(trusted.TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "testserver"])
     blocks.queue(max_size=64)
@@ -134,7 +134,7 @@ def _add_media(app: Any, media: Media) -> None:
 
 
 def _add_clips(app: Any, study: Study) -> None:
-    """A rater's clips, by place and not by name, and what was played."""
+    """Routes for a rater's clips, by place instead of name, and for recording which were played."""
     responses = require("fastapi.responses", "app")
 
     @app.get("/rate/clip/{link}/{slot}/{place}")
@@ -157,7 +157,7 @@ def _add_clips(app: Any, study: Study) -> None:
 
 
 def serve(args: AppArguments) -> None:
-    """Serves until it is interrupted."""
+    """Serve until interrupted."""
     sync = None
     if args.sync_to and "rate" in args.tabs:
         from trl_drcd.ratings.sync import Sync
@@ -165,7 +165,7 @@ def serve(args: AppArguments) -> None:
         sync = Sync(Study(str(args.study)), args.sync_to)
     app = make_app(args, sync=sync)
     print(f"Open http://{'127.0.0.1' if args.host == '0.0.0.0' else args.host}:{args.port}   (end with Ctrl-C)")
-    # An open page holds a connection, for which Ctrl-C would wait for ever; every rating is on the disk already
+    # Ctrl-C would wait forever for the connection of an open page; every rating is already on disk
     require("uvicorn", "app").run(
         app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=3
     )

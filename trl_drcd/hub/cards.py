@@ -1,4 +1,4 @@
-"""The card of what is pushed: that of the folder, completed with what only the Hub needs."""
+"""Model cards for the Hub: the folder's own card, completed with metadata, widgets, samples and metrics."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ OWN_CLASS = re.compile(r"(\w+\.from_pretrained\()\"[^\"\n]*\"\)")
 @dataclass(frozen=True)
 class CardFacts:
     """
-    What a card gets beside what the folder's own says.
+    Facts that are added to the folder's own card.
 
     Args:
-        repo_id (`str`): Name on the Hub.
-        base_model (`Sequence[str]`, *optional*): On the Hub; those of the folder's card if `None`.
-        license (`str`, *optional*): Identifier; that of the folder's card if `None`.
-        datasets (`Sequence[str]`): On the Hub; beside those of the folder's card.
-        command (`str`, *optional*): What made the model.
-        evaluation (`Sequence[EvalResult]`): For `model-index`.
-        sections (`Sequence[str]`): Further parts, in Markdown.
+        repo_id (`str`): Name of the repository, `owner/name`.
+        base_model (`Sequence[str]`, *optional*): Hub names of the base models; those of the folder's card if `None`.
+        license (`str`, *optional*): Licence identifier; that of the folder's card if `None`.
+        datasets (`Sequence[str]`): Hub names of data sets, in addition to those of the folder's card.
+        command (`str`, *optional*): Command that produced the model.
+        evaluation (`Sequence[EvalResult]`): Metrics for `model-index`.
+        sections (`Sequence[str]`): Further sections, in Markdown.
         plot (`bool`): Whether `front.png` is pushed.
     """
 
@@ -55,19 +55,19 @@ class CardFacts:
 
 def complete_card(folder: Path, facts: CardFacts) -> ModelCard:
     """
-    The card of a folder for the Hub.
+    Make the model card for the Hub.
 
     Args:
-        folder (`Path`): Of the model; what its `README.md` says stays, where there is one.
-        facts ([`CardFacts`]): What is added.
+        folder (`Path`): Folder of the model; the content of its `README.md`, if any, is kept.
+        facts ([`CardFacts`]): Facts to add.
 
     Returns:
-        `ModelCard`: Header with `base_model` and its relation, licence, data sets, `model-index` and widgets; text
-        with how to load it from the Hub, samples, the plot, how it was made, and the paper.
+        `ModelCard`: Metadata with `base_model` and its relation, licence, data sets, `model-index` and widgets; text
+        with usage from the Hub, samples, the plot, how the model was made, and the paper.
 
     Raises:
-        ValueError: If the card names its base by a folder, and `base_model` does not say what that is on the Hub; or
-            its header is broken.
+        ValueError: If the card names its base by a local folder and `base_model` is not given, or its metadata is
+            broken.
     """
     kind, file = kind_of(folder), folder / CARD
     card = load_card(file) if file.is_file() else ModelCard("---\n{}\n---\n\n# " + markdown_text(_name(facts)) + "\n")
@@ -102,7 +102,7 @@ def complete_card(folder: Path, facts: CardFacts) -> ModelCard:
 
 
 def merged_from(folder: Path) -> list[tuple[str, float]]:
-    """Parents of a merge and their weights, from `merge.yaml`; none where there is no such record."""
+    """Parents of a merge and their weights, from `merge.yaml`; empty without that file."""
     file = folder / RECORD
     if not file.is_file():
         return []
@@ -114,7 +114,7 @@ def merged_from(folder: Path) -> list[tuple[str, float]]:
 
 
 def has_license(card: ModelCard) -> bool:
-    """Whether the header names one."""
+    """Whether the card's metadata has a licence."""
     return bool(card.data.to_dict().get("license"))
 
 
@@ -130,14 +130,14 @@ def _listed(value: Any) -> list[str]:
 
 
 def _base_names(header: dict[str, Any], facts: CardFacts) -> list[str]:
-    """Names of the bases on the Hub."""
+    """Hub names of the base models."""
     if facts.base_model is not None:
         return list(facts.base_model)
     named = _listed(header.get("base_model"))
     if unknown := [name for name in named if "/" not in name or is_local(name)]:
         raise ValueError(
-            f"the card names its base model {', '.join(unknown)}, which is no name on the Hub; give `base_model`: "
-            f"{len(named)} of them, such as {' '.join(f'user/{Path(name).name}' for name in named)}"
+            f"the card names its base model {', '.join(unknown)}, which is not a name on the Hub; give `base_model` "
+            f"({len(named)}), such as {' '.join(f'user/{Path(name).name}' for name in named)}"
         )
     return named
 
@@ -152,7 +152,7 @@ def _widget(row: dict[str, object]) -> dict[str, object]:
 
 
 def prompt_text(prompt: object) -> str:
-    """A prompt as one text: of a conversation, its last turn."""
+    """A prompt as text: itself, or the last turn of a conversation."""
     last = prompt[-1] if isinstance(prompt, list) and prompt else prompt
     return str(last.get("content", "")) if isinstance(last, dict) else str(last)
 
@@ -161,7 +161,7 @@ def prompt_text(prompt: object) -> str:
 
 
 def _with_name(text: str, repo_id: str, kind: Kind, folder: Path) -> str:
-    """The examples of the card, with the name on the Hub in place of the folder's."""
+    """Replace the folder's name in the card's examples by the name on the Hub."""
     name = json.dumps(repo_id)
     if (folder / "codec").is_dir():  # the codec is read from a folder
         line = f"from huggingface_hub import snapshot_download\n\nname = snapshot_download({name})"
@@ -178,7 +178,7 @@ def _with_name(text: str, repo_id: str, kind: Kind, folder: Path) -> str:
 
 
 def _missing_use(text: str, kind: Kind, folder: Path, repo_id: str) -> list[str]:
-    """How to load it, where the card does not say so (that of a merge)."""
+    """A usage section, if the card has no example (as for a merge)."""
     if "```python" in text or kind in ("codec", "audio model"):
         return []
     name = json.dumps(repo_id)
@@ -208,7 +208,7 @@ def _missing_use(text: str, kind: Kind, folder: Path, repo_id: str) -> list[str]
 
 
 def _samples_section(samples: Sequence[dict[str, object]], repo_id: str) -> list[str]:
-    """A table of samples; sounds play on the page."""
+    """A table of samples, with audio players."""
     if not samples:
         return []
     lines = ["## Samples", "", "| prompt | sample |", "|---|---|"]
@@ -223,7 +223,7 @@ def _samples_section(samples: Sequence[dict[str, object]], repo_id: str) -> list
 
 
 def _made_section(facts: CardFacts, parents: Sequence[tuple[str, float]], bases: Sequence[str]) -> str:
-    """What made it: command, weights of a merge, versions, paper."""
+    """How the model was made: command, weights of a merge, versions, paper."""
     lines = ["## How it was made", ""]
     command = facts.command
     if parents and not command:

@@ -1,4 +1,4 @@
-"""huggingface_hub's client with errors of one line, a time limit, and another try where the fault passes."""
+"""huggingface_hub's client with one-line errors, a timeout, and retries of transient failures."""
 
 from __future__ import annotations
 
@@ -15,30 +15,33 @@ from huggingface_hub.utils import get_session
 from trl_drcd.compat.hub_http import HTTPError
 
 TIMEOUT = 60.0
-"""Seconds without a byte after which a request has failed; the client's own default is to wait for ever."""
+"""Timeout of a request without any data, seconds; the client by default waits forever."""
 WAITS = (1.0, 2.0, 4.0, 8.0)
-"""Seconds before another try, where the Hub does not say how long."""
+"""Seconds before each retry, unless the Hub sends `Retry-After`."""
 PASSING = {429, 500, 502, 503, 504}
 REMEDIES = {
-    401: "the Hub refuses the token; log in with `hf auth login`, or set HF_TOKEN to a token that may write",
-    403: "the token may not write there; take one with write access, or a repository of your own",
-    404: "there is no such repository, or the token may not see it",
-    409: "something else has changed it meanwhile; call this again",
+    401: "the Hub refuses the token; log in with `hf auth login`, or set HF_TOKEN to a token with write access",
+    403: "the token has no write access; use one that has, or a repository of your own",
+    404: "the repository does not exist, or the token has no access to it",
+    409: "the repository was changed by someone else meanwhile; run this again",
     413: "a file is too large for the Hub",
-    429: "too many requests; wait some minutes and call this again: what was uploaded is not uploaded again",
+    429: "too many requests; wait some minutes and run this again: finished uploads are not repeated",
 }
 
 
 def hub_api(token: str | None = None) -> HfApi:
     """
-    The client.
+    Create the client.
+
+    Args:
+        token (`str`, *optional*): Access token; that of the login or HF_TOKEN if `None`.
 
     Raises:
         PermissionError: If there is no token.
-        ConnectionError: If the Hub is switched off.
+        ConnectionError: If HF_HUB_OFFLINE is set.
     """
     if constants.HF_HUB_OFFLINE:
-        raise ConnectionError("HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or give `dry_run`")
+        raise ConnectionError("HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or set `dry_run`")
     token = token or get_token()
     if not token:
         raise PermissionError("no token for the Hub; log in with `hf auth login`, or set HF_TOKEN")
@@ -47,10 +50,12 @@ def hub_api(token: str | None = None) -> HfApi:
 
 def attempt(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
-    A request of the client that does not try again by itself; `Retry-After` is obeyed up to a minute.
+    Call the client and retry transient failures; for calls that do not retry by themselves.
+
+    A `Retry-After` header is honoured up to a minute.
 
     Raises:
-        Exception: The last error, if it does not pass.
+        Exception: The error, if it is not transient or the last retry fails.
     """
     for wait in (*WAITS, None):
         try:
@@ -67,14 +72,14 @@ def attempt(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
     """
-    While it lasts, requests have a time limit, and errors of the Hub are one line that says what to do.
+    Set a timeout for requests, and turn errors of the Hub into one-line messages with a remedy.
 
     Args:
-        what (`str`): That is being done, such as `"push of user/model"`.
+        what (`str`): Name of the operation in messages, such as `"push of user/model"`.
 
     Raises:
         PermissionError: If the Hub refuses the token.
-        ConnectionError: If the Hub cannot be reached, or fails, or its limit is reached.
+        ConnectionError: If the Hub cannot be reached, fails, or limits the rate of requests.
         OSError: If it refuses for another reason.
     """
     session = get_session()
@@ -84,13 +89,13 @@ def hub_errors(what: str) -> Iterator[None]:
     except LocalTokenNotFoundError as error:
         raise PermissionError(f"{what}: {REMEDIES[401]}") from error
     except (HTTPError, RuntimeError) as error:
-        raise _explained(what, error) from None  # a traceback of the client could show headers
+        raise _explained(what, error) from None  # the client's traceback could reveal headers
     finally:
         session.timeout = before
 
 
 def _explained(what: str, error: Exception) -> OSError:
-    """The error in one line, without a token; the client wraps what fails in an upload in a RuntimeError."""
+    """The error in one line, without tokens; the client wraps failures of uploads in a RuntimeError."""
     cause: BaseException = error
     while not isinstance(cause, HTTPError) and cause.__cause__ is not None:
         cause = cause.__cause__
@@ -98,13 +103,13 @@ def _explained(what: str, error: Exception) -> OSError:
         status = cause.response.status_code
         detail = REMEDIES.get(status) or without_tokens(_said(cause))
         if status >= 500:
-            detail = "the Hub fails; call this again later: what was uploaded is not uploaded again"
+            detail = "the Hub has an internal error; run this again later: finished uploads are not repeated"
         kind = PermissionError if status in (401, 403) else ConnectionError if status in PASSING else OSError
         return kind(f"{what}: {detail} (HTTP {status})")
     if isinstance(cause, HTTPError):
         return ConnectionError(
-            f"{what}: the Hub cannot be reached ({type(cause).__name__}); call this again: what was uploaded is not "
-            "uploaded again"
+            f"{what}: the Hub cannot be reached ({type(cause).__name__}); run this again: finished uploads are not "
+            "repeated"
         )
     return OSError(f"{what}: {without_tokens(str(error))}")
 
@@ -114,7 +119,7 @@ def _said(error: HfHubHTTPError) -> str:
 
 
 def without_tokens(text: str) -> str:
-    """A text in one line, without what looks like a token."""
+    """A text in one line, with anything that looks like a token masked."""
     text = re.sub(r"\bhf_[A-Za-z0-9]+|(?i:bearer)\s+\S+", "***", text)
     own = get_token()
     return " ".join((text.replace(own, "***") if own else text).split())

@@ -11,26 +11,29 @@ from trl_drcd.validation.field_types import check_types
 
 @dataclass
 class PushArguments:
-    """What `trl-drcd push` takes; `--config FILE.yaml` gives the same from a file."""
+    """Arguments of `trl-drcd push`; `--config FILE.yaml` reads them from a file."""
 
     folder: str | None = field(
-        default=None, metadata={"help": "What to push: a model, adapter, merge, embedder, judge or codec."}
+        default=None, metadata={"help": "Folder of the model, adapter, merge, embedder, judge or codec to push."}
     )
-    repo_id: str | None = field(default=None, metadata={"help": "Where to: owner/name."})
-    public: bool = field(default=False, metadata={"help": "Let everybody see it; private otherwise."})
-    yes: bool = field(default=False, metadata={"help": "Replace files of a repository that has some."})
-    dry_run: bool = field(default=False, metadata={"help": "Show every file with its size, and send nothing."})
+    repo_id: str | None = field(default=None, metadata={"help": "Target repository, owner/name."})
+    public: bool = field(default=False, metadata={"help": "Push to a public repository; by default it is private."})
+    yes: bool = field(default=False, metadata={"help": "Replace files of an existing repository."})
+    dry_run: bool = field(default=False, metadata={"help": "List every file with its size, and send nothing."})
     base_model: list[str] | None = field(
-        default=None, metadata={"help": "Names on the Hub of the base, or of the parents of a merge."}
+        default=None, metadata={"help": "Hub names of the base model, or of the parents of a merge."}
     )
-    license: str | None = field(default=None, metadata={"help": "Licence, such as apache-2.0; else that of the card."})
-    datasets: list[str] | None = field(default=None, metadata={"help": "Names on the Hub of the training data."})
-    command: str | None = field(default=None, metadata={"help": "What made the model, for the card."})
+    license: str | None = field(
+        default=None, metadata={"help": "Licence, such as apache-2.0; by default that of the folder's card."}
+    )
+    datasets: list[str] | None = field(default=None, metadata={"help": "Hub names of the training data."})
+    command: str | None = field(default=None, metadata={"help": "Command that produced the model, for the card."})
     results: str | None = field(
-        default=None, metadata={"help": "Evaluation whose metrics and front the card shows: folder or results.jsonl."}
+        default=None,
+        metadata={"help": "Evaluation whose metrics and front the card shows: folder or results.jsonl."},
     )
     strategy: str | None = field(
-        default=None, metadata={"help": "Line of `results`; by default that of this model alone."}
+        default=None, metadata={"help": "Name of a row of `results`; by default the row of this model alone."}
     )
 
     def __post_init__(self) -> None:
@@ -38,19 +41,19 @@ class PushArguments:
 
 
 def with_names(argv: list[str]) -> list[str]:
-    """The leading words without a name are `folder` and `repo_id`."""
+    """Name the leading positional arguments `folder` and `repo_id`."""
     leading = next((number for number, word in enumerate(argv) if word.startswith("-")), len(argv))
     if leading > 2:
-        raise ValueError(f"unknown argument {argv[2]!r}; give FOLDER, OWNER/NAME, then arguments with a `--`")
+        raise ValueError(f"unknown argument {argv[2]!r}; give FOLDER, OWNER/NAME, then arguments that start with `--`")
     named = [word for pair in zip(("--folder", "--repo_id"), argv[:leading], strict=False) for word in pair]
     return [*named, *argv[leading:]]
 
 
 def main(argv: list[str]) -> None:
     """
-    Upload the folder of a model, adapter, merge, embedder, judge or codec to the Hub, with a complete card: private
-    unless `--public`, nothing replaced without `--yes`, no file that is not part of the model. Tokens are those of `hf
-    auth login` or HF_TOKEN. The same arguments can stand in a YAML file: --config FILE.yaml.
+    Upload the folder of a model, adapter, merge, embedder, judge or codec to the Hub, with a complete card. The
+    repository is private unless `--public`; files are replaced only with `--yes`; only files of the model are sent.
+    The token is that of `hf auth login` or HF_TOKEN. All arguments may be in a YAML file: --config FILE.yaml.
     """
     from trl import TrlParser
 
@@ -65,10 +68,10 @@ def main(argv: list[str]) -> None:
 
 def run(arguments: PushArguments) -> None:
     """
-    Does what the arguments say.
+    Push as the arguments say.
 
     Raises:
-        ValueError: If an argument is missing. Others: those of [`~trl_drcd.hub.push.push_to_hub`].
+        ValueError: If `folder` or `repo_id` is missing; otherwise as for [`~trl_drcd.hub.push.push_to_hub`].
     """
     from trl_drcd.hub.push import push_to_hub
 

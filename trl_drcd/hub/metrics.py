@@ -1,4 +1,4 @@
-"""Metrics of an evaluation as a model card has them: `model-index`, and a table with intervals."""
+"""Metrics of an evaluation for a model card: `model-index`, and a table with intervals."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ TASKS = {"text": ("text-generation", "Text generation"), "music": ("text-to-audi
 
 def result_of(file: Path, model: str, strategy: str | None = None) -> Result:
     """
-    The line of a `results.jsonl` that is about a model.
+    The row of a `results.jsonl` for a model.
 
     Args:
         file (`Path`): `results.jsonl`, or the folder of an evaluation.
         model (`str`): Name of the model's folder.
-        strategy (`str`, *optional*): Name of the line; by default that of the model alone, without guidance.
+        strategy (`str`, *optional*): Name of the row; by default the row of the model alone, without guidance.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If no line, or more than one, fits.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If no row, or more than one, matches.
     """
     file = file / "results.jsonl" if file.is_dir() else file
     if not file.is_file():
-        raise FileNotFoundError(f"`results={file}` is not there; give the folder or results.jsonl of an evaluation")
+        raise FileNotFoundError(f"`results={file}` does not exist; give the folder or results.jsonl of an evaluation")
     rows = read_results(file)
     if strategy is not None:
         found = [row for row in rows if strategy in (row.name, row.point)]
@@ -37,14 +37,14 @@ def result_of(file: Path, model: str, strategy: str | None = None) -> Result:
         found = [row for row in alone if model in (row.name, row.point, Path(row.model).name)]
     if len(found) != 1:
         raise ValueError(
-            f"`results={file}` has {len(found)} lines for {strategy or model}; name one with `strategy`: "
+            f"`results={file}` has {len(found)} rows for {strategy or model}, expected 1; set `strategy` to one of: "
             f"{', '.join(row.name for row in rows)}"
         )
     return found[0]
 
 
 def eval_results(result: Result) -> list[EvalResult]:
-    """The metrics of a row for `model-index`; the ends of an interval are in `args`, as the format has no field."""
+    """Metrics of a row for `model-index`; intervals are in `args`, since the format has no field for them."""
     task, task_name = TASKS[result.kind]
     return [
         EvalResult(
@@ -63,7 +63,7 @@ def eval_results(result: Result) -> list[EvalResult]:
 
 
 def metrics_section(result: Result) -> str:
-    """The table of the card."""
+    """The card's section of metrics, with a table."""
     about = (
         f"{result.prompts} held-out prompts, {result.samples_per_prompt} samples each, temperature "
         f"{result.temperature:g}, guidance {result.guidance_scale:g}, seed {result.seed}; 95 % intervals."
@@ -76,7 +76,7 @@ def metrics_section(result: Result) -> str:
 
 
 def plot_of(results: Path | None, names: Sequence[str]) -> dict[str, Path]:
-    """`front.png` of an evaluation, where the model's folder has none of its own."""
+    """`front.png` of an evaluation, unless the model's folder has its own."""
     if results is None or "front.png" in names:
         return {}
     plot = (results if results.is_dir() else results.parent) / "front.png"

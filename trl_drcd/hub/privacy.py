@@ -1,4 +1,4 @@
-"""Nothing of this machine in what is uploaded: no path, no token."""
+"""Keep local paths and access tokens out of uploads."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from trl_drcd.validation.model_folders import is_hub_name
 from trl_drcd.validation.saved_files import read_json
 
 BASE_KEY = "base_model_name_or_path"
-# What transformers and PEFT note of where something was loaded from, and do not need
+# Entries in which transformers and PEFT record where something was loaded from; not needed for loading
 PLACE_KEYS = {"_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "special_tokens_map_file"}
 TEXTS = {".json", ".jsonl", ".yaml", ".md", ".jinja", ".txt"}
-# Words of a language, in which `/home/a` may stand as `hello` does
+# Vocabularies, in which text like `/home/a` may be an ordinary entry
 VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"}
 TOKEN = re.compile(r"\b(?:(?:hf_|api_org_|gh[pos]_)[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{32,})")
 PATH = re.compile(
@@ -28,22 +28,25 @@ PATH = re.compile(
 
 
 def is_local(name: str) -> bool:
-    """Whether a model's name is a folder of this machine, or could be nothing else."""
+    """Whether a model's name is an existing local path, or is not a valid Hub name."""
     return Path(name).expanduser().exists() or not is_hub_name(name)
 
 
 def content_to_push(name: str, path: Path, base_model: Sequence[str] | None = None) -> bytes | Path:
     """
-    What goes to the Hub of a file: the file, or its content without the places that things were loaded from.
+    What to upload for a file: the file itself, or its content without local paths that the libraries recorded.
 
     Args:
-        name (`str`): In the repository.
+        name (`str`): Path in the repository.
         path (`Path`): The file.
-        base_model (`Sequence[str]`, *optional*): Name on the Hub of an adapter's base.
+        base_model (`Sequence[str]`, *optional*): Hub name of an adapter's base.
+
+    Returns:
+        `Path` or `bytes`: The file, or its changed content.
 
     Raises:
-        ValueError: If the file holds a token or a path of this machine that cannot be taken out, or the base of an
-            adapter is a folder and `base_model` does not say what it is on the Hub.
+        ValueError: If the file contains an access token or a local path that cannot be removed, or the base of an
+            adapter is a local folder and `base_model` is not given.
     """
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as weights:
@@ -65,19 +68,19 @@ def content_to_push(name: str, path: Path, base_model: Sequence[str] | None = No
 
 def check_text(name: str, text: str, paths: bool = True) -> None:
     """
-    Refuse a text with a token, or with a path of this machine.
+    Check that a text contains no access token and, if `paths`, no local path.
 
     Raises:
-        ValueError: With the line of the first; a token itself is not shown.
+        ValueError: If it does; the message gives the line, but does not show a token.
     """
     own = get_token()
     for number, line in enumerate(text.splitlines(), 1):
         if TOKEN.search(line) or (own and own in line):
-            raise ValueError(f"{name}, line {number} holds an access token; take it out, and revoke that token")
+            raise ValueError(f"{name}, line {number} contains an access token; remove it, and revoke that token")
         if paths and (found := PATH.search(line)):
             raise ValueError(
-                f"{name}, line {number} holds a path of this machine, {found.group()}...; take it out, or write the "
-                "name on the Hub there"
+                f"{name}, line {number} contains a local path, {found.group()}...; remove it, or replace it by the "
+                "name on the Hub"
             )
 
 
@@ -99,7 +102,7 @@ def _without_places(value: Any, base_model: Sequence[str] | None, path: Path) ->
 def _base_on_hub(recorded: str, base_model: Sequence[str] | None, path: Path) -> str:
     if base_model is None or len(base_model) != 1:
         raise ValueError(
-            f"{path} names the adapter's base by a folder of this machine, {recorded}; push the base first, and give "
-            f"its name on the Hub as `base_model`, such as user/{Path(recorded).name}"
+            f"{path} names the adapter's base by a local folder, {recorded}; push the base first, and give its name "
+            f"on the Hub as `base_model`, such as user/{Path(recorded).name}"
         )
     return base_model[0]

@@ -26,12 +26,12 @@ def prepare(
     strategy: str | None = None,
 ) -> Upload:
     """
-    What [`push_to_hub`] would upload; nothing is sent, and the folder is not changed.
+    Prepare the upload of [`push_to_hub`]; nothing is sent, and the folder is not changed.
 
-    Args, Raises: Those of [`push_to_hub`].
+    Arguments and errors are those of [`push_to_hub`].
 
     Returns:
-        [`~trl_drcd.hub.upload.Upload`]: The files, with their contents as the Hub would have them.
+        [`~trl_drcd.hub.upload.Upload`]: The files, with their contents on the Hub.
     """
     check_repo_id(repo_id)
     for name in base_model or ():
@@ -48,7 +48,7 @@ def prepare(
     )  # fmt: skip
     card = complete_card(folder, facts)
     if public and not has_license(card):
-        raise ValueError(f"`folder={folder}` has no licence in its card; give `license`, such as apache-2.0")
+        raise ValueError(f"`folder={folder}` has no licence in its card; set `license`, such as apache-2.0")
     check_text(CARD, str(card))
     adapter_base = base_model if kind_of(folder) == "adapter" else None
     contents: dict[str, bytes | Path] = {
@@ -59,7 +59,7 @@ def prepare(
 
 
 def _base_of_adapter(folder: Path, base_model: Sequence[str] | None) -> tuple[str, ...]:
-    """The model that an adapter needs, which must be on the Hub."""
+    """Hub name of the base that an adapter needs."""
     if kind_of(folder) != "adapter":
         return ()
     recorded = read_json(folder / "adapter_config.json").get(BASE_KEY)
@@ -84,31 +84,31 @@ def push_to_hub(
     """
     Push the folder of a model, adapter, merge, codec, embedder or judge to the Hub, with a complete card.
 
-    Only the files of [`~trl_drcd.hub.selection.files_to_push`] go there: no checkpoint, optimizer state, pickle, log,
-    link out of the folder, token, or path of this machine. The local folder is not changed.
+    Only the files of [`~trl_drcd.hub.selection.files_to_push`] are uploaded: no checkpoint, optimizer state, pickle,
+    log, link out of the folder, access token or local path. The local folder is not changed.
 
     Args:
-        folder (`str` or `Path`): What `save_model`, `trl-drcd train` or `trl-drcd merge` wrote.
-        repo_id (`str`): `owner/name`.
-        public (`bool`, *optional*, defaults to `False`): Whether anybody may see the repository.
+        folder (`str` or `Path`): Folder written by `save_model`, `trl-drcd train` or `trl-drcd merge`.
+        repo_id (`str`): Target repository, `owner/name`.
+        public (`bool`, *optional*, defaults to `False`): Whether the repository is public.
         overwrite (`bool`, *optional*, defaults to `False`): Whether files of an existing repository may be replaced.
         dry_run (`bool`, *optional*, defaults to `False`): Print every file with its size, and send nothing.
-        base_model (`Sequence[str]`, *optional*): Names on the Hub of the base, or of the parents of a merge; needed
-            where the folder names them by folders.
-        license (`str`, *optional*): Identifier such as `apache-2.0`; that of the card if `None`.
-        datasets (`Sequence[str]`, *optional*): Names on the Hub of the training data.
-        command (`str`, *optional*): What made the model, for the card.
+        base_model (`Sequence[str]`, *optional*): Hub names of the base model, or of the parents of a merge; required
+            if the folder records them as local folders.
+        license (`str`, *optional*): Licence identifier such as `apache-2.0`; that of the card if `None`.
+        datasets (`Sequence[str]`, *optional*): Hub names of the training data.
+        command (`str`, *optional*): Command that produced the model, for the card.
         results (`str` or `Path`, *optional*): Folder or `results.jsonl` of an evaluation: its metrics with intervals
             become the card's `model-index`, and its `front.png` is shown.
-        strategy (`str`, *optional*): Line of `results`; by default that of this model alone.
-        token (`str`, *optional*): That of the login if `None`.
+        strategy (`str`, *optional*): Name of a row of `results`; by default the row of this model alone.
+        token (`str`, *optional*): Access token; that of the login if `None`.
 
     Returns:
-        `str`: Address of the repository; `None` after a dry run.
+        `str`: URL of the repository; `None` after a dry run.
 
     Raises:
-        FileNotFoundError, ValueError: If the folder holds no complete model, or something that must not go out.
-        FileExistsError: If the repository has files, and `overwrite` is not set.
+        FileNotFoundError, ValueError: If the folder holds no complete model, or contains something private.
+        FileExistsError: If the repository has files and `overwrite` is not set.
         PermissionError, ConnectionError, OSError: If the Hub refuses or cannot be reached.
     """
     upload = prepare(

@@ -1,4 +1,4 @@
-"""Which files of a folder are uploaded: those on a list, and no other."""
+"""Select the files of a folder to upload, by an allowlist."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ PICTURE = re.compile(r"!\[[^\]]*\]\(([\w-][\w.-]*\.(?:png|jpe?g))\)")
 
 def kind_of(folder: Path) -> Kind:
     """
-    What a folder holds: a model, a PEFT adapter, a codec, or an embedder or judge of this package.
+    Kind of a folder: a model, a PEFT adapter, a codec, or an embedder or judge of this package ("audio model").
 
     Raises:
-        FileNotFoundError: If there is no folder, or neither `config.json` nor `adapter_config.json` in it.
-        ValueError: If both are there, or one is broken.
+        FileNotFoundError: If the folder does not exist, or has neither `config.json` nor `adapter_config.json`.
+        ValueError: If it has both, or one is broken.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"`folder={folder}` is not a folder; give the folder of a saved model or adapter")
     adapter = own_file(folder, ADAPTER_FILES[0])
     if adapter and own_file(folder, "config.json"):
-        raise ValueError(f"`folder={folder}` has a model and an adapter in one; keep them apart, and push each")
+        raise ValueError(f"`folder={folder}` has both a model and an adapter; separate them, and push each")
     if adapter:
         return "adapter"
     if not own_file(folder, "config.json"):
@@ -45,22 +45,22 @@ def kind_of(folder: Path) -> Kind:
 
 def files_to_push(folder: str | Path) -> dict[str, Path]:
     """
-    The files of a folder that are uploaded.
+    Select the files of a folder to upload.
 
-    Weights in safetensors, configurations, tokenizer, chat template, processor, adapter, codec, the card and its
-    pictures, the plot of a front (`front.png`), the record of a merge, and the samples that `samples/samples.jsonl`
-    names. Checkpoints, optimizer and random states, logs and pickles are on no list, and whatever else lies there is
-    not either.
+    These are weights in safetensors, configurations, tokenizer, chat template, processor, adapter, codec, the card and
+    its pictures, the plot of a front (`front.png`), the record of a merge, and the samples listed in
+    `samples/samples.jsonl`. All other files, such as checkpoints, optimizer and random states, logs and pickles, are
+    left out.
 
     Args:
-        folder (`str` or `Path`): Of a model, adapter, codec, embedder or judge.
+        folder (`str` or `Path`): Folder of a model, adapter, codec, embedder or judge.
 
     Returns:
-        `dict[str, Path]`: Path inside the repository, with `/`, to the file.
+        `dict[str, Path]`: Path in the repository, with `/`, to the file.
 
     Raises:
-        FileNotFoundError: If the folder holds no model, or its weights are not there as safetensors.
-        ValueError: If a file is broken, or a link out of the folder.
+        FileNotFoundError: If the folder holds no model, or no weights in safetensors.
+        ValueError: If a file is broken or a link out of the folder.
     """
     folder = Path(folder)
     kind = kind_of(folder)
@@ -75,7 +75,7 @@ def files_to_push(folder: str | Path) -> dict[str, Path]:
 
 
 def left_out(folder: Path, files: dict[str, Path]) -> list[str]:
-    """Names of what lies at the top of a folder and is not uploaded, folders with a `/`."""
+    """Top-level entries of a folder that are not uploaded; folders end with `/`."""
     tops = {PurePath(name).parts[0] for name in files}
     others = (path for path in folder.iterdir() if path.name not in tops)
     return sorted(f"{path.name}/" if path.is_dir() else path.name for path in others)
@@ -83,8 +83,8 @@ def left_out(folder: Path, files: dict[str, Path]) -> list[str]:
 
 def is_replaced(name: str) -> bool:
     """
-    Whether a file that an earlier push left in the repository goes where the new push has no such file: weights that
-    would be loaded beside the new ones, and samples of other weights.
+    Whether a file of an earlier push is deleted if the new push does not have it: weights that would be loaded
+    together with the new ones, and samples of other weights.
     """
     return name == INDEX or name.endswith(".safetensors") or name.startswith("samples/")
 
@@ -98,28 +98,28 @@ def _weights(folder: Path, kind: Kind) -> list[str]:
     }[kind]()
     for name in needed:
         own_file(folder, name)
-        open_safetensors(folder / name)  # before the upload: torn, missing, or a pickle in its place
+        open_safetensors(folder / name)  # fails before the upload if it is broken, missing or a pickle
     more = ["reference.safetensors"] if kind == "audio model" else [INDEX] if len(needed) > 1 else []
     return [*needed, *more]
 
 
 def _pictures(folder: Path) -> list[str]:
-    """Pictures beside the card that it shows."""
+    """Pictures in the folder that the card shows."""
     card = own_file(folder, CARD)
     return PICTURE.findall(card.read_text(encoding="utf-8")) if card else []
 
 
 def _samples(folder: Path) -> list[str]:
-    """`samples/samples.jsonl`, and the sounds that it names."""
+    """`samples/samples.jsonl` and the audio files that it lists."""
     return [SAMPLES, *(f"samples/{row['file']}" for row in read_samples(folder) if "file" in row)]
 
 
 def read_samples(folder: Path) -> list[dict[str, object]]:
     """
-    The lines of `samples/samples.jsonl`: `prompt`, and `completion` or the `file` of a sound; none if there is none.
+    Read `samples/samples.jsonl`: `prompt`, and `completion` or the `file` of audio; empty without the file.
 
     Raises:
-        ValueError: If a line is no JSON object, or names a file that is not a sound in the same folder.
+        ValueError: If a line is not a JSON object, or names a file that is not audio in the same folder.
     """
     file = own_file(folder, SAMPLES)
     rows = []
@@ -131,8 +131,8 @@ def read_samples(folder: Path) -> list[dict[str, object]]:
                 raise ValueError(f"it names the file {name!r}")
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(
-                f"{file}, line {number} is no sample ({error}); it must be an object with `prompt`, and `completion` "
-                f"or the `file` of a sound in the same folder ({', '.join(sorted(SOUNDS))})"
+                f"{file}, line {number} is not a sample ({error}); it must be an object with `prompt`, and "
+                f"`completion` or the `file` of audio in the same folder ({', '.join(sorted(SOUNDS))})"
             ) from error
         rows.append(row)
     return rows

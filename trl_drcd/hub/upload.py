@@ -1,4 +1,4 @@
-"""Files into a repository of the Hub, in one commit: private unless said otherwise, and nothing replaced unasked."""
+"""Upload files to a Hub repository in one commit; private by default, and without replacing files by default."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from trl_drcd.hub.client import attempt, hub_api, hub_errors
 from trl_drcd.hub.selection import is_replaced
 
 NEW = {".gitattributes"}
-"""What the Hub itself puts into a new repository."""
+"""Files that the Hub itself adds to a new repository."""
 
 
 @dataclass(frozen=True)
 class Upload:
     """
-    What would be uploaded.
+    A prepared upload.
 
     Args:
-        repo_id (`str`): `owner/name`.
-        files (`Mapping`): Path in the repository to the file, or to its content.
-        public (`bool`): Whether anybody may see it.
+        repo_id (`str`): Target repository, `owner/name`.
+        files (`Mapping`): Path in the repository to a file, or to its content.
+        public (`bool`): Whether the repository is public.
         repo_type (`str`): `"model"` or `"dataset"`.
-        bases (`tuple[str, ...]`): Names on the Hub that must be there for this to be loaded.
+        bases (`tuple[str, ...]`): Hub names of models that are required to load this one.
     """
 
     repo_id: str
@@ -38,7 +38,7 @@ class Upload:
     bases: tuple[str, ...] = ()
 
     def listing(self) -> str:
-        """Every file with its size in bytes, their sum, and who may see them."""
+        """List of the files with sizes in bytes, their sum, and the target repository."""
         sizes = {name: _size(content) for name, content in self.files.items()}
         lines = [f"{size:>15,}  {name}" for name, size in sizes.items()]
         whom = "public" if self.public else "private"
@@ -53,10 +53,10 @@ def _size(content: bytes | Path) -> int:
 
 def check_repo_id(repo_id: str) -> None:
     """
-    Refuse what is not `owner/name`.
+    Check the name of a repository.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If it is not `owner/name`.
     """
     try:
         validate_repo_id(repo_id)
@@ -69,18 +69,19 @@ def check_repo_id(repo_id: str) -> None:
 
 def check_target(name: str, public: bool = False, token: str | None = None) -> str:
     """
-    Whether a new repository can be pushed to; nothing is sent.
+    Check that a new repository can be pushed to; nothing is sent.
 
     Args:
-        name (`str`): `owner/name`, or a name alone, which then is the token's owner's.
-        public (`bool`, *optional*, defaults to `False`): Whether anybody is to see it.
-        token (`str`, *optional*): That of the login if `None`.
+        name (`str`): `owner/name`, or only a name in the namespace of the token's owner.
+        public (`bool`, *optional*, defaults to `False`): Whether the repository is to be public.
+        token (`str`, *optional*): Access token; that of the login if `None`.
 
     Returns:
         `str`: `owner/name`.
 
     Raises:
-        FileExistsError, PermissionError, ConnectionError, OSError: As [`send`] does.
+        FileExistsError, PermissionError, ConnectionError, OSError: As for [`send`].
+        ValueError: If the name is not valid.
     """
     api = hub_api(token)
     with hub_errors(f"push of {name}"):
@@ -93,24 +94,26 @@ def check_target(name: str, public: bool = False, token: str | None = None) -> s
 
 def send(upload: Upload, overwrite: bool = False, token: str | None = None, message: str = "Push") -> str:
     """
-    Create the repository where it is not there, and commit the files.
+    Create the repository if it does not exist, and commit the files.
 
-    An upload that was cut short leaves a repository without files of its own: the next call goes on, and what the Hub
-    has of the large files is not sent again.
+    An interrupted upload leaves an empty repository; the next call continues, and large files that the Hub already has
+    are not sent again.
 
     Args:
         upload ([`Upload`]): What to send.
         overwrite (`bool`, *optional*, defaults to `False`): Whether files of an existing repository may be replaced.
-        token (`str`, *optional*): That of the login if `None`.
-        message (`str`, *optional*): Of the commit.
+        token (`str`, *optional*): Access token; that of the login if `None`.
+        message (`str`, *optional*): Commit message.
 
     Returns:
-        `str`: Address of the repository.
+        `str`: URL of the repository.
 
     Raises:
-        FileExistsError: If the repository has files, and `overwrite` is not set.
-        PermissionError: If the Hub refuses the token, or the repository is public and `upload.public` is not set.
-        ConnectionError, OSError: As [`~trl_drcd.hub.client.hub_errors`] does.
+        FileExistsError: If the repository has files and `overwrite` is not set.
+        FileNotFoundError: If the base model of an adapter is not on the Hub.
+        PermissionError: If the Hub refuses the token, or the existing repository is public and `upload.public` is not
+            set, or the reverse.
+        ConnectionError, OSError: As for [`~trl_drcd.hub.client.hub_errors`].
     """
     check_repo_id(upload.repo_id)
     api = hub_api(token)
@@ -124,7 +127,7 @@ def send(upload: Upload, overwrite: bool = False, token: str | None = None, mess
             for name, content in upload.files.items()
         ]
         gone = [CommitOperationDelete(name) for name in there if is_replaced(name) and name not in upload.files]
-        # First and once: the client tries each part of it again by itself
+        # Before the commit and without `attempt`: the client retries each part by itself
         api.preupload_lfs_files(upload.repo_id, additions, repo_type=upload.repo_type)
         attempt(
             api.create_commit, upload.repo_id, [*additions, *gone], commit_message=message, repo_type=upload.repo_type
@@ -134,7 +137,7 @@ def send(upload: Upload, overwrite: bool = False, token: str | None = None, mess
 
 
 def _existing(api: HfApi, upload: Upload, overwrite: bool) -> list[str]:
-    """The files of the repository, where it may be written to; none where it is not there."""
+    """The files of an existing repository, if it may be written to; empty if it does not exist."""
     try:
         info = attempt(api.repo_info, upload.repo_id, repo_type=upload.repo_type)
     except RepositoryNotFoundError:
@@ -142,17 +145,17 @@ def _existing(api: HfApi, upload: Upload, overwrite: bool) -> list[str]:
     names = [sibling.rfilename for sibling in info.siblings or []]
     if set(names) - NEW and not overwrite:
         raise FileExistsError(
-            f"{upload.repo_id} is on the Hub already, with {len(set(names) - NEW)} files; give `--yes` to replace "
-            "what has the same name, or another name"
+            f"{upload.repo_id} is already on the Hub, with {len(set(names) - NEW)} files; give `--yes` to replace "
+            "files of the same name, or give another name"
         )
     if not info.private and not upload.public:
         raise PermissionError(
-            f"{upload.repo_id} is public; give `--public` if everybody may see this push, or another name"
+            f"{upload.repo_id} is public; give `--public` if this push may be public, or give another name"
         )
     if info.private and upload.public:
         raise PermissionError(
             f"{upload.repo_id} is private, and `--public` does not change that; make it public in its settings on the "
-            "Hub, or leave `--public` out"
+            "Hub, or omit `--public`"
         )
     return names
 
@@ -163,6 +166,6 @@ def _check_bases(api: HfApi, upload: Upload) -> None:
             attempt(api.repo_info, base)
         except RepositoryNotFoundError:
             raise FileNotFoundError(
-                f"the base model {base} is not on the Hub, so nobody could load {upload.repo_id}; push the base "
+                f"the base model {base} is not on the Hub, so {upload.repo_id} could not be loaded; push the base "
                 "first, or give its name as `base_model`"
             ) from None

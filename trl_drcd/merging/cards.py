@@ -114,7 +114,7 @@ def usage(title: str) -> list[str]:
     code = [
         "from trl_drcd.merging import load_adapter_model",
         "",
-        f"name = {json.dumps(title)}  # this folder, or its name on the Hub",
+        f"name = {json.dumps(title)}  # of this folder, or on the Hub",
         "model = load_adapter_model(name)",
     ]
     without = (

@@ -14,12 +14,12 @@ from trl_drcd.validation.field_types import check_types
 
 @dataclass
 class ExportArguments:
-    """What `trl-drcd ratings export` takes."""
+    """Arguments of `trl-drcd ratings export`."""
 
     study: str = field(metadata={"help": "Folder of the study."})
     out: str = field(metadata={"help": "CSV file to write."})
     what: str = field(default="ratings", metadata={"help": "ratings; or items, blind, for a crowd-working site."})
-    base_url: str = field(default="", metadata={"help": "Items: where the study's clips/ can be reached."})
+    base_url: str = field(default="", metadata={"help": "For items: URL under which the study's clips/ is served."})
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -29,11 +29,11 @@ class ExportArguments:
 
 @dataclass
 class ImportArguments:
-    """What `trl-drcd ratings import` takes."""
+    """Arguments of `trl-drcd ratings import`."""
 
     study: str = field(metadata={"help": "Folder of the study."})
-    file: str = field(metadata={"help": "CSV with a row for each rating: slot, rater, left and right, or preference."})
-    simulated: bool = field(default=False, metadata={"help": "The raters were no people."})
+    file: str = field(metadata={"help": "CSV with one row per rating: slot, rater, left and right, or preference."})
+    simulated: bool = field(default=False, metadata={"help": "The raters are simulated, not people."})
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -41,14 +41,14 @@ class ImportArguments:
 
 @dataclass
 class ReleaseArguments:
-    """What `trl-drcd ratings release` takes."""
+    """Arguments of `trl-drcd ratings release`."""
 
     study: str = field(metadata={"help": "Folder of the study."})
-    pseudonym: str = field(metadata={"help": "A rater who will not go on."})
+    pseudonym: str = field(metadata={"help": "A rater who will not continue."})
 
 
 def design(arguments: Any) -> None:
-    """Make a study of an evaluation's samples: a balanced, checked design, the clips, the database."""
+    """Create a study from an evaluation's samples: a balanced, checked design, the clips, the database."""
     from trl_drcd.evaluation.tables import Table, markdown
     from trl_drcd.ratings.design import check_design, study_size
     from trl_drcd.ratings.study import create_study
@@ -57,14 +57,12 @@ def design(arguments: Any) -> None:
     rows = [[f"{q}: {pair}", str(n), f"{left}", f"{place:.2f}"] for q, pair, n, left, place in check_design(made)]
     print(markdown(Table("", ["pair", "ratings", "first on the left", "mean place (0 to 1)"], rows)))
     if arguments.diversity_prompts is None and not any(item.question == "diversity" for item in made.items):
-        print(
-            "\nDiversity is left out: one sample of each is kept. For it, evaluate with `listen_samples: 2` or more."
-        )
+        print("\nNo diversity items: only one sample per prompt was kept. Evaluate with `listen_samples: 2` or more.")
     print(f"\n{study_size(made)}\nStudy: {study.folder}   (rate: trl-drcd app --tabs rate --study {study.folder})")
 
 
 def simulate(arguments: Any) -> None:
-    """Let simulated raters rate a study, to try it; everything is labelled as simulated."""
+    """Let simulated raters rate a study, to test it; everything is labelled as simulated."""
     from trl_drcd.ratings.simulated import simulate as run
     from trl_drcd.ratings.store import Study
 
@@ -89,29 +87,29 @@ def export(arguments: Any) -> None:
     study = Study(arguments.study)
     text = items_csv(study, arguments.base_url) if arguments.what == "items" else ratings_csv(study)
     write_text(arguments.out, text)
-    print(f"{len(text.splitlines()) - 1} rows or more: {arguments.out}")
+    print(f"at most {len(text.splitlines()) - 1} rows: {arguments.out}")
 
 
 def import_ratings(arguments: Any) -> None:
-    """Take in ratings that were made on a crowd-working site."""
+    """Import ratings made on a crowd-working site."""
     from trl_drcd.ratings.store import Study
     from trl_drcd.ratings.tabular import import_csv
 
     if not Path(arguments.file).is_file():
-        raise FileNotFoundError(f"`file={arguments.file}` is no file; give the CSV that the site returned")
+        raise FileNotFoundError(f"`file={arguments.file}` is not a file; give the CSV that the site returned")
     added, known = import_csv(Study(arguments.study), arguments.file, arguments.simulated)
-    print(f"{added} ratings added, {known} were there already or are a second rating of an item by the same rater")
+    print(f"{added} ratings added; {known} skipped, already stored or a second rating of an item by the same rater")
 
 
 def release(arguments: Any) -> None:
-    """Give what a rater has not rated to the next who joins."""
+    """Release a rater's unrated items to the next rater who joins."""
     from trl_drcd.ratings.store import Study
 
-    print(f"{Study(arguments.study).release(arguments.pseudonym)} items are free for another rater")
+    print(f"{Study(arguments.study).release(arguments.pseudonym)} items released for another rater")
 
 
 def power(arguments: Any) -> None:
-    """How many ratings decide a win rate."""
+    """Number of ratings needed to detect a win rate."""
     from trl_drcd.evaluation.tables import markdown
     from trl_drcd.ratings.power import power_table
 
@@ -136,7 +134,7 @@ def _commands() -> dict[str, tuple[Callable[[Any], None], Any]]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """`trl-drcd ratings COMMAND ...`; a YAML file in place of `--config FILE.yaml` is taken for it."""
+    """Run `trl-drcd ratings COMMAND ...`; `FILE.yaml` is short for `--config FILE.yaml`."""
     from trl import TrlParser
 
     commands, words = _commands(), list(argv)
@@ -144,7 +142,7 @@ def main(argv: Sequence[str]) -> None:
         words = ["design", *words]
     if not words or words[0] not in commands:
         listed = "\n".join(f"  trl-drcd ratings {name:9s} {run.__doc__}" for name, (run, _) in commands.items())
-        print(f"usage:\n{listed}\n\n`trl-drcd ratings COMMAND --help` says more")
+        print(f"usage:\n{listed}\n\n`trl-drcd ratings COMMAND --help` lists the arguments")
         raise SystemExit(0 if words and words[0] in ("-h", "--help") else 2)
     run, kind = commands[words[0]]
     rest = words[1:]

@@ -1,4 +1,4 @@
-"""Ratings as numbers: who won against whom, on which prompt and by which rater; who failed attention checks."""
+"""Convert ratings to pairwise comparisons, and count failed attention checks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Rating = Mapping[str, Any]
 @dataclass(frozen=True)
 class Comparisons:
     """
-    `N` comparisons of `M` models.
+    `N` pairwise comparisons of `M` models.
 
     Args:
-        models (`list[str]`): The `M` names.
-        a, b (`np.ndarray`): Numbers of the two models, int, shape `(N,)`.
-        outcome (`np.ndarray`): 1 where A won, 0 where B won, 0.5 for a tie; shape `(N,)`.
-        prompt, rater, item (`np.ndarray`): Numbers of prompt, rater and item, int, shape `(N,)`.
+        models (`list[str]`): Names of the `M` models.
+        a, b (`np.ndarray`): Indices of the two models, int, shape `(N,)`.
+        outcome (`np.ndarray`): 1 if A won, 0 if B won, 0.5 for a tie; shape `(N,)`.
+        prompt, rater, item (`np.ndarray`): Indices of prompt, rater and item, int, shape `(N,)`.
     """
 
     models: list[str]
@@ -37,7 +37,7 @@ class Comparisons:
 
 
 def scores_of(rating: Rating) -> tuple[int, int] | None:
-    """Quality: the scores of A and of B, whichever side they were on; `None` for diversity."""
+    """Quality scores of A and B, independent of the sides shown; `None` for diversity."""
     if rating["score_left"] is None:
         return None
     left, right = rating["score_left"], rating["score_right"]
@@ -45,7 +45,7 @@ def scores_of(rating: Rating) -> tuple[int, int] | None:
 
 
 def advantage_of(rating: Rating) -> int:
-    """By how much A is better, or more diverse, than B: -4 to 4 for quality, -2 to 2 for diversity."""
+    """Advantage of A over B: difference of quality scores, -4 to 4, or the diversity preference, -2 to 2."""
     if scores := scores_of(rating):
         return scores[0] - scores[1]
     towards_right = rating["preference"] - 3
@@ -59,10 +59,10 @@ def comparisons_of(ratings: Iterable[Rating], question: str, models: Sequence[st
     Args:
         ratings (`Iterable[Mapping]`): See [`~trl_drcd.ratings.store.Study.ratings`]; attention checks are left out.
         question (`str`): `"quality"` or `"diversity"`.
-        models (`Sequence[str]`): Names, in the order of the tables.
+        models (`Sequence[str]`): Names of the models, in the order of the tables.
 
     Returns:
-        [`Comparisons`]: Perhaps of length 0.
+        [`Comparisons`]: The comparisons, possibly none.
     """
     chosen = [rating for rating in ratings if rating["question"] == question and rating["check_kind"] is None]
     raters = {name: number for number, name in enumerate(dict.fromkeys(r["pseudonym"] for r in chosen))}
@@ -80,15 +80,15 @@ def comparisons_of(ratings: Iterable[Rating], question: str, models: Sequence[st
 
 def failed(rating: Rating) -> bool:
     """
-    Whether an attention check was failed: an item against itself with a difference of more than one point, or a
-    degraded side that was not found worse.
+    Whether an attention check was failed: identical sides rated more than one point apart, or a degraded side not
+    rated worse.
     """
     advantage = advantage_of(rating)
     return abs(advantage) > 1 if rating["check_kind"] == "same" else advantage <= 0
 
 
 def attention(ratings: Iterable[Rating]) -> dict[str, tuple[int, int]]:
-    """Pseudonym to the number of failed checks and of all checks."""
+    """For each pseudonym, the number of failed attention checks and of all."""
     counts: dict[str, list[bool]] = defaultdict(list)
     for rating in ratings:
         failures = counts[rating["pseudonym"]]
@@ -98,5 +98,5 @@ def attention(ratings: Iterable[Rating]) -> dict[str, tuple[int, int]]:
 
 
 def inattentive(ratings: Iterable[Rating], most_failed: float = 0.5) -> list[str]:
-    """Pseudonyms of the raters who failed more than a share of their checks."""
+    """Pseudonyms of the raters who failed more than the share `most_failed` of their checks."""
     return [name for name, (bad, all_) in attention(ratings).items() if all_ and bad / all_ > most_failed]

@@ -1,4 +1,4 @@
-"""Do the metrics of an evaluation agree with its raters? Appendix C.2 of https://huggingface.co/papers/2410.06084."""
+"""Correlation of an evaluation's metrics with ratings: Appendix C.2 of https://huggingface.co/papers/2410.06084."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from trl_drcd.ratings.statistics import Weights, bradley_terry_scores, crossed
 
 def metric_values(results: Sequence[Result], models: Sequence[str], kept: int) -> dict[str, np.ndarray]:
     """
-    Every metric that all models have, on the prompts whose samples were rated.
+    Values of every metric that all models have, on the prompts whose samples were rated.
 
     Args:
         results (`Sequence[Result]`): Lines of `results.jsonl`.
-        models (`Sequence[str]`): The `M` names.
-        kept (`int`): `P`, number of prompts whose samples are kept: every n-th of those measured.
+        models (`Sequence[str]`): Names of the `M` models.
+        kept (`int`): `P`, the number of prompts whose samples were kept, evenly spaced among those measured.
 
     Returns:
         `dict[str, np.ndarray]`: Name of a metric to its values, `(M, P)`.
@@ -43,14 +43,14 @@ def correlations(
 
     Args:
         comparisons ([`Comparisons`]): The `N` comparisons.
-        weights ([`Weights`]): Of `draw_weights`.
-        metrics (`Mapping[str, np.ndarray]`): Of [`metric_values`], `(M, P)`.
+        weights ([`Weights`]): From `draw_weights`.
+        metrics (`Mapping[str, np.ndarray]`): From [`metric_values`], `(M, P)`.
 
     Returns:
         `dict`: Metric to `over_models`, Pearson's correlation of its means with the Bradley-Terry scores (`None` with
-        fewer than 3 models), and `over_comparisons`, that of the difference A - B on the prompt with the outcome; each
-        with `mean`, `low`, `high`. A metric's value on a prompt is its mean over all samples, not that of the two that
-        were heard.
+        fewer than 3 models), and `over_comparisons`, the correlation of its difference A - B on the prompt with the
+        outcome; each with `mean`, `low`, `high`. The value on a prompt is the mean over all its samples, not only the
+        rated ones.
     """
     scores = bradley_terry_scores(comparisons, weights.prompts)
     found: dict[str, dict[str, Interval | None]] = {}
@@ -71,7 +71,7 @@ def _interval(draws: np.ndarray) -> Interval | None:
 def _over_models(
     scores: np.ndarray, values: np.ndarray, comparisons: Comparisons, weights: np.ndarray
 ) -> Interval | None:
-    """Correlation over models, prompts drawn for the metric as they are for the ratings."""
+    """Correlation over models; the metric's prompts are resampled together with the ratings'."""
     if scores.shape[1] < 3:
         return None
     one_hot = np.zeros((len(comparisons), values.shape[1]))
@@ -84,19 +84,21 @@ def _over_models(
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Row by row: `(D, M)` and `(D, M)` to `(D,)`; NaN where one does not vary."""
+    """Pearson's correlation of each row, `(D, M)` and `(D, M)` to `(D,)`; NaN where a row is constant."""
     x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
     return (x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1))
 
 
 def correlation_of_differences(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """
-    Pearson's correlation through the origin: both sides of a comparison may be swapped, so neither has a mean.
+    Pearson's correlation without centring, since A and B could be exchanged in any comparison.
+
+    `sum(w x y') / sqrt(sum(w x^2) sum(w y'^2))` with `y' = y - 0.5`.
 
     Args:
         x (`np.ndarray`): Differences of a metric, A - B, `(N,)`.
-        y (`np.ndarray`): Outcomes for A in [0, 1], `(N,)`; they count from 0.5.
-        weights (`np.ndarray`): Shape `(1 + D, N)`.
+        y (`np.ndarray`): Outcomes for A, in `[0, 1]`, `(N,)`.
+        weights (`np.ndarray`): Weights of the comparisons, `(1 + D, N)`.
 
     Returns:
         `np.ndarray`: Shape `(1 + D,)`.

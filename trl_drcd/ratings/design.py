@@ -1,9 +1,10 @@
 """
-The design of a study: which samples are compared, and who compares them when and on which side.
+The design of a study: which samples are compared, by which rater, in which order and on which side.
 
-A *question* is `quality` or `diversity`; an *item* is one comparison of two models on one prompt; a *slot* is an item
-in a rater's book. Every item is in `raters_per_item` books and in none twice; each book holds all pairs of models
-alike, in blocks of one item of each pair; of a pair's slots each model is on the left in one half.
+A *question* is `quality` or `diversity`; an *item* is one comparison of two models on one prompt; a *book* is the
+sequence of items of one rater; a *slot* is an item's place in a book. Every item is in `raters_per_item` different
+books. Each book contains all pairs of models equally often, in blocks of one item per pair. Each model of a pair is on
+the left in half of its slots.
 """
 
 from __future__ import annotations
@@ -20,33 +21,34 @@ import numpy as np
 from trl_drcd.validation.field_types import check_types
 
 QUESTIONS = ("quality", "diversity")
-CLIPS = {"quality": 1, "diversity": 2}  # on each side
-# What a rater who attends answers: a tie, or that A is better (or more diverse)
+CLIPS = {"quality": 1, "diversity": 2}  # per side
+# Kinds of attention checks; the right answers are a tie, and that A is better (or more diverse)
 CHECKS = ("same", "worse")
-# A clip of the design: model, prompt, sample; `degraded` is one that was made worse on purpose
+# A clip of the design: model, prompt, sample, and whether it is deliberately degraded
 Clip = tuple[str, int, int, bool]
 
 
 @dataclass
 class DesignArguments:
-    """What `trl-drcd ratings design` takes; `--config FILE.yaml`, or the file alone, gives the same from a file."""
+    """Arguments of `trl-drcd ratings design`; `--config FILE.yaml`, or the file alone, reads them from a file."""
 
     evaluation: str = field(metadata={"help": "Folder of an evaluation whose samples were kept."})
     out: str = field(metadata={"help": "Folder of the study, which must not exist yet."})
     models: list[str] = field(
-        default_factory=list, metadata={"help": "Names of the strategies to compare; all if none."}
+        default_factory=list, metadata={"help": "Names of the strategies to compare; all if empty."}
     )
     quality_prompts: int | None = field(
         default=None,
-        metadata={"help": "Prompts on which every pair is compared in quality; 0 for none, all if not given."},
+        metadata={"help": "Number of prompts on which every pair is compared in quality; all if not given."},
     )
     diversity_prompts: int | None = field(
-        default=None, metadata={"help": "Prompts on which every pair is compared in diversity; 0 for none."}
+        default=None,
+        metadata={"help": "Number of prompts on which every pair is compared in diversity; all if not given."},
     )
-    raters_per_item: int = field(default=3, metadata={"help": "Raters who see each item, as in the paper."})
-    raters: int = field(default=15, metadata={"help": "Raters in all, a multiple of raters_per_item."})
-    checks: int = field(default=2, metadata={"help": "Attention checks in each rater's part of a question."})
-    seed: int = field(default=0, metadata={"help": "Of prompts, samples, sides and order."})
+    raters_per_item: int = field(default=3, metadata={"help": "Raters of each item; the paper: 3."})
+    raters: int = field(default=15, metadata={"help": "Total number of raters, a multiple of raters_per_item."})
+    checks: int = field(default=2, metadata={"help": "Attention checks per rater and question."})
+    seed: int = field(default=0, metadata={"help": "Random seed of prompts, samples, sides and order."})
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -66,12 +68,13 @@ class Item:
     One comparison.
 
     Args:
-        number (`int`): From 0.
+        number (`int`): Index of the item.
         question (`str`): `"quality"` or `"diversity"`.
-        prompt (`int`): Number of the prompt.
+        prompt (`int`): Index of the prompt.
         models (`tuple[str, str]`): A and B.
-        clips (`tuple[tuple[Clip, ...], tuple[Clip, ...]]`): What is heard of each: one clip, or two for diversity.
-        check (`str`, *optional*): `"same"` (both sides are alike) or `"worse"` (B is) for an attention check.
+        clips (`tuple[tuple[Clip, ...], tuple[Clip, ...]]`): Clips of A and of B: one each, or two for diversity.
+        check (`str`, *optional*): For an attention check, `"same"` (both sides are identical) or `"worse"` (B is
+            worse).
     """
 
     number: int
@@ -84,7 +87,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Slot:
-    """Place `position` of book `book`: an item by its number, and whether its A is on the left."""
+    """Position `position` of book `book`: the index of an item, and whether its A is on the left."""
 
     book: int
     position: int
@@ -113,20 +116,20 @@ def make_design(
     seed: int = 0,
 ) -> Design:
     """
-    A balanced design, checked by [`check_design`].
+    Make a balanced design, checked by [`check_design`].
 
     Args:
-        models (`Sequence[str]`): At least 2 names.
-        prompts (`int`): `P`, prompts with samples.
-        samples (`int`): Samples of each model and prompt; at least 2 where diversity is asked.
+        models (`Sequence[str]`): Names of at least 2 models.
+        prompts (`int`): `P`, the number of prompts with samples.
+        samples (`int`): Samples of each model and prompt; at least 2 for the diversity question.
         prompts_of (`Mapping[str, int]`): Question to the number of prompts that every pair of models is compared on.
         raters, raters_per_item, checks, seed (`int`): See [`DesignArguments`].
 
     Returns:
-        [`Design`]: The same for the same arguments.
+        [`Design`]: Deterministic for given arguments.
 
     Raises:
-        ValueError: If there are too few models, prompts, samples, or items for so many raters.
+        ValueError: If there are too few models, prompts, samples, or items for the number of raters.
     """
     _check_numbers(models, prompts, samples, prompts_of)
     rng = np.random.default_rng(seed)
@@ -141,8 +144,8 @@ def make_design(
         parts = _parts(new, raters, raters_per_item, rng)
         if min(map(len, parts)) < 1:
             raise ValueError(
-                f"`raters={raters}` are too many for {len(new)} items of {question}, each seen by {raters_per_item}; "
-                f"at most {len(new) * raters_per_item}"
+                f"`raters={raters}` is too many for {len(new)} items of {question}, each seen by {raters_per_item}; "
+                f"give at most {len(new) * raters_per_item}"
             )
         items += new
         made = _check_items(question, models, prompts, samples, checks, len(items), rng)
@@ -160,22 +163,22 @@ def _check_numbers(models: Sequence[str], prompts: int, samples: int, prompts_of
     for question, count in prompts_of.items():
         if count > prompts:
             raise ValueError(
-                f"`{question}_prompts={count}`, but samples of {prompts} prompts are kept; ask for fewer, or "
-                f"evaluate with `listen={count}`"
+                f"`{question}_prompts={count}`, but only samples of {prompts} prompts were kept; give a smaller "
+                f"number, or evaluate with `listen={count}`"
             )
         if count and samples < CLIPS[question]:
             raise ValueError(
-                f"{question} compares pairs of samples, but only {samples} is kept of each prompt; evaluate with "
+                f"{question} compares pairs of samples, but only {samples} was kept per prompt; evaluate with "
                 "`listen_samples=2` or more, or set `diversity_prompts=0`"
             )
     if not any(prompts_of.values()):
-        raise ValueError("`quality_prompts` and `diversity_prompts` are both 0; nothing would be rated")
+        raise ValueError("`quality_prompts` and `diversity_prompts` are both 0; at least one must be above 0")
 
 
 def _clips(
     model: str, prompt: int, count: int, samples: int, rng: np.random.Generator, degraded: bool = False
 ) -> tuple[Clip, ...]:
-    """Different samples of one model, by chance."""
+    """Random samples of one model, without repetition."""
     return tuple((model, prompt, int(sample), degraded) for sample in rng.permutation(samples)[:count])
 
 
@@ -206,8 +209,8 @@ def _check_items(
     rng: np.random.Generator,
 ) -> list[Item]:
     """
-    Attention checks, in turn an item against itself and one whose B is worse: a degraded clip, or for diversity the
-    same clip twice.
+    Attention checks, alternately an item with identical sides and one whose B is worse: a degraded clip, or for
+    diversity the same clip twice.
     """
     made: list[Item] = []
     for number in range(first, first + (max(4, checks) if checks else 0)):
@@ -222,14 +225,14 @@ def _check_items(
 
 
 def _turn(checks: Sequence[Item], count: int, book: int) -> list[Item]:
-    """`count` of the checks, other ones for the next book."""
+    """The `count` checks of a book, in rotation."""
     return [checks[(book * count + i) % len(checks)] for i in range(count)]
 
 
 def _parts(items: Sequence[Item], raters: int, raters_per_item: int, rng: np.random.Generator) -> list[list[int]]:
     """
-    For each book its items, by number. One replicate holds every item once, in blocks of one item of each pair, and
-    is cut into books; so no book has an item twice, and none has one pair more than once above another.
+    The item indices of each book. One replicate contains every item once, in blocks of one item per pair, and is cut
+    into books; so no book has an item twice, and the numbers of items of two pairs in a book differ by at most one.
     """
     parts: list[list[int]] = []
     for _ in range(raters_per_item):
@@ -247,20 +250,20 @@ def _parts(items: Sequence[Item], raters: int, raters_per_item: int, rng: np.ran
 
 
 def _shuffled_blocks(numbers: list[int], size: int, rng: np.random.Generator) -> list[int]:
-    """Each run of `size` items in another order: which pair comes when says nothing."""
+    """Shuffle within blocks of `size` items, so that the position in a block does not reveal the pair."""
     blocks = [numbers[start : start + size] for start in range(0, len(numbers), size)]
     return [int(number) for block in blocks for number in rng.permutation(block)]
 
 
 def _with_checks(part: list[int], checks: list[int], rng: np.random.Generator) -> list[int]:
-    """The checks at places by chance, none of them the first."""
+    """Insert the checks at random positions, never the first."""
     for number in checks:
         part.insert(int(rng.integers(1, len(part) + 1)), number)
     return part
 
 
 def _slots(items: Sequence[Item], books: Sequence[Sequence[int]], rng: np.random.Generator) -> Iterator[Slot]:
-    """Sides in couples of slots of a pair of models, one each way, in an order by chance."""
+    """Assign sides: of every two consecutive slots of a pair of models, one each way, in random order."""
     waiting: dict[Any, list[bool]] = defaultdict(list)
     for book, numbers in enumerate(books):
         for position, number in enumerate(numbers):
@@ -271,29 +274,30 @@ def _slots(items: Sequence[Item], books: Sequence[Sequence[int]], rng: np.random
             yield Slot(book, position, number, sides.pop())
 
 
-# ---------------------------------------------------------------- what a design must be
+# ---------------------------------------------------------------- checks of a design
 
 
 def check_design(design: Design) -> list[tuple[str, str, int, int, float]]:
     """
-    Whether a design is balanced.
+    Check that a design is balanced.
 
     Args:
-        design ([`Design`]): Attention checks do not count.
+        design ([`Design`]): The design; attention checks are ignored.
 
     Returns:
-        `list[tuple]`: For each question and pair `(question, "A - B", slots, slots with A on the left, mean place in
-        the books)`, places from 0 (first) to 1 (last).
+        `list[tuple]`: For each question and pair `(question, "A - B", slots, slots with A on the left, mean position
+            in
+        the books)`, with positions from 0 (first) to 1 (last).
 
     Raises:
-        ValueError: If an item has not its number of raters, a book has one twice, or pairs, sides or places are out
-            of balance; the message says which.
+        ValueError: If an item does not have `raters_per_item` raters, a book has an item twice, or pairs or sides are
+            not balanced.
     """
     rated = {item.number: item for item in design.items if item.check is None}
     slots = [slot for slot in design.slots if slot.item in rated]
     seen = Counter(slot.item for slot in slots)
     if wrong := [number for number in rated if seen[number] != design.raters_per_item]:
-        raise ValueError(f"item {wrong[0]} is in {seen[wrong[0]]} books, not in {design.raters_per_item}")
+        raise ValueError(f"item {wrong[0]} is in {seen[wrong[0]]} books, expected {design.raters_per_item}")
     if len({(slot.book, slot.item) for slot in slots}) < len(slots):
         raise ValueError("a book has the same item twice")
     length = Counter(slot.book for slot in design.slots)
@@ -314,18 +318,18 @@ def check_design(design: Design) -> list[tuple[str, str, int, int, float]]:
 
 
 def _check_books(question: str, pairs: Mapping[Any, Sequence[Slot]]) -> None:
-    """Of each pair a book has as many items as of another, but for one."""
+    """Check that the numbers of items of two pairs in a book differ by at most one."""
     counts: dict[int, list[int]] = defaultdict(list)
     per_pair = [Counter(slot.book for slot in group) for group in pairs.values()]
     for book in {slot.book for group in pairs.values() for slot in group}:
         counts[book] = [count[book] for count in per_pair]
     for book, numbers in counts.items():
         if max(numbers) - min(numbers) > 1:
-            raise ValueError(f"{question}: book {book} has between {min(numbers)} and {max(numbers)} items of a pair")
+            raise ValueError(f"{question}: book {book} has between {min(numbers)} and {max(numbers)} items per pair")
 
 
 def study_size(design: Design) -> str:
-    """What a study asks of its raters, in words."""
+    """Size of a study in words: models, items, raters, items per rater."""
     books = Counter(slot.book for slot in design.slots)
     kinds = Counter((item.question, item.check is None) for item in design.items)
     counts = ", ".join(f"{kinds[question, True]} of {question}" for question in QUESTIONS if kinds[question, True])
@@ -337,11 +341,11 @@ def study_size(design: Design) -> str:
 
 def strategies_of(arguments: DesignArguments, names: Sequence[str]) -> list[str]:
     """
-    The strategies to compare, of the evaluation's.
+    The strategies to compare, among those of the evaluation.
 
     Raises:
-        ValueError: If a name is none of them.
+        ValueError: If `models` has an unknown name.
     """
     if unknown := [name for name in arguments.models if name not in names]:
-        raise ValueError(f"`models` has {unknown}; {Path(arguments.evaluation)} has {list(names)}")
+        raise ValueError(f"`models` has unknown names {unknown}; {Path(arguments.evaluation)} has {list(names)}")
     return arguments.models or list(names)

@@ -1,4 +1,4 @@
-"""Fig. 5 and Fig. 7 of https://huggingface.co/papers/2410.06084, of a study's own ratings."""
+"""Fig. 5 and Fig. 7 of https://huggingface.co/papers/2410.06084, from a study's own ratings."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ SIMULATED = "SIMULATED RATERS, not people"
 
 
 def plain(name: str) -> str:
-    """A name as matplotlib shows it letter by letter: `$` begins no formula."""
+    """A name that matplotlib shows literally: `$` starts no formula."""
     return name.replace("$", r"\$")
 
 
 def win_rate_figure(tables: Mapping[str, np.ndarray], models: Sequence[str], simulated: bool) -> Any:
     """
-    Win rates of the row's model over the column's, one matrix for each question: Fig. 5.
+    Plot win rates of the row's model over the column's, one matrix per question: Fig. 5.
 
     Args:
-        tables (`Mapping[str, np.ndarray]`): Question to win rates, `(M, M)`; NaN where nothing was compared.
-        models (`Sequence[str]`): The `M` names.
-        simulated (`bool`): Says so on the figure.
+        tables (`Mapping[str, np.ndarray]`): Question to win rates, `(M, M)`; NaN where a pair was not compared.
+        models (`Sequence[str]`): Names of the `M` models.
+        simulated (`bool`): Whether to label the figure as simulated.
 
     Returns:
         `matplotlib.figure.Figure`: For `trl_drcd.evaluation.plots.save`.
@@ -50,11 +50,11 @@ def win_rate_figure(tables: Mapping[str, np.ndarray], models: Sequence[str], sim
 
 def score_figure(panels: Mapping[str, Mapping[str, dict[str, Any]]], simulated: bool) -> Any:
     """
-    A score of every model with its interval, a panel for each measure: Fig. 7, its middle one the raters'.
+    Plot a score of every model with its interval, one panel per measure: Fig. 7.
 
     Args:
-        panels (`Mapping`): Title to model to `mean`, `low`, `high`.
-        simulated (`bool`): Says so on the figure.
+        panels (`Mapping`): Title of each panel to a mapping from model to `mean`, `low`, `high`.
+        simulated (`bool`): Whether to label the figure as simulated.
 
     Returns:
         `matplotlib.figure.Figure`: For `trl_drcd.evaluation.plots.save`.
@@ -86,7 +86,7 @@ def _label(figure: Any, simulated: bool) -> None:
 
 
 def save_figures(figures: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Each figure as PNG and SVG under its name; returns the PNG files."""
+    """Save each figure as PNG and SVG under its name; return the PNG files."""
     for name, figure in figures.items():
         save(figure, folder / name)
     return [folder / f"{name}.png" for name in figures]

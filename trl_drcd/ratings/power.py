@@ -1,4 +1,4 @@
-"""How many ratings decide a win rate: the paper reports 0.57 and 0.51 of at most 300 each."""
+"""Power analysis: ratings needed to detect a win rate. The paper reports 0.57 and 0.51 of at most 300 ratings each."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ NORMAL = NormalDist()
 
 @dataclass
 class PowerArguments:
-    """What `trl-drcd ratings power` takes."""
+    """Arguments of `trl-drcd ratings power`."""
 
-    win_rate: float = field(default=0.57, metadata={"help": "The win rate to tell from 0.5, between 0 and 1."})
+    win_rate: float = field(default=0.57, metadata={"help": "The win rate to distinguish from 0.5, between 0 and 1."})
     ties: float = field(default=0.2, metadata={"help": "Share of ties."})
     design_effect: float = field(
         default=1.0,
-        metadata={"help": "How much the ratings of one prompt and rater depend on each other; a report measures it."},
+        metadata={"help": "Variance of a win rate over that of independent ratings; a study's report measures it."},
     )
-    power: float = field(default=0.8, metadata={"help": "Chance to find the difference."})
-    level: float = field(default=0.95, metadata={"help": "Of the interval that must not hold 0.5."})
+    power: float = field(default=0.8, metadata={"help": "Probability of detecting the difference."})
+    level: float = field(default=0.95, metadata={"help": "Confidence level of the interval that must exclude 0.5."})
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -43,23 +43,23 @@ def ratings_needed(
     win_rate: float, ties: float = 0.0, power: float = 0.8, level: float = 0.95, design_effect: float = 1.0
 ) -> int:
     """
-    Ratings of one pair of models after which a true win rate is told from 0.5, by a two-sided normal test.
+    Number of ratings of one pair of models needed to distinguish a win rate from 0.5 with a two-sided normal test.
 
     `n = design_effect * ((z_level * s0 + z_power * s1) / (win_rate - 0.5)) ** 2`, with `s0` and `s1` the standard
     deviations of an outcome (1, 0.5 or 0) at 0.5 and at the win rate.
 
     Args:
-        win_rate (`float`): In (0, 1), not 0.5.
-        ties (`float`, *optional*, defaults to 0.0): Share of ties, which make outcomes vary less.
-        power (`float`, *optional*, defaults to 0.8): Chance to find it.
-        level (`float`, *optional*, defaults to 0.95): Of the interval.
+        win_rate (`float`): True win rate in `(0, 1)`, not 0.5.
+        ties (`float`, *optional*, defaults to 0.0): Share of ties, which reduce the variance of outcomes.
+        power (`float`, *optional*, defaults to 0.8): Probability of detecting the difference.
+        level (`float`, *optional*, defaults to 0.95): Confidence level.
         design_effect (`float`, *optional*, defaults to 1.0): Variance over that of independent ratings.
 
     Returns:
-        `int`: Rounded up.
+        `int`: Number of ratings, rounded up.
 
     Raises:
-        ValueError: If a value is out of its range.
+        ValueError: If a value is out of range.
     """
     PowerArguments(win_rate, ties, design_effect, power, level)
     null, true = outcome_variance(0.5, ties) ** 0.5, outcome_variance(win_rate, ties) ** 0.5
@@ -71,14 +71,17 @@ def power_of(
     ratings: int, win_rate: float, ties: float = 0.0, level: float = 0.95, design_effect: float = 1.0
 ) -> float:
     """
-    Chance that so many ratings tell a true win rate from 0.5; see [`ratings_needed`].
+    Probability that this many ratings distinguish a true win rate from 0.5; see [`ratings_needed`].
 
     Args:
-        ratings (`int`): Of one pair of models.
-        win_rate, ties, level, design_effect (`float`): As there.
+        ratings (`int`): Number of ratings of one pair of models, at least 1.
+        win_rate, ties, level, design_effect (`float`): As for [`ratings_needed`].
 
     Returns:
-        `float`: In [0, 1].
+        `float`: In `[0, 1]`.
+
+    Raises:
+        ValueError: If a value is out of range.
     """
     PowerArguments(win_rate, ties, design_effect, level=level)
     scale = (design_effect / ratings) ** 0.5
@@ -88,7 +91,7 @@ def power_of(
 
 
 def power_table(arguments: PowerArguments) -> Table:
-    """Ratings of a pair that are needed, and the chances of the paper's 150 and 300."""
+    """Table of the ratings of a pair that are needed, and of the power of 150 and 300 ratings, as in the paper."""
     settings = {"ties": arguments.ties, "level": arguments.level, "design_effect": arguments.design_effect}
     rates = sorted({arguments.win_rate, 0.55, 0.6, 0.65}, key=lambda rate: abs(rate - 0.5))
     rows = []
@@ -96,6 +99,4 @@ def power_table(arguments: PowerArguments) -> Table:
         needed = ratings_needed(rate, power=arguments.power, **settings)
         chances = [f"{power_of(count, rate, **settings):.2f}" for count in (150, 300)]
         rows.append([f"{rate:g}", str(needed), *chances])
-    return Table(
-        "", ["win rate", f"ratings for a chance of {arguments.power:g}", "chance of 150", "chance of 300"], rows
-    )
+    return Table("", ["win rate", f"ratings for power {arguments.power:g}", "power of 150", "power of 300"], rows)

@@ -1,4 +1,4 @@
-"""A study's report: `report.md`, `report.json`, the figures, and all ratings as CSV."""
+"""The report of a study: `report.md`, `report.json`, figures, and all ratings as CSV."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ PAPERS_WIN_RATE = 0.57
 
 @dataclass
 class ReportArguments:
-    """What `trl-drcd ratings report` takes."""
+    """Arguments of `trl-drcd ratings report`."""
 
     study: str = field(metadata={"help": "Folder of the study."})
     out: str | None = field(default=None, metadata={"help": "Folder to write; report/ in the study if not given."})
     evaluation: str | None = field(
-        default=None, metadata={"help": "The evaluation's folder, where it is not where the design found it."}
+        default=None, metadata={"help": "Folder of the evaluation, if it was moved after the design."}
     )
     most_failed: float = field(
-        default=0.5, metadata={"help": "Raters who failed more than this share of their checks are left out."}
+        default=0.5, metadata={"help": "Exclude raters who failed more than this share of their attention checks."}
     )
     draws: int = field(default=1000, metadata={"help": "Bootstrap draws of prompts and raters."})
-    seed: int = field(default=0, metadata={"help": "Of the draws."})
+    seed: int = field(default=0, metadata={"help": "Random seed of the draws."})
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -63,17 +63,17 @@ class ReportArguments:
 
 def write_report(arguments: ReportArguments) -> dict[str, Any]:
     """
-    Computes and writes everything.
+    Analyse the ratings of a study and write its report.
 
     Args:
-        arguments ([`ReportArguments`]): Everything.
+        arguments ([`ReportArguments`]): The study and settings of the analysis.
 
     Returns:
-        `dict`: What `report.json` holds.
+        `dict`: Contents of `report.json`.
 
     Raises:
-        FileNotFoundError: If there is no study.
-        ValueError: If it has no ratings.
+        FileNotFoundError: If the study, or a given `evaluation`, does not exist.
+        ValueError: If there are no ratings, or none by raters who passed the attention checks.
     """
     study = Study(arguments.study)
     ratings = study.ratings()
@@ -100,7 +100,9 @@ def write_report(arguments: ReportArguments) -> dict[str, Any]:
     if scores := [rating for rating in kept if scores_of(rating) and rating["check_kind"] is None]:
         result["questions"]["quality"] |= score_summary(scores, study.about["models"])
     if not result["questions"]:
-        raise ValueError(f"`study={arguments.study}` has no ratings of raters who attended; see `most_failed`")
+        raise ValueError(
+            f"`study={arguments.study}` has no ratings by raters who passed their attention checks; see `most_failed`"
+        )
     write_text(out / "ratings.csv", ratings_csv(study))
     write_text(out / "report.json", json.dumps(result, indent=1) + "\n")
     figures.save_figures(figures_of(result, study), out)
@@ -109,20 +111,20 @@ def write_report(arguments: ReportArguments) -> dict[str, Any]:
 
 
 def measured(study: Study, folder: str | None) -> tuple[dict[str, np.ndarray], str]:
-    """The metrics of the evaluation that the samples are from, `(M, P)` each; and a note where there are none."""
+    """The metrics of the study's evaluation, `(M, P)` each, and a note if they cannot be read."""
     try:
         evaluation = read_evaluation(folder or study.about["evaluation"])
         return metric_values(evaluation.results, study.about["models"], len(evaluation.prompts)), ""
     except (FileNotFoundError, KeyError, ValueError) as error:
         if folder:
             raise
-        return {}, f"No metrics beside the ratings: {error}"
+        return {}, f"The metrics of the evaluation could not be read: {error}"
 
 
 def analysed(
     comparisons: Comparisons, metrics: Mapping[str, np.ndarray], arguments: ReportArguments
 ) -> dict[str, Any]:
-    """Everything about one question."""
+    """Analysis of one question: win rates, scores, agreement, correlations, power."""
     weights = draw_weights(comparisons, arguments.draws, arguments.seed)
     wins, ties = win_and_tie_counts(comparisons, np.ones((1, len(comparisons))))
     rates = np.clip(crossed(lambda of: win_rates(comparisons, of), weights), 0, 1)
@@ -148,7 +150,7 @@ def analysed(
 
 
 def _means(values: np.ndarray, models: Sequence[str]) -> dict[str, Interval]:
-    """Mean over prompts of each model with its bootstrap interval; `(M, P)`."""
+    """Mean over prompts of each model with its bootstrap interval, from values `(M, P)`."""
     draws = np.random.default_rng(0).integers(0, values.shape[1], (1000, values.shape[1]))
     return {
         name: percentile_interval(np.concatenate([[row.mean()], row[draws].mean(1)]))
@@ -157,7 +159,7 @@ def _means(values: np.ndarray, models: Sequence[str]) -> dict[str, Interval]:
 
 
 def _power(effect: float, ties: float, per_pair: int) -> dict[str, float]:
-    """What the paper's 0.57 would need with raters like these."""
+    """Power analysis of the paper's win rate with this study's design effect and ties."""
     effect = effect if np.isfinite(effect) else 1.0
     ties = min(ties, 0.8)
     needed = ratings_needed(PAPERS_WIN_RATE, ties, design_effect=effect)
@@ -166,7 +168,7 @@ def _power(effect: float, ties: float, per_pair: int) -> dict[str, float]:
 
 
 def score_summary(ratings: Sequence[Mapping[str, Any]], models: Sequence[str]) -> dict[str, Any]:
-    """Mean score from 1 to 5 of each model, and Krippendorff's alpha (interval) of single scores."""
+    """Mean quality score (1 to 5) of each model, and Krippendorff's alpha (interval) of the scores."""
     of_model: dict[str, list[int]] = {name: [] for name in models}
     raters = {name: i for i, name in enumerate(dict.fromkeys(r["pseudonym"] for r in ratings))}
     units = {key: i for i, key in enumerate(dict.fromkeys((r["item"], side) for r in ratings for side in "ab"))}
@@ -182,7 +184,7 @@ def score_summary(ratings: Sequence[Mapping[str, Any]], models: Sequence[str]) -
 
 
 def figures_of(result: Mapping[str, Any], study: Study) -> dict[str, Any]:
-    """`win_rates` (Fig. 5), `scores` (both questions) and, where metrics are known too, `diversity` (Fig. 7)."""
+    """Figures `win_rates` (Fig. 5), `scores` (both questions) and, if diversity was rated, `diversity` (Fig. 7)."""
     questions, simulated = result["questions"], study.simulated
     tables = {
         question: np.array([[np.nan if cell is None else cell["mean"] for cell in row] for row in found["win_rates"]])
@@ -202,22 +204,22 @@ def figures_of(result: Mapping[str, Any], study: Study) -> dict[str, Any]:
     return made
 
 
-# ---------------------------------------------------------------- words
+# ---------------------------------------------------------------- text
 
 
 def report_markdown(result: Mapping[str, Any]) -> str:
-    """The report as text."""
+    """Render the report in Markdown."""
     parts = ["# Ratings"]
     if result["simulated"]:
         parts.append(
-            "**SIMULATED RATERS. No person has rated anything here: these numbers try the method, and say nothing "
+            "**SIMULATED RATERS. No person has rated anything here: these numbers test the method, and say nothing "
             "about the models.**"
         )
     failed, checks = result["checks_failed"]
     parts.append(
         f"{result['ratings']} ratings by {result['raters']} {'simulated ' if result['simulated'] else ''}raters; "
-        f"{failed} of {checks} attention checks failed, {result['left_out']} raters left out. Intervals: 95 %, "
-        "bootstrap over prompts, widened by what raters differ in."
+        f"{failed} of {checks} attention checks failed, {result['left_out']} raters excluded. Intervals: 95 %, "
+        "bootstrap over prompts, widened for the variance between raters."
     )
     parts.append("![Win rates](win_rates.png)\n\n![Scores](scores.png)")
     if "diversity" in result["questions"]:
@@ -233,18 +235,18 @@ def report_markdown(result: Mapping[str, Any]) -> str:
 def _about(found: Mapping[str, Any]) -> str:
     power, undefined = found["power"], max(score["undefined_draws"] for score in found["scores"].values())
     words = [
-        f"{found['comparisons']} comparisons, {found['per_pair']} of a pair; {found['tie_share']:.0%} ties; "
-        f"Krippendorff's alpha of who won {formatted(found['alpha'], 2)}."
+        f"{found['comparisons']} comparisons, {found['per_pair']} per pair; {found['tie_share']:.0%} ties; "
+        f"Krippendorff's alpha of the outcomes {formatted(found['alpha'], 2)}."
     ]
     if "alpha_of_scores" in found:
-        words.append(f"Alpha of single scores {found['alpha_of_scores']:.2f}.")
+        words.append(f"Krippendorff's alpha of the scores {found['alpha_of_scores']:.2f}.")
     words.append(
-        f"A win rate of {power['win_rate']:g} would take {power['ratings_needed']} ratings of a pair (80 % power, "
-        f"design effect {found['design_effect']:.2f}); with {found['per_pair']} the chance to find it is "
+        f"Detecting a win rate of {power['win_rate']:g} would take {power['ratings_needed']} ratings per pair (80 % "
+        f"power, design effect {found['design_effect']:.2f}); {found['per_pair']} have a power of "
         f"{power['chance_with_these']:.0%}."
     )
     if undefined:
-        words.append(f"In {undefined:.1%} of the draws some model won or lost everything: they have no finite scores.")
+        words.append(f"In {undefined:.1%} of the draws a model won or lost everything; these have no finite scores.")
     return " ".join(words)
 
 

@@ -1,4 +1,4 @@
-"""The samples that an evaluation keeps, as files: what people listen to, or read, and rate."""
+"""Read the samples that an evaluation kept, for raters to listen to or read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Evaluation:
     Args:
         folder (`Path`): The evaluation's `output_dir`.
         kind (`str`): `"music"` or `"text"`.
-        prompts (`list[str]`): The `P` prompts whose samples are kept.
+        prompts (`list[str]`): The `P` prompts whose samples were kept.
         files (`dict[str, list[list[Path]]]`): Name of each strategy to its files: `P` lists of at least one sample.
         results (`list[Result]`): The strategies' lines of `results.jsonl`, in the same order.
     """
@@ -31,23 +31,23 @@ class Evaluation:
 
     @property
     def samples(self) -> int:
-        """The number of samples that every strategy has of every prompt."""
+        """Number of samples that every strategy has of every prompt."""
         return min(len(group) for groups in self.files.values() for group in groups)
 
 
 def read_evaluation(folder: str | Path) -> Evaluation:
     """
-    The kept samples of an evaluation.
+    Read the kept samples of an evaluation.
 
     Args:
-        folder (`str` or `Path`): The `output_dir` of `trl-drcd evaluate`: `results.jsonl`, and `samples/` with a
-            folder of each strategy.
+        folder (`str` or `Path`): The `output_dir` of `trl-drcd evaluate`, with `results.jsonl` and a folder per
+            strategy in `samples/`.
 
     Returns:
         [`Evaluation`]: Strategies in the order of `results.jsonl`.
 
     Raises:
-        FileNotFoundError: If there is no `results.jsonl`, or the samples of a strategy are not there.
+        FileNotFoundError: If `results.jsonl` or the samples of a strategy are missing.
         ValueError: If strategies have samples of different prompts.
     """
     root = Path(folder)
@@ -59,18 +59,19 @@ def read_evaluation(folder: str | Path) -> Evaluation:
     clips = {result.name: _by_prompt(read_clips(root / "samples" / Path(result.samples).name)) for result in results}
     if empty := [name for name, groups in clips.items() if not groups]:
         raise FileNotFoundError(
-            f"`evaluation={folder}` has no samples of {empty}; evaluate with `listen` above 0, and keep samples/"
+            f"`evaluation={folder}` has no samples of {empty}; evaluate with `listen` above 0, and do not delete "
+            "samples/"
         )
     first = next(iter(clips.values()))
     if other := next((name for name, groups in clips.items() if list(groups) != list(first)), None):
         raise ValueError(
-            f"`evaluation={folder}` has samples of other prompts of {other!r} than of the first strategy; evaluate "
+            f"`evaluation={folder}` has samples of {other!r} for other prompts than of the first strategy; evaluate "
             "all with the same `listen`"
         )
     files = {name: [[clip.file for clip in group] for group in groups.values()] for name, groups in clips.items()}
     every = [file for groups in files.values() for group in groups for file in group]
     if missing := [file for file in every if not file.exists()]:
-        raise FileNotFoundError(f"`evaluation={folder}` lacks {missing[0]}, which samples.jsonl lists; evaluate anew")
+        raise FileNotFoundError(f"`evaluation={folder}` lacks {missing[0]}, listed in samples.jsonl; evaluate again")
     prompts = [request_of(group[0].prompt) for group in first.values()]
     return Evaluation(root, results[0].kind, prompts, files, results)
 

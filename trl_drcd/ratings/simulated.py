@@ -1,6 +1,6 @@
 """
-Simulated raters: a known truth plus noise, to try a study from end to end. Never a result about people, and labelled
-as simulated in the database, the tables, the plots and the CSV files.
+Simulated raters, a known ground truth plus noise, to test a study from end to end. Their ratings are never results
+about people, and are labelled as simulated in the database, tables, plots and CSV files.
 """
 
 from __future__ import annotations
@@ -20,36 +20,35 @@ from trl_drcd.validation.messages import short_repr
 
 @dataclass
 class SimulateArguments:
-    """What `trl-drcd ratings simulate` takes."""
+    """Arguments of `trl-drcd ratings simulate`."""
 
-    study: str = field(metadata={"help": "Folder of the study; it must have no persons as raters."})
+    study: str = field(metadata={"help": "Folder of the study, without ratings by people."})
     abilities: list[float] = field(
         default_factory=list,
-        metadata={
-            "help": "True Bradley-Terry ability of each model in nats, for both questions; in the study's order."
-        },
+        metadata={"help": "True Bradley-Terry ability of each model, nats, for both questions, in the study's order."},
     )
     judges: list[str] = field(
         default_factory=list,
-        metadata={"help": "In place of abilities: the metrics of results.jsonl that judge quality and diversity."},
+        metadata={"help": "Instead of abilities: metrics of results.jsonl, one for quality and one for diversity."},
     )
     steepness: float = field(
-        default=2.0, metadata={"help": "Judges: nats of advantage for one standard deviation of the metric."}
+        default=2.0, metadata={"help": "With judges: nats of ability per standard deviation of the metric."}
     )
     prompt_noise: float = field(
-        default=0.5, metadata={"help": "Standard deviation, in nats, of what a prompt adds to a model's ability."}
+        default=0.5, metadata={"help": "Standard deviation over prompts of a model's ability, nats."}
     )
-    ties: float = field(
-        default=0.2, metadata={"help": "Share of ties, at most; fewer where one side is clearly better."}
-    )
-    inattention: float = field(default=0.05, metadata={"help": "Share of answers that are given blindly."})
-    raters: int | None = field(default=None, metadata={"help": "How many raters; all places if not given."})
-    seed: int = field(default=0, metadata={"help": "Of the raters."})
+    ties: float = field(default=0.2, metadata={"help": "Largest share of ties; fewer if one side is clearly better."})
+    inattention: float = field(default=0.05, metadata={"help": "Share of random answers."})
+    raters: int | None = field(default=None, metadata={"help": "Number of raters; all free places if not given."})
+    seed: int = field(default=0, metadata={"help": "Random seed of the raters."})
 
     def __post_init__(self) -> None:
         check_types(self)
         if bool(self.abilities) == bool(self.judges) or len(self.judges) not in (0, 2):
-            raise ValueError("give `abilities`, one for each model; or two `judges`, for quality and for diversity")
+            raise ValueError(
+                "give either `abilities`, one for each model, or two `judges`, for quality and for diversity; got "
+                f"`abilities={self.abilities}` and `judges={self.judges}`"
+            )
         for name, most in {"ties": 1.0, "inattention": 1.0, "prompt_noise": np.inf, "steepness": np.inf}.items():
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"`{name}` must be between 0 and {most:g}, got {getattr(self, name)}")
@@ -58,13 +57,14 @@ class SimulateArguments:
 @dataclass(frozen=True)
 class Truth:
     """
-    What simulated raters think.
+    Ground truth of simulated raters.
 
     Args:
-        abilities (`dict[str, np.ndarray]`): Question to abilities in nats, `(P, M)`: of each model on each prompt.
-        models (`list[str]`): The `M` names.
-        ties (`float`): Share of ties where both sides are alike.
-        inattention (`float`): Share of answers that are given blindly.
+        abilities (`dict[str, np.ndarray]`): Question to Bradley-Terry abilities of each model on each prompt, nats,
+            `(P, M)`.
+        models (`list[str]`): Names of the `M` models.
+        ties (`float`): Share of ties between equal abilities.
+        inattention (`float`): Share of random answers.
     """
 
     abilities: dict[str, np.ndarray]
@@ -74,8 +74,8 @@ class Truth:
 
     def outcome(self, question: str, prompt: int, a: str, b: str, rng: np.random.Generator) -> float:
         """
-        1, 0.5 or 0 for A. The expectation is the Bradley-Terry probability `1 / (1 + exp(b - a))` whatever the share
-        of ties, as a tie is half a win: so `abilities` are the truth that a report must find.
+        Draw an outcome for A: 1, 0.5 or 0. With a tie as half a win, its expectation is the Bradley-Terry probability
+        `1 / (1 + exp(b - a))` for any share of ties, so a report must recover `abilities`.
         """
         ability = dict(zip(self.models, self.abilities[question][prompt], strict=True))
         chance = 1 / (1 + np.exp(ability[b] - ability[a]))
@@ -87,13 +87,15 @@ def known_truth(
     models: Sequence[str], prompts: int, abilities: Sequence[float], arguments: SimulateArguments
 ) -> Truth:
     """
-    Abilities of the models, the same for both questions, plus noise of each prompt.
+    Ground truth from given abilities, the same for both questions, plus noise per prompt.
 
     Raises:
-        ValueError: If their number is not that of the models.
+        ValueError: If there is not one ability per model.
     """
     if len(abilities) != len(models):
-        raise ValueError(f"`abilities` must be one for each of {list(models)}, got {short_repr(list(abilities))}")
+        raise ValueError(
+            f"`abilities` must have one value for each of {list(models)}, got {short_repr(list(abilities))}"
+        )
     noise = np.random.default_rng(arguments.seed).standard_normal((2, prompts, len(models))) * arguments.prompt_noise
     values = np.asarray(abilities, dtype=float)
     of_question = {"quality": values + noise[0], "diversity": values + noise[1]}
@@ -102,10 +104,10 @@ def known_truth(
 
 def judged_truth(study: Study, arguments: SimulateArguments) -> Truth:
     """
-    The evaluation's own metrics as the truth, standardised over models and prompts: a judge plus noise.
+    Ground truth from the evaluation's own metrics, standardised over models and prompts.
 
     Raises:
-        ValueError: If a metric was not measured.
+        ValueError: If a metric was not measured for every model.
     """
     evaluation = read_evaluation(study.about["evaluation"])
     per_prompt = {result.name: result.per_prompt for result in evaluation.results}
@@ -113,7 +115,7 @@ def judged_truth(study: Study, arguments: SimulateArguments) -> Truth:
     of_question = {}
     for question, metric in zip(("quality", "diversity"), arguments.judges, strict=True):
         if missing := [name for name in models if metric not in per_prompt[name]]:
-            raise ValueError(f"`judges` has {metric!r}, which was not measured of {missing}")
+            raise ValueError(f"`judges` has {metric!r}, which was not measured for {missing}")
         values = np.array([per_prompt[name][metric] for name in models]).T
         kept = values[heard(len(values), count)]
         of_question[question] = arguments.steepness * (kept - kept.mean()) / max(kept.std(), 1e-12)
@@ -122,17 +124,18 @@ def judged_truth(study: Study, arguments: SimulateArguments) -> Truth:
 
 def simulate(study: Study, arguments: SimulateArguments) -> int:
     """
-    Lets simulated raters join a study and rate all their items, by the calls that the app makes.
+    Let simulated raters join a study and rate all their items, through the same calls as the app.
 
     Args:
-        study ([`Study`]): Without persons as raters.
-        arguments ([`SimulateArguments`]): Their number and their truth.
+        study ([`Study`]): A study without human raters.
+        arguments ([`SimulateArguments`]): Number of raters, and their ground truth.
 
     Returns:
         `int`: Number of new ratings.
 
     Raises:
-        ValueError: If the study has persons as raters, all its places are taken, or the truth does not fit it.
+        ValueError: If the study has human raters or too few free places, or the ground truth does not match its
+            models.
     """
     study = Study(study.folder, power_safe=False)
     models, prompts = study.about["models"], 1 + max(row["prompt"] for row in study.rows("SELECT prompt FROM items"))
@@ -145,7 +148,7 @@ def simulate(study: Study, arguments: SimulateArguments) -> int:
     ]
     count = free if arguments.raters is None else arguments.raters
     if not 0 < count <= free:
-        raise ValueError(f"`raters={count}`, but {free} places of this study are free")
+        raise ValueError(f"`raters={count}` must be between 1 and the number of free places, {free}")
     rng, new = np.random.default_rng(arguments.seed + 1), 0
     for _ in range(count):
         number = study.rows("SELECT count(*) AS n FROM raters")[0]["n"] + 1
@@ -162,7 +165,7 @@ def _rate_all(study: Study, link: str, truth: Truth, rng: np.random.Generator) -
 
 
 def answer_to(item: Mapping[str, Any], truth: Truth, rng: np.random.Generator) -> Answer:
-    """What a simulated rater answers to an item as it is shown."""
+    """Draw a simulated rater's answer to an item, with sides as shown."""
     if rng.random() < truth.inattention:
         won: float = rng.choice([1.0, 0.5, 0.0])
     elif item["check_kind"]:

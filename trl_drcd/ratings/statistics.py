@@ -1,8 +1,8 @@
 """
-What comparisons say: win rates, Bradley-Terry scores and agreement, with intervals over prompts and raters.
+Statistics of comparisons: win rates, Bradley-Terry scores and agreement, with intervals over prompts and raters.
 
-Letters: `N` comparisons, `M` models, `D` bootstrap draws. Every statistic is computed of weights of the comparisons,
-`(1 + D, N)`: the first row is ones, the others are draws.
+Letters: `N` comparisons, `M` models, `D` bootstrap draws. Every statistic is a function of weights of the comparisons,
+`(1 + D, N)`: the first row is ones, the others are bootstrap draws.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ ELO_MEAN = 1000.0
 @dataclass(frozen=True)
 class Weights:
     """
-    Bootstrap weights of `N` comparisons, three times `(1 + D, N)`; the first row of each is ones.
+    Bootstrap weights of `N` comparisons.
 
     Args:
-        prompts, raters, single (`np.ndarray`): Prompts, raters, or single comparisons drawn with replacement.
+        prompts, raters, single (`np.ndarray`): Weights from drawing prompts, raters, or single comparisons with
+            replacement, each `(1 + D, N)`; the first row is ones.
     """
 
     prompts: np.ndarray
@@ -38,12 +39,12 @@ class Weights:
 
 def draw_weights(comparisons: Comparisons, draws: int = 1000, seed: int = 0) -> Weights:
     """
-    Bootstrap weights: how often each comparison counts in each draw.
+    Draw bootstrap weights: how often each comparison is in each draw.
 
     Args:
         comparisons ([`Comparisons`]): The `N` comparisons.
         draws (`int`, *optional*, defaults to 1000): `D`.
-        seed (`int`, *optional*, defaults to 0): Of the draws.
+        seed (`int`, *optional*, defaults to 0): Random seed of the draws.
 
     Returns:
         [`Weights`]: For [`crossed`].
@@ -52,7 +53,7 @@ def draw_weights(comparisons: Comparisons, draws: int = 1000, seed: int = 0) -> 
         ValueError: If there are no comparisons.
     """
     if not len(comparisons):
-        raise ValueError("`comparisons` is empty; there is nothing to count yet")
+        raise ValueError("`comparisons` is empty; expected at least one comparison")
     rng = np.random.default_rng(seed)
     groups = (comparisons.prompt, comparisons.rater, np.arange(len(comparisons)))
     ones = np.ones((1, len(comparisons)))
@@ -60,7 +61,7 @@ def draw_weights(comparisons: Comparisons, draws: int = 1000, seed: int = 0) -> 
 
 
 def _drawn(groups: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each comparison's group is drawn, `(draws, N)`."""
+    """How often the group of each comparison is drawn, `(draws, N)`."""
     names, numbers = np.unique(groups, return_inverse=True)
     times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
     return times[:, numbers].astype(float)
@@ -68,17 +69,17 @@ def _drawn(groups: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarr
 
 def crossed(statistic: Callable[[np.ndarray], np.ndarray], weights: Weights) -> np.ndarray:
     """
-    A statistic and its draws over prompts and raters.
+    A statistic and bootstrap draws with its variance over prompts and raters.
 
-    Comparisons of one prompt, or by one rater, depend on each other. The variance over both is that over prompts, plus
-    that over raters, minus that over single comparisons, which is in both (Cameron, Gelbach and Miller, "Robust
-    inference with multiway clustering", 2011). So the draws over prompts are spread about the statistic until they
-    have that variance, and never drawn together. (Weights of prompts times weights of raters would give independent
-    comparisons three times their variance.)
+    Comparisons of one prompt, or by one rater, are dependent. The two-way clustered variance is the variance over
+    prompts, plus that over raters, minus that over single comparisons, which both contain (Cameron, Gelbach and
+    Miller, "Robust inference with multiway clustering", 2011). The draws over prompts are stretched around the
+    statistic to that variance, but never shrunk. (The product of weights of prompts and raters would triple the
+    variance of independent comparisons.)
 
     Args:
         statistic (`Callable`): Maps weights `(1 + D, N)` to values `(1 + D, ...)`.
-        weights ([`Weights`]): Of [`draw_weights`].
+        weights ([`Weights`]): From [`draw_weights`].
 
     Returns:
         `np.ndarray`: Values `(1 + D, ...)` for `percentile_interval`, the statistic of all comparisons first.
@@ -99,7 +100,7 @@ def variances(
 
 
 def _variance(draws: np.ndarray) -> np.ndarray:
-    """Of the draws `(1 + D, ...)` that have a value; NaN where none has."""
+    """Variance over the finite draws of `(1 + D, ...)`; NaN if there are none."""
     known = np.isfinite(draws[1:])
     count = known.sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -137,7 +138,7 @@ def win_and_tie_counts(comparisons: Comparisons, weights: np.ndarray) -> tuple[n
 
 def win_rates(comparisons: Comparisons, weights: np.ndarray) -> np.ndarray:
     """
-    `(W + T / 2) / (W + L + T)` of the row's model against the column's, Fig. 5 of
+    Win rates `(W + T / 2) / (W + L + T)` of the row's model against the column's, Fig. 5 of
     https://huggingface.co/papers/2410.06084.
 
     Args:
@@ -155,21 +156,21 @@ def win_rates(comparisons: Comparisons, weights: np.ndarray) -> np.ndarray:
 
 def bradley_terry_scores(comparisons: Comparisons, weights: np.ndarray) -> np.ndarray:
     """
-    Bradley-Terry scores by evalica (their draws by the same iteration), a tie half a win for each; on Elo's scale with
-    mean 1000.
+    Bradley-Terry scores on the Elo scale with mean 1000, with a tie as half a win for each side.
 
-    The win rate of A over B is modelled as `1 / (1 + 10 ** ((b - a) / 400))`.
+    The win rate of A over B is modelled as `1 / (1 + 10 ** ((b - a) / 400))`. The scores are evalica's; those of the
+    draws come from the same iteration, vectorised.
 
     Args:
         comparisons ([`Comparisons`]): The `N` comparisons.
         weights (`np.ndarray`): Shape `(1 + D, N)`.
 
     Returns:
-        `np.ndarray`: Shape `(1 + D, M)`; NaN in the draws that have no finite scores, since some model (or group of
-        models) has won nothing, or lost nothing, against the others.
+        `np.ndarray`: Shape `(1 + D, M)`; NaN in draws without finite scores, in which a model or group of models won
+        nothing or lost nothing against the others.
 
     Raises:
-        ImportError: If evalica is missing; it comes with the extra `app`.
+        ImportError: If evalica is not installed (extra `app`).
     """
     wins, ties = win_and_tie_counts(comparisons, weights)
     beats = wins + ties / 2
@@ -180,7 +181,7 @@ def bradley_terry_scores(comparisons: Comparisons, weights: np.ndarray) -> np.nd
 
 
 def _strengths_by_evalica(wins: np.ndarray, ties: np.ndarray) -> np.ndarray:
-    """Strengths `(M,)` of one table of wins and ties."""
+    """Strengths `(M,)` of one table of wins and ties, computed by evalica."""
     evalica = require("evalica", "app")
     a, b = np.nonzero(wins)
     c, d = np.nonzero(np.triu(ties))
@@ -193,17 +194,17 @@ def _strengths_by_evalica(wins: np.ndarray, ties: np.ndarray) -> np.ndarray:
 
 def _strengths(beats: np.ndarray, tolerance: float = 1e-6, limit: int = 2000) -> np.ndarray:
     """
-    What evalica computes, of many tables at once, a hundred times faster; a test compares them.
+    The same as evalica for many tables at once, a hundred times faster; a test compares them.
 
     Newman's iteration, `p_i = sum_j(w_ij p_j / (p_i + p_j)) / sum_j(w_ji / (p_i + p_j))`.
 
     Args:
         beats (`np.ndarray`): Wins plus half the ties, `(D, M, M)`.
-        tolerance (`float`, *optional*, defaults to 1e-6): Largest relative change after which it ends.
-        limit (`int`, *optional*, defaults to 2000): Largest number of steps.
+        tolerance (`float`, *optional*, defaults to 1e-6): Largest relative change at convergence.
+        limit (`int`, *optional*, defaults to 2000): Largest number of iterations.
 
     Returns:
-        `np.ndarray`: Strengths `(D, M)`; of no meaning where there are no finite ones.
+        `np.ndarray`: Strengths `(D, M)`; meaningless for tables without finite strengths, see [`_is_connected`].
     """
     strengths = np.ones(beats.shape[:2])
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
@@ -220,8 +221,8 @@ def _strengths(beats: np.ndarray, tolerance: float = 1e-6, limit: int = 2000) ->
 
 def _is_connected(beats: np.ndarray) -> np.ndarray:
     """
-    Of each table, `(D, M, M)`, whether every model reaches every other by wins or ties: else there are no finite
-    scores (Ford, 1957).
+    For each table, `(D, M, M)`, whether every model reaches every other through wins or ties; otherwise there are no
+    finite scores (Ford, 1957).
     """
     reach = (beats > 0) | np.eye(beats.shape[1], dtype=bool)
     for middle in range(beats.shape[1]):
@@ -231,14 +232,18 @@ def _is_connected(beats: np.ndarray) -> np.ndarray:
 
 def krippendorff_alpha(units: np.ndarray, distance: str = "ordinal") -> float:
     """
-    Krippendorff's alpha: 1 for perfect agreement, 0 for what chance gives.
+    Krippendorff's alpha: 1 for perfect agreement, 0 for agreement at chance level.
 
     Args:
-        units (`np.ndarray`): Raters by units, NaN where there is no rating.
-        distance (`str`, *optional*, defaults to `"ordinal"`): Of two ratings: `"nominal"`, `"ordinal"`, `"interval"`.
+        units (`np.ndarray`): Ratings, shape `(raters, units)`, NaN where there is none.
+        distance (`str`, *optional*, defaults to `"ordinal"`): Distance of two ratings: `"nominal"`, `"ordinal"` or
+            `"interval"`.
 
     Returns:
-        `float`: NaN if no unit has two ratings.
+        `float`: Alpha; NaN if no unit has two ratings.
+
+    Raises:
+        ImportError: If evalica is not installed (extra `app`).
     """
     compared = units[:, (~np.isnan(units)).sum(0) > 1]
     if compared.size == 0:
@@ -249,15 +254,15 @@ def krippendorff_alpha(units: np.ndarray, distance: str = "ordinal") -> float:
 
 def agreement(comparisons: Comparisons, draws: int = 200, seed: int = 0) -> Interval:
     """
-    Krippendorff's alpha (ordinal) of who won, the units being items, with its bootstrap interval over prompts.
+    Krippendorff's alpha (ordinal) of outcomes, with items as units, and its bootstrap interval over prompts.
 
     Args:
         comparisons ([`Comparisons`]): The `N` comparisons.
         draws (`int`, *optional*, defaults to 200): Bootstrap draws.
-        seed (`int`, *optional*, defaults to 0): Of the draws.
+        seed (`int`, *optional*, defaults to 0): Random seed of the draws.
 
     Returns:
-        [`Interval`]: `mean`, `low`, `high`.
+        [`Interval`]: `mean`, `low`, `high`; NaN if no item has two raters.
     """
     items, columns = np.unique(comparisons.item, return_inverse=True)
     units = np.full((comparisons.rater.max() + 1, len(items)), np.nan)
@@ -277,11 +282,11 @@ def agreement(comparisons: Comparisons, draws: int = 200, seed: int = 0) -> Inte
 
 def design_effect(comparisons: Comparisons, weights: Weights) -> float:
     """
-    How much larger the variance of a win rate is than that of as many independent ratings; median over the pairs.
+    Design effect: variance of a win rate over that of the same number of independent ratings; median over pairs.
 
     Args:
         comparisons ([`Comparisons`]): The `N` comparisons.
-        weights ([`Weights`]): Of [`draw_weights`].
+        weights ([`Weights`]): From [`draw_weights`].
 
     Returns:
         `float`: At least 1; NaN if no pair has a variance.
@@ -297,18 +302,18 @@ def design_effect(comparisons: Comparisons, weights: Weights) -> float:
 
 
 def outcome_variance(win_rate: float, ties: float = 0.0) -> float:
-    """Variance of a single outcome (1, 0.5 or 0): `p (1 - p) - t / 4` for a win rate `p` and a share of ties `t`."""
+    """Variance of a single outcome (1, 0.5 or 0): `p (1 - p) - t / 4` for win rate `p` and share of ties `t`."""
     return win_rate * (1 - win_rate) - ties / 4
 
 
 def interval_table(draws: np.ndarray) -> list[list[Interval | None]]:
-    """Every cell of `(1 + D, M, M)` as `mean`, `low`, `high`; `None` where nothing was compared."""
+    """Intervals of every cell of `(1 + D, M, M)`; `None` where a pair was not compared."""
     rows = range(draws.shape[1])
     return [[None if np.isnan(draws[0, i, j]) else percentile_interval(draws[:, i, j]) for j in rows] for i in rows]
 
 
 def named(draws: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Every column of `(1 + D, M)` by its name, as `mean`, `low`, `high` and the share of draws with no value."""
+    """Intervals of every column of `(1 + D, M)`, by name, with the share of undefined draws."""
     unknown: Interval = {"mean": np.nan, "low": np.nan, "high": np.nan}
     return {
         name: {

@@ -1,9 +1,8 @@
 """
-A study in SQLite: its items, who has which book, and the ratings.
+A study in an SQLite database: items, books, raters and ratings.
 
-The file is in WAL mode and every rating is one transaction on the disk before the rater sees the next item. Unique
-keys, not the code above them, see to it that nobody rates an item twice and no slot is rated twice; to send the same
-rating again changes nothing.
+The database is in WAL mode, and every rating is one transaction, on disk before the rater sees the next item. Unique
+keys ensure that no rater rates an item twice and no slot is rated twice; sending a rating again changes nothing.
 """
 
 from __future__ import annotations
@@ -67,12 +66,12 @@ MAX_PSEUDONYM = 40
 @dataclass(frozen=True)
 class Answer:
     """
-    What a rater says of the two sides as shown.
+    A rater's answer, for the two sides as shown.
 
     Args:
-        left, right (`int`, *optional*): Quality: each side from 1 (bad) to 5 (excellent).
-        preference (`int`, *optional*): Diversity: from 1 (the left pair is much more diverse) over 3 (alike) to 5 (the
-            right pair is).
+        left, right (`int`, *optional*): Quality: score of each side from 1 (bad) to 5 (excellent).
+        preference (`int`, *optional*): Diversity: from 1 (the left pair is much more diverse) through 3 (equal) to 5
+            (the right pair is much more diverse).
     """
 
     left: int | None = None
@@ -81,29 +80,31 @@ class Answer:
 
     def check(self, question: str) -> None:
         """
+        Check that the answer has exactly the fields of the question, each an integer from 1 to 5.
+
         Raises:
-            ValueError: If it does not answer the question, from 1 to 5.
+            ValueError: If it does not.
         """
         needed = ("left", "right") if question == "quality" else ("preference",)
         for name in ("left", "right", "preference"):
             value = getattr(self, name)
             good = type(value) is int and 1 <= value <= 5 if name in needed else value is None
             if not good:
-                wanted = "a whole number from 1 to 5" if name in needed else "left out"
+                wanted = "an integer from 1 to 5" if name in needed else "omitted"
                 raise ValueError(f"`{name}` must be {wanted} for {question}, got {short_repr(value)}")
 
 
 @dataclass(frozen=True)
 class Task:
     """
-    What a rater sees next, blind.
+    An item as shown to a rater, without the names of the models.
 
     Args:
-        slot (`int`): Its number, for [`Study.rate`].
+        slot (`int`): Number of the slot, for [`Study.rate`].
         question (`str`): `"quality"` or `"diversity"`.
         prompt (`str`): The prompt's text.
-        left, right (`list[str]`): Names of clips in the study's folder `clips/`; the names tell nothing.
-        played (`set[str]`): The clips' places (`"left0"`, `"right1"`) that this rater has played.
+        left, right (`list[str]`): Random file names of clips in the study's folder `clips/`.
+        played (`set[str]`): Places of the clips (`"left0"`, `"right1"`) that this rater has played.
     """
 
     slot: int
@@ -120,21 +121,21 @@ class Task:
         return [f"{side}{number}" for side, clips in sides.items() for number in range(len(clips))]
 
     def clip(self, place: str) -> str | None:
-        """The clip at a place."""
+        """File name of the clip at a place; `None` if there is no such place."""
         return dict(zip(self.places, [*self.left, *self.right], strict=True)).get(place)
 
 
 class Study:
     """
-    An existing study; safe to use from several threads and processes at once.
+    An existing study; safe to use from several threads and processes concurrently.
 
     Args:
-        folder (`str` or `Path`): What `trl-drcd ratings design` has made.
-        power_safe (`bool`, *optional*, defaults to `True`): Ratings survive a power cut too; without, only the death
-            of the process, which is enough for simulated raters and many times faster.
+        folder (`str` or `Path`): Folder created by `trl-drcd ratings design`.
+        power_safe (`bool`, *optional*, defaults to `True`): Whether ratings survive a power failure. If `False` they
+            survive only the death of the process, which is enough for simulated raters and many times faster.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If the folder has no study.
     """
 
     def __init__(self, folder: str | Path, power_safe: bool = True) -> None:
@@ -142,7 +143,7 @@ class Study:
         self.power_safe = power_safe
         if not (self.folder / FILE).is_file():
             raise FileNotFoundError(f"`study={folder}` has no {FILE}; make a study with `trl-drcd ratings design`")
-        # Never used again, only open: the last connection that closes would copy the log into the database each time
+        # Kept open but unused: otherwise each call, closing the last connection, would checkpoint the WAL
         self._open = sqlite3.connect(self.folder / FILE, timeout=30, check_same_thread=False)
         self._open.execute("SELECT count(*) FROM about").fetchone()
         with self._connection() as database:
@@ -159,21 +160,23 @@ class Study:
         about: dict[str, Any],
     ) -> Study:
         """
-        Writes a new study.
+        Create a study.
 
         Args:
             folder (`str` or `Path`): Its folder.
             items, slots: See [`~trl_drcd.ratings.design.Design`].
             prompts (`Sequence[str]`): Text of each prompt.
-            names (`dict`): Each clip to the name of its file.
-            about (`dict`): What else is to be known: models, kind, settings.
+            names (`dict`): Clip to the name of its file.
+            about (`dict`): Metadata: models, kind, settings.
 
         Raises:
-            FileExistsError: If there is one already.
+            FileExistsError: If the folder already has a study.
         """
         path = Path(folder) / FILE
         if path.exists():
-            raise FileExistsError(f"`out={folder}` has a study already; ratings may be in it, so it is left alone")
+            raise FileExistsError(
+                f"`out={folder}` already has a study, which may contain ratings; give another folder"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         database = sqlite3.connect(path, isolation_level=None)
         try:
@@ -206,7 +209,7 @@ class Study:
 
     @contextmanager
     def _connection(self, sync: bool = False) -> Iterator[sqlite3.Connection]:
-        """A connection of its own for each call: no thread has another's, and nothing is open when a process dies."""
+        """A new connection for each call: none is shared between threads or left in use when a process dies."""
         database = sqlite3.connect(self.folder / FILE, timeout=30, isolation_level=None)
         try:
             database.execute("PRAGMA foreign_keys = ON")
@@ -217,7 +220,7 @@ class Study:
 
     @contextmanager
     def _transaction(self, sync: bool = True) -> Iterator[sqlite3.Connection]:
-        """All or nothing, and nobody else writes in between; `sync`: on the disk before it returns."""
+        """An exclusive write transaction, rolled back on errors; with `sync`, on disk before this returns."""
         with self._connection(sync) as database:
             database.execute("BEGIN IMMEDIATE")
             try:
@@ -231,25 +234,28 @@ class Study:
 
     def join(self, pseudonym: str, simulated: bool = False) -> str:
         """
-        Gives a new rater the next free book.
+        Assign the next free book to a new rater.
 
-        A pseudonym that has rated nothing yet gets its link again, so that a double click or a lost answer takes no
-        second book.
+        A pseudonym without ratings gets its existing link again, so that a double click or a lost response does not
+        take a second book.
 
         Args:
-            pseudonym (`str`): Not a real name; at most 40 printable characters.
-            simulated (`bool`, *optional*, defaults to `False`): Not a person. A study has persons or simulated raters.
+            pseudonym (`str`): Pseudonym of 1 to 40 printable characters; not a real name.
+            simulated (`bool`, *optional*, defaults to `False`): Whether the rater is simulated. A study has either
+                human or simulated raters.
 
         Returns:
-            `str`: The rater's personal link, a secret.
+            `str`: The rater's secret personal link.
 
         Raises:
-            ValueError: If the pseudonym is not usable or taken, all books are given, or the study is of the
-                other kind.
+            ValueError: If the pseudonym is invalid or taken, no book is free, or the study has raters of the other
+                kind.
         """
         name = pseudonym.strip() if isinstance(pseudonym, str) else ""
         if not 0 < len(name) <= MAX_PSEUDONYM or not name.isprintable():
-            raise ValueError(f"a pseudonym has 1 to {MAX_PSEUDONYM} printable characters, got {short_repr(pseudonym)}")
+            raise ValueError(
+                f"a pseudonym must have 1 to {MAX_PSEUDONYM} printable characters, got {short_repr(pseudonym)}"
+            )
         with self._transaction() as database:
             self._check_kind(database, simulated)
             known = database.execute(
@@ -260,7 +266,7 @@ class Study:
                 return str(known[0])
             if known:
                 raise ValueError(
-                    f"the pseudonym {short_repr(name)} is taken; go on by your personal link, or choose another"
+                    f"the pseudonym {short_repr(name)} is taken; continue with your personal link, or choose another"
                 )
             (book,) = database.execute(
                 "SELECT min(book) FROM slots WHERE book NOT IN (SELECT book FROM raters WHERE book IS NOT NULL)"
@@ -272,8 +278,8 @@ class Study:
     def _check_kind(self, database: sqlite3.Connection, simulated: bool) -> None:
         other = database.execute("SELECT 1 FROM raters WHERE simulated != ?", (simulated,)).fetchone()
         if other:
-            has, wanted = ("persons", "simulated raters") if simulated else ("simulated raters", "persons")
-            raise ValueError(f"this study has {has}; make another one for {wanted}")
+            has, wanted = ("human raters", "simulated raters") if simulated else ("simulated raters", "human raters")
+            raise ValueError(f"this study has {has}; create another one for {wanted}")
 
     def _add_rater(self, database: sqlite3.Connection, name: str, book: int | None, simulated: bool) -> str:
         link = secrets.token_urlsafe(16)
@@ -286,15 +292,15 @@ class Study:
     def _rater(self, database: sqlite3.Connection, link: str) -> tuple[int, int | None]:
         row = database.execute("SELECT rater, book FROM raters WHERE link = ?", (str(link),)).fetchone()
         if row is None:
-            raise ValueError("this personal link is not known here; ask who gave it to you, or begin anew")
+            raise ValueError("this personal link is unknown; ask the person who gave it to you, or start again")
         return row[0], row[1]
 
     def pseudonym(self, link: str) -> str:
         """
-        Whose link it is.
+        Pseudonym of the rater with this link.
 
         Raises:
-            ValueError: If it is nobody's.
+            ValueError: If the link is unknown.
         """
         with self._connection() as database:
             rater, _ = self._rater(database, link)
@@ -302,18 +308,18 @@ class Study:
 
     def release(self, pseudonym: str) -> int:
         """
-        Puts what a rater has not rated into a new book, for the next who joins.
+        Move a rater's unrated items to a new book, for the next rater who joins.
 
         Returns:
-            `int`: Number of items.
+            `int`: Number of items moved.
 
         Raises:
-            ValueError: If there is no such rater, or nothing is left.
+            ValueError: If there is no such rater, or no unrated items.
         """
         with self._transaction() as database:
             row = database.execute("SELECT book FROM raters WHERE pseudonym = ?", (pseudonym,)).fetchone()
             if row is None:
-                raise ValueError(f"`pseudonym={pseudonym}` is no rater of this study")
+                raise ValueError(f"`pseudonym={pseudonym}` is not a rater of this study")
             (new,) = database.execute("SELECT max(book) + 1 FROM slots").fetchone()
             moved = database.execute(
                 "UPDATE slots SET book = ? WHERE book = ? AND slot NOT IN (SELECT slot FROM ratings)", (new, row[0])
@@ -325,7 +331,7 @@ class Study:
     # ---------------------------------------------------------------- rating
 
     def next_task(self, link: str) -> Task | None:
-        """The first item of a rater's book that is not rated; `None` if all are."""
+        """The first unrated item of a rater's book; `None` if all are rated."""
         with self._transaction(sync=False) as database:
             rater, book = self._rater(database, link)
             row = database.execute(
@@ -362,32 +368,32 @@ class Study:
 
     def mark_played(self, link: str, slot: int, place: str) -> None:
         """
-        Notes that a clip was played.
+        Record that a clip was played.
 
         Raises:
-            ValueError: If the rater has no such clip.
+            ValueError: If the slot is not in the rater's book, or has no clip at that place.
         """
         if self.task(link, slot).clip(place) is None:
-            raise ValueError(f"`place={short_repr(place)}` is no clip of this item")
+            raise ValueError(f"`place={short_repr(place)}` is not a clip of this item")
         with self._transaction(sync=False) as database:
             rater, _ = self._rater(database, link)
             database.execute("INSERT OR IGNORE INTO played VALUES (?, ?, ?)", (rater, slot, place))
 
     def rate(self, link: str, slot: int, answer: Answer, must_play: bool = True) -> bool:
         """
-        Stores a rating; on the disk before this returns.
+        Store a rating; it is on disk when this returns.
 
         Args:
-            link (`str`): The rater's.
-            slot (`int`): Of [`Study.next_task`].
-            answer ([`Answer`]): Of the sides as shown.
-            must_play (`bool`, *optional*, defaults to `True`): Refuse while a clip of music was not played.
+            link (`str`): Personal link of the rater.
+            slot (`int`): Slot from [`Study.next_task`].
+            answer ([`Answer`]): Answer for the sides as shown.
+            must_play (`bool`, *optional*, defaults to `True`): Refuse the rating of music until every clip was played.
 
         Returns:
-            `bool`: `False` if this slot was rated before: then nothing is changed.
+            `bool`: `False` if the slot was already rated; nothing is changed then.
 
         Raises:
-            ValueError: If the slot is not the rater's, the answer is none, or a clip was not played.
+            ValueError: If the slot is not in the rater's book, the answer is invalid, or a clip was not played.
         """
         task = self.task(link, slot)
         answer.check(task.question)
@@ -413,13 +419,14 @@ class Study:
 
     def import_rating(self, pseudonym: str, slot: int, answer: Answer, simulated: bool = False) -> bool:
         """
-        Stores a rating that was made elsewhere; its rater is added when new, and may have slots of any books.
+        Store a rating made elsewhere; a new rater is added, and may rate slots of any book.
 
         Returns:
-            `bool`: `False` if this slot was rated before, or the rater has rated this item: nothing is changed.
+            `bool`: `False` if the slot was already rated, or the rater has already rated its item; nothing is changed
+            then.
 
         Raises:
-            ValueError: If there is no such slot, or the answer is none.
+            ValueError: If there is no such slot, the answer is invalid, or the study has raters of the other kind.
         """
         with self._transaction() as database:
             self._check_kind(database, simulated)
@@ -427,7 +434,7 @@ class Study:
                 "SELECT question, book FROM slots JOIN items USING (item) WHERE slot = ?", (slot,)
             ).fetchone()
             if row is None:
-                raise ValueError(f"`slot={short_repr(slot)}` is none of this study")
+                raise ValueError(f"`slot={short_repr(slot)}` is not a slot of this study")
             answer.check(row[0])
             known = database.execute("SELECT rater FROM raters WHERE pseudonym = ?", (pseudonym,)).fetchone()
             if known is None:
@@ -438,7 +445,7 @@ class Study:
     # ---------------------------------------------------------------- reading
 
     def progress(self, link: str) -> tuple[int, int]:
-        """Rated items and all items of a rater."""
+        """Number of rated items and of all items of a rater."""
         with self._connection() as database:
             rater, book = self._rater(database, link)
             (done,) = database.execute("SELECT count(*) FROM ratings WHERE rater = ?", (rater,)).fetchone()
@@ -448,13 +455,13 @@ class Study:
             return done, done + left
 
     def rows(self, sql: str) -> list[dict[str, Any]]:
-        """What a SELECT finds, each row by the names of its columns."""
+        """Rows of a SELECT, as dictionaries by column name."""
         with self._connection() as database:
             database.row_factory = sqlite3.Row
             return [dict(row) for row in database.execute(sql)]
 
     def ratings(self) -> list[dict[str, Any]]:
-        """All ratings in the order of their slots, with items, sides and raters; what has no answer is not there."""
+        """All ratings in the order of their slots, joined with items, sides and raters."""
         return self.rows(
             "SELECT ratings.slot, question, prompt, prompt_text, model_a, model_b, clips_a, clips_b, check_kind, "
             "a_left, ratings.item, pseudonym, simulated, score_left, score_right, preference, seconds, at "
@@ -464,5 +471,5 @@ class Study:
 
     @property
     def simulated(self) -> bool:
-        """Whether its raters are no people."""
+        """Whether the study has simulated raters."""
         return bool(self.rows("SELECT 1 FROM raters WHERE simulated = 1 LIMIT 1"))

@@ -1,4 +1,4 @@
-"""From an evaluation to a study: the design, the clips under names that tell nothing, the database."""
+"""Create a study from an evaluation: the design, the clips under random names, the database."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from trl_drcd.ratings.design import Clip, Design, DesignArguments, make_design, 
 from trl_drcd.ratings.samples import Evaluation, read_evaluation
 from trl_drcd.ratings.store import CLIPS_FOLDER, FILE, Study
 
-NOISE = 1.0  # power of the noise over that of the clip, in a degraded one
+NOISE = 1.0  # power of the noise in a degraded clip, relative to the clip's
 
 
 def create_study(arguments: DesignArguments) -> tuple[Study, Design]:
     """
-    Makes a study: `study.sqlite` and `clips/` in `arguments.out`. Nothing else in it is needed to run it, and no name
-    in it tells a rater which model a clip is of.
+    Create a study: `study.sqlite` and `clips/` in `arguments.out`. The folder is self-contained, and no file name in
+    it reveals the model of a clip.
 
     Args:
-        arguments ([`DesignArguments`]): Everything.
+        arguments ([`DesignArguments`]): Settings of the study.
 
     Returns:
         `tuple`: The study, and its design.
 
     Raises:
-        FileExistsError: If the folder has a study.
-        FileNotFoundError, ValueError: As [`read_evaluation`] and [`make_design`] do.
+        FileExistsError: If the folder already has a study.
+        FileNotFoundError, ValueError: As for [`read_evaluation`] and [`make_design`].
     """
     out = Path(arguments.out)
     if (out / FILE).exists():
-        raise FileExistsError(f"`out={out}` has a study already; ratings may be in it, so it is left alone")
+        raise FileExistsError(f"`out={out}` already has a study, which may contain ratings; give another folder")
     evaluation = read_evaluation(arguments.evaluation)
     models = strategies_of(arguments, list(evaluation.files))
     design = make_design(
@@ -59,7 +59,7 @@ def create_study(arguments: DesignArguments) -> tuple[Study, Design]:
 
 
 def prompts_of(arguments: DesignArguments, evaluation: Evaluation) -> dict[str, int]:
-    """The number of prompts of each question; what is not given is all, and none for diversity with single samples."""
+    """Number of prompts of each question; by default all, but none for diversity if there are only single samples."""
     every = len(evaluation.prompts)
     quality, diversity = arguments.quality_prompts, arguments.diversity_prompts
     return {
@@ -69,7 +69,7 @@ def prompts_of(arguments: DesignArguments, evaluation: Evaluation) -> dict[str, 
 
 
 def copy_clips(clips: Iterable[Clip], evaluation: Evaluation, folder: Path) -> dict[Clip, str]:
-    """The clips in a folder, under names by chance."""
+    """Copy clips to a folder under random names; return the name of each."""
     names = {}
     for clip in clips:
         model, prompt, sample, degraded = clip
@@ -88,13 +88,13 @@ def copy_clips(clips: Iterable[Clip], evaluation: Evaluation, folder: Path) -> d
 
 
 def degraded_audio(waveform: torch.Tensor) -> torch.Tensor:
-    """A clip, shape `(T,)`, under white noise of its own power: what nobody who listens calls the better one."""
+    """Add white noise of equal power to a clip of shape `(T,)`; an attentive rater must find it worse."""
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal(waveform.shape[0]).astype(np.float32))
     power = max(float(waveform.square().mean()), 1e-4)
     return (waveform + noise * (NOISE * power) ** 0.5).clamp(-1, 1)
 
 
 def degraded_text(text: str) -> str:
-    """A text with its words in another order."""
+    """Shuffle the words of a text."""
     words = text.split()
     return " ".join(words[i] for i in np.random.default_rng(0).permutation(len(words)))

@@ -1,4 +1,4 @@
-"""Ratings copied to a private data set on the Hub while a study runs."""
+"""Copy ratings to a private data set on the Hub while a study runs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ EVERY_MINUTES = 5
 
 class Sync:
     """
-    Copies a study's ratings, as `ratings.csv`, to a data set that is private.
+    Copies a study's ratings, as `ratings.csv`, to a private data set on the Hub every 5 minutes.
 
-    The database stays the truth: a copy that fails is tried again, and nothing waits for it.
+    The database remains authoritative: a failed copy is retried, in the background.
 
     Args:
-        study ([`Study`]): Whose ratings.
-        repo_id (`str`): `user/name` of the data set, made where it is not there.
-        scheduler (*optional*): For tests: in place of `huggingface_hub.CommitScheduler`.
+        study ([`Study`]): The study.
+        repo_id (`str`): `user/name` of the data set, created if it does not exist.
+        scheduler (*optional*): Replacement for `huggingface_hub.CommitScheduler` in tests.
     """
 
     def __init__(self, study: Study, repo_id: str, scheduler: Any = None) -> None:
@@ -36,6 +36,6 @@ class Sync:
         self.save()
 
     def save(self) -> None:
-        """Writes the file that the next commit holds."""
+        """Write the file for the next commit."""
         with self.scheduler.lock:
             write_text(self.folder / "ratings.csv", ratings_csv(self.study))

@@ -1,4 +1,4 @@
-"""Ratings and items as CSV, for MTurk, Prolific, a spreadsheet or another program."""
+"""Export and import ratings and items as CSV, for MTurk, Prolific, spreadsheets and other programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trl_drcd.ratings.comparisons import advantage_of, scores_of
 from trl_drcd.ratings.store import Answer, Study
 from trl_drcd.validation.messages import short_repr
 
-# Columns of what comes back, by the names that MTurk, Prolific and survey tools give them
+# Column names in results of MTurk, Prolific and survey tools
 SLOT = ("slot", "Input.slot")
 RATER = ("rater", "pseudonym", "WorkerId", "PROLIFIC_PID", "Participant id", "participant_id")
 SCORES = {
@@ -24,21 +24,21 @@ SCORES = {
 }
 STATUS = ("AssignmentStatus", "Status", "status")
 REFUSED = {"rejected", "returned", "timed-out", "screened out"}
-# What a spreadsheet takes for a formula, the full-width signs included
+# First characters that a spreadsheet interprets as a formula, including full-width signs
 FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 
 
 def items_csv(study: Study, base_url: str = "") -> str:
     """
-    What raters are to see, blind: one row for each slot, to be uploaded as the input of a crowd-working site.
+    Blind items for raters, one row per slot, as input for a crowd-working site.
 
     Args:
         study ([`Study`]): The study.
-        base_url (`str`, *optional*): Where its `clips/` can be reached, such as `https://example.org/study`.
+        base_url (`str`, *optional*): URL under which `clips/` is served, such as `https://example.org/study`.
 
     Returns:
         `str`: CSV with `slot`, `book`, `position`, `question`, `prompt`, and the clips `left0`, `left1`, `right0`,
-        `right1` (URLs; for texts the texts themselves). No model is named.
+        `right1` (URLs; for text the texts themselves). Models are not named.
     """
     rows = study.rows("SELECT * FROM slots JOIN items USING (item) ORDER BY book, position")
     table = []
@@ -66,9 +66,9 @@ def _content(study: Study, clip: str, base_url: str) -> str:
 
 def ratings_csv(study: Study) -> str:
     """
-    All ratings, one row each, with models, sides, scores of A and B, and by how much A was found better.
+    All ratings as CSV, one row each, with models, sides, scores of A and B, and the advantage of A.
 
-    The column `simulated` is 1 where the rater was no person.
+    The column `simulated` is 1 for simulated raters.
     """
     table = []
     for rating in study.ratings():
@@ -85,7 +85,7 @@ def ratings_csv(study: Study) -> str:
 
 
 def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """Rows as CSV; a text that a spreadsheet would run as a formula has a `'` before it."""
+    """Rows as CSV; text that a spreadsheet would interpret as a formula is prefixed with `'`."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
@@ -104,29 +104,28 @@ def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
 
 def import_csv(study: Study, file: str | Path, simulated: bool = False) -> tuple[int, int]:
     """
-    Takes in what came back from a crowd-working site.
+    Import the results of a crowd-working site.
 
-    Names of workers are not stored: a rater's pseudonym is a hash of it with the study's own salt. Rejected and
-    returned assignments are left out; to import a file twice adds nothing.
+    Worker ids are not stored: a rater's pseudonym is a hash of the id with the study's own salt. Rejected and returned
+    assignments are skipped; importing a file twice adds nothing.
 
     Args:
         study ([`Study`]): The study whose [`items_csv`] was uploaded.
-        file (`str` or `Path`): CSV with a row for each rating: `slot`, `rater`, and `left` and `right`, or
-            `preference`. Also known are the names that MTurk gives (`Input.slot`, `WorkerId`, `Answer.left`, ...) and
-            `PROLIFIC_PID`.
-        simulated (`bool`, *optional*, defaults to `False`): The raters were no people.
+        file (`str` or `Path`): CSV with one row per rating: `slot`, `rater`, and `left` and `right`, or `preference`.
+            MTurk's names (`Input.slot`, `WorkerId`, `Answer.left`, ...) and `PROLIFIC_PID` are accepted too.
+        simulated (`bool`, *optional*, defaults to `False`): Whether the raters are simulated.
 
     Returns:
-        `tuple[int, int]`: Number of ratings added, and of those that were there already.
+        `tuple[int, int]`: Number of ratings added, and of ratings skipped as already stored.
 
     Raises:
-        ValueError: If a column is missing, or a row is no rating; what comes before that row stays, and the file can
-            be imported again.
+        ValueError: If a column is missing, or a row is not a valid rating. Ratings before that row stay stored, and
+            the file can be imported again.
     """
     with open(file, newline="", encoding="utf-8-sig") as stream:
         rows = list(csv.DictReader(stream))
     if not rows:
-        raise ValueError(f"`file={file}` has no rows; a CSV file has a header and a row for each rating")
+        raise ValueError(f"`file={file}` has no rows; give a CSV file with a header and one row per rating")
     columns = {"slot": _column(rows[0], SLOT, file), "rater": _column(rows[0], RATER, file)}
     added = 0
     kept = [row for row in rows if not any(str(row.get(name)).lower() in REFUSED for name in STATUS)]
@@ -159,10 +158,10 @@ def _whole(text: str) -> int:
     try:
         return int(text)
     except (TypeError, ValueError):
-        raise ValueError(f"{short_repr(text)} is no whole number") from None
+        raise ValueError(f"{short_repr(text)} is not an integer") from None
 
 
 def _hashed(study: Study, worker: str) -> str:
     if not (worker or "").strip():
-        raise ValueError("the rater is empty")
+        raise ValueError("the rater's name is empty")
     return "w" + hashlib.sha256(f"{study.about['salt']}{worker.strip()}".encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-// Tells the server that a clip was played: after 3 seconds of it, or nearly all where it is shorter.
+// Reports to the server that a clip was played: after 3 seconds, or 90 % of a shorter clip.
 (() => {
   const heard = (audio) => { let sum = 0; for (let i = 0; i < audio.played.length; i++) sum += audio.played.end(i) - audio.played.start(i); return sum; };
   const note = async (event) => {
@@ -13,13 +13,13 @@
       clip.classList.add("drcd-played");
       mark.textContent = "played";
     } catch (error) {
-      delete audio.dataset.sent;  // the connection was lost: playing it once more tells it again
+      delete audio.dataset.sent;  // the connection failed: playing it again reports again
       mark.textContent = "not saved; play again";
     }
   };
   for (const type of ["timeupdate", "ended"]) document.addEventListener(type, note, true);
 })();
-// Gradio's radio buttons are groups of one: these make each question one group, with a name, that arrow keys move in.
+// Gradio puts each radio button in its own group: make each question one named group with arrow-key navigation.
 (() => {
   const questions = "fieldset[id^=rate-]";
   const name = () => {

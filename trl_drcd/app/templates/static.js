@@ -1,4 +1,4 @@
-// The filters: without scripts all is shown, and they are not.
+// The filters; without scripts they are hidden and all samples are shown.
 (() => {
   const form = document.querySelector(".drcd-filters"), words = document.getElementById("words");
   form.hidden = false;
@@ -12,7 +12,7 @@
     }
   };
   form.addEventListener("input", filter);
-  // One sound at a time
+  // Play one clip at a time
   document.addEventListener("play", (event) => {
     for (const audio of document.querySelectorAll("audio")) if (audio !== event.target) audio.pause();
   }, true);
