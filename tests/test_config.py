@@ -72,7 +72,7 @@ def test_a_strategy_may_be_no_as_yaml_has_it(tmp_path, name):
 def test_a_negative_prompt_that_is_called_none_is_told(tmp_path, caplog, given, warned):
     with caplog.at_level(logging.WARNING):
         config(tmp_path, negative_prompt=given)
-    assert ("is that text; for the unconditional prompt" in caplog.text) == warned
+    assert ("is taken literally as text; for the unconditional prompt" in caplog.text) == warned
 
 
 def test_the_trainer_from_python_leaves_a_folder_that_says_what_it_is(tmp_path, tokenizer, model):

@@ -21,12 +21,12 @@ logger = logging.getLogger(__name__)
 
 def diversity_coef_at(step: int, diversity_coef: float, warmup_steps: int) -> float:
     """
-    Diversity coefficient of an update: rises linearly from 0 and stays at `diversity_coef` from `warmup_steps` on.
+    Diversity coefficient of an update: `diversity_coef * min(1, step / warmup_steps)`, a linear warm-up.
 
     Args:
-        step (`int`): Updates already done.
+        step (`int`): Number of updates already done.
         diversity_coef (`float`): beta of Eq. (5).
-        warmup_steps (`int`): Updates until the full value.
+        warmup_steps (`int`): Updates until the full value; 0 for no warm-up.
 
     Returns:
         `float`: In `[0, diversity_coef]`.
@@ -49,47 +49,49 @@ class CFGDistillDiversityConfig(RLOOConfig):
         negative_prompt (`str`, *optional*):
             x^- of Eq. (1) for rows without a `negative_prompt` of their own. `None` is the unconditional prompt.
         allowed_token_ids (`list[str]`, *optional*):
-            Tokens that completions of a causal LM are made of, the one that ends them included: ids, names, or ranges
-            with both ends (`["32..1055", "</s>"]`; a `range` or a list of numbers is turned into these). Sampling, KL,
-            log-probabilities and entropy are over these alone. `None` takes those that the model's generation config
-            does not suppress.
+            Tokens allowed in completions of a causal LM, including the eos: ids, names, or inclusive ranges
+            (`["32..1055", "</s>"]`; a `range` or a list of integers is converted). Sampling, KL, log-probabilities and
+            entropy are restricted to them. `None` allows all that the model's generation config does not suppress.
         diversity_coef (`float`, *optional*, defaults to 0.0):
             beta of Eq. (5); the paper uses 0, 5, 10 and 15.
         diversity_warmup_steps (`float`, *optional*, defaults to 1000):
-            Steps over which `diversity_coef` rises linearly from 0; below 1, the share of the run's steps. The paper's
-            1000 are too many for a short run, which then ends below `diversity_coef`: 0.1 to 0.3 is a good share.
+            Steps over which `diversity_coef` rises linearly from 0; if below 1, a share of the run's steps. The
+            paper's 1000 is too long for short runs, which would end before the full coefficient; use a share of 0.1 to
+            0.3.
         diversity_credit (`str`, *optional*, defaults to `"critic"`):
-            `"critic"` gives each step the advantage that a critic of prefixes finds ([`~trl_drcd.critic`]), with less
-            noise; `"sequence"` gives all steps of a completion that of the completion.
+            Credit assignment of the diversity reward. `"critic"` gives each step its own advantage, estimated by a
+            critic of prefixes ([`~trl_drcd.critic`]), with less noise; `"sequence"` gives all steps of a completion
+            the completion's advantage.
         gae_lambda (`float`, *optional*, defaults to 0.95):
-            Of the critic's advantages: 1 is unbiased, below 1 has less noise and some bias.
+            lambda of the critic's generalised advantage estimation: 1 is unbiased; below 1 reduces noise and adds
+            bias.
         diversity_prefixes (`int`, *optional*, defaults to 9):
-            Beginnings of each completion that the critic hears, at equal distances: so many more calls of the embedder
-            for each rollout, and finer credit. `gae_lambda` is per beginning.
+            Number of equally spaced prefixes of each completion that the critic embeds. More give finer credit and
+            cost as many embeddings per completion. `gae_lambda` applies per prefix.
         diversity_kernel (`str`, *optional*, defaults to `"pairs"`):
-            `"pairs"` is the mean cosine distance of Eq. (3); `"logdet"` and `"vendi"` reward the volume that the
-            completions of a prompt span ([`~trl_drcd.kernels.diversity_shares`]).
+            Measure of diversity. `"pairs"` is the mean cosine distance of Eq. (3); `"logdet"` and `"vendi"` reward the
+            volume spanned by the completions of a prompt ([`~trl_drcd.kernels.diversity_shares`]).
         max_grad_norm_diversity (`float`, *optional*):
-            Length to which the gradient of the diversity term is clipped for itself, before it is added to that of the
-            other terms, which `max_grad_norm` clips ([`~trl_drcd.clipping`]); less in the warm-up, as the coefficient
-            is. `None` clips the sum of all terms. Not under FSDP or DeepSpeed, not with `fp16`.
+            Norm to which the gradient of the diversity term is clipped separately, before it is added to that of the
+            other terms, which is clipped to `max_grad_norm` ([`~trl_drcd.clipping`]); it follows the warm-up of the
+            coefficient. `None` clips the sum of all terms. Not supported with FSDP, DeepSpeed or `fp16`.
         on_bad_batch (`str`, *optional*, defaults to `"stop"`):
-            What happens where a reward, an embedder, the teacher, the student or a gradient gives NaN or infinity, or
-            an embedder or a reward raises: `"stop"` saves a checkpoint of the state before that update and raises,
-            `"skip"` leaves the update out and goes on (not under DeepSpeed, not with `fp16`).
+            Action if a reward, an embedder, the teacher, the student or a gradient gives NaN or infinity, or an
+            embedder or a reward raises: `"stop"` saves a checkpoint of the state before that update and raises,
+            `"skip"` skips the update and continues (not supported with DeepSpeed or `fp16`).
         ddp_timeout (`int`, *optional*, defaults to 600):
-            Seconds that a process waits for the others before the run ends with an error; more than any process needs
-            between two exchanges, such as its share of a rollout or the writing of a checkpoint.
+            Seconds that a process waits for the others before the run ends with an error. It must exceed the time of
+            any process between two exchanges, such as its share of a rollout or the writing of a checkpoint.
         sample_steps (`int`, *optional*, defaults to 0):
-            Every so many steps, completions of `sample_prompts` go to the log (audio or text). 0 turns it off.
+            Interval, in steps, at which completions of `sample_prompts` are logged (audio or text). 0 turns it off.
         sample_prompts (`list[str]`, *optional*):
             Fixed prompts for `sample_steps`; `None` takes the first two of the evaluation set, else of the training
             set.
 
     Raises:
-        TypeError: If a value is of another type than its field.
-        ValueError: If sampling is not from the distribution that is scored (`top_k`, `top_p`, `min_p`,
-            `repetition_penalty`, `generation_kwargs`, dropout), or a value is out of its range.
+        TypeError: If a value does not have the type of its field.
+        ValueError: If sampling would not be from the scored distribution (`top_k`, `top_p`, `min_p`,
+            `repetition_penalty`, `generation_kwargs`, dropout), or a value is out of range.
     """
 
     learning_rate: float = field(default=1.5e-4, metadata={"help": "Initial learning rate of AdamW."})
@@ -98,7 +100,7 @@ class CFGDistillDiversityConfig(RLOOConfig):
     gradient_accumulation_steps: int = field(
         default=8, metadata={"help": "Forwards per update; 16 x 8 is the paper's batch of 128 on one process."}
     )
-    temperature: float = field(default=0.99, metadata={"help": "T of the sampling and of the KL."})
+    temperature: float = field(default=0.99, metadata={"help": "T of sampling and of the KL."})
     num_generations: int = field(default=4, metadata={"help": "G, generations per prompt; at least 2."})
     beta: float = field(
         default=0.0,
@@ -107,7 +109,7 @@ class CFGDistillDiversityConfig(RLOOConfig):
         },
     )
     disable_dropout: bool = field(
-        default=True, metadata={"help": "Dropout off, so that what was sampled is what is scored."}
+        default=True, metadata={"help": "Turn dropout off, so that samples come from the scored distribution."}
     )
     guidance_scale: float = field(default=3.0, metadata={"help": "gamma of the teacher's classifier-free guidance."})
     negative_prompt: str | None = field(
@@ -116,7 +118,7 @@ class CFGDistillDiversityConfig(RLOOConfig):
     allowed_token_ids: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Tokens of completions, its eos included: ids, names, or ranges FIRST..LAST; all by default."
+            "help": "Tokens allowed in completions, with the eos: ids, names, or ranges FIRST..LAST; all by default."
         },
     )
     diversity_coef: float = field(default=0.0, metadata={"help": "beta of the paper: weight of the diversity reward."})
@@ -126,30 +128,31 @@ class CFGDistillDiversityConfig(RLOOConfig):
     )
     diversity_credit: str = field(
         default="critic",
-        metadata={"help": "critic: advantages of steps, with less noise; sequence: one for each completion."},
+        metadata={"help": "critic: an advantage per step, with less noise; sequence: one per completion."},
     )
     gae_lambda: float = field(
-        default=0.95, metadata={"help": "Of the critic: 1 is unbiased, below 1 has less noise and some bias."}
+        default=0.95,
+        metadata={"help": "lambda of the critic's advantages: 1 is unbiased; below 1, less noise and some bias."},
     )
-    diversity_prefixes: int = field(default=9, metadata={"help": "Beginnings of a completion that the critic embeds."})
+    diversity_prefixes: int = field(default=9, metadata={"help": "Prefixes of a completion that the critic embeds."})
     diversity_kernel: str = field(
-        default="pairs", metadata={"help": "What is rewarded: pairs (mean distance), logdet or vendi (volume)."}
+        default="pairs", metadata={"help": "Measure of diversity: pairs (mean distance), logdet or vendi (volume)."}
     )
     max_grad_norm_diversity: float | None = field(
         default=None,
-        metadata={"help": "Clip the diversity's gradient apart, to this length; by default the sum of all terms."},
+        metadata={"help": "Clip the diversity gradient separately to this norm; by default the sum of all terms."},
     )
     on_bad_batch: str = field(
         default="stop",
-        metadata={"help": "On NaN, infinity or a raising embedder or reward: stop (after a checkpoint) or skip."},
+        metadata={"help": "On NaN, infinity or an error of embedder or reward: stop (after a checkpoint) or skip."},
     )
     ddp_timeout: int = field(
         default=600, metadata={"help": "Seconds that a process waits for the others before the run ends."}
     )
     sample_steps: int = field(
-        default=0, metadata={"help": "Log samples of fixed prompts every so many steps; 0 is off."}
+        default=0, metadata={"help": "Interval, in steps, at which samples of fixed prompts are logged; 0 is off."}
     )
-    sample_prompts: list[str] | None = field(default=None, metadata={"help": "Prompts of these samples."})
+    sample_prompts: list[str] | None = field(default=None, metadata={"help": "Prompts for sample_steps."})
 
     def __post_init__(self) -> None:
         for name in ("eval_strategy", "logging_strategy", "save_strategy"):
@@ -165,29 +168,29 @@ class CFGDistillDiversityConfig(RLOOConfig):
         check_settings(self)
         if (self.negative_prompt or "").strip().lower() in ("none", "null"):
             logger.warning(
-                f"`negative_prompt={self.negative_prompt!r}` is that text; for the unconditional prompt leave the "
-                "argument out, or write `null` in YAML"
+                f"`negative_prompt={self.negative_prompt!r}` is taken literally as text; for the unconditional prompt "
+                "omit the argument, or write `null` in YAML"
             )
         if self.bf16 is None and not self.fp16 and not self.use_cpu and not is_torch_bf16_gpu_available():
             self.bf16 = False  # TRL's default would be an error on a machine without a GPU
         super().__post_init__()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What `training_args.bin` holds: everything but the user's token."""
+        """State for `training_args.bin`, without the user's token."""
         return self.__dict__ | {"hub_token": None}
 
     def diversity_warmup(self, max_steps: int) -> int:
         """
-        Updates until `diversity_coef` has its full value.
+        Number of updates until `diversity_coef` has its full value.
 
         Args:
-            max_steps (`int`): Of the whole run, for a `diversity_warmup_steps` that is a share of it.
+            max_steps (`int`): Updates of the whole run, used if `diversity_warmup_steps` is a share.
         """
         steps = self.diversity_warmup_steps
         return math.ceil(steps * max_steps) if 0 < steps < 1 else int(steps)
 
     def max_grad_norm_diversity_at(self, step: int, max_steps: int) -> float | None:
-        """The length after `step` of `max_steps` updates; rises with the coefficient in its warm-up."""
+        """Clipping norm of the diversity gradient after `step` of `max_steps` updates; `None` if it is not clipped."""
         if self.max_grad_norm_diversity is None or self.diversity_coef == 0:
             return None
         return self.max_grad_norm_diversity * self.diversity_coef_at(step, max_steps) / self.diversity_coef
@@ -198,18 +201,18 @@ class CFGDistillDiversityConfig(RLOOConfig):
 
 
 def _with_numbers(kwargs: Any) -> Any:
-    """A mapping, perhaps in JSON, whose texts that are numbers are numbers: YAML reads 1e-5 as a text."""
+    """Convert numeric strings in a mapping (or its JSON) to numbers: YAML reads 1e-5 as a string."""
     try:
         given = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
     except ValueError:
-        return kwargs  # transformers says what is wrong
+        return kwargs  # transformers raises the error
     if not isinstance(given, dict):
         return kwargs
     return {name: _number(value) if isinstance(value, str) else value for name, value in given.items()}
 
 
 def _number(text: str) -> float | str:
-    """The number that a text is, else the text."""
+    """Convert a string to a number if possible."""
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)
