@@ -150,9 +150,9 @@ def test_files(codec, tmp_path):
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
-        (torch.zeros(3, 2), "shape \\(3, 2\\)"),
-        (torch.zeros(1, 3, 3), "shape \\(1, 3, 3\\)"),
-        (torch.full((1, 3, 2), C), "codes are 0..7"),
+        (torch.zeros(3, 2), "got \\(3, 2\\)"),
+        (torch.zeros(1, 3, 3), "got \\(1, 3, 3\\)"),
+        (torch.full((1, 3, 2), C), "must be in 0..7, got 8..8"),
     ],
 )
 def test_bad_codes_are_refused(codec, codes, message):

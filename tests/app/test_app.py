@@ -36,7 +36,7 @@ def engine(models):
         ({"model": "m", "dtype": "int8"}, "`dtype` must be"),
         ({"model": "m", "export": "out"}, "`export` needs an `evaluation`"),
         ({"model": "m", "most_samples": 0}, "`most_samples` must be at least 1"),
-        ({"model": "m", "ends": ["a"], "end_names": ["a", "b"]}, "`end_names` must have one for each"),
+        ({"model": "m", "ends": ["a"], "end_names": ["a", "b"]}, "`end_names` must have one name per end"),
     ],
 )
 def test_bad_arguments(given, message):
@@ -72,7 +72,7 @@ def test_passes_are_counted(engine):
     two = engine.sample(Ask("a tune", (), guidance_scale=3.0, samples=3), Job())
     assert one.passes == pytest.approx(1) and two.passes == pytest.approx(2)
     assert one.tokens == two.tokens == 12 and len(one.completions) == 3
-    assert one.cost().startswith("1 pass a token, ") and two.cost().startswith("2 passes a token, ")
+    assert one.cost().startswith("1 pass per token, ") and two.cost().startswith("2 passes per token, ")
 
 
 def test_the_same_seed_gives_the_same_samples(engine):
@@ -135,8 +135,8 @@ def test_play_shows_both_ways(engine):
     steps = list(play.run("ann", VALUES, (0.25,)))
     left = [html for html, _, _ in steps if html][-1]
     right = [html for _, html, _ in steps if html][-1]
-    assert "λ = 0.25 from quality to diversity" in left and "1 pass a token" in left and left.count("<article") == 2
-    assert "Base with guidance, γ = 3" in right and "2 passes a token" in right
+    assert "λ = 0.25 from quality to diversity" in left and "1 pass per token" in left and left.count("<article") == 2
+    assert "Base with guidance, γ = 3" in right and "2 passes per token" in right
     assert "Done" in steps[-1][2] and "Nothing is running" in play.cancel("ann")
 
 

@@ -114,8 +114,8 @@ def test_bad_arguments(changed, message):
     [
         (["a"], 2, {"quality": 2}, 3, "at least 2 different names"),
         (["a", "a"], 2, {"quality": 2}, 3, "at least 2 different names"),
-        (["a", "b"], 1, {"diversity": 2}, 3, "only 1 is kept"),
-        (["a", "b"], 2, {"quality": 9}, 3, "samples of 2 prompts are kept"),
+        (["a", "b"], 1, {"diversity": 2}, 3, "only 1 was kept"),
+        (["a", "b"], 2, {"quality": 9}, 3, "samples of 2 prompts were kept"),
         (["a", "b"], 2, {"quality": 0}, 3, "at least one must be above 0"),
         (["a", "b"], 2, {"quality": 2}, 9, "too many for 2 items"),
     ],
@@ -139,7 +139,7 @@ def test_evaluations_that_do_not_fit(evaluation, tmp_path):
         read_evaluation(copy)
     index = copy / "samples" / "m1" / "samples.jsonl"
     index.write_text("".join(line for line in index.read_text().splitlines(True) if '"a reel"' not in line))
-    with pytest.raises(ValueError, match="other prompts of 'CFG'"):
+    with pytest.raises(ValueError, match="samples of 'CFG' for other prompts"):
         read_evaluation(copy)
     shutil.rmtree(copy / "samples" / "m2")
     with pytest.raises(FileNotFoundError, match=r"has no samples of \['beta 0'\]"):

@@ -134,7 +134,7 @@ def test_mturk_and_back(study, tmp_path):
         ("slot,rater,left,right\nx,ann,1,2\n", "rating 1: 'x' is not an integer"),
         ("slot,rater,left,right\n1,ann,1,9\n", "rating 1: `right` must be an integer from 1 to 5"),
         ("slot,rater,left,right\n99999,ann,1,2\n", "is not a slot of this study"),
-        ("slot,rater,left,right\n1,,1,2\n", "the rater is empty"),
+        ("slot,rater,left,right\n1,,1,2\n", "the rater's name is empty"),
     ],
 )
 def test_bad_files(study, tmp_path, text, message):
@@ -185,7 +185,7 @@ def test_bad_simulations(wrong, message):
 
 
 def test_simulations_that_do_not_fit(study):
-    with pytest.raises(ValueError, match="`abilities` must be one for each of"):
+    with pytest.raises(ValueError, match="`abilities` must have one value for each of"):
         simulate(study, SimulateArguments(str(study.folder), [1.0]))
     with pytest.raises(ValueError, match="was not measured"):
         simulate(study, SimulateArguments(str(study.folder), judges=["quality", "taste"]))
