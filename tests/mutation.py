@@ -198,8 +198,8 @@ MUTATIONS = [
     Mutation(
         "mask of the completion ignored",
         "policies/causal_lm.py",
-        "return completion_ids[..., None], completion_mask[..., None].bool()",
-        "return completion_ids[..., None], torch.ones_like(completion_mask[..., None]).bool()",
+        "ids, mask = completion_ids[..., None], completion_mask[..., None].bool()",
+        "ids, mask = completion_ids[..., None], torch.ones_like(completion_mask[..., None]).bool()",
         "tests/test_trainer.py::test_loss_and_gradient_equal_the_dense_reference",
     ),
     Mutation(
@@ -226,15 +226,15 @@ MUTATIONS = [
     Mutation(
         "delays reversed",
         "audio/codecs.py",
-        "delayed[:, k : k + frames, k] = codes[..., k]",
-        "delayed[:, books - 1 - k : books - 1 - k + frames, k] = codes[..., k]",
+        "delayed[:, late : late + frames, k] = codes[..., k]",
+        "delayed[:, delays[-1] - late : delays[-1] - late + frames, k] = codes[..., k]",
         "tests/test_musicgen.py::test_delayed_layout_is_that_of_generate",
     ),
     Mutation(
         "delay off by one where it is undone",
         "audio/codecs.py",
-        "return torch.stack([delayed[:, k : k + frames, k] for k in range(books)], dim=-1)",
-        "return torch.stack([delayed[:, max(0, k - 1) : max(0, k - 1) + frames, k] for k in range(books)], dim=-1)",
+        "return torch.stack([delayed[:, late : late + frames, k] for k, late in enumerate(delays)], dim=-1)",
+        "return torch.stack([delayed[:, max(0, late - 1) :][:, :frames, k] for k, late in enumerate(delays)], dim=-1)",
         "tests/test_musicgen.py::test_delayed_layout_is_that_of_generate",
     ),
     # The critic of prefixes
