@@ -19,6 +19,7 @@ import trl_drcd.cli
 from trl_drcd import CFGDistillDiversityConfig
 from trl_drcd.evaluation.arguments import EvaluateArguments
 from trl_drcd.evaluation.metrics import METRICS
+from trl_drcd.hub.commands import PushArguments
 from trl_drcd.scripts.train_music import MusicArguments
 from trl_drcd.scripts.train_text import TextArguments
 
@@ -144,6 +145,8 @@ def known_flags(words: list[str]) -> set[str] | None:
         kinds: list[type] = [trl_drcd.cli.MergeArguments]
     elif words[:2] == ["trl-drcd", "evaluate"]:
         kinds = [EvaluateArguments]
+    elif words[:2] == ["trl-drcd", "push"]:
+        kinds = [PushArguments]
     elif words[:3] == ["trl-drcd", "train", "music"] or "recipes/musiclm_drcd.py" in words:
         kinds = [MusicArguments, *ours]
     elif words[:3] == ["trl-drcd", "train", "text"] or "recipes/text_drcd.py" in words:

@@ -14,7 +14,8 @@ class PushArguments:
     """Arguments of `trl-drcd push`; `--config FILE.yaml` reads them from a file."""
 
     folder: str | None = field(
-        default=None, metadata={"help": "Folder of the model, adapter, merge, embedder, judge or codec to push."}
+        default=None,
+        metadata={"help": "Folder of the model, adapter, merge, embedder, judge, codec or evaluation to push."},
     )
     repo_id: str | None = field(default=None, metadata={"help": "Target repository, owner/name."})
     public: bool = field(default=False, metadata={"help": "Push to a public repository; by default it is private."})
@@ -35,6 +36,9 @@ class PushArguments:
     strategy: str | None = field(
         default=None, metadata={"help": "Name of a row of `results`; by default the row of this model alone."}
     )
+    collection: str | None = field(
+        default=None, metadata={"help": "Title of a collection to add it to, with the paper; created if needed."}
+    )
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -51,9 +55,10 @@ def with_names(argv: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> None:
     """
-    Upload the folder of a model, adapter, merge, embedder, judge or codec to the Hub, with a complete card. The
-    repository is private unless `--public`; files are replaced only with `--yes`; only files of the model are sent.
-    The token is that of `hf auth login` or HF_TOKEN. All arguments may be in a YAML file: --config FILE.yaml.
+    Upload the folder of a model, adapter, merge, embedder, judge or codec to the Hub, or the samples that an
+    evaluation kept (as a data set), with a complete card. The repository is private unless `--public`; files are
+    replaced only with `--yes`; only files that belong to it are sent. The token is that of `hf auth login` or
+    HF_TOKEN. All arguments may be in a YAML file: --config FILE.yaml.
     """
     from trl import TrlParser
 
@@ -81,7 +86,7 @@ def run(arguments: PushArguments) -> None:
         arguments.folder, arguments.repo_id, public=arguments.public, overwrite=arguments.yes,
         dry_run=arguments.dry_run, base_model=arguments.base_model, license=arguments.license,
         datasets=arguments.datasets or (), command=arguments.command, results=arguments.results,
-        strategy=arguments.strategy,
+        strategy=arguments.strategy, collection=arguments.collection,
     )  # fmt: skip
     if url:
         print(f"Pushed: {url}")

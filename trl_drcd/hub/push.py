@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from trl_drcd.hub.cards import CardFacts, complete_card, has_license
+from trl_drcd.hub.cards import CardFacts, complete_card, has_license, merged_from
+from trl_drcd.hub.collections import add_to_collection, check_title
 from trl_drcd.hub.metrics import eval_results, metrics_section, plot_of, result_of
 from trl_drcd.hub.privacy import BASE_KEY, check_text, content_to_push
+from trl_drcd.hub.samples import is_evaluation, prepare_samples
 from trl_drcd.hub.selection import CARD, PLOT, files_to_push, kind_of, left_out
 from trl_drcd.hub.upload import Upload, check_repo_id, send
 from trl_drcd.validation.saved_files import read_json
@@ -37,6 +39,10 @@ def prepare(
     for name in base_model or ():
         check_repo_id(name)
     folder = Path(folder)
+    if is_evaluation(folder):
+        if unused := [name for name, value in {"results": results, "strategy": strategy}.items() if value]:
+            raise ValueError(f"`folder={folder}` is an evaluation, whose samples are pushed; leave out `{unused[0]}`")
+        return prepare_samples(folder, repo_id, public, license, base_model or ())
     files = files_to_push(folder)
     evaluation = None if results is None else Path(results)
     files |= plot_of(evaluation, list(files))
@@ -79,10 +85,14 @@ def push_to_hub(
     command: str | None = None,
     results: str | Path | None = None,
     strategy: str | None = None,
+    collection: str | None = None,
     token: str | None = None,
 ) -> str | None:
     """
     Push the folder of a model, adapter, merge, codec, embedder or judge to the Hub, with a complete card.
+
+    The folder of an evaluation becomes a data set of the samples that it kept
+    ([`~trl_drcd.hub.samples.prepare_samples`]).
 
     Only the files of [`~trl_drcd.hub.selection.files_to_push`] are uploaded: no checkpoint, optimizer state, pickle,
     log, link out of the folder, access token or local path. The local folder is not changed.
@@ -94,13 +104,15 @@ def push_to_hub(
         overwrite (`bool`, *optional*, defaults to `False`): Whether files of an existing repository may be replaced.
         dry_run (`bool`, *optional*, defaults to `False`): Print every file with its size, and send nothing.
         base_model (`Sequence[str]`, *optional*): Hub names of the base model, or of the parents of a merge; required
-            if the folder records them as local folders.
+            if the folder records them as local folders. For an evaluation, the models that were sampled.
         license (`str`, *optional*): Licence identifier such as `apache-2.0`; that of the card if `None`.
         datasets (`Sequence[str]`, *optional*): Hub names of the training data.
         command (`str`, *optional*): Command that produced the model, for the card.
         results (`str` or `Path`, *optional*): Folder or `results.jsonl` of an evaluation: its metrics with intervals
             become the card's `model-index`, and its `front.png` is shown.
         strategy (`str`, *optional*): Name of a row of `results`; by default the row of this model alone.
+        collection (`str`, *optional*): Title of a collection of the same owner to add the repository and the paper
+            to; created if needed ([`~trl_drcd.hub.collections.add_to_collection`]).
         token (`str`, *optional*): Access token; that of the login if `None`.
 
     Returns:
@@ -115,9 +127,21 @@ def push_to_hub(
         folder, repo_id, public=public, base_model=base_model, license=license, datasets=datasets, command=command,
         results=results, strategy=strategy,
     )  # fmt: skip
+    if collection is not None:
+        check_title(collection)
     if dry_run:
         print(upload.listing())
-        if others := left_out(Path(folder), files_to_push(folder)):
+        if others := left_out(Path(folder), dict.fromkeys(upload.files, Path())):
             print(f"Left out: {', '.join(others)}")
         return None
-    return send(upload, overwrite, token, f"Push by trl-drcd: {Path(folder).resolve().name}")
+    address = send(upload, overwrite, token, f"Push by trl-drcd: {Path(folder).resolve().name}")
+    if collection is not None:
+        kind, note = upload.repo_type, _note(Path(folder))
+        add_to_collection(repo_id, collection, public=public, note=note, repo_type=kind, token=token)
+    return address
+
+
+def _note(folder: Path) -> str | None:
+    """The note of a merge of two models in a collection."""
+    parents = merged_from(folder)
+    return f"lambda = {parents[1][1]:g}" if len(parents) == 2 else None
