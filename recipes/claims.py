@@ -1,10 +1,10 @@
 """
-The paper's claims, answered from a `results.jsonl` of `trl-drcd evaluate`, for music or text: what was measured, with
-paired 95 % intervals over prompts (and training seeds), and whether each claim holds.
+Test the paper's claims on a `results.jsonl` of `trl-drcd evaluate`, for music or text, with paired 95 % intervals over
+prompts (and training seeds).
 
     python recipes/claims.py results/music/results.jsonl
     python recipes/claims.py results/music/results.jsonl --omega equal --output results/music/claims.md
-    python recipes/claims.py results/music/results.jsonl --report outputs/report      # tables and plots too
+    python recipes/claims.py results/music/results.jsonl --report outputs/report      # also tables and plots
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from trl_drcd.validation.messages import one_line_errors
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints a table for each pair of a quality and a diversity that was measured."""
+    """Print a table for each measured pair of a quality and a diversity metric."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="results.jsonl")
     parser.add_argument(
-        "--omega", help="quality = omega * adherence + preference: a number or `equal`; as it is stored"
+        "--omega", help="quality = omega * adherence + preference: a number or `equal`; by default as stored"
     )
-    parser.add_argument("--quality", nargs="+", default=["quality", "adherence"], help="metrics taken as quality")
-    parser.add_argument("--diversity", nargs="+", default=["diversity", "diversity_second"], help="as diversity")
-    parser.add_argument("--output", type=Path, help="a Markdown file of the tables")
+    parser.add_argument("--quality", nargs="+", default=["quality", "adherence"], help="quality metrics")
+    parser.add_argument("--diversity", nargs="+", default=["diversity", "diversity_second"], help="diversity metrics")
+    parser.add_argument("--output", type=Path, help="a Markdown file for the tables")
     parser.add_argument("--report", type=Path, help="a folder for all tables and plots of the evaluation")
     args = parser.parse_args(argv)
     with one_line_errors("claims.py"):
@@ -39,10 +39,10 @@ def main(argv: list[str] | None = None) -> None:
     points = pooled(results)
     known = set.intersection(*(set(point.values) for point in points))
     if "preference" not in known:
-        known -= {"adherence"}  # which quality then is
+        known -= {"adherence"}  # equal to quality without a preference
         args.quality = [metric for metric in args.quality if metric != "adherence"]
     if missing := sorted({*args.quality, *args.diversity} - known):
-        print(f"not measured of all rows: {', '.join(missing)}")
+        print(f"not measured for all rows: {', '.join(missing)}")
     omega = points[0].omega
     parts = [] if omega is None else [f"quality = {omega:.4g} * adherence + preference"]
     metrics = ([metric for metric in asked if metric in known] for asked in (args.quality, args.diversity))

@@ -1,12 +1,12 @@
 """
-The whole method on the shipped text-to-music model, in minutes on two CPU cores: a short run for quality and a short
-run with a high diversity reward, the two merged, then their front beside guidance and temperature, on a page to look
-at and to listen to, all under outputs/demo/.
+The whole method on the shipped text-to-music model, in minutes on two CPU cores: train a short quality run and a short
+run with a high diversity reward, merge the two, compare their front with guidance and temperature, and write a page to
+listen to. Everything is written to outputs/demo/.
 
     make demo
-    python recipes/demo.py --fresh      # forget what an earlier call has finished
+    python recipes/demo.py --fresh      # discard the results of an earlier call
 
-What is finished is kept: a second call continues after an interruption.
+A second call continues after an interruption and keeps finished parts.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ INTERPOLATION_WEIGHT = 0.5  # of the model that is written
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder of the results")
-    parser.add_argument("--world", type=Path, default=HERE / "tiny_music", help="has models/ and data/")
+    parser.add_argument("--world", type=Path, default=HERE / "tiny_music", help="folder with models/ and data/")
     parser.add_argument("--steps", type=int, default=34, help="training steps of each run")
-    parser.add_argument("--minutes", type=float, default=5.0, help="training of each run ends after so long anyway")
+    parser.add_argument("--minutes", type=float, default=5.0, help="time limit of each training run, minutes")
     parser.add_argument("--prompts", type=int, default=20, help="held-out prompts to measure on")
-    parser.add_argument("--samples", type=int, default=4, help="samples of each prompt, at least 2")
+    parser.add_argument("--samples", type=int, default=4, help="samples per prompt, at least 2")
     parser.add_argument("--listen", type=int, default=4, help="prompts on the page")
     parser.add_argument("--fresh", action="store_true", help="start over")
     return parser.parse_args()
 
 
 def start(command: list[str], log: Path, **environment: str) -> subprocess.Popen:
-    """A process of its own, whose output goes to a file."""
+    """Start a Python process whose output goes to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with open(log, "w") as file:
@@ -64,7 +64,7 @@ def start(command: list[str], log: Path, **environment: str) -> subprocess.Popen
 
 
 def wait(processes: dict[str, subprocess.Popen], logs: Path, look: Any) -> None:
-    """Calls `look()` every second until all processes have ended well; ends them all if one fails, or at Ctrl-C."""
+    """Call `look()` every second until all processes have succeeded; end them all if one fails, or on Ctrl-C."""
     try:
         while True:
             look()
@@ -81,7 +81,7 @@ def wait(processes: dict[str, subprocess.Popen], logs: Path, look: Any) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """The two runs, at the same time, each on one core."""
+    """Train both runs concurrently, each on one core."""
     waiting = [name for name in RUNS if not (args.output / name / "README.md").exists()]
     for name in [*waiting, "merged"] if waiting else []:
         shutil.rmtree(args.output / name, ignore_errors=True)
@@ -94,7 +94,7 @@ def train(args: argparse.Namespace) -> None:
         command += ["--eval_dataset", str(data / "test_prompts.jsonl"), "--output_dir", str(args.output / name)]
         command += ["--max_steps", str(args.steps), "--max_minutes", str(args.minutes), "--logging_steps", "4"]
         command += ["--diversity_warmup_steps", str(args.steps // 3)]
-        # Measured below, on more prompts
+        # Evaluated below, on more prompts
         command += ["--eval_strategy", "no", "--eval_on_start", "false", "--save_strategy", "no"]
         processes[name] = start(command, args.output / "logs" / f"{name}.txt")
         bars[name] = tqdm(total=args.steps, desc=f"train {name:9s}", unit="step", position=len(bars))
@@ -114,14 +114,14 @@ def train(args: argparse.Namespace) -> None:
 
 
 def merge(args: argparse.Namespace) -> None:
-    """The model half way between the two runs."""
+    """Merge the two runs half way."""
     if not (args.output / "merged").exists():
         weights = [1 - INTERPOLATION_WEIGHT, INTERPOLATION_WEIGHT]
         interpolate_checkpoints([args.output / "quality", args.output / "diversity"], weights, args.output / "merged")
 
 
 def evaluation(args: argparse.Namespace) -> EvaluateArguments:
-    """What `trl-drcd evaluate` is to measure: the front of figures 1 and 3 of the paper, in few points."""
+    """Arguments of the evaluation: the front of Fig. 1 and 3 of the paper, with few points."""
     models = args.world / "models"
     quality, diversity = (str(args.output / name) for name in RUNS)
     coefficient = read_yaml(HERE / RUNS["diversity"])["diversity_coef"]
@@ -144,7 +144,7 @@ def evaluation(args: argparse.Namespace) -> EvaluateArguments:
 
 
 def main() -> None:
-    """Trains, merges, measures, reports."""
+    """Train, merge, evaluate, report."""
     args, began = parse(), time.time()
     if args.fresh:
         shutil.rmtree(args.output, ignore_errors=True)

@@ -2,37 +2,37 @@
 Distil classifier-free guidance into a text-to-music model, with or without the diversity reward
 (https://huggingface.co/papers/2410.06084).
 
-From the root of the repository and without arguments, the short run of recipes/music/musiclm_quality.yaml on the model
-that is shipped in recipes/tiny_music; with another YAML file, and a value of it overridden:
+Without arguments, in the root of the repository: the short run of recipes/music/musiclm_quality.yaml on the shipped
+model of recipes/tiny_music. With another YAML file, and one value overridden:
 
     accelerate launch recipes/musiclm_drcd.py
     accelerate launch recipes/musiclm_drcd.py --config recipes/music/musiclm_diversity.yaml --max_steps 300
 
-Any causal LM over words and audio tokens, and any prompts (Hub name, or a JSONL, CSV or Parquet file, with a column
-`prompt` and perhaps `negative_prompt`); then the defaults are the paper's:
+With any causal LM over words and audio tokens, and any prompts (Hub name, or a JSONL, CSV or Parquet file, with a
+column `prompt` and optionally `negative_prompt`); the defaults are then the paper's:
 
     accelerate launch recipes/musiclm_drcd.py --model_name_or_path my/musiclm --codec my/codec \\
         --embedder my/embedder --dataset prompts.jsonl --diversity_coef 5 --output_dir outputs/mine
 
-With LoRA (the teacher is then the same weights with the adapter off); after an interruption:
+With LoRA (the teacher is then the same weights with the adapter off); resumed after an interruption:
 
     accelerate launch recipes/musiclm_drcd.py --use_peft --lora_target_modules all-linear --lora_dropout 0
     accelerate launch recipes/musiclm_drcd.py --resume_from_checkpoint true
 
-`trl-drcd train music` is the same. For more than its arguments can say, copy trl_drcd/scripts/train_music.py: all that
-it calls is public.
+`trl-drcd train music` does the same. To change more than the arguments allow, copy trl_drcd/scripts/train_music.py:
+everything that it calls is public.
 """
 
 from pathlib import Path
 
 from trl_drcd.scripts import train_music
 
-# What runs where the command line names neither a YAML file nor a model
+# Used if the command line has neither a YAML file nor a model
 DEFAULT_CONFIG = Path(__file__).parent / "music" / "musiclm_quality.yaml"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Checks, trains, saves."""
+    """Validate the arguments, train, and save."""
     train_music.main(argv, DEFAULT_CONFIG, "musiclm_drcd.py", __doc__)
 
 

@@ -1,14 +1,13 @@
 """
-Plot training runs beside each other: KL to the guided teacher, diversity and entropy against the step; with `--judged`
-text adherence too, which no training measures.
+Plot training runs for comparison: KL to the guided teacher, diversity and entropy against the step; with `--judged`
+also text adherence, which is not measured in training.
 
     python recipes/plot_runs.py outputs/runs/beta0_s0 outputs/runs/beta300_s0
     python recipes/plot_runs.py outputs/runs/beta0_s0 outputs/runs/beta300_s0 \\
         --judged outputs/evaluation_training/results.jsonl
 
-Each folder holds the `log.jsonl` that recipes/musiclm_drcd.py writes. Lines are training batches, dots held-out
-prompts: those of the log, or rows of a `results.jsonl` that are called as the folder, with the step behind it
-(`beta0_s0 40`).
+Each folder contains the `log.jsonl` of a training run. Lines are training batches, dots are held-out prompts: those of
+the log, or rows of a `results.jsonl` that are named after the folder and the step (`beta0_s0 40`).
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ PANELS = {
     "entropy": "entropy\n(nats per token)",
     "adherence": "text adherence\n(cosine)",
 }
-# What a results.jsonl calls them
+# Their keys in results.jsonl
 JUDGED = {"kl": "kl", "diversity": "diversity", "entropy": "entropy_per_token", "adherence": "adherence"}
-# Okabe and Ito's palette, legible with every kind of colour vision; without its black and yellow
+# Okabe and Ito's colour-blind-safe palette, without its black and yellow
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
 
 
 def judged_entries(results: list[Result], run: str) -> list[dict]:
-    """The rows of a run's checkpoints as entries of its log."""
+    """Convert the rows of a run's checkpoints to entries of its log."""
     entries = []
     for line in results:
         name, _, step = line.name.rpartition(" ")
@@ -48,13 +47,13 @@ def judged_entries(results: list[Result], run: str) -> list[dict]:
 
 
 def smoothed(values: list[float], width: int) -> np.ndarray:
-    """Running means of `width` values, of fewer at the ends."""
+    """Running means of `width` values, or fewer at the ends."""
     window, ones = np.ones(width), np.ones(len(values))
     return np.convolve(values, window, "same") / np.convolve(ones, window, "same")
 
 
 def draw(runs: dict[str, list[dict]], smooth: int = 1) -> Figure:
-    """One panel for each quantity, one colour for each run."""
+    """Plot one panel per quantity, one colour per run."""
     keys = [key for key in PANELS if any({key, f"eval_{key}"} & set(entry) for log in runs.values() for entry in log)]
     figure = Figure(figsize=(3.5 * len(keys), 3.4), layout="constrained")
     for axes, key in zip(np.atleast_1d(figure.subplots(1, len(keys))), keys, strict=True):
@@ -82,26 +81,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="output folders of training runs")
     parser.add_argument("--judged", type=Path, help="results.jsonl with rows of the runs' checkpoints")
-    parser.add_argument("--smooth", type=int, default=1, help="logged values in a running mean; 1 for none")
+    parser.add_argument("--smooth", type=int, default=1, help="values per running mean of the log; 1 for none")
     parser.add_argument("--output", type=Path, default=Path("outputs/curves.png"), help="PNG or SVG file")
     args = parser.parse_args()
     if missing := [str(run) for run in args.runs if not (run / "log.jsonl").is_file()]:
         parser.error(f"no log.jsonl in {', '.join(missing)}")
     if len(args.runs) > len(COLOURS):
-        parser.error(f"{len(args.runs)} runs; at most {len(COLOURS)} can be told apart")
+        parser.error(f"at most {len(COLOURS)} runs can be plotted, got {len(args.runs)}")
     runs = {
         run.resolve().name: [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         for run in args.runs
     }
     if len({run.resolve().name for run in args.runs}) < len(args.runs):
-        parser.error("two runs have folders of the same name, which is what the plot calls them")
+        parser.error("two runs have folders of the same name; the plot labels runs by it")
     if args.smooth < 1:
         parser.error(f"--smooth must be at least 1, got {args.smooth}")
     if args.judged:
         with one_line_errors("plot_runs.py"):
             judged = {name: judged_entries(read_results(args.judged), name) for name in runs}
         if unknown := [name for name, entries in judged.items() if not entries]:
-            parser.error(f"{args.judged} has no row of {', '.join(unknown)}; rows are called `{unknown[0]} STEP`")
+            parser.error(f"{args.judged} has no row for {', '.join(unknown)}; rows are named `{unknown[0]} STEP`")
         runs = {name: log + judged[name] for name, log in runs.items()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     draw(runs, args.smooth).savefig(args.output, dpi=110)

@@ -51,7 +51,7 @@ def test_every_pair_of_metrics_gets_a_table(tmp_path, capsys):
     words = ["--omega", "equal", "--diversity", "diversity", "no_such", "--output", str(tmp_path / "claims.md")]
     claims.main([str(RESULTS / "music" / "results.jsonl"), *words])
     printed = capsys.readouterr().out
-    assert "not measured of all rows: no_such" in printed
+    assert "not measured for all rows: no_such" in printed
     text = (tmp_path / "claims.md").read_text()
     assert text.count("## ") == 2
     preference, adherence = (means_of_points("music", metric).values() for metric in ("preference", "adherence"))

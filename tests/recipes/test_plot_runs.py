@@ -46,7 +46,7 @@ def test_only_what_was_measured_is_drawn(tmp_path, monkeypatch, capsys):
     for words, message in (
         ([str(tmp_path)], "no log.jsonl in"),
         ([str(run), str(run)], "folders of the same name"),
-        ([str(run), "--judged", str(results)], "has no row of run; rows are called `run STEP`"),
+        ([str(run), "--judged", str(results)], "has no row for run; rows are named `run STEP`"),
         ([str(run), "--smooth", "0"], "--smooth must be at least 1, got 0"),
     ):
         monkeypatch.setattr("sys.argv", ["plot_runs.py", *words])
