@@ -111,9 +111,9 @@ MUTATIONS = [
     ),
     Mutation(
         "sign of the advantage, gradient taken with the terms",
-        "trainer.py",
-        "weights = -torch.stack(",
-        "weights = torch.stack(",
+        "objective.py",
+        "return -torch.stack(columns)",
+        "return torch.stack(columns)",
         "tests/test_trainer.py::test_an_update_is_the_same_whether_its_terms_are_logged",
     ),
     Mutation(
@@ -257,9 +257,9 @@ MUTATIONS = [
     # What is reported
     Mutation(
         "norm of a term's gradient not over all forwards",
-        "clipping.py",
-        "loss / forwards, _trained(model)",
-        "loss, _trained(model)",
+        "term_gradients.py",
+        "part.add(model, losses[name].mean() / forwards)",
+        "part.add(model, losses[name].mean())",
         "tests/test_trainer.py::test_gradient_norms_of_the_terms_are_those_of_separate_losses",
     ),
     Mutation(

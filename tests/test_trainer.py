@@ -14,7 +14,7 @@ from trl import RLOOTrainer
 
 from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer, DiversityReward
 from trl_drcd.callbacks import SampleCallback
-from trl_drcd.clipping import check_clipping
+from trl_drcd.validation.launch import check_clipping
 from trl_drcd.config import diversity_coef_at
 from trl_drcd.diversity import diversity_advantages
 from trl_drcd.guidance import guide_logits

@@ -51,7 +51,7 @@ class SampleCallback(TrainerCallback):
         devices = [torch.cuda.current_device()] if trainer.accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(trainer.args.seed)
-            ids = trainer._sample([list(p) for p in prompt_ids])
+            ids = trainer.sample([list(p) for p in prompt_ids])
             if self.codec is None:
                 return trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
             return one_channel(self.codec.decode(ids))

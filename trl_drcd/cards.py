@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,17 @@ from trl_drcd.validation.model_folders import is_hub_name
 logger = logging.getLogger(__name__)
 
 PAPER = "https://huggingface.co/papers/2410.06084"
+CITATION = {
+    "title": "Diversity-Rewarded CFG Distillation",
+    "id": "2410.06084",
+    "citation": textwrap.dedent("""\
+        @inproceedings{cideron2025diversity,
+            title     = {{Diversity-Rewarded CFG Distillation}},
+            author    = {Geoffrey Cideron and Andrea Agostinelli and Johan Ferret and Sertan Girgin and Romuald Elie and Olivier Bachem and Sarah Perrin and Alexandre Ram{\\'e}},
+            year      = 2025,
+            booktitle = {International Conference on Learning Representations},
+        }"""),  # noqa: E501
+}
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
 SETTINGS = (
     *("guidance_scale", "negative_prompt", "temperature", "diversity_coef", "diversity_warmup_steps"),

@@ -1,4 +1,4 @@
-"""Helpers for weights that are sharded over processes (FSDP2, DeepSpeed ZeRO)."""
+"""Several processes: weights that are sharded over them (FSDP2, DeepSpeed ZeRO), and batches that are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from unittest import mock
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, fsdp2_prepare_model
+from datasets import Dataset
 from torch.distributed.fsdp import FSDPModule
 from trl.distributed import DistributedBackend
 from trl.models import prepare_deepspeed
@@ -18,6 +20,8 @@ from trl.models import prepare_deepspeed
 from trl_drcd.compat.torch_distributed import initialize_fsdp_root, reshards_after_forward
 from trl_drcd.compat.trl_private import ForwardRedirection, forget_patched_forward, maybe_gather_lm_head_ctx
 from trl_drcd.heads import Head
+
+logger = get_logger(__name__)
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -50,45 +54,6 @@ class InsideForward:
         # FSDP2 registers gradient hooks on the output of forward, but also casts it to bfloat16: return the original
         self.redirect(wrapper, model, forward)
         return kept[0]
-
-
-def check_sharding(accelerator: Accelerator, updates_per_rollout: float, keeps_parts_whole: bool = False) -> None:
-    """
-    Raise an error for unsupported kinds of sharding.
-
-    FSDP 1 stores the head, which the loss uses directly, in flat parameters. ZeRO-3 releases the head before the
-    backward pass, which needs it with several updates per rollout, and shards the codec of a MusicGen. With
-    `cpu_ram_efficient_loading`, accelerate broadcasts only the parameters that FSDP2 shards.
-
-    Args:
-        accelerator (`Accelerator`): The trainer's accelerator.
-        updates_per_rollout (`float`): Number of updates per rollout.
-        keeps_parts_whole (`bool`, *optional*): Whether the model family has modules that are not sharded.
-
-    Raises:
-        ValueError: If the launch uses one of these.
-    """
-    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
-    if fsdp is not None and fsdp.fsdp_version != 2:
-        raise ValueError(
-            f"`fsdp_version={fsdp.fsdp_version}` is not supported; set `fsdp_version: 2` in the accelerate config "
-            "(recipes/accelerate/fsdp2.yaml is one)"
-        )
-    if fsdp is not None and fsdp.cpu_ram_efficient_loading and keeps_parts_whole:
-        raise ValueError(
-            "`fsdp_cpu_ram_efficient_loading=true` does not load the unsharded modules of this model; set it to false "
-            "in the accelerate config"
-        )
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is None or plugin.zero_stage != 3:
-        return
-    if keeps_parts_whole:
-        raise ValueError("`zero_stage=3` of DeepSpeed does not work with MusicGen; use FSDP2, ZeRO-2, or LoRA and DDP")
-    if updates_per_rollout > 1:
-        raise ValueError(
-            f"{updates_per_rollout:g} updates per rollout do not work with DeepSpeed ZeRO-3; set `num_iterations=1` "
-            "and leave out `steps_per_generation`, or use FSDP2 or ZeRO-2"
-        )
 
 
 def frozen_copy(model: Any, accelerator: Accelerator) -> Any:
@@ -159,3 +124,26 @@ def whole_weights(model: Any) -> Iterator[None]:
         for module in modules:
             module.set_reshard_after_forward(module in resharding, recurse=False)
             module.reshard()
+
+
+def count_completions(loader: Any, num_generations: int, batch: int, processes: int) -> None:
+    """
+    Let accelerate know how many completions an evaluation has, to drop those that only fill the last batch.
+
+    It counts the rows of the data set, which TRL's sampler repeats.
+
+    Args:
+        loader (`DataLoader`): Of the evaluation.
+        num_generations (`int`): Completions of each row.
+        batch (`int`): Completions per batch of all processes.
+        processes (`int`): Number of processes.
+    """
+    if not isinstance(loader.dataset, Dataset):
+        return
+    rows = len(loader.dataset) * num_generations
+    loader.dataset.total_dataset_length = rows
+    if rows % batch and processes > 1:
+        logger.warning_once(
+            f"{len(loader.dataset)} prompts of evaluation do not fill batches of {batch} sequences: the first "
+            f"prompts fill up the last one, and count twice in TRL's metrics (rewards, lengths), not in ours."
+        )

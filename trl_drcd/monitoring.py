@@ -1,17 +1,17 @@
-"""Metrics of an update over all processes: means of the loss terms, norms of their gradients, and times."""
+"""What is logged of an update, over all processes: loss terms, rollouts, and times."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from trl_drcd.clipping import SeparateGradient
-from trl_drcd.distributed import is_sharded
-from trl_drcd.gradient_snr import GradientSNR
+from trl_drcd.diversity_term import ScoredDiversity
+from trl_drcd.losses import BatchTerms
 
 
 class RunningMeans:
@@ -49,65 +49,74 @@ class RunningMeans:
         return terms | {"kl": kl / rows, "kl_per_token": kl / tokens, "entropy": entropy / tokens}
 
 
-class GradientNorms:
+class StepLog:
     """
-    Norms of the gradients of the loss terms before clipping, for updates that are logged, and the signal-to-noise
-    ratio of the diversity gradient over recent ones ([`~trl_drcd.gradient_snr.GradientSNR`]). Disabled for sharded
-    gradients.
+    What the trainer logs of rollouts and loss terms, over all processes.
+
+    Args:
+        metrics (`dict`): TRL's metrics by mode (`train`, `eval`), lists of numbers by name.
+        table (`dict`): TRL's table of completions, columns by name.
+        accelerator (`Accelerator`): Of the launch.
     """
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.measured = not is_sharded(accelerator)
-        self.snr = GradientSNR()
-        self._parts: dict[str, SeparateGradient] = {}
+    def __init__(self, metrics: dict[str, Any], table: dict[str, Any], accelerator: Accelerator) -> None:
+        self.metrics, self.table, self.accelerator = metrics, table, accelerator
+        self._means = {"train": RunningMeans(), "eval": RunningMeans()}
 
-    def add(self, model: torch.nn.Module, losses: dict[str, torch.Tensor], forwards: int) -> None:
-        """Add the gradients of the terms other than distillation, from one of the update's `forwards` forwards."""
-        for name, loss in losses.items():
-            self._parts.setdefault(name, SeparateGradient(self.accelerator)).add(model, loss, forwards)
+    def gathered(self, rows: torch.Tensor, mode: str) -> torch.Tensor:
+        """Rows of all processes; in evaluation without the first ones again that fill up the last batch."""
+        return self.accelerator.gather(rows) if mode == "train" else self.accelerator.gather_for_metrics(rows)
 
-    def measure(
-        self, model: torch.nn.Module, diversity_coef: float, diversity: list[torch.Tensor] | None = None
-    ) -> dict[str, float]:
+    def add(self, mode: str, values: Mapping[str, float]) -> None:
+        """Add one value to each of these metrics."""
+        for name, value in values.items():
+            self.metrics[mode][name].append(value)
+
+    def diversity(self, mode: str, scored: ScoredDiversity) -> None:
+        """Log the diversity of a rollout, the metrics that come with it, and the reward of each completion."""
+        mean = self.gathered(scored.rewards, mode).mean().item()
+        self.add(mode, {"diversity": mean} | scored.metrics)
+        self.table["rewards"]["diversity"].extend(scored.all_rewards.tolist())
+
+    def advantages(self, credits: Iterable[torch.Tensor], mask: torch.Tensor) -> None:
         """
-        Compute the norms from the accumulated gradients of the update.
-
-        The gradient of the distillation term is the total gradient minus those of the other terms.
+        Replace the rollout's advantages in the table of completions, TRL's, by those that the loss uses.
 
         Args:
-            model (`torch.nn.Module`): The student, with the gradient of the update in `grad`.
-            diversity_coef (`float`): Divides the diversity gradient, so that different updates can be compared.
-            diversity (`list[torch.Tensor]`, *optional*): The diversity gradient, averaged over all processes, if it is
-                kept separately and not included in `grad`.
-
-        Returns:
-            `dict[str, float]`: `grad_norm/...` for each term, and `snr/diversity` (no unit) once it is defined; empty
-            if the update was skipped or gradients are sharded.
+            credits (`Iterable[torch.Tensor]`): Of each term, `(b, 1, 1)` or `(b, S, K)`; their sum is logged as a mean
+                over the completion's tokens.
+            mask (`torch.Tensor`): True where a code is scored, `(b, S, K)`.
         """
-        parts, self._parts = self._parts, {}
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        if not self.measured or all(parameter.grad is None for parameter in parameters):  # the update was skipped
-            return {}
-        rest = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        norms = {"grad_norm/diversity": 0.0}
-        for name, separate in parts.items():
-            part = separate.mean()  # collective
-            rest = [a - b for a, b in zip(rest, part, strict=True)]
-            norms[f"grad_norm/{name}"] = _norm(part)
-            if name == "diversity":
-                self.snr.add(part, diversity_coef)
-        if diversity:
-            norms["grad_norm/diversity"] = _norm(diversity)
-            self.snr.add(diversity, diversity_coef)
-        ratio = self.snr.value()
-        return {"grad_norm/distillation": _norm(rest)} | norms | ({} if ratio is None else {"snr/diversity": ratio})
+        total = sum((credit * mask).sum((1, 2)) for credit in credits) / mask.sum((1, 2)).clamp(min=1)
+        column = self.table["advantages"]
+        for _ in range(min(self.accelerator.num_processes * len(mask), len(column))):
+            column.pop()
+        column.extend(self.accelerator.gather(total).tolist())
 
+    def reward_is_diversity(self, mode: str) -> None:
+        """Log the diversity as `reward`, in place of TRL's, where there are no other reward functions."""
+        metrics = self.metrics[mode]
+        for name in ("reward", "reward_std", "frac_reward_zero_std"):
+            metrics.pop(name, None)
+        if "diversity" in metrics:
+            metrics["reward"] = list(metrics["diversity"])
 
-def _norm(tensors: list[torch.Tensor]) -> float:
-    """The norm of all tensors together, in float32 or float64."""
-    norms = [values.to(torch.promote_types(values.dtype, torch.float32)).norm() for values in tensors]
-    return float(torch.stack(norms).norm()) if norms else 0.0
+    def gathered_terms(self, mode: str, terms: BatchTerms, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """
+        The values of each sequence of all processes, shape `(B,)`, of one forward: `losses` and entropy in nats, and
+        the number of tokens.
+        """
+        columns = losses | {"entropy": terms.entropy, "tokens": terms.tokens}
+        rows = self.gathered(torch.stack([column.detach().to(terms.kl) for column in columns.values()], dim=1), mode)
+        return dict(zip(columns, rows.T, strict=True))
+
+    def terms(self, mode: str, gathered: dict[str, torch.Tensor]) -> None:
+        """Add the [`gathered_terms`] of one forward."""
+        metrics, running = self.metrics[mode], self._means[mode]
+        if "kl" not in metrics:  # cleared since, by `log`
+            running.reset()
+        running.add(gathered)
+        metrics |= {name: [value] for name, value in running.values().items()}
 
 
 class Stopwatch:

@@ -105,3 +105,19 @@ class JointObjective:
                 old = None if old is None else old.sum((1, 2))
             losses[name] = policy_gradient_losses(log_probs, credit, old, *self.epsilons)
         return losses
+
+
+def log_prob_weights(credits: dict[str, torch.Tensor]) -> torch.Tensor:
+    """
+    The derivative of the policy gradient losses with respect to log p, for one pass over all terms.
+
+    Args:
+        credits (`dict`): As in [`JointObjective.losses`].
+
+    Returns:
+        `torch.Tensor`: Minus the sum of the credits, `(B, 1, 1)` or `(B, S, K)`, in float64 so that it rounds as the
+            separate terms do; in float32 on MPS, which has no float64.
+    """
+    columns = torch.broadcast_tensors(*credits.values())
+    exact = torch.float32 if columns[0].device.type == "mps" else torch.float64
+    return -torch.stack(columns).to(exact).sum(0)

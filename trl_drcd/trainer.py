@@ -8,56 +8,49 @@ the loss is Eq. (5), from one student forward.
 
 from __future__ import annotations
 
-import math
-import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import RLOOTrainer
-from trl.models import unwrap_model_for_generation
 
 from trl_drcd.callbacks import SampleCallback, WarmupCheck
-from trl_drcd.cards import base_of, final_metrics, trained_model, write_card
-from trl_drcd.clipping import SeparateGradient, check_clipping
+from trl_drcd.cards import CITATION, base_of, final_metrics, trained_model, write_card
 from trl_drcd.compat.torch_distributed import set_group_timeout
 from trl_drcd.compat.trl_private import get_config_model_id
 from trl_drcd.config import CFGDistillDiversityConfig
-from trl_drcd.distributed import check_sharding, frozen_copy, prepare_frozen, shard, whole_weights
+from trl_drcd.distributed import count_completions, frozen_copy, prepare_frozen, shard
 from trl_drcd.diversity import DiversityReward
 from trl_drcd.diversity_term import DiversityTerm
 from trl_drcd.files import local_name
 from trl_drcd.guidance import ancestral_generation_config, left_pad
-from trl_drcd.hub.push import push_to_hub
-from trl_drcd.hub.upload import check_target
+from trl_drcd.hub.training import check_run_repository, push_run
 from trl_drcd.losses import BatchTerms
 from trl_drcd.mixture import as_embedder
-from trl_drcd.monitoring import GradientNorms, RunningMeans, Stopwatch
-from trl_drcd.objective import JointObjective
+from trl_drcd.monitoring import StepLog, Stopwatch
+from trl_drcd.objective import JointObjective, log_prob_weights
 from trl_drcd.policies import Policy, allowed_token_ids, policy_class, teacher_prompt_ids
 from trl_drcd.reliability.batches import BadBatchError
 from trl_drcd.reliability.failures import explained_failures
 from trl_drcd.reliability.guard import BatchGuard
 from trl_drcd.reliability.identity import run_identity
-from trl_drcd.reliability.processes import report_status
 from trl_drcd.reliability.sampler import EpochSampler
 from trl_drcd.reliability.signals import SignalStop
 from trl_drcd.reliability.snapshot import Snapshot, load_rollout, save_rollout, set_random_states
 from trl_drcd.reliability.writer import CheckpointWriter
+from trl_drcd.rollout import StudentSampler, never_empty, no_log_probs
 from trl_drcd.teacher import GuidedTeacher, TeacherStates, load_teacher
+from trl_drcd.term_gradients import TermGradients
 from trl_drcd.validation.before_loading import check_before_loading
-from trl_drcd.validation.once_loaded import check_lengths, check_once_loaded, check_skipping
+from trl_drcd.validation.launch import check_launch
+from trl_drcd.validation.once_loaded import check_once_loaded
 from trl_drcd.validation.self_check import check_scoring
-from trl_drcd.validation.vllm import check_vllm_lengths
-
-logger = get_logger(__name__)
 
 
 class CFGDistillDiversityTrainer(RLOOTrainer):
@@ -101,17 +94,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
     args: CFGDistillDiversityConfig
     _tag_names = ["trl", "trl-drcd", "cfg-distillation"]
     _name = "Diversity-Rewarded CFG Distillation"
-    _paper = {
-        "title": "Diversity-Rewarded CFG Distillation",
-        "id": "2410.06084",
-        "citation": textwrap.dedent("""\
-            @inproceedings{cideron2025diversity,
-                title     = {{Diversity-Rewarded CFG Distillation}},
-                author    = {Geoffrey Cideron and Andrea Agostinelli and Johan Ferret and Sertan Girgin and Romuald Elie and Olivier Bachem and Sarah Perrin and Alexandre Ram{\\'e}},
-                year      = 2025,
-                booktitle = {International Conference on Learning Representations},
-            }"""),  # noqa: E501
-    }
+    _paper = CITATION
 
     def __init__(
         self,
@@ -159,9 +142,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
                 **kwargs,
             )
         self._updates_per_rollout = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
-        check_sharding(self.accelerator, self._updates_per_rollout, family.frozen is not None)
-        check_skipping(args, self.is_deepspeed_enabled)
-        check_clipping(args.max_grad_norm_diversity, self.accelerator)
+        check_launch(args, self.accelerator, self._updates_per_rollout, family.frozen is not None)
         set_group_timeout(args.ddp_timeout)
         student = self.accelerator.unwrap_model(self.model)
         allowed, suppressed = allowed_token_ids(args.allowed_token_ids, student, self._tokenizer, self.eos_token_ids)
@@ -187,7 +168,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         args = self.args
         self._diversity: DiversityTerm | None = None
         if embedder is not None:
-            reward, decode = DiversityReward(embedder, args.num_generations, self.codec), self._decoded
+            reward = DiversityReward(embedder, args.num_generations, self.codec)
+            decode = partial(self._tokenizer.batch_decode, skip_special_tokens=True)
             self._diversity = DiversityTerm(reward, decode, args, self.policy.num_codebooks, self.accelerator)
         other = None if teacher is None else load_teacher(teacher, student, self.policy)
         identity = run_identity(args, student, self.train_dataset, other)
@@ -199,14 +181,14 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         )
         self._guard = BatchGuard(args.on_bad_batch, self._tokenizer, self.accelerator)
         self.reward_funcs = self._guard.checked_rewards(self.reward_funcs)
+        self._sampler = StudentSampler(self.policy, args, self.eos_token_ids, self._guard, self.accelerator)
         self._checkpoints = CheckpointWriter(args, self.accelerator)
         self._checkpoints.identity = identity
         self._snapshot: Snapshot | None = None  # after the last update
         self._scoring_checked = False
         self.aux_loss_enabled = False  # TRL's load balancing of experts, which Eq. (5) has not
-        self._means = {"train": RunningMeans(), "eval": RunningMeans()}
-        self._gradient_norms = GradientNorms(self.accelerator)
-        self._diversity_gradient = SeparateGradient(self.accelerator)
+        self._log_of = StepLog(self._metrics, self._logs, self.accelerator)
+        self._gradients = TermGradients(self.accelerator)
         self._stopwatch = Stopwatch(self.accelerator)
         self._signals = SignalStop(self.accelerator)
 
@@ -226,9 +208,6 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             shard(student, self.accelerator)
         return copy
 
-    def _decoded(self, ids: list[list[int]]) -> list[str]:
-        return self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
@@ -242,62 +221,29 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
     # ---------------------------------------------------------------- rollouts
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
-        self._check_lengths(prompt_ids, "a prompt")
-        check_vllm_lengths(prompt_ids, self.args)
-        # Autocast around the whole rollout casts the weights once, not once per token; vLLM has a precision of its own
-        autocast = nullcontext() if self.use_vllm else self.accelerator.autocast()
-        with self._stopwatch.timed("rollout"), autocast:
-            if self._samples_with_trl(images, multimodal_fields):
-                student = self.accelerator.unwrap_model(self.model)
-                weights = nullcontext() if self.use_vllm else whole_weights(student)
-                with weights, self._guard.watched_sampling(self.policy.sampled_from(student), prompt_ids):
-                    completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+        self._sampler.check_lengths(self.model, prompt_ids, "a prompt")
+        with self._stopwatch.timed("rollout"), self._sampler.precision():
+            if self._sampler.leaves_it_to_trl(bool(images or multimodal_fields)):
+                generate = partial(super()._generate_single_turn, prompt_ids, images, multimodal_fields)
+                completion_ids = self._sampler.by_trl(self.model, prompt_ids, generate)
             else:
-                completion_ids = self._sample(prompt_ids)
-        # RLOO looks at the last token of each completion; one that is empty stands as a single eos
-        return [ids or [self._tokenizer.eos_token_id] for ids in completion_ids]
+                completion_ids = self.sample(prompt_ids)
+        return never_empty(completion_ids, self._tokenizer.eos_token_id)
 
-    def _samples_with_trl(self, images, multimodal_fields) -> bool:
-        """Whether TRL's own way is asked for: vLLM, continuous batching, settings of `generate`, images."""
-        asked = self.use_vllm or self.use_transformers_continuous_batching
-        asked = asked or self.args.cache_implementation or self.args.generation_kwargs
-        return self.policy.rolls_out_with_trl and bool(asked or images or multimodal_fields)
+    def sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """
+        One completion of each prompt, token ids, without guidance, at the temperature of the run.
 
-    def _check_lengths(self, prompt_ids: list[list[int]], what: str):
-        if self.policy.rolls_out_with_trl:  # else an encoder reads the prompt
-            student = self.accelerator.unwrap_model(self.model)
-            check_lengths(prompt_ids, what, self.max_completion_length, student)
+        What is sharded is gathered, so every process must call this.
+        """
+        return self._sampler.sample(self.model_wrapped, prompt_ids)
 
-    @contextmanager
-    def model_for_sampling(self) -> Iterator[PreTrainedModel]:
+    def model_for_sampling(self) -> AbstractContextManager[PreTrainedModel]:
         """The student, unwrapped and whole: what is sharded is gathered once, so every process must come along."""
-        generation = unwrap_model_for_generation(
-            self.model_wrapped,
-            self.accelerator,
-            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-        )
-        with generation as model, whole_weights(model):
-            yield getattr(model, "_orig_mod", model)  # a compiled model's own: decoding has a shape for each step
-
-    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        """Completions by the policy's own sampling, without guidance."""
-        report_status("it samples")
-        with self.model_for_sampling() as model:
-            rollout = self.policy.rollout(
-                model,
-                prompt_ids,
-                temperature=self.temperature,
-                max_new_tokens=self.max_completion_length,
-                eos_token_ids=self.eos_token_ids,
-            )
-        report_status("it has sampled")
-        self._guard.note_not_finite(~rollout.finite, prompt_ids)
-        return rollout.completions()
+        return self._sampler.model(self.model_wrapped)
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        # TRL asks for the log-probabilities at sampling; `_old_log_probs` computes them, where somebody reads them
-        return torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device), None, None
+        return no_log_probs(input_ids, logits_to_keep)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         with self._stopwatch.timed("reward"), self._guard.watched_rewards():
@@ -323,9 +269,11 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         if self._diversity is not None:
             with self._stopwatch.timed("reward"):
                 output["diversity_advantages"] = self._score_diversity(inputs, output)
+        _, mask = self.policy.ids_and_mask(output["completion_ids"], output["completion_mask"])
+        self._log_of.advantages(self._credits(output).values(), mask)
         if not self.reward_funcs:
             del output["advantages"]
-        self._log_rollout(output)
+            self._log_of.reward_is_diversity(self._mode)
         return output
 
     def _teacher_states(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> TeacherStates:
@@ -339,7 +287,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         return self.teacher.read(self.model_wrapped, output, negative, self._batch_size, prompt)
 
     def _padded(self, prompt_ids: list[list[int]], what: str) -> tuple[torch.Tensor, torch.Tensor]:
-        self._check_lengths(prompt_ids, what)
+        self._sampler.check_lengths(self.model, prompt_ids, what)
         ids, mask = left_pad(prompt_ids, self._tokenizer.pad_token_id)
         return ids.to(self.accelerator.device), mask.to(self.accelerator.device)
 
@@ -352,39 +300,15 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
 
     def _score_diversity(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> torch.Tensor:
         """Diversity advantages of this process's completions, `(b,)`, or of their codes; logs the diversity of all."""
-        metrics, train = self._metrics[self._mode], self.model.training
+        train = self.model.training
         # Completions that `mask_truncated_completions` has masked are as long as they may be
         lengths = [n or self.max_completion_length for n in output["completion_mask"].sum(1).tolist()]
         ids = [row[:n] for row, n in zip(output["completion_ids"].tolist(), lengths, strict=True)]
         _, mask = self.policy.ids_and_mask(output["completion_ids"], output["completion_mask"])
         group = self.num_generations if train else self.num_generations_eval
         scored = self._diversity.score([row["prompt"] for row in inputs], ids, mask, group, fit=train)
-        diversity = self._gather_rows(scored.rewards).mean().item()
-        for name, value in ({"diversity": diversity} | scored.metrics).items():
-            metrics[name].append(value)
-        columns: Any = self._logs["rewards"]
-        columns["diversity"].extend(scored.all_rewards.tolist())
+        self._log_of.diversity(self._mode, scored)
         return scored.advantages.to(output["advantages"])
-
-    def _log_rollout(self, output: dict[str, torch.Tensor]) -> None:
-        """
-        The advantages that the loss uses, a mean over each one's tokens, go into the table of completions; the reward
-        is the diversity where that is all of it.
-        """
-        metrics, rows = self._metrics[self._mode], self.accelerator.num_processes * len(output["prompt_ids"])
-        _, mask = self.policy.ids_and_mask(output["completion_ids"], output["completion_mask"])
-        total = sum((credit * mask).sum((1, 2)) for credit in self._credits(output).values())
-        total = total / mask.sum((1, 2)).clamp(min=1)
-        logged = self._logs["advantages"]
-        for _ in range(min(rows, len(logged))):  # those of the extra rewards alone
-            logged.pop()
-        logged.extend(self.accelerator.gather(total).tolist())
-        if self.reward_funcs:
-            return
-        for name in ("reward", "reward_std", "frac_reward_zero_std"):
-            metrics.pop(name, None)  # TRL's, of no function
-        if self._diversity is not None:
-            metrics["reward"] = list(metrics["diversity"])
 
     # ---------------------------------------------------------------- the loss
 
@@ -405,71 +329,42 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         return {name: credit[:, None, None] if credit.ndim == 1 else credit for name, credit in credits.items()}
 
     def _compute_loss(self, model, inputs):
-        train, credits = self._mode == "train", self._credits(inputs)
-        apart = train and bool(self._max_grad_norm_diversity)
-        # One by one where the gradient of one term alone is asked for, or where a weight depends on `log_probs`
-        separately = train and self._is_logging_step() and self._gradient_norms.measured
-        separately = separately and (self._diversity_coef > 0 or bool(self.reward_funcs))
-        weights = None
-        if train and not (separately or apart) and "old_log_probs" not in inputs:
-            # In float64, so that the sum of credits rounds as the separate terms do; MPS has none
-            exact = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
-            weights = -torch.stack(torch.broadcast_tensors(*credits.values())).to(exact).sum(0)
+        mode, credits = self._mode, self._credits(inputs)
+        apart = mode == "train" and bool(self._max_grad_norm_diversity)
+        rewarded = self._diversity_coef > 0 or bool(self.reward_funcs)
+        alone = self._gradients.needed(credits, mode == "train" and rewarded and self._is_logging_step(), apart)
+        at_once = mode == "train" and not alone and "old_log_probs" not in inputs  # else a weight depends on log p
+        weights = log_prob_weights(credits) if at_once else None
         terms = self.joint_objective.terms(model, self.model_wrapped, inputs, weights)
         losses = self.joint_objective.losses(terms, credits, inputs.get("old_log_probs"))
-        if separately:
-            parts = {name: losses[name].mean() for name in credits if not (apart and name == "diversity")}
-            self._gradient_norms.add(self.model, parts, self.current_gradient_accumulation_steps)
         means = self._log_terms(inputs, terms, losses)
-        if apart:
-            loss = losses["diversity"].mean()
-            self._diversity_gradient.add(self.model, loss, self.current_gradient_accumulation_steps)
-            losses["diversity"] = losses["diversity"].detach()
-        if not train:  # of the whole global batch, which Trainer would take for a mean over this process's rows
+        if mode == "eval":  # of the whole global batch, which Trainer would take for a mean over this process's rows
             return means.sum().to(terms.kl)
+        if alone:
+            self._gradients.take(self.model, losses, alone, apart, self.current_gradient_accumulation_steps)
         return sum(loss.mean() for loss in losses.values()) if terms.loss is None else terms.loss
 
     def _log_terms(self, inputs: dict[str, Any], terms: BatchTerms, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        """
-        Adds this forward's terms, of all processes, to the metrics; returns their means, nats.
-
-        Raises if one is not finite.
-        """
-        columns = losses | {"entropy": terms.entropy, "tokens": terms.tokens}
-        rows = self._gather_rows(torch.stack([column.detach().to(terms.kl) for column in columns.values()], dim=1))
-        means = rows[:, : len(losses)].mean(0)
+        """Logs this forward's terms, of all processes; returns their means, nats. Raises if one is not finite."""
+        gathered = self._log_of.gathered_terms(self._mode, terms, losses)
+        means = torch.stack([gathered[name].mean() for name in losses])
         own = {
             "student": terms.entropy + terms.log_probs.detach().sum((1, 2)),
             "kl": terms.kl,
             "advantages": sum(credit.sum((1, 2)) for credit in self._credits(inputs).values()),
         }
         self._guard.check_losses(means, own, inputs["prompt_ids"])
-        metrics, running = self._metrics[self._mode], self._means[self._mode]
-        if "kl" not in metrics:  # cleared since by `log`
-            running.reset()
-        running.add(dict(zip(columns, rows.T, strict=True)))
-        metrics |= {name: [value] for name, value in running.values().items()}
-        metrics["diversity_coef"].append(self._diversity_coef)
+        self._log_of.terms(self._mode, gathered)
+        self._log_of.add(self._mode, {"diversity_coef": self._diversity_coef})
         return means
-
-    def _gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of all processes; in evaluation without the first ones again that fill up the last batch."""
-        return self.accelerator.gather(rows) if self.model.training else self.accelerator.gather_for_metrics(rows)
 
     def _is_logging_step(self) -> bool:
         return (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
 
     def get_eval_dataloader(self, eval_dataset=None):
         loader = super().get_eval_dataloader(eval_dataset)
-        if isinstance(loader.dataset, Dataset):
-            rows = len(loader.dataset) * self.num_generations_eval
-            loader.dataset.total_dataset_length = rows  # accelerate counts prompts, to know what fills the last batch
-            batch = self.args.eval_batch_size * self.accelerator.num_processes
-            if rows % batch and self.accelerator.num_processes > 1:
-                logger.warning_once(
-                    f"{len(loader.dataset)} prompts of evaluation do not fill batches of {batch} sequences: the first "
-                    f"prompts fill up the last one, and count twice in TRL's metrics (rewards, lengths), not in ours."
-                )
+        batch, processes = self.args.eval_batch_size, self.accelerator.num_processes
+        count_completions(loader, self.num_generations_eval, batch * processes, processes)
         return loader
 
     # ---------------------------------------------------------------- steps, and what stops them
@@ -478,14 +373,9 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         with self._stopwatch.timed("update"):
             loss = self._guarded_step(model, inputs, num_items_in_batch)
         if self._step % self.current_gradient_accumulation_steps == 0:
-            logged = self._is_logging_step()
-            norms = self._measured_norms() if logged else {}
-            for name, value in (norms | self._stopwatch.lap()).items():
-                self._metrics["train"][name].append(value)
+            norms = self._gradients.measure(self.model, self._diversity_coef) if self._is_logging_step() else {}
+            self._log_of.add("train", norms | self._stopwatch.lap())
         return loss
-
-    def _measured_norms(self) -> dict[str, float]:
-        return self._gradient_norms.measure(self.model, self._diversity_coef, self._diversity_gradient.mean())
 
     def _guarded_step(self, model, inputs, num_items_in_batch):
         if not self._guard.skips(self.state.global_step):
@@ -500,13 +390,13 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         """Without gradients the optimizer changes neither weights nor its state; the rollout is not used again."""
         self._guard.skip(self.state.global_step, problem)
         self.model.zero_grad(set_to_none=True)
-        self._diversity_gradient.clear()
+        self._gradients.clear()
         self._buffered_inputs = None
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if (longest := self._max_grad_norm_diversity) is not None:
-            grad_norm = math.hypot(float(grad_norm), self._diversity_gradient.join(self.model, longest))
+            grad_norm = self._gradients.join(self.model, longest, float(grad_norm))
         problem = self._guard.gradient_problem(grad_norm, self.args.fp16, self.is_deepspeed_enabled)
         if problem is None:
             return grad_norm
@@ -535,7 +425,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         with explained, self._checkpoints.alone(), self.policy.in_trl.patched(), self._signals.watching():
             result = super().train(checkpoint, *args, **kwargs)
         self._last_loaded_step = -1  # `load_best_model_at_end` loads others at the same step
-        self._signals.end(self.state.global_step, self._where_to_resume())
+        self._signals.end(self.state.global_step, self._checkpoints.where(self.state.global_step))
         self._restore_special_tokens()
         return result
 
@@ -596,9 +486,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
     def init_hf_repo(self, token: str | None = None, private: bool | None = None):
         """Before training: whether the model may be pushed at its end, so that no run ends at a name that is taken."""
         if self.is_world_process_zero():
-            name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
-            public = (self.args.hub_private_repo if private is None else private) is False
-            self.hub_model_id = check_target(name, public, token or self.args.hub_token)
+            self.hub_model_id = check_run_repository(self.args, token, private)
         self.push_in_progress = None
 
     def push_to_hub(self, commit_message: str = "End of training", *args, token: str | None = None, **kwargs):
@@ -614,8 +502,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             return None
         if self.hub_model_id is None:
             self.init_hf_repo(token)
-        public, token = self.args.hub_private_repo is False, token or self.args.hub_token
-        return push_to_hub(str(self.args.output_dir), self.hub_model_id, public=public, token=token)
+        return push_run(self.args, self.hub_model_id, token)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         """Nothing: a checkpoint holds optimizer states and pickles; the finished model is pushed."""
@@ -656,20 +543,11 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
     def _keep_last_state(self) -> str:
         """Makes a checkpoint of the state after the last update, unless there is one; says where it is."""
         step, last = self.state.global_step, self._snapshot
-        if self._checkpoints.saved_step != step:
-            if self.args.save_strategy == "no":
-                return self._where_to_resume()
+        if self._checkpoints.saved_step != step and self.args.save_strategy != "no":
             if last is not None and last.global_step == step:
                 self._step, self._buffered_inputs = last.forward, last.rollout
                 if self._diversity is not None:
                     self._diversity.state = last.critic
                 set_random_states(last.random)
             self._save_checkpoint(self.model, None)
-        return "Nothing was learned before" if step == 0 else self._where_to_resume(" before")
-
-    def _where_to_resume(self, which: str = "") -> str:
-        step = self.state.global_step
-        if self._checkpoints.saved_step != step:
-            return "Nothing is saved, as `save_strategy='no'` says"
-        folder = Path(self.args.output_dir, f"checkpoint-{step}")
-        return f"The state{which} is in {folder}: `resume_from_checkpoint=True` goes on from there"
+        return self._checkpoints.where(step, " before")

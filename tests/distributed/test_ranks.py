@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from scenarios import GLOBAL_BATCH, GROUP, PROMPTS, SCENARIOS, pinned_completion
 from transformers import AutoModelForCausalLM
 
-from trl_drcd.distributed import check_sharding
+from trl_drcd.validation.launch import check_sharding
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "accelerate"

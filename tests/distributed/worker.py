@@ -110,7 +110,7 @@ def run(name: str, output: Path) -> None:
     with ExitStack() as patches:
         if scenario.pinned:
             patches.enter_context(mock.patch.object(RLOOTrainer, "_generate_single_turn", pinned_rollout))
-            patches.enter_context(mock.patch.object(CFGDistillDiversityTrainer, "_sample", pinned_rollout))
+            patches.enter_context(mock.patch.object(CFGDistillDiversityTrainer, "sample", pinned_rollout))
         tensors = recording(trainer, scenario) if scenario.pinned else {}
         trainer.train()
         if scenario.evaluates:

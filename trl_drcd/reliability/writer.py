@@ -133,6 +133,15 @@ class CheckpointWriter:
             raise problem
         return checkpoint
 
+    def where(self, step: int, which: str = "") -> str:
+        """A sentence: where the state`which` after `step` updates is, and how to resume from it."""
+        if self.saved_step != step:
+            return "Nothing is saved, as `save_strategy='no'` says"
+        if which and step == 0:
+            return "Nothing was learned before"
+        folder = Path(str(self.args.output_dir), f"checkpoint-{step}")
+        return f"The state{which} is in {folder}: `resume_from_checkpoint=True` goes on from there"
+
     def rotate(self, run: Path, state: TrainerState) -> None:
         """Delete the staging folder, and the checkpoints beyond `save_total_limit`."""
         if self.args.should_save:

@@ -66,12 +66,6 @@ def check_once_loaded(
         logger.warning("This model soft-caps its logits, so guidance needs one more head projection per token.")
 
 
-def check_skipping(args: CFGDistillDiversityConfig, deepspeed: bool) -> None:
-    """Raise `ValueError` for `on_bad_batch="skip"` with DeepSpeed, whose optimizer step cannot be skipped."""
-    if deepspeed and args.on_bad_batch == "skip":
-        raise ValueError("`on_bad_batch='skip'` does not work with DeepSpeed, which runs its own updates; set 'stop'")
-
-
 def check_lengths(
     sequences: Sequence[Sequence[int]], what: str, max_completion_length: int | None, model: PreTrainedModel
 ) -> None:

@@ -1,0 +1,115 @@
+"""How the student samples: by the policy's own loop, or by TRL where vLLM or settings of `generate` are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+from trl.models import unwrap_model_for_generation
+
+from trl_drcd.config import CFGDistillDiversityConfig
+from trl_drcd.distributed import whole_weights
+from trl_drcd.policies import Policy
+from trl_drcd.reliability.guard import BatchGuard
+from trl_drcd.reliability.processes import report_status
+from trl_drcd.validation.once_loaded import check_lengths
+from trl_drcd.validation.vllm import check_vllm_lengths
+
+
+class StudentSampler:
+    """
+    Samples completions of the student, without guidance, at the temperature at which they are scored.
+
+    Args:
+        policy ([`~trl_drcd.policies.Policy`]): Of the model's family.
+        args ([`CFGDistillDiversityConfig`]): `temperature`, `max_completion_length`, `use_vllm` and others.
+        eos_token_ids (`list[int]`): Each ends a completion.
+        guard ([`~trl_drcd.reliability.guard.BatchGuard`]): Notes where logits are not finite.
+        accelerator (`Accelerator`): Of the launch.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        args: CFGDistillDiversityConfig,
+        eos_token_ids: list[int],
+        guard: BatchGuard,
+        accelerator: Accelerator,
+    ) -> None:
+        self.policy, self.args, self.eos_token_ids = policy, args, eos_token_ids
+        self.guard, self.accelerator = guard, accelerator
+        self.max_length = int(args.max_completion_length or 0)  # `check_before_loading` refuses 0
+
+    @contextmanager
+    def model(self, wrapped: Any) -> Iterator[PreTrainedModel]:
+        """The student, unwrapped and whole: what is sharded is gathered once, so every process must come along."""
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        generation = unwrap_model_for_generation(
+            wrapped,
+            self.accelerator,
+            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=checkpointing,
+        )
+        with generation as model, whole_weights(model):
+            yield getattr(model, "_orig_mod", model)  # a compiled model's own: decoding has a shape for each step
+
+    def sample(self, wrapped: Any, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """Token ids of one completion of each prompt, by the policy's own loop."""
+        report_status("it samples")
+        with self.model(wrapped) as model:
+            rollout = self.policy.rollout(
+                model,
+                prompt_ids,
+                temperature=self.args.temperature,
+                max_new_tokens=self.max_length,
+                eos_token_ids=self.eos_token_ids,
+            )
+        report_status("it has sampled")
+        self.guard.note_not_finite(~rollout.finite, prompt_ids)
+        return rollout.completions()
+
+    def by_trl(
+        self, wrapped: Any, prompt_ids: list[list[int]], generate: Callable[[], list[list[int]]]
+    ) -> list[list[int]]:
+        """What TRL's `generate` returns; the logits of transformers are watched meanwhile."""
+        student = self.accelerator.unwrap_model(wrapped)
+        weights = nullcontext() if self.args.use_vllm else whole_weights(student)
+        with weights, self.guard.watched_sampling(self.policy.sampled_from(student), prompt_ids):
+            return generate()
+
+    def leaves_it_to_trl(self, multimodal: bool) -> bool:
+        """Whether vLLM, continuous batching, settings of `generate`, or images ask for TRL's own way."""
+        args = self.args
+        asked = args.use_vllm or args.use_transformers_continuous_batching or args.cache_implementation
+        return self.policy.rolls_out_with_trl and bool(asked or args.generation_kwargs or multimodal)
+
+    def precision(self) -> Any:
+        """Autocast around a whole rollout casts the weights once, not per token; vLLM has a precision of its own."""
+        return nullcontext() if self.args.use_vllm else self.accelerator.autocast()
+
+    def check_lengths(self, wrapped: Any, prompt_ids: list[list[int]], what: str) -> None:
+        """
+        Refuse prompts that leave no room for a completion.
+
+        Raises:
+            ValueError: If one is too long for the model's positions, or for `vllm_max_model_length`.
+        """
+        if self.policy.rolls_out_with_trl:  # else an encoder reads the prompt
+            student = self.accelerator.unwrap_model(wrapped)
+            check_lengths(prompt_ids, what, self.max_length, student)
+        if what == "a prompt":
+            check_vllm_lengths(prompt_ids, self.args)
+
+
+def never_empty(completion_ids: list[list[int]], eos_token_id: int) -> list[list[int]]:
+    """Completions with a single eos in place of none: RLOO looks at the last token of each."""
+    return [ids or [eos_token_id] for ids in completion_ids]
+
+
+def no_log_probs(input_ids: torch.Tensor, logits_to_keep: int) -> tuple[torch.Tensor, None, None]:
+    """In place of the log-probabilities that TRL computes after sampling, with one more forward, and nobody reads."""
+    return torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device), None, None
