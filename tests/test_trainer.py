@@ -14,12 +14,12 @@ from trl import RLOOTrainer
 
 from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer, DiversityReward
 from trl_drcd.callbacks import SampleCallback
-from trl_drcd.validation.launch import check_clipping
 from trl_drcd.config import diversity_coef_at
 from trl_drcd.diversity import diversity_advantages
 from trl_drcd.guidance import guide_logits
 from trl_drcd.losses import reverse_kl
 from trl_drcd.objective import JointObjective
+from trl_drcd.validation.launch import check_clipping
 
 PROMPTS = ["a slow tune for flute", "fast drum", "harp", "a fast tune for harp"]
 

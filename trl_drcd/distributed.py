@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, fsdp2_prepare_model
+from accelerate.utils import DistributedType, fsdp2_prepare_model, is_peft_model
 from datasets import Dataset
 from torch.distributed.fsdp import FSDPModule
 from trl.distributed import DistributedBackend
@@ -95,6 +95,34 @@ def shard(model: Any, accelerator: Accelerator) -> Any:
     none = mock.Mock(return_value=None)
     with mock.patch.multiple(type(own), get_input_embeddings=none, get_output_embeddings=none):
         return fsdp2_prepare_model(accelerator, model)
+
+
+def separate_teacher(student: Any, other: Any, accelerator: Accelerator, stays_whole: str | None) -> Any:
+    """
+    The teacher's weights where they are not the student's own, wrapped as the launch needs it.
+
+    With FSDP2 a student with modules that must stay whole is sharded here as well, after it was copied.
+
+    Args:
+        student (`PreTrainedModel` or `PeftModel`): Unwrapped.
+        other (`PreTrainedModel`, *optional*): A model that teaches in place of the initial one.
+        accelerator (`Accelerator`): Of the launch.
+        stays_whole (`str`, *optional*): Regular expression for the names of modules that are not sharded.
+
+    Returns:
+        The frozen copy of the student, or `other`; `None` if the base of the student's adapter teaches.
+    """
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    apart = plugin is not None and stays_whole is not None
+    if apart:
+        plugin.ignored_modules = stays_whole
+    if other is not None:
+        teacher = prepare_frozen(other, accelerator)
+    else:
+        teacher = None if is_peft_model(student) else frozen_copy(student, accelerator)
+    if apart:
+        shard(student, accelerator)
+    return teacher
 
 
 def whole_heads(*heads: Head) -> AbstractContextManager[None]:

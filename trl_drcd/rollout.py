@@ -113,3 +113,9 @@ def never_empty(completion_ids: list[list[int]], eos_token_id: int) -> list[list
 def no_log_probs(input_ids: torch.Tensor, logits_to_keep: int) -> tuple[torch.Tensor, None, None]:
     """In place of the log-probabilities that TRL computes after sampling, with one more forward, and nobody reads."""
     return torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device), None, None
+
+
+def unpadded(completion_ids: torch.Tensor, completion_mask: torch.Tensor, longest: int) -> list[list[int]]:
+    """Token ids without padding; completions that `mask_truncated_completions` has masked are as long as may be."""
+    lengths = [length or longest for length in completion_mask.sum(1).tolist()]
+    return [row[:length] for row, length in zip(completion_ids.tolist(), lengths, strict=True)]

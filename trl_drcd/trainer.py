@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -25,7 +24,7 @@ from trl_drcd.cards import CITATION, base_of, final_metrics, trained_model, writ
 from trl_drcd.compat.torch_distributed import set_group_timeout
 from trl_drcd.compat.trl_private import get_config_model_id
 from trl_drcd.config import CFGDistillDiversityConfig
-from trl_drcd.distributed import count_completions, frozen_copy, prepare_frozen, shard
+from trl_drcd.distributed import count_completions, separate_teacher
 from trl_drcd.diversity import DiversityReward
 from trl_drcd.diversity_term import DiversityTerm
 from trl_drcd.files import local_name
@@ -40,11 +39,11 @@ from trl_drcd.reliability.batches import BadBatchError
 from trl_drcd.reliability.failures import explained_failures
 from trl_drcd.reliability.guard import BatchGuard
 from trl_drcd.reliability.identity import run_identity
+from trl_drcd.reliability.progress import Progress
 from trl_drcd.reliability.sampler import EpochSampler
 from trl_drcd.reliability.signals import SignalStop
-from trl_drcd.reliability.snapshot import Snapshot, load_rollout, save_rollout, set_random_states
 from trl_drcd.reliability.writer import CheckpointWriter
-from trl_drcd.rollout import StudentSampler, never_empty, no_log_probs
+from trl_drcd.rollout import StudentSampler, never_empty, no_log_probs, unpadded
 from trl_drcd.teacher import GuidedTeacher, TeacherStates, load_teacher
 from trl_drcd.term_gradients import TermGradients
 from trl_drcd.validation.before_loading import check_before_loading
@@ -174,7 +173,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         other = None if teacher is None else load_teacher(teacher, student, self.policy)
         identity = run_identity(args, student, self.train_dataset, other)
         self._other_teacher = None if other is None else base_of(other)
-        taught_by = self._make_teacher(student, other)
+        taught_by = separate_teacher(student, other, self.accelerator, self.policy.frozen)
         self.teacher = GuidedTeacher(self.policy, taught_by, args.guidance_scale, self.accelerator)
         self.joint_objective = JointObjective(
             self.policy, self.teacher, self.temperature, (args.epsilon, self.epsilon_high)
@@ -184,29 +183,13 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         self._sampler = StudentSampler(self.policy, args, self.eos_token_ids, self._guard, self.accelerator)
         self._checkpoints = CheckpointWriter(args, self.accelerator)
         self._checkpoints.identity = identity
-        self._snapshot: Snapshot | None = None  # after the last update
+        self._progress = Progress(args, self.accelerator, self._diversity)
         self._scoring_checked = False
         self.aux_loss_enabled = False  # TRL's load balancing of experts, which Eq. (5) has not
-        self._log_of = StepLog(self._metrics, self._logs, self.accelerator)
+        self._step_log = StepLog(self._metrics, self._logs, self.accelerator)
         self._gradients = TermGradients(self.accelerator)
         self._stopwatch = Stopwatch(self.accelerator)
         self._signals = SignalStop(self.accelerator)
-
-    def _make_teacher(self, student: PreTrainedModel, other: PreTrainedModel | None) -> PreTrainedModel | None:
-        """
-        The frozen copy or the other model, as the launch wraps it, or `None` where the adapter's base teaches; with
-        FSDP2 the student is sharded here too.
-        """
-        parts_stay_whole = self.is_fsdp_enabled and self.policy.frozen is not None
-        if parts_stay_whole:
-            self.accelerator.state.fsdp_plugin.ignored_modules = self.policy.frozen
-        if other is not None:
-            copy = prepare_frozen(other, self.accelerator)
-        else:
-            copy = None if is_peft_model(student) else frozen_copy(student, self.accelerator)
-        if parts_stay_whole:
-            shard(student, self.accelerator)
-        return copy
 
     @property
     def _mode(self) -> str:
@@ -270,10 +253,10 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             with self._stopwatch.timed("reward"):
                 output["diversity_advantages"] = self._score_diversity(inputs, output)
         _, mask = self.policy.ids_and_mask(output["completion_ids"], output["completion_mask"])
-        self._log_of.advantages(self._credits(output).values(), mask)
+        self._step_log.advantages(self._credits(output).values(), mask)
         if not self.reward_funcs:
             del output["advantages"]
-            self._log_of.reward_is_diversity(self._mode)
+            self._step_log.reward_is_diversity(self._mode)
         return output
 
     def _teacher_states(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> TeacherStates:
@@ -301,13 +284,11 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
     def _score_diversity(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> torch.Tensor:
         """Diversity advantages of this process's completions, `(b,)`, or of their codes; logs the diversity of all."""
         train = self.model.training
-        # Completions that `mask_truncated_completions` has masked are as long as they may be
-        lengths = [n or self.max_completion_length for n in output["completion_mask"].sum(1).tolist()]
-        ids = [row[:n] for row, n in zip(output["completion_ids"].tolist(), lengths, strict=True)]
         _, mask = self.policy.ids_and_mask(output["completion_ids"], output["completion_mask"])
+        ids = unpadded(output["completion_ids"], output["completion_mask"], self.max_completion_length)
         group = self.num_generations if train else self.num_generations_eval
         scored = self._diversity.score([row["prompt"] for row in inputs], ids, mask, group, fit=train)
-        self._log_of.diversity(self._mode, scored)
+        self._step_log.diversity(self._mode, scored)
         return scored.advantages.to(output["advantages"])
 
     # ---------------------------------------------------------------- the loss
@@ -346,7 +327,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
 
     def _log_terms(self, inputs: dict[str, Any], terms: BatchTerms, losses: dict[str, torch.Tensor]) -> torch.Tensor:
         """Logs this forward's terms, of all processes; returns their means, nats. Raises if one is not finite."""
-        gathered = self._log_of.gathered_terms(self._mode, terms, losses)
+        gathered = self._step_log.gathered_terms(self._mode, terms, losses)
         means = torch.stack([gathered[name].mean() for name in losses])
         own = {
             "student": terms.entropy + terms.log_probs.detach().sum((1, 2)),
@@ -354,8 +335,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             "advantages": sum(credit.sum((1, 2)) for credit in self._credits(inputs).values()),
         }
         self._guard.check_losses(means, own, inputs["prompt_ids"])
-        self._log_of.terms(self._mode, gathered)
-        self._log_of.add(self._mode, {"diversity_coef": self._diversity_coef})
+        self._step_log.terms(self._mode, gathered)
+        self._step_log.add(self._mode, {"diversity_coef": self._diversity_coef})
         return means
 
     def _is_logging_step(self) -> bool:
@@ -374,7 +355,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             loss = self._guarded_step(model, inputs, num_items_in_batch)
         if self._step % self.current_gradient_accumulation_steps == 0:
             norms = self._gradients.measure(self.model, self._diversity_coef) if self._is_logging_step() else {}
-            self._log_of.add("train", norms | self._stopwatch.lap())
+            self._step_log.add("train", norms | self._stopwatch.lap())
         return loss
 
     def _guarded_step(self, model, inputs, num_items_in_batch):
@@ -511,24 +492,14 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         run = Path(self._get_output_dir(trial))
         with self._checkpoints.writing(run, self.state) as folder:
             super()._save_checkpoint(model, trial)
-            if self.args.should_save and self._diversity is not None:
-                self._diversity.save(folder)
-            used_up = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
-            if self._buffered_inputs is not None and not used_up:
-                ranks = self.accelerator.process_index, self.accelerator.num_processes
-                save_rollout(folder, self._buffered_inputs, self._step, *ranks)
+            self._progress.save(folder, self._step, self._buffered_inputs)
         self._checkpoints.rotate(run, self.state)
 
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
         self._checkpoints.saved_step = self.state.global_step
-        if checkpoint is not None:
-            if self._diversity is not None:
-                self._diversity.load(Path(checkpoint))
-            ranks = self.accelerator.process_index, self.accelerator.num_processes
-            batches = self.args.steps_per_generation
-            if loaded := load_rollout(Path(checkpoint), batches, *ranks, self.accelerator.device):
-                self._buffered_inputs, self._step = loaded
+        if checkpoint is not None and (loaded := self._progress.load(Path(checkpoint))):
+            self._step, self._buffered_inputs = loaded
 
     def _get_train_sampler(self, dataset=None):
         return EpochSampler(super()._get_train_sampler(dataset), self)
@@ -537,17 +508,13 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self.args.logging_strategy == "no":
             self._metrics["train"].clear()  # what a log would have emptied
-        critic = {} if self._diversity is None else self._diversity.state
-        self._snapshot = Snapshot(self.state.global_step, self._step, self._buffered_inputs, critic)
+        self._progress.remember(self.state.global_step, self._step, self._buffered_inputs)
 
     def _keep_last_state(self) -> str:
         """Makes a checkpoint of the state after the last update, unless there is one; says where it is."""
-        step, last = self.state.global_step, self._snapshot
+        step = self.state.global_step
         if self._checkpoints.saved_step != step and self.args.save_strategy != "no":
-            if last is not None and last.global_step == step:
-                self._step, self._buffered_inputs = last.forward, last.rollout
-                if self._diversity is not None:
-                    self._diversity.state = last.critic
-                set_random_states(last.random)
+            if last := self._progress.go_back(step):
+                self._step, self._buffered_inputs = last
             self._save_checkpoint(self.model, None)
         return self._checkpoints.where(step, " before")
