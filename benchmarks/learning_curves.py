@@ -53,6 +53,12 @@ RUNS: dict[str, dict[str, Any]] = {  # what differs from the recipe
     "critic_0.5_sum": {"diversity_credit": "critic", "gae_lambda": 0.5},
     "critic_0.7": {"diversity_credit": "critic", "gae_lambda": 0.7, "max_grad_norm_diversity": 1.0},
     "critic_0.5_apart4": {"diversity_credit": "critic", "gae_lambda": 0.5, "max_grad_norm_diversity": 4.0},
+    "critic_39_coef300": {
+        "diversity_credit": "critic",
+        "diversity_prefixes": 39,
+        "gae_lambda": 0.7,
+        "diversity_coef": 300,
+    },
     "sequence_apart": {"diversity_credit": "sequence", "max_grad_norm_diversity": 1.0},
 }
 SAME = {

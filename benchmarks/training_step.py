@@ -59,7 +59,6 @@ from trl_drcd.policies import CausalLMPolicy
 SHIPPED = Path(__file__).parents[1] / "recipes" / "tiny_music" / "models" / "musiclm"
 TRAINERS = ("ours", "rloo", "dense")
 PARTS = ("rollout", "old log-probs", "reward", "teacher", "update")
-NUM_GENERATIONS = 4
 GUIDANCE_SCALE = 3.0
 DIVERSITY_COEF = 5.0
 TEMPERATURE = 0.99
@@ -216,6 +215,14 @@ def load(settings: argparse.Namespace):
     return model, tokenizer
 
 
+def prompts(tokenizer, tokens: int | None) -> list[str]:
+    """The captions, or texts of about that many tokens that begin with each of them."""
+    if tokens is None:
+        return CAPTIONS
+    long = [" ".join([caption, *CAPTIONS] * (1 + tokens // 40)) for caption in CAPTIONS]
+    return [tokenizer.decode(ids[:tokens]) for ids in tokenizer(long, add_special_tokens=False)["input_ids"]]
+
+
 def embed(texts: list[str]) -> torch.Tensor:
     """A cheap E: how often each byte occurs; `(len, 256)`."""
     return torch.stack(
@@ -233,7 +240,7 @@ def build(trainer: str, settings: argparse.Namespace, output_dir: str, clock: Cl
         "logging_steps": settings.steps + 2,
         "per_device_train_batch_size": settings.batch,
         "gradient_accumulation_steps": settings.accumulation,
-        "num_generations": NUM_GENERATIONS,
+        "num_generations": settings.generations,
         "max_completion_length": settings.completion_length,
         "temperature": TEMPERATURE,
         "learning_rate": 1.5e-4,
@@ -248,7 +255,7 @@ def build(trainer: str, settings: argparse.Namespace, output_dir: str, clock: Cl
     }
     data = {
         "model": model,
-        "train_dataset": Dataset.from_dict({"prompt": CAPTIONS}),
+        "train_dataset": Dataset.from_dict({"prompt": prompts(tokenizer, settings.prompt_tokens)}),
         "processing_class": tokenizer,
         "callbacks": [clock],
     }
@@ -258,7 +265,7 @@ def build(trainer: str, settings: argparse.Namespace, output_dir: str, clock: Cl
         )
         return CFGDistillDiversityTrainer(args=args, embedder=embed, **data)
     peer = TimedRLOO if trainer == "rloo" else DenseCFGTrainer
-    return peer(args=RLOOConfig(**common), reward_funcs=DiversityReward(embed, NUM_GENERATIONS), **data)
+    return peer(args=RLOOConfig(**common), reward_funcs=DiversityReward(embed, settings.generations), **data)
 
 
 def resident(field: str) -> float:
@@ -325,6 +332,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocab_size", type=int, help="a random Llama (6 x 256) with this vocabulary instead")
     parser.add_argument("--batch", type=int, default=16, help="sequences a forward")
     parser.add_argument("--accumulation", type=int, default=1, help="forwards a step")
+    parser.add_argument("--generations", type=int, default=4, help="completions of a prompt")
+    parser.add_argument("--prompt_tokens", type=int, help="length of the prompts; short captions if not given")
     parser.add_argument("--completion_length", type=int, default=200, help="tokens of every completion")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each trainer in a round")
     parser.add_argument("--rounds", type=int, default=3)

@@ -158,6 +158,7 @@ def _add_clips(app: Any, study: Study) -> None:
 
 def serve(args: AppArguments) -> None:
     """Serve until interrupted."""
+    print("Loading ...", flush=True)
     sync = None
     if args.sync_to and "rate" in args.tabs:
         from trl_drcd.ratings.sync import Sync

@@ -15,6 +15,7 @@ from trl_drcd.compat.trl_private import CausalLMInTRL
 from trl_drcd.guidance import stacked_prompts
 from trl_drcd.heads import Head
 from trl_drcd.policies.allowed import AllowedTokens
+from trl_drcd.policies.shared_prompts import distinct_prompts, shared_hidden_states, shared_refusal
 from trl_drcd.sampling import CausalStream, Rollout, cast_once, decode, evaluating, generate, refusal
 
 logger = get_logger(__name__)
@@ -125,7 +126,8 @@ class CausalLMPolicy:
         completion_mask: torch.Tensor,
     ) -> torch.Tensor:
         """
-        Last hidden states at the positions that predict the completion.
+        Last hidden states at the positions that predict the completion. Equal prompts go through the model once
+        ([`~trl_drcd.policies.shared_prompts`]), unless the family or the launch cannot.
 
         Args:
             model (`PreTrainedModel`): Unwrapped causal LM, with or without adapters.
@@ -139,6 +141,10 @@ class CausalLMPolicy:
         """
         own = without_peft(model)
         backbone, before_head = _backbone(own), _before_head(own)
+        first, index = distinct_prompts(prompt_ids, prompt_mask)
+        if 2 * len(first) <= len(index) and before_head is None and shared_refusal(own) is None:
+            rows = prompt_ids, prompt_mask, completion_ids, completion_mask
+            return shared_hidden_states(backbone, *rows, first, index)
         # No scored token follows the last completion token
         input_ids = torch.cat([prompt_ids, completion_ids[:, :-1]], dim=1)
         mask = torch.cat([prompt_mask, completion_mask[:, :-1]], dim=1)

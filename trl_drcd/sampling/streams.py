@@ -55,7 +55,7 @@ def refusal(model: Any) -> str | None:
         model (`PreTrainedModel`): A causal LM without PEFT's wrapper.
     """
     name, backbone = type(model).__name__, model.base_model
-    if _cache_argument(backbone) is None or not model._supports_default_dynamic_cache():
+    if cache_argument(backbone) is None or not model._supports_default_dynamic_cache():
         return f"{type(backbone).__name__} does not keep its past in a `Cache`"
     if type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
         return f"{name} overrides `prepare_inputs_for_generation`"
@@ -64,7 +64,7 @@ def refusal(model: Any) -> str | None:
     return None
 
 
-def _cache_argument(backbone: Any) -> str | None:
+def cache_argument(backbone: Any) -> str | None:
     """Name of the cache argument of `forward`; transformers 5.24 renames it."""
     names = inspect.signature(backbone.forward).parameters
     return next((name for name in ("past_key_values", "cache") if name in names), None)
@@ -91,7 +91,7 @@ class CausalStream:
         ids, mask = left_pad(different, 0)
         self.ids, self.mask, self.index = (tensor.to(backbone.device) for tensor in (ids, mask, index))
         self.cache: Any = preallocated_cache(backbone.config, ids.shape[1] + steps)
-        self.cache_argument = str(_cache_argument(backbone))
+        self.cache_argument = str(cache_argument(backbone))
         self.takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
         self.steps, self.padded = steps, not bool(mask.all())
 
