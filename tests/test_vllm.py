@@ -56,7 +56,7 @@ def test_the_engine_runs_without_autocast_and_gets_the_weights_of_every_training
 
     monkeypatch.setattr(RLOOTrainer, "_generate_single_turn", engine)
     monkeypatch.setattr(trainer.accelerator, "autocast", cast)
-    trainer.use_vllm = True
+    trainer.use_vllm = trainer.args.use_vllm = True
     trainer.train()
     trainer._generate_single_turn([[1, 5, 4]], None, {})
     assert len(synced) == 2
