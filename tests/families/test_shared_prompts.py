@@ -67,4 +67,6 @@ def test_it_falls_back_by_name():
     assert shared_refusal(model) is None
     model.gradient_checkpointing_enable()
     assert "gradient checkpointing" in shared_refusal(model)
+    with torch.no_grad():
+        assert "gradient checkpointing" in shared_refusal(model)
     assert shared_refusal(model.eval()) is None

@@ -37,7 +37,7 @@ def shared_refusal(model: Any) -> str | None:
         return f"{type(model).__name__} has ALiBi positions, whose masked rows are not finite in a padded prompt"
     if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         return "with FSDP2 every process must run the same number of forwards"
-    if model.training and torch.is_grad_enabled() and model.is_gradient_checkpointing:
+    if model.training and model.is_gradient_checkpointing:
         return "gradient checkpointing keeps no keys and values"
     return None
 
