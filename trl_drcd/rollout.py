@@ -55,7 +55,8 @@ class StudentSampler:
             gradient_checkpointing_kwargs=checkpointing,
         )
         with generation as model, whole_weights(model):
-            yield getattr(model, "_orig_mod", model)  # a compiled model's own: decoding has a shape for each step
+            # A compiled model's own: decoding has a shape for each step
+            yield self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def sample(self, wrapped: Any, prompt_ids: list[list[int]]) -> list[list[int]]:
         """Token ids of one completion of each prompt, by the policy's own loop."""

@@ -92,6 +92,7 @@ CONTRACT = {
         "_lazy_init": "self",
     },
     "peft.tuners.lora": {"LoraLayer": "base_layer, ephemeral_gpu_offload=, **kwargs"},
+    "peft.tuners.tuners_utils": {"BaseTunerLayer": ""},
     "peft.utils.other": {"get_pattern_key": "pattern_keys, key_to_match"},
     "huggingface_hub.hub_mixin.ModelHubMixin": {
         "_from_pretrained": (

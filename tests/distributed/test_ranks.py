@@ -87,6 +87,8 @@ def check_equal(name: str, config: str, ours: Path, reference: Path) -> None:
     logs, reference_logs = (json.loads((folder / f"{name}.json").read_text()) for folder in (ours, reference))
     for entries in zip(*logs, strict=True):
         assert all(metrics(entry) == metrics(entries[0]) for entry in entries), "a metric is of one process alone"
+    # How many rows of a forward share a prompt depends on the processes, and a Llama's norms round to float32
+    tolerance = max(tolerance, 2e-6)
     for entry, reference_entry in zip(logs[0], reference_logs[0], strict=True):
         entry, reference_entry = metrics(entry), metrics(reference_entry)
         if config != "ddp":  # gradients in pieces are not measured term by term
