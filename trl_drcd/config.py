@@ -73,8 +73,8 @@ class CFGDistillDiversityConfig(RLOOConfig):
             volume spanned by the completions of a prompt ([`~trl_drcd.kernels.diversity_shares`]).
         max_grad_norm_diversity (`float`, *optional*):
             Norm to which the gradient of the diversity term is clipped separately, before it is added to that of the
-            other terms, which is clipped to `max_grad_norm` ([`~trl_drcd.term_gradients`]); it follows the warm-up of the
-            coefficient. `None` clips the sum of all terms. Not supported with FSDP, DeepSpeed or `fp16`.
+            other terms, which is clipped to `max_grad_norm` ([`~trl_drcd.term_gradients`]); it follows the warm-up of
+            the coefficient. `None` clips the sum of all terms. Not supported with FSDP, DeepSpeed or `fp16`.
         on_bad_batch (`str`, *optional*, defaults to `"stop"`):
             Action if a reward, an embedder, the teacher, the student or a gradient gives NaN or infinity, or an
             embedder or a reward raises: `"stop"` saves a checkpoint of the state before that update and raises,
