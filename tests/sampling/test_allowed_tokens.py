@@ -103,6 +103,13 @@ def test_samplers_that_do_not_know_them_are_refused(name, tokenizer, tmp_path):
         make_trainer(tmp_path, tokenizer, allowed_token_ids=ENTRIES, **{name: True})
 
 
+def test_nor_may_they_sample_a_model_that_suppresses_tokens_itself(tokenizer, tmp_path):
+    model = make_model(tokenizer)
+    model.generation_config.suppress_tokens = [3]
+    with pytest.raises(ValueError, match="does not know the `suppress_tokens` of the model's generation config"):
+        make_trainer(tmp_path, tokenizer, model, cache_implementation="static")
+
+
 # ---------------------------------------------------------------- sampling
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl_drcd.audio.codecs import SpectralCodec
 from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.policies import Policy, teacher_prompt_ids
+from trl_drcd.validation.before_loading import TRL_SAMPLES
 from trl_drcd.validation.vllm import check_vllm
 
 logger = get_logger(__name__)
@@ -56,6 +57,7 @@ def check_once_loaded(
     _check_codec(codec, policy, student)
     _check_router_loss(student, args)
     check_vllm(student, args)
+    _check_samplers(policy, args)
     with _template_errors():
         kwargs: Any = args.chat_template_kwargs or {}
         _check_template(train_dataset, tokenizer, kwargs)
@@ -137,6 +139,18 @@ def _check_codec(codec: object, policy: Policy, model: PreTrainedModel) -> None:
             raise ValueError(
                 f"`codec` reads tokens {codec.first_token_id} to {last}, beyond the model's vocabulary of {size}; "
                 "give the codec that the model was trained with"
+            )
+
+
+def _check_samplers(policy: Policy, args: CFGDistillDiversityConfig) -> None:
+    """Refuse sampling by TRL for a model whose own generation config suppresses tokens."""
+    if getattr(policy, "allowed", None) is None:
+        return
+    for name in TRL_SAMPLES:
+        if value := getattr(args, name):
+            raise ValueError(
+                f"`{name}={value}` samples in TRL, which does not know the `suppress_tokens` of the model's "
+                "generation config; leave it out, or remove `suppress_tokens` there"
             )
 
 
