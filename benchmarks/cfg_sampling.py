@@ -1,14 +1,14 @@
 """
 Tokens per second of sampling with classifier-free guidance, against transformers' own and against no guidance.
 
-- `no guidance`: `generate` on the conditional prompts alone, half the work of guidance;
+- `no guidance`: `generate` on the conditional prompts only, half the work of guidance;
 - `transformers`: `generate(guidance_scale=..., negative_prompt_ids=...)`, whose
   `UnbatchedClassifierFreeGuidanceLogitsProcessor` runs the unconditional stream in a second forward;
 - `ours`: the decode loop, both streams in one batch.
 
 All sample the same number of tokens for the same left-padded prompts (no sequence may end) in the model's own dtype.
-They take turns; medians over the rounds. `processor` is processor time, which tells on a busy machine what the wall
-clock cannot. SmolLM2 of recipes/text/get_smollm2.py unless `--model` names another.
+They run alternately; medians over the rounds. `processor` is processor time, which is meaningful on a busy machine. The
+model is SmolLM2 from recipes/text/get_smollm2.py unless `--model` is given.
 
     OMP_NUM_THREADS=1 python benchmarks/cfg_sampling.py --output benchmarks/results/cfg_sampling.json
 """

@@ -1,9 +1,9 @@
 """
-What the critic of prefixes costs: processor seconds of its part of an update, against the rest of the same update.
+Cost of the critic of prefixes: processor seconds of its part of an update, against the rest of the same update.
 
-The critic's part is the decoding and embedding of the prefixes; its arithmetic is milliseconds. Music: the shipped
-model with all weights, 32 completions of 200 codes; `music, each decoded` decodes every prefix for itself, as a codec
-without `draft` has to. Text: SmolLM2 with LoRA and all-MiniLM-L6-v2, as recipes/text/text_smollm2_diversity.yaml.
+The critic's part is decoding and embedding the prefixes; its arithmetic takes milliseconds. Music: the shipped
+model with all weights, 32 completions of 200 codes; `music, each decoded` decodes every prefix separately, as for a
+codec without `draft`. Text: SmolLM2 with LoRA and all-MiniLM-L6-v2, as in recipes/text/text_smollm2_diversity.yaml.
 
     python recipes/text/get_smollm2.py
     OMP_NUM_THREADS=1 python benchmarks/critic_cost.py --output benchmarks/results/critic_cost.json
@@ -43,7 +43,7 @@ SAME |= {"logging_steps": "1000", "diversity_credit": "critic", "bf16": "false",
 
 
 class WithoutDraft:
-    """A codec that decodes each prefix for itself."""
+    """A codec that decodes each prefix separately."""
 
     def __init__(self, codec: Any):
         self.decode = codec.decode

@@ -1,23 +1,23 @@
 """
-How much of the diversity term's gradient is signal, for each estimator of it.
+Signal-to-noise ratio of the diversity term's gradient, for each estimator of it.
 
-The gradient of one group (a prompt and its completions) is `g = mean_j sum_n A_j(n) grad log p(token n of j)`; of it,
-over groups of different prompts:
+The gradient of one group (a prompt and its completions) is `g = mean_j sum_n A_j(n) grad log p(token n of j)`.
+Measured over groups of different prompts:
 
-- signal: the squared length of the mean, `mean over pairs p != q of g_p . g_q`, which noise does not inflate;
+- signal: the squared norm of the mean, `mean over pairs p != q of g_p . g_q`, which is not inflated by noise;
 - noise: the trace of the covariance, `mean |g_p|^2 - signal`;
-- SNR: signal over the noise of the mean of as many groups as 128 sequences are;
-- cosine: between the means of this estimator and of the unbiased one with least noise, that with `gae_lambda` 1.
+- SNR: signal over the noise of the mean of the groups in 128 sequences;
+- cosine: between the means of this estimator and of the unbiased one with least noise, with `gae_lambda` 1.
 
-Standard errors are jackknife ones over groups. Estimators: `sequence`, one advantage for all tokens of a completion;
-`critic M L`, those of `trl_drcd.critic` with M prefixes at `gae_lambda` L, with a critic that has learnt, rollout by
-rollout, from the groups of three folds and is used on the fourth; a word before these names the kernel. `distillation`
+Standard errors are jackknife estimates over groups. Estimators: `sequence`, one advantage for all tokens of a
+completion; `critic M L`, from `trl_drcd.critic` with M prefixes and `gae_lambda` L, with a critic fitted, rollout by
+rollout, to the groups of three folds and used on the fourth; a word before these names the kernel. `distillation`
 is the gradient of the KL to the guided teacher, for the cosine between an update of `--update-groups` groups, its two
 terms clipped in different ways, and the mean distillation gradient of the groups that are not in it.
 
-Inner products of gradients are those of their sketches (random signs, sums of every 65,536th entry), whose error is
-far below the noise. Samples and sketches go to `--folder` one by one, and a second start goes on where the first one
-ended.
+Inner products of gradients are computed from sketches (random signs, sums of every 65,536th entry), whose error is
+far below the noise. Samples and sketches are written to `--folder` one by one, and a second start continues where the
+first one ended.
 
     OMP_NUM_THREADS=1 nice python benchmarks/gradient_noise.py --output results/gradient/music
     OMP_NUM_THREADS=1 nice python benchmarks/gradient_noise.py --lora --output results/gradient/music_lora

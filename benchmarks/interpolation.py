@@ -1,8 +1,8 @@
 """
-Setting lambda of a model in memory, against what PEFT and PyTorch offer for it, in one run:
+Setting lambda of a model in memory, against the functions of PEFT and PyTorch for it, in one run:
 
 - two LoRA adapters: `set_interpolation_weight` against `add_weighted_adapter` (a new adapter per lambda), in time, and
-  in the relative error of the change of the weights against (1 - l) * dW_q + l * dW_d in float64;
+  in the relative error of the weight change against (1 - l) * dW_q + l * dW_d in float64;
 - full weights: `set_interpolation_weight` against the interpolation of two state dicts with `load_state_dict`.
 
     python benchmarks/interpolation.py

@@ -1,16 +1,16 @@
 """
-What a credit of the diversity term buys: short runs of the shipped music model that differ in nothing else.
+Effect of the credit assignment of the diversity term: short runs of the shipped music model that differ only in it.
 
-All weights, coefficient 100, 32 sequences a step, as recipes/music/musiclm_diversity.yaml but with a constant learning
-rate; evaluated before and after on held-out prompts, on which nothing was trained:
+All weights, coefficient 100, 32 sequences per step, as in recipes/music/musiclm_diversity.yaml but with a constant
+learning rate; evaluated before and after on held-out prompts:
 
 - `diversity` under the rewarded embedder, `diversity_second` under descriptors that are not rewarded;
-- `adherence`, the cosine of text and sound under the judge;
+- `adherence`, the cosine similarity of text and audio under the judge;
 - `kl` to the guided teacher on the model's own samples, nats per completion;
-- `processor`, median processor seconds of an update, that of the measuring of gradient norms left out.
+- `processor`, median processor seconds of an update, without the measurement of gradient norms.
 
-A run that was interrupted goes on from its checkpoint, one that is in the results is not made again, so the command
-can be repeated until all is there.
+An interrupted run continues from its checkpoint, and a run that is in the results is not repeated, so the command
+can be run again until all runs are finished.
 
     OMP_NUM_THREADS=1 nice python benchmarks/learning_curves.py --seeds 0 1 --runs sequence critic_0.5
 """

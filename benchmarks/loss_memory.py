@@ -2,13 +2,13 @@
 Peak memory and time of the loss of one batch, from last hidden states to their gradient, at two sizes of vocabulary.
 
 - `ours`: `losses.weighted_terms`: reverse KL to the guided teacher and log-probability of the sampled token, in chunks
-  of tokens, gradient along with them;
-- `TRL`: `ChunkedDivergenceFunction`, the loss of TRL's `DistillationTrainer`, with the same guided teacher: reverse KL
-  alone, on tiles of tokens x vocabulary;
+  of tokens, with the gradient computed in the same pass;
+- `TRL`: `ChunkedDivergenceFunction`, the loss of TRL's `DistillationTrainer`, with the same guided teacher: only
+  reverse KL, on tiles of tokens x vocabulary;
 - `dense`: the definition: three `(N, V)` logits, `log_softmax`, autograd.
 
 The head is trained too: its gradient is part of the work. Each runs in a fresh process with one thread, and all must
-find the same KL. Peak memory is the peak resident set less what was resident with the inputs in place (so the head's
+give the same KL. Peak memory is the peak resident set minus the resident set with the inputs in place (so the head's
 gradient counts, the head does not); on a GPU, `max_memory_allocated` likewise. `processor` is processor time.
 
     python benchmarks/loss_memory.py --output benchmarks/results/loss_memory.json

@@ -1,13 +1,13 @@
 """
-Memory of training MusicGen on one GPU, computed from shapes; and what the computation is worth, on a CPU.
+Memory of training MusicGen on one GPU, computed from shapes; with a check of the computation on a CPU.
 
     python benchmarks/musicgen_memory.py            # the table, for facebook/musicgen-small, -medium and -large
     python benchmarks/musicgen_memory.py --check    # computed against measured, for one step of a small random model
 
-Parameters are counted on the published architectures (no weights are loaded). What a decoder layer keeps for its
-backward pass is counted on one layer of the true width, by `saved_tensors_hooks`. The rest is arithmetic (see
-`memory`): weights in float32 unless said otherwise, autocast to bfloat16, AdamW with two float32 moments, gradient
-checkpointing. Not counted: the allocator's fragmentation, the CUDA context, the embedder.
+Parameters are counted on the published architectures (no weights are loaded). The activations that a decoder layer
+keeps for its backward pass are counted on one layer of the full width, by `saved_tensors_hooks`. The rest is
+arithmetic (see `memory`): weights in float32 unless stated otherwise, autocast to bfloat16, AdamW with two float32
+moments, gradient checkpointing. Not counted: the allocator's fragmentation, the CUDA context, the embedder.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
 """
-Sampling by the decode loop against transformers' `generate`, with and without guidance, in turn in one run.
+Sampling by the decode loop against transformers' `generate`, with and without guidance, alternating in one run.
 
 - `musiclm`: the shipped model (5.7 M parameters), 4 prompts x 8 completions of 200 tokens;
-- `smollm2`: SmolLM2-135M-Instruct of recipes/text/get_smollm2.py, 4 prompts of 128 tokens x 8 completions of 64;
+- `smollm2`: SmolLM2-135M-Instruct from recipes/text/get_smollm2.py, 4 prompts of 128 tokens x 8 completions of 64;
 - `musicgen-tiny`: random weights, 16 sequences of 128 steps;
 - `musicgen-small`: random weights of the published architecture, few sequences and steps.
 
 Both get the same prompts, sample the same number of tokens from the same distribution (no truncation, no penalty; no
-sequence may end), and start from the same random state. The peer is `generate` with `do_sample`, with guidance
-`generate(guidance_scale=3)`; of MusicGen's the audio codec is left out. Reported are medians over the rounds, of wall
-clock and of processor time, which tells on a busy machine what the wall clock cannot, and the ratios theirs / ours.
-`of peak`: multiplications and additions of ours (2 per decoder weight and new token) against what one large
-matrix product of the same threads reaches. `difference`: largest between the log-probabilities that the loop sampled
-from and those that one forward over the finished sequences gives.
+sequence may end), and start from the same random state. The baseline is `generate` with `do_sample`, with guidance
+`generate(guidance_scale=3)`; for MusicGen without the audio codec. Reported are medians over the rounds of wall
+clock and of processor time, which is meaningful on a busy machine, and the ratios theirs / ours.
+`of peak`: operations of ours (2 per decoder weight and new token) relative to the throughput of one large
+matrix product with the same threads. `difference`: largest difference between the log-probabilities that the loop
+sampled from and those of one forward over the finished sequences.
 
     OMP_NUM_THREADS=1 python benchmarks/rollout.py --output benchmarks/results/rollout.json
 """

@@ -1,20 +1,20 @@
 """
-Seconds and peak memory of one training step, against two peers measured in the same run.
+Seconds and peak memory of one training step, against two baselines measured in the same run.
 
 - `ours`: `CFGDistillDiversityTrainer`, guided teacher and diversity reward;
-- `rloo`: TRL's `RLOOTrainer` with the same reward and no teacher at all;
-- `dense`: `RLOOTrainer` with the distillation term added the plain way: full `(B, S, V)` logits of the student, of the
-  conditional and of the unconditional teacher, each from a forward of its own, then `log_softmax` and the KL.
+- `rloo`: TRL's `RLOOTrainer` with the same reward and no teacher;
+- `dense`: `RLOOTrainer` with a straightforward distillation term: full `(B, S, V)` logits of the student, of the
+  conditional and of the unconditional teacher, each from a separate forward, then `log_softmax` and the KL.
 
-All three get the same model, prompts, reward, optimizer and completion length (a bias on the head keeps the model from
-ever ending, so that every completion is as long as allowed). They take turns: a round is one fresh process for each,
-and a process does one step to warm up, `--steps` timed ones, and one that logs, where ours also measures the gradient
-of each term. Float32 on a CPU unless `--bf16`, bfloat16 autocast on a GPU; no gradient checkpointing.
+All three get the same model, prompts, reward, optimizer and completion length (a bias on the head prevents eos, so
+every completion has the maximum length). They alternate: a round is one fresh process for each, and a process does one
+warm-up step, `--steps` timed steps, and one logging step, in which ours also measures the gradient of each term.
+Float32 on a CPU unless `--bf16`, bfloat16 autocast on a GPU; no gradient checkpointing.
 
-Peak memory on a CPU is the peak resident set of the process (`VmHWM` of `/proc/self/status`, so Linux only) less what
-was resident before the model was built; on a GPU it is `torch.cuda.max_memory_allocated`. Either holds the weights,
-the teacher's copy, gradients, optimizer state and activations. `processor` is seconds of processor time, which tells
-on a busy machine what the wall clock cannot.
+Peak memory on a CPU is the peak resident set of the process (`VmHWM` of `/proc/self/status`, so Linux only) minus the
+resident set before the model was built; on a GPU it is `torch.cuda.max_memory_allocated`. Both include the weights,
+the teacher's copy, gradients, optimizer state and activations. `processor` is seconds of processor time, which is
+meaningful on a busy machine.
 
     OMP_NUM_THREADS=1 python benchmarks/training_step.py --output benchmarks/results/training_step.json
 """
