@@ -7,8 +7,8 @@ Tokens per second of sampling with classifier-free guidance, against transformer
 - `ours`: the decode loop, both streams in one batch.
 
 All sample the same number of tokens for the same left-padded prompts (no sequence may end) in the model's own dtype.
-They run alternately; medians over the rounds. `processor` is processor time, which is meaningful on a busy machine. The
-model is SmolLM2 from recipes/text/get_smollm2.py unless `--model` is given.
+They run alternately; medians over the rounds. `processor` is processor time, which is meaningful on a busy machine.
+The model is SmolLM2 from recipes/text/get_smollm2.py unless `--model` is given.
 
     OMP_NUM_THREADS=1 python benchmarks/cfg_sampling.py --output benchmarks/results/cfg_sampling.json
 """
