@@ -11,10 +11,8 @@ The command line.
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from inspect import cleandoc
@@ -161,25 +159,8 @@ def evaluate(argv: list[str]) -> None:
     )  # fmt: skip
     (arguments,) = parse_command_line(parser, argv)
     keep_freed_memory()
-    with _one_line_at_a_signal("what is measured stays in results.jsonl; call this again to go on"):
-        run(arguments)
+    run(arguments)
     print(f"Report: {arguments.output_dir}/report.html   (its tables: report.md; numbers: results.jsonl, summary.csv)")
-
-
-@contextmanager
-def _one_line_at_a_signal(remedy: str) -> Iterator[None]:
-    """On SIGTERM or Ctrl-C, exit with one line and status 128 + signal, ending child processes as on an error."""
-
-    def end(number: int, frame: object) -> None:
-        print(f"\nended by {signal.Signals(number).name}: {remedy}", file=sys.stderr)
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def ratings(argv: list[str]) -> None:
@@ -207,6 +188,12 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train, "merge": merge, "evaluate": evaluate, "app": app, "ratings": ratings,
     "push": push,
 }  # fmt: skip
+# What to do after a signal
+REMEDIES = {
+    "evaluate": "what is measured stays in results.jsonl; call this again to go on",
+    "merge": "nothing is written; call this again",
+    "push": "call this again: what the Hub has is not sent twice",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -221,7 +208,10 @@ def main(argv: list[str] | None = None) -> None:
             f"commands: {', '.join(COMMANDS)}"
         )
         raise SystemExit(0 if words and words[0] in ("-h", "--help") else 2)
-    with one_line_errors(f"trl-drcd {words[0]}"):
+    from trl_drcd.launch.processes import end_on_signals
+
+    program = f"trl-drcd {words[0]}"
+    with end_on_signals(program, REMEDIES.get(words[0], "")), one_line_errors(program):
         COMMANDS[words[0]](words[1:])
 
 

@@ -49,13 +49,18 @@ def test_no_worker_outlives_the_evaluation(command, tmp_path, number):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     # So long that no row could end by itself
     words = [*command, "--max_new_tokens", "4000"]
-    process = subprocess.Popen(words, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True, process_group=0
+    )
     deadline, seen = time.monotonic() + 240, []
     while len(seen) < 2 or sum(one.cpu_times().user for one in seen) < 16:  # loaded, and sampling
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.5)
         seen = workers(process.pid)
-    process.send_signal(number)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal sends it
+    else:
+        process.send_signal(number)
     error, code = process.communicate(timeout=120)[1], process.returncode
     assert "Traceback" not in error
     if number != signal.SIGKILL:

@@ -28,8 +28,8 @@ def base(tmp_path, tokenizer):
 
 def weights_of(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     """Effective weights in float64 of a base with an adapter."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
-    return effective_weights(PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)  # some adapters begin in no other
+    return effective_weights(PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).double())
 
 
 def assert_is_lerp(base: Path, merged: Path, adapters: list[Path], weights: list[float], tolerance: float = 1e-6):
@@ -75,6 +75,7 @@ KINDS = {
     ),
     "token rows": ({"trainable_token_indices": [3, 5]}, {"trainable_token_indices": [3, 5], "r": 2}),
     "initialised otherwise": ({"init_lora_weights": "gaussian"}, {"init_lora_weights": "orthogonal"}),
+    "minor components": ({"init_lora_weights": "mica"}, {"init_lora_weights": "mica", "r": 2}),
 }  # fmt: skip
 
 
@@ -165,6 +166,18 @@ def test_merged_into_the_base(base, tmp_path):
         values = [w[matching(w, key)] for w in (q, d)]
         assert torch.allclose(tensor.double(), 0.7 * values[0] + 0.3 * values[1], atol=2e-7), name
         assert tensor.dtype == plain[name].dtype
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("target_parameters", ["mlp.up_proj.weight"]), ("velora_config", {"scale": 2.0})]
+)
+def test_a_kind_whose_merge_is_not_known_is_refused(base, tmp_path, name, value):
+    adapter = random_adapter(tmp_path / "a", base, 0)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config[name] = value
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"`{name}=.*no merge into the base is known to be exact"):
+        interpolate_adapters([adapter], [1.0], tmp_path / "m", base_model=base)
 
 
 def test_dora_by_way_of_full_checkpoints(base, tmp_path):

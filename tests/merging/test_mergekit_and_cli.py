@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -214,6 +215,17 @@ def test_the_help_of_evaluate_says_how_strategies_are_written(capsys):
         cli.main(["evaluate", "--help"])
     text = capsys.readouterr().out
     assert "--config FILE.yaml" in text and "interpolation_weight: [0, 0.5, 1]}" in text and "recipes/" not in text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_command_with_one_line(monkeypatch, capsys, number):
+    monkeypatch.setitem(cli.COMMANDS, "merge", lambda words: signal.raise_signal(number))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["merge"])
+    signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 128 + number
+    assert capsys.readouterr().err == f"trl-drcd merge: ended by {number.name}: nothing is written; call this again\n"
 
 
 def test_the_console_script_is_this_command_line():

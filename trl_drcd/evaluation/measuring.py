@@ -7,6 +7,7 @@ Each process loads the base model, tokenizer, codec and judges once.
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -203,7 +204,12 @@ def _measure(task: Task, make: partial[Worker]) -> Result:
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent ends, even if the parent is killed."""
+    """
+    End this process when its parent ends, even if the parent is killed.
+
+    Ctrl-C in a terminal reaches both processes; only the parent handles it, and then ends this one.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
 
     def watch() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -89,30 +90,34 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def end_on_signals(program: str) -> Iterator[None]:
+def end_on_signals(program: str, remedy: str = "") -> Iterator[None]:
     """
-    End a training script on SIGTERM or Ctrl-C with a one-line message and the exit status 143 or 130.
+    End a program on SIGTERM or Ctrl-C with a one-line message and the exit status 143 or 130.
 
     During training the trainer handles these signals itself, and its message names the saved checkpoint. In a job of
-    [`run_job`] the script also ends with the process that started it.
+    [`run_job`] the program also ends with the process that started it.
 
     Args:
-        program (`str`): Name of the script in messages.
+        program (`str`): Name of the program in messages.
+        remedy (`str`, *optional*): What to do next, for the message.
     """
+    remedy = f": {remedy}" if remedy else ""
     if os.environ.get(IN_A_JOB):
         _end_with_parent()
 
     def end(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second SIGTERM, as from the parent's end, must not interrupt
-        print(f"{program}: ended by SIGTERM", file=sys.stderr)
+        print(f"{program}: ended by SIGTERM{remedy}", file=sys.stderr)
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    main = threading.current_thread() is threading.main_thread()  # no other can set handlers
+    before = signal.signal(signal.SIGTERM, end) if main else None
     try:
         yield
     except KeyboardInterrupt as error:
-        if not error.args:  # otherwise the trainer has printed a message
-            print(f"{program}: interrupted", file=sys.stderr)
+        if not error.args:  # else the trainer has said more
+            print(f"{program}: ended by SIGINT{remedy}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if main:
+            signal.signal(signal.SIGTERM, before)
