@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing import active_children, get_context, parent_process
@@ -177,7 +178,8 @@ def measure_tasks(
     others = set(active_children())
     pool = ProcessPoolExecutor(args.num_processes, get_context("spawn"), initializer=_end_with_parent)
     try:
-        futures = {pool.submit(_measure, task, partial(make, quiet=True)): task for task in ordered}
+        with _no_interrupts():  # submitting starts the processes, which inherit this
+            futures = {pool.submit(_measure, task, partial(make, quiet=True)): task for task in ordered}
         with tqdm(total=len(tasks), desc="evaluate", unit="row") as bar:
             for future in as_completed(futures):
                 yield future.result()
@@ -203,13 +205,21 @@ def _measure(task: Task, make: partial[Worker]) -> Result:
     return _WORKER[0](task)
 
 
-def _end_with_parent() -> None:
-    """
-    End this process when its parent ends, even if the parent is killed.
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Ignore Ctrl-C, which in a terminal reaches child processes too: the parent handles it, and ends them."""
+    if threading.current_thread() is not threading.main_thread():  # no other can set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
-    Ctrl-C in a terminal reaches both processes; only the parent handles it, and then ends this one.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+def _end_with_parent() -> None:
+    """End this process when its parent ends, even if the parent is killed."""
     parent = parent_process()
 
     def watch() -> None:
