@@ -1,5 +1,8 @@
 """SentenceEmbedder on a random encoder that reads 8 tokens at a time."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -88,6 +91,16 @@ def test_conversations_are_embedded_by_their_text(embedder):
     reward = DiversityReward(embedder, num_generations=2)
     turns = [[{"role": "assistant", "content": text}] for text in ("the moon", "dust and light")]
     torch.testing.assert_close(reward.embed(turns, [[1], [2]]), embedder(["the moon", "dust and light"]))
+
+
+def test_modules_from_elsewhere_are_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "encoder")
+    file = tmp_path / "encoder" / "modules.json"
+    modules = json.loads(file.read_text())
+    modules[1]["type"] = "os.path.Pooling"
+    file.write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match=r"names a module of type 'os\.path\.Pooling' in modules\.json"):
+        SentenceEmbedder(str(tmp_path / "encoder"), device="cpu")
 
 
 def test_other_things_than_texts_are_refused(embedder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class SentenceEmbedder:
 
 
 def _check_folder(name: str) -> None:
-    """Refuse a path that does not exist, and pickled weights."""
+    """Refuse a path that does not exist, pickled weights, and modules that are code from elsewhere."""
     folder = Path(name)
     if not folder.is_dir():
         if folder.exists() or not is_hub_name(name):
@@ -94,6 +95,13 @@ def _check_folder(name: str) -> None:
                 f"`model={name}` is not a folder; give the folder of a sentence encoder, or a Hub name"
             )
         return
+    if (folder / "modules.json").is_file():
+        for module in json.loads((folder / "modules.json").read_text()):
+            if not str(module.get("type")).startswith("sentence_transformers."):
+                raise ValueError(
+                    f"`model={name}` names a module of type {module.get('type')!r} in modules.json, which is code "
+                    "from elsewhere; give an encoder made of modules of sentence_transformers"
+                )
     for file in sorted(folder.rglob("*")):
         if file.suffix in PICKLES and not list(file.parent.glob("*.safetensors")):
             raise FileNotFoundError(
