@@ -220,7 +220,9 @@ def model_card(
     )
     for key, value in header.items():
         data[key] = value
-    template = Environment(keep_trailing_newline=True, undefined=StrictUndefined).from_string(TEMPLATE.read_text())
+    template = Environment(keep_trailing_newline=True, undefined=StrictUndefined).from_string(
+        TEMPLATE.read_text("utf-8")
+    )
     text = template.render(
         header=data.to_yaml(),
         title=markdown_text(name),

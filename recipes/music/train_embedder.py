@@ -9,9 +9,10 @@ random. The small model that the project ships, or the paper's:
     accelerate launch recipes/music/train_embedder.py --dataset my/music/ --preset paper \\
         --recordings_per_batch 1920 --steps 200000 --versions 0 --num_workers 8
 
-What E hears as a reward is what a codec makes of tokens: with `--codec`, half of its training audio has been through
-one. A folder is searched for audio files; a hub data set needs a column of audio; an array of recordings (N, samples)
-in a `.npy` file at `--sampling_rate` is taken as well. `--resume_from_checkpoint true` continues an interrupted run.
+As a reward, E hears what a codec decodes from tokens: with `--codec`, half of its training audio goes through that
+codec first. A folder is searched for audio files; a Hub data set needs a column of audio; an array of recordings
+(N, samples) in a `.npy` file at `--sampling_rate` is taken as well. `--resume_from_checkpoint true` continues an
+interrupted run.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from trl_drcd.validation.messages import one_line_errors
 
 @dataclass
 class Arguments:
-    """What is trained, on what, and for how long."""
+    """Arguments of the training: data, model and schedule."""
 
     dataset: str = field(metadata={"help": "Folder of audio files, `.npy` file of recordings, or hub data set."})
     split: str = field(default="train", metadata={"help": "Split of a hub data set."})
@@ -106,7 +107,7 @@ def load_recordings(args: Arguments) -> Recordings:
 
 
 def check_count(args: Arguments, count: int, what: str) -> None:
-    """A batch takes that many different recordings."""
+    """Raises `ValueError` for fewer recordings than a batch takes, as all in a batch differ."""
     if count < args.recordings_per_batch:
         raise ValueError(
             f"`dataset={args.dataset}` has {count} {what}, fewer than "
@@ -115,7 +116,7 @@ def check_count(args: Arguments, count: int, what: str) -> None:
 
 
 class Triplets(torch.nn.Module):
-    """Embeddings of log-mel windows, with the random shortening that makes short completions no strangers."""
+    """Embeddings of log-mel windows, shortened at random so that E has seen audio as short as short completions."""
 
     def __init__(self, embedder: MusicEmbedder) -> None:
         super().__init__()

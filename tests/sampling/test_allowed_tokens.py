@@ -81,7 +81,7 @@ def test_other_values_are_refused(given, error, message, tmp_path):
     ("entries", "message"),
     [
         (["5..99"], "vocabulary ends at 12"),
-        (["nothing", "2"], "'nothing' is no token"),
+        (["nothing", "2"], "'nothing' is not a token"),
         (["9..5"], "swap its ends"),
         (["5..8"], r"none of the ids that end a completion, \[2\]"),
         (["2"], "at least two tokens"),

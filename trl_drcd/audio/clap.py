@@ -56,11 +56,13 @@ class ClapJudge:
         waveforms = [self._resampled(check_waveform(wave, r, i), int(r), rate) for i, (wave, r) in enumerate(audio)]
         state = np.random.get_state()  # noqa: NPY002
         np.random.seed(0)  # noqa: NPY002
-        for start in range(0, len(waveforms), self.batch_size):
-            part = [waveform.numpy() for waveform in waveforms[start : start + self.batch_size]]
-            inputs = self.processor.feature_extractor(part, sampling_rate=rate, return_tensors="pt")
-            parts.append(_normalised(self.model.get_audio_features(**inputs.to(self.model.device))))
-        np.random.set_state(state)  # noqa: NPY002
+        try:
+            for start in range(0, len(waveforms), self.batch_size):
+                part = [waveform.numpy() for waveform in waveforms[start : start + self.batch_size]]
+                inputs = self.processor.feature_extractor(part, sampling_rate=rate, return_tensors="pt")
+                parts.append(_normalised(self.model.get_audio_features(**inputs.to(self.model.device))))
+        finally:
+            np.random.set_state(state)  # noqa: NPY002
         return torch.cat(parts) if parts else torch.zeros(0, self.model.config.projection_dim)
 
     __call__ = embed_audio

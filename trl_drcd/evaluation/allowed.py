@@ -1,4 +1,4 @@
-"""The tokens that all rows of an evaluation sample from: the arguments', else all that the models do not suppress."""
+"""The tokens that all rows of an evaluation sample from: those given, or all that the models do not suppress."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def suppressed_tokens(names: Iterable[str]) -> list[int] | None:
     """
     The tokens that the generation configs of models and adapters suppress; `None` where none does.
 
-    A base that was distilled over a part of its vocabulary suppresses none itself, and is measured over that part too.
+    A base model may suppress none itself; if a model trained from it does, the base is measured over the same part of
+    the vocabulary.
 
     Args:
         names (`Iterable[str]`): Folders or Hub names.
@@ -48,13 +49,14 @@ def allowed_in_rows(
     The tokens that all rows sample from; `None` where every token is allowed.
 
     Args:
-        entries (`Sequence[str]`, *optional*): `allowed_token_ids` of the evaluation.
+        entries (`Sequence[str]`, *optional*): `allowed_token_ids` of the evaluation; they take precedence
+            over the suppressed tokens.
         names (`Iterable[str]`): Folders or Hub names of all models and adapters.
         model (`PreTrainedModel`): The base.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
 
     Raises:
-        ValueError: If the entries do not fit, or the models suppress different tokens.
+        ValueError: If the entries do not fit the tokenizer or the model, or the models suppress different tokens.
     """
     eos = {*as_list(model.generation_config.eos_token_id), tokenizer.eos_token_id} - {None}
     if entries is not None or (suppressed := suppressed_tokens(names)) is None:

@@ -22,11 +22,11 @@ def resolve_token_ids(
     entries: Sequence[str], tokenizer: Any, vocabulary: int, eos_token_ids: Sequence[int]
 ) -> torch.Tensor:
     """
-    The ids that entries name.
+    The token ids that the entries of `allowed_token_ids` stand for.
 
     Args:
         entries (`Sequence[str]`): See [`~trl_drcd.validation.token_ids.as_entries`].
-        tokenizer (`PreTrainedTokenizerBase`): Knows the names.
+        tokenizer (`PreTrainedTokenizerBase`): Maps names of tokens to ids.
         vocabulary (`int`): V, rows of the model's head.
         eos_token_ids (`Sequence[int]`): Ids that end a completion; one of them must be allowed.
 
@@ -52,7 +52,7 @@ def resolve_token_ids(
 
 
 def _bounds(entry: str, tokenizer: Any, vocabulary: int) -> tuple[int, int]:
-    """First id of an entry, and one past its last."""
+    """First id of an entry, and its last id plus one."""
     ends = [entry] if _is_token(entry, tokenizer) else entry.split("..", 1)
     ids = [_id_of(end.strip(), entry, tokenizer) for end in ends]
     first, last = ids[0], ids[-1]
@@ -77,7 +77,8 @@ def _id_of(name: str, entry: str, tokenizer: Any) -> int:
         return int(name)
     if not _is_token(name, tokenizer):
         raise ValueError(
-            f"`allowed_token_ids` has {short_repr(entry)}: {short_repr(name)} is no token of the tokenizer; {EXAMPLE}"
+            f"`allowed_token_ids` has {short_repr(entry)}: {short_repr(name)} is not a token of the tokenizer; "
+            f"{EXAMPLE}"
         )
     return int(tokenizer.convert_tokens_to_ids(name))
 
@@ -98,7 +99,7 @@ def own_allowed_token_ids(model: Any, vocabulary: int) -> torch.Tensor | None:
 
 class AllowedTokens:
     """
-    Maps ids of the vocabulary to places among the allowed ones and back.
+    Maps token ids to their places among the allowed ids, and holds the allowed ids.
 
     Args:
         token_ids (`torch.Tensor`): int64 `(V',)`; sorted and distinct.
@@ -108,7 +109,7 @@ class AllowedTokens:
         self._token_ids = token_ids
 
     def on(self, device: Any) -> torch.Tensor:
-        """The ids on a device, which they then stay on."""
+        """The allowed ids, int64 `(V',)`, moved to a device; they stay there for the next call."""
         self._token_ids = self._token_ids.to(device)
         return self._token_ids
 
@@ -118,7 +119,10 @@ class AllowedTokens:
 
         Args:
             ids (`torch.Tensor`): int64, any shape.
-            mask (`torch.Tensor`): True where an id is scored, same shape; other places mean nothing.
+            mask (`torch.Tensor`): True where an id is scored, same shape; elsewhere the result is arbitrary.
+
+        Returns:
+            `torch.Tensor`: int64, the shape of `ids`.
 
         Raises:
             ValueError: If an id that is scored is not allowed.

@@ -80,7 +80,7 @@ def copy_clips(clips: Iterable[Clip], evaluation: Evaluation, folder: Path) -> d
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
         elif source.suffix == ".txt":
-            write_text(target, degraded_text(source.read_text()))
+            write_text(target, degraded_text(source.read_text(encoding="utf-8")))
         else:
             waveform, rate = require("soundfile", "audio").read(source, dtype="float32")
             write_bytes(target, wav_bytes(degraded_audio(torch.from_numpy(waveform)), rate))

@@ -60,7 +60,7 @@ def items_csv(study: Study, base_url: str = "") -> str:
 
 def _content(study: Study, clip: str, base_url: str) -> str:
     if clip.endswith(".txt"):
-        return (study.folder / "clips" / clip).read_text()
+        return (study.folder / "clips" / clip).read_text(encoding="utf-8")
     return f"{base_url.rstrip('/')}/clips/{clip}" if base_url else f"clips/{clip}"
 
 

@@ -96,7 +96,7 @@ def _check_folder(name: str) -> None:
             )
         return
     if (folder / "modules.json").is_file():
-        for module in json.loads((folder / "modules.json").read_text()):
+        for module in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
             if not str(module.get("type")).startswith("sentence_transformers."):
                 raise ValueError(
                     f"`model={name}` names a module of type {module.get('type')!r} in modules.json, which is code "

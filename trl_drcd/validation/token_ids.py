@@ -12,18 +12,18 @@ EXAMPLE = 'give ids, ranges with both ends, or names of tokens, such as ["32..10
 
 def as_entries(given: object) -> list[str] | None:
     """
-    `allowed_token_ids` as a list of texts: a token each, or two tokens with `..` between, both included.
+    `allowed_token_ids` as a list of texts, each a token, or a range of tokens `first..last`, both ends included.
 
-    A token is a number, its id, or else its name. Numbers that follow each other become one range.
+    A token is given by its id or by its name. Consecutive ids become one range.
 
     Args:
         given (`list`, `range`, `str`, `int` or `None`): Numbers and texts.
 
     Returns:
-        `list[str]`: `None` where nothing is given.
+        `list[str]`, or `None` if `given` is `None`.
 
     Raises:
-        TypeError: If it is something else, or holds something else.
+        TypeError: If it is not a list of numbers and texts.
         ValueError: If it is empty, or an id is below 0.
     """
     if given is None:
