@@ -128,7 +128,8 @@ def test_reentrant_checkpointing_of_all_weights_is_refused(tmp_path, tokenizer):
     first_update(tmp_path, tokenizer, peft_config=LoraConfig(r=2), **settings)
 
 
-def test_a_compiled_model_learns_what_the_model_itself_does(tmp_path, tokenizer):
+def test_a_compiled_model_learns_what_the_model_itself_does(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("trl_drcd.policies.causal_lm.shared_refusal", lambda model: "one forward in both: bit for bit")
     plain = first_update(tmp_path, tokenizer)
     compiled = first_update(tmp_path, tokenizer, torch_compile=True, torch_compile_backend="eager")
     assert isinstance(compiled.model_wrapped, OptimizedModule)

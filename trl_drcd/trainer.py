@@ -48,7 +48,7 @@ from trl_drcd.teacher import GuidedTeacher, TeacherStates, load_teacher
 from trl_drcd.term_gradients import TermGradients
 from trl_drcd.validation.before_loading import check_before_loading
 from trl_drcd.validation.launch import check_launch
-from trl_drcd.validation.once_loaded import check_once_loaded
+from trl_drcd.validation.once_loaded import check_head, check_once_loaded
 from trl_drcd.validation.self_check import check_scoring
 
 
@@ -144,6 +144,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         check_launch(args, self.accelerator, self._updates_per_rollout, family.frozen is not None)
         set_group_timeout(args.ddp_timeout)
         student = self.accelerator.unwrap_model(self.model)
+        check_head(student)
         allowed, suppressed = allowed_token_ids(args.allowed_token_ids, student, self._tokenizer, self.eos_token_ids)
         self.policy: Policy = family(self._tokenizer, student.config, self.chat_template_kwargs, allowed)
         self.policy.check_length(args.max_completion_length)

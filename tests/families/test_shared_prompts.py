@@ -70,3 +70,4 @@ def test_it_falls_back_by_name():
     with torch.no_grad():
         assert "gradient checkpointing" in shared_refusal(model)
     assert shared_refusal(model.eval()) is None
+    assert "compiled" in shared_refusal(torch.compile(model, backend="eager"))

@@ -14,6 +14,7 @@ import inspect
 from typing import Any
 
 import torch
+from accelerate.utils import is_compiled_module
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -27,6 +28,8 @@ def shared_refusal(model: Any) -> str | None:
     Args:
         model (`PreTrainedModel`): Without PEFT's wrapper.
     """
+    if is_compiled_module(model):
+        return "a compiled model is compiled for one forward"
     if (reason := refusal(model)) is not None:
         return reason
     if model.base_model is model:

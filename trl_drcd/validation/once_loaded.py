@@ -51,7 +51,6 @@ def check_once_loaded(
         TypeError: If the codec has no `decode` method.
         ValueError: If two of them do not fit; the message says which, and how to fix it.
     """
-    _check_head(student)
     _check_vocabulary(policy, student, tokenizer)
     _check_finite_weights(student)
     _check_codec(codec, policy, student)
@@ -95,8 +94,13 @@ def check_lengths(
 # ---------------------------------------------------------------- model
 
 
-def _check_head(model: PreTrainedModel) -> None:
-    """The loss applies the output head by its weights, which do not have the rows that an adapter adds to it."""
+def check_head(model: PreTrainedModel) -> None:
+    """
+    Check that the output head's weights are all of it: the loss applies them, without the rows that an adapter adds.
+
+    Raises:
+        ValueError: If an adapter trains rows of the head.
+    """
     head = (model.get_base_model() if isinstance(model, PeftModel) else model).get_output_embeddings()
     if isinstance(head, BaseTunerLayer | TrainableTokensWrapper):
         raise ValueError(
