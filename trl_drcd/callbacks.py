@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback
 from trl import RLOOTrainer
 
@@ -93,7 +93,7 @@ def _first_prompts(trainer: RLOOTrainer, count: int = 2) -> list:
 class WarmupCheck(TrainerCallback):
     """Warns if the run ends before `diversity_coef` reaches its full value."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         reached = args.diversity_coef_at(state.max_steps - 1, state.max_steps)
         if state.is_world_process_zero and reached < args.diversity_coef:
             logger.warning(
@@ -106,11 +106,11 @@ class WarmupCheck(TrainerCallback):
 class LogFile(TrainerCallback):
     """Keeps `log.jsonl` in the output folder up to date: one JSON object per entry of the log."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         if state.is_world_process_zero:  # a resumed run drops the lines after its checkpoint and logs them again
             write_text(self._file(args), "".join(map(self._line, state.log_history)))
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         if state.is_world_process_zero:
             with self._file(args).open("a") as file:
                 file.write(self._line(state.log_history[-1]))
@@ -128,6 +128,6 @@ class Deadline(TrainerCallback):
     def __init__(self, minutes: float):
         self.end = time.monotonic() + 60 * minutes
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         if time.monotonic() > self.end:
             control.should_training_stop = True

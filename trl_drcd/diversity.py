@@ -289,7 +289,7 @@ class DiversityReward:
         return ScoredRollout(embeddings, group_diversity(embeddings, group))
 
     def __call__(
-        self, prompts: list, completions: list, completion_ids: list[list[int]], **kwargs: Any
+        self, prompts: list, completions: list, completion_ids: list[list[int]], **kwargs: object
     ) -> list[float]:
         """
         Rewards `r_j` of this process's completions; see [`group_diversity`].

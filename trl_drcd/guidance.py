@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 
-def ancestral_generation_config(config: GenerationConfig, temperature: float, **overrides: Any) -> GenerationConfig:
+def ancestral_generation_config(config: GenerationConfig, temperature: float, **overrides: object) -> GenerationConfig:
     """
     A generation config for sampling from the model's own distribution `softmax(logits / temperature)`, without
     guidance.
@@ -207,7 +207,7 @@ def generate_guided(
 
 
 def generate_drawn(
-    model: Any, rows: list[list[int]], processor: LogitsProcessor, max_new_tokens: int, **overrides: Any
+    model: Any, rows: list[list[int]], processor: LogitsProcessor, max_new_tokens: int, **overrides: object
 ) -> torch.Tensor:
     """
     `generate` with a processor that draws the tokens itself and allows only the drawn token in each row.

@@ -24,7 +24,7 @@ def asset(name: str) -> str:
     return files("trl_drcd.app").joinpath("templates", name).read_text(encoding="utf-8")
 
 
-def render(template: str, **values: Any) -> str:
+def render(template: str, **values: object) -> str:
     """Render a template with these values."""
     return TEMPLATES.get_template(template).render(**values)
 

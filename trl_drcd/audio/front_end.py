@@ -193,7 +193,7 @@ class SavedModule(nn.Module, ModelHubMixin, library_name="trl-drcd", repo_url=No
         config = {"model_class": type(self).__name__, **self.config}
         (save_directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+    def generate_model_card(self, *args: object, **kwargs: object) -> ModelCard:
         """A model card with the class's docstring and an example of loading the model."""
         name, module = type(self).__name__, type(self).__module__.rpartition(".")[0]
         about = (inspect.getdoc(type(self)) or "").partition("\n\nArgs:")[0]

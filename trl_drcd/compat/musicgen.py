@@ -22,7 +22,7 @@ class MusicgenInTRL:
     """See [`~trl_drcd.compat.trl_private.FamilyInTRL`]."""
 
     @staticmethod
-    def processing_class(model: Any, given: Any, revision: str | None = None) -> Any:
+    def processing_class(model: Any, given: object, revision: str | None = None) -> Any:
         """Return the T5 tokenizer: TRL would take MusicGen's processor for a vision model's."""
         if given is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)

@@ -35,7 +35,7 @@ class FamilyInTRL(Protocol):
     """Hooks that let the TRL and transformers trainers, written for causal LMs, train another model family."""
 
     @staticmethod
-    def processing_class(model: Any, given: Any, revision: str | None = None) -> Any:
+    def processing_class(model: Any, given: object, revision: str | None = None) -> Any:
         """Return the tokenizer to pass to TRL, given a model or its name and the user's `processing_class`."""
 
     @staticmethod
@@ -51,7 +51,7 @@ class CausalLMInTRL:
     """Causal LMs, which TRL supports: every hook does nothing."""
 
     @staticmethod
-    def processing_class(model: Any, given: Any, revision: str | None = None) -> Any:
+    def processing_class(model: Any, given: object, revision: str | None = None) -> Any:
         """Return the argument unchanged; for `None`, TRL loads the model's tokenizer."""
         return given
 

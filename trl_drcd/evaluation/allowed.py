@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_drcd.policies import allowed_token_ids
 from trl_drcd.policies.allowed import complement
@@ -43,7 +43,7 @@ def suppressed_tokens(names: Iterable[str]) -> list[int] | None:
 
 
 def allowed_in_rows(
-    entries: Sequence[str] | None, names: Iterable[str], model: Any, tokenizer: Any
+    entries: Sequence[str] | None, names: Iterable[str], model: Any, tokenizer: PreTrainedTokenizerBase
 ) -> torch.Tensor | None:
     """
     The tokens that all rows sample from; `None` where every token is allowed.

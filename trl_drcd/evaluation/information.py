@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from trl_drcd.evaluation.likelihood import log_likelihoods
 from trl_drcd.evaluation.sampling import Samples
@@ -16,7 +17,7 @@ FRAME = "Text: {completion}\n\nThis text was written for the request: "
 
 def prompt_information(
     model: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     completions: list[str],
     batch_size: int = 32,
@@ -63,7 +64,11 @@ def prompt_information(
 
 
 def forward_information(
-    model: Any, tokenizer: Any, samples: Samples, batch_size: int = 64, description: str | None = None
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Samples,
+    batch_size: int = 64,
+    description: str | None = None,
 ) -> torch.Tensor:
     """
     Pointwise mutual information from completion likelihoods: `log p(completion | prompt) - log p(completion)`.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from trl_drcd.evaluation.sampling import Prompt, Samples
 from trl_drcd.guidance import guide_hidden_states, guide_logits, left_pad
@@ -93,7 +94,7 @@ def _batches(
 def teacher_terms(
     model: Any,
     teacher: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     samples: Samples,
     guidance_scale: float = 3.0,
     negative_prompt: Prompt | None = None,

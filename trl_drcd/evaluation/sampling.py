@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from trl_drcd.policies import Policy, policy_for, teacher_prompt_ids
 
@@ -59,7 +60,7 @@ class Samples:
         """
         return sum(map(len, self.token_ids)) / self.seconds
 
-    def policy(self, model: Any, tokenizer: Any) -> Policy:
+    def policy(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> Policy:
         """The policy of a model, with the chat template arguments and allowed tokens of these samples."""
         return policy_for(model, tokenizer, self.chat_template_kwargs, self.allowed_token_ids)
 
@@ -88,7 +89,7 @@ def tokenize_prompts(policy: Policy, prompts: Sequence[Prompt]) -> list[list[int
 
 def sample_prompts(
     model: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     samples_per_prompt: int = 1,
     guidance_scale: float = 1.0,

@@ -48,7 +48,7 @@ def hub_api(token: str | None = None) -> HfApi:
     return HfApi(token=token, library_name="trl-drcd")
 
 
-def attempt(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def attempt(call: Callable[..., Any], *args: object, **kwargs: object) -> Any:
     """
     Call the client and retry transient failures; for calls that do not retry by themselves.
 

@@ -84,7 +84,7 @@ def check_text(name: str, text: str, paths: bool = True) -> None:
             )
 
 
-def _without_places(value: Any, base_model: Sequence[str] | None, path: Path) -> Any:
+def _without_places(value: object, base_model: Sequence[str] | None, path: Path) -> Any:
     if isinstance(value, list):
         return [_without_places(entry, base_model, path) for entry in value]
     if not isinstance(value, dict):

@@ -118,10 +118,11 @@ def _held_out_samples(trainer: CFGDistillDiversityTrainer, count: int) -> Sample
 
 def _sampled(trainer: CFGDistillDiversityTrainer, student: PreTrainedModel, count: int) -> Samples:
     args: Any = trainer.args
+    tokenizer: Any = trainer.processing_class
     dataset: Any = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
     return sample_prompts(
         student,
-        trainer.processing_class,
+        tokenizer,
         distinct((row["prompt"] for row in dataset.take(count * args.num_generations)), count),
         temperature=args.temperature,
         max_new_tokens=args.max_completion_length,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_drcd.heads import Head
 from trl_drcd.policies.allowed import complement, own_allowed_token_ids, resolve_token_ids
@@ -145,7 +145,7 @@ def policy_class(model: Any, revision: str | None = None) -> type[CausalLMPolicy
 
 def policy_for(
     model: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     chat_template_kwargs: dict[str, Any] | None = None,
     allowed_token_ids: torch.Tensor | None = None,
 ) -> Policy:
@@ -185,7 +185,7 @@ def teacher_prompt_ids(policy: Policy, rows: Sequence[dict[str, Any]]) -> list[l
 
 
 def allowed_token_ids(
-    entries: Sequence[str] | None, model: Any, tokenizer: Any, eos_token_ids: Sequence[int]
+    entries: Sequence[str] | None, model: Any, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]
 ) -> tuple[torch.Tensor | None, list[int] | None]:
     """
     The tokens that completions of a model may have, and those that its generation config must suppress for that.

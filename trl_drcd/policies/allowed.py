@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from trl_drcd.validation.messages import short_repr
 from trl_drcd.validation.token_ids import EXAMPLE
 
 
 def resolve_token_ids(
-    entries: Sequence[str], tokenizer: Any, vocabulary: int, eos_token_ids: Sequence[int]
+    entries: Sequence[str], tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos_token_ids: Sequence[int]
 ) -> torch.Tensor:
     """
     The token ids that the entries of `allowed_token_ids` stand for.
@@ -51,7 +52,7 @@ def resolve_token_ids(
     return allowed
 
 
-def _bounds(entry: str, tokenizer: Any, vocabulary: int) -> tuple[int, int]:
+def _bounds(entry: str, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> tuple[int, int]:
     """First id of an entry, and its last id plus one."""
     ends = [entry] if _is_token(entry, tokenizer) else entry.split("..", 1)
     ids = [_id_of(end.strip(), entry, tokenizer) for end in ends]
@@ -68,11 +69,11 @@ def _bounds(entry: str, tokenizer: Any, vocabulary: int) -> tuple[int, int]:
     return first, last + 1
 
 
-def _is_token(name: str, tokenizer: Any) -> bool:
+def _is_token(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     return name in tokenizer.get_vocab()
 
 
-def _id_of(name: str, entry: str, tokenizer: Any) -> int:
+def _id_of(name: str, entry: str, tokenizer: PreTrainedTokenizerBase) -> int:
     if name.isdecimal():
         return int(name)
     if not _is_token(name, tokenizer):
@@ -80,7 +81,9 @@ def _id_of(name: str, entry: str, tokenizer: Any) -> int:
             f"`allowed_token_ids` has {short_repr(entry)}: {short_repr(name)} is not a token of the tokenizer; "
             f"{EXAMPLE}"
         )
-    return int(tokenizer.convert_tokens_to_ids(name))
+    token_id = tokenizer.convert_tokens_to_ids(name)
+    assert isinstance(token_id, int)  # one name, one id
+    return token_id
 
 
 def complement(token_ids: Sequence[int] | torch.Tensor, vocabulary: int) -> torch.Tensor:

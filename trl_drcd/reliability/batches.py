@@ -101,7 +101,7 @@ def checked_reward(reward: Callable, problems: Problems) -> Callable:
 
     if is_async_callable(reward):
 
-        async def call_async(prompts: list, **kwargs: Any) -> list:
+        async def call_async(prompts: list, **kwargs: object) -> list:
             try:
                 return checked(prompts, await reward(prompts=prompts, **kwargs))
             except Exception as error:
@@ -109,7 +109,7 @@ def checked_reward(reward: Callable, problems: Problems) -> Callable:
 
         return call_async
 
-    def call(prompts: list, **kwargs: Any) -> list:
+    def call(prompts: list, **kwargs: object) -> list:
         try:
             return checked(prompts, reward(prompts=prompts, **kwargs))
         except Exception as error:

@@ -87,5 +87,5 @@ def identity_problem(found: dict[str, str] | None, own: dict[str, str]) -> str |
     return f"it belongs to a different run: {listed}"
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:12]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
@@ -55,7 +55,7 @@ class SignalStop(TrainerCallback):
             print("Training ends after this update. Ctrl-C once more ends it at once", file=sys.stderr)
         self._received = self._received or number
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Stops, where any process has received a signal."""
         self.stopped_by = self._received
         if self.accelerator.num_processes > 1:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from trl_drcd.compat.extras import require
 
@@ -34,7 +35,7 @@ class RewardModel:
         batch_size (`int`, *optional*, defaults to 16): Texts per batch.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int = 16) -> None:
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int = 16) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
 
     @classmethod
@@ -66,7 +67,7 @@ class RewardModel:
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
 
     @torch.no_grad()
-    def __call__(self, prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
+    def __call__(self, prompts: list[Any], completions: list[Any], **kwargs: object) -> list[float]:
         """
         Rewards of completions.
 

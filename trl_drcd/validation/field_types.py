@@ -48,7 +48,7 @@ def _in_words(kind: Any) -> str:
     return LISTS[get_args(kind)[0]] if get_origin(kind) is list else IN_WORDS[kind]
 
 
-def _is(value: Any, kind: Any) -> bool:
+def _is(value: object, kind: Any) -> bool:
     if get_origin(kind) is list:
         return isinstance(value, list) and all(_is(item, get_args(kind)[0]) for item in value)
     if kind in (int, float):
