@@ -76,7 +76,13 @@ class StudentSampler:
     def by_trl(
         self, wrapped: Any, prompt_ids: list[list[int]], generate: Callable[[], list[list[int]]]
     ) -> list[list[int]]:
-        """What TRL's `generate` returns; the logits of transformers are watched meanwhile."""
+        """
+        What TRL's `generate` returns; the logits of transformers are watched meanwhile.
+
+        Raises:
+            ValueError: If a prompt and its completion are longer than `vllm_max_model_length`.
+        """
+        check_vllm_lengths(prompt_ids, self.args)
         student = self.accelerator.unwrap_model(wrapped)
         weights = nullcontext() if self.args.use_vllm else whole_weights(student)
         with weights, self.guard.watched_sampling(self.policy.sampled_from(student), prompt_ids):
@@ -97,13 +103,11 @@ class StudentSampler:
         Refuse prompts that leave no room for a completion.
 
         Raises:
-            ValueError: If one is too long for the model's positions, or for `vllm_max_model_length`.
+            ValueError: If one is too long for the model's positions.
         """
         if self.policy.rolls_out_with_trl:  # else an encoder reads the prompt
             student = self.accelerator.unwrap_model(wrapped)
             check_lengths(prompt_ids, what, self.max_length, student)
-        if what == "a prompt":
-            check_vllm_lengths(prompt_ids, self.args)
 
 
 def never_empty(completion_ids: list[list[int]], eos_token_id: int) -> list[list[int]]:

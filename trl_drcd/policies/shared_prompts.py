@@ -18,7 +18,7 @@ from accelerate.utils import is_compiled_module
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from trl_drcd.sampling.streams import cache_argument, refusal
+from trl_drcd.sampling.streams import cache_argument, distinct_rows, refusal
 
 
 def shared_refusal(model: Any) -> str | None:
@@ -55,11 +55,9 @@ def distinct_prompts(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> tup
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: int64, `(distinct,)` and `(B,)`.
     """
-    places: dict[tuple[int, ...], int] = {}
-    rows = torch.cat([prompt_ids, prompt_mask], dim=1).tolist()
-    index = [places.setdefault(tuple(row), len(places)) for row in rows]
-    first = [index.index(place) for place in range(len(places))]
-    return torch.tensor(first, device=prompt_ids.device), torch.tensor(index, device=prompt_ids.device)
+    different, index = distinct_rows(torch.cat([prompt_ids, prompt_mask], dim=1).tolist())
+    first = [index.tolist().index(place) for place in range(len(different))]
+    return torch.tensor(first, device=prompt_ids.device), index.to(prompt_ids.device)
 
 
 def shared_hidden_states(

@@ -76,7 +76,9 @@ class BatchGuard:
         finally:
             self.problems.clear()
 
-    def check_model_rewards(self, names: list[str], reward_funcs: list[Any], rewards: torch.Tensor, prompts: list):
+    def check_model_rewards(
+        self, names: list[str], reward_funcs: list[Any], rewards: torch.Tensor, prompts: list
+    ) -> None:
         """Record non-finite rewards of reward models; `rewards` has shape `(b, n)`, the rows of this process."""
         for number, (name, reward) in enumerate(zip(names, reward_funcs, strict=True)):
             if isinstance(reward, nn.Module):
