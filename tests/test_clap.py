@@ -6,7 +6,12 @@ import pytest
 import torch
 from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, ClapProcessor
 
+from tests.conftest import make_model
 from trl_drcd.audio import ClapJudge
+from trl_drcd.audio.codecs import SpectralCodec
+from trl_drcd.evaluation.arguments import EvaluateArguments
+from trl_drcd.evaluation.checks import check_parts
+from trl_drcd.evaluation.digests import content_digest
 
 RATE = 48000
 
@@ -64,3 +69,10 @@ def test_bad_input_is_refused(judge):
         judge.adherence(["harp"], [clip(0), clip(1)])
     with pytest.raises(ValueError, match="average the channels"):
         judge([(torch.zeros(2, 100), RATE)])
+
+
+def test_a_clap_passes_the_checks_before_an_evaluation(folder, tokenizer, tmp_path):
+    make_model(tokenizer).save_pretrained(tmp_path / "model")
+    SpectralCodec(torch.randn(2, 2, 96)).save_pretrained(tmp_path / "codec")
+    arguments = {"clap": str(folder), "codec": str(tmp_path / "codec")}
+    check_parts(EvaluateArguments(str(tmp_path / "model"), "none", **arguments), content_digest)

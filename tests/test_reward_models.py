@@ -8,6 +8,9 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from trl import RLOOConfig, RLOOTrainer
 
 from tests.conftest import make_model
+from trl_drcd.evaluation.arguments import EvaluateArguments
+from trl_drcd.evaluation.checks import check_parts
+from trl_drcd.evaluation.digests import content_digest
 from trl_drcd.text.reward_models import RewardModel, cross_encoder
 
 CHAT_TEMPLATE = "{% for turn in messages %}{{ turn['role'] }} {{ turn['content'] }} {% endfor %}"
@@ -80,4 +83,22 @@ def test_classifiers_are_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"`reward_model=.*` must have one output, got 3"):
         RewardModel.from_pretrained(folder)
     with pytest.raises(ValueError, match=r"`cross_encoder=.*` must have one output, got 3"):
+        cross_encoder(folder)
+
+
+def test_judges_of_text_pass_the_checks_before_an_evaluation(reward_folder, tokenizer, tmp_path):
+    """As their libraries save them; a cross-encoder has a modules.json of its own."""
+    encoder = CrossEncoder(bert(tmp_path / "bert", tokenizer, 1))
+    encoder.save_pretrained(str(tmp_path / "encoder"))
+    assert (tmp_path / "encoder" / "modules.json").is_file()
+    make_model(tokenizer).save_pretrained(tmp_path / "model")
+    judges = {"reward_model": str(reward_folder), "cross_encoder": str(tmp_path / "encoder")}
+    check_parts(EvaluateArguments(str(tmp_path / "model"), "none", **judges), content_digest)
+    assert cross_encoder(tmp_path / "encoder")(["a slow tune"], ["harp"]).shape == (1,)
+
+
+def test_a_cross_encoder_that_names_code_is_refused(tokenizer, tmp_path):
+    folder = bert(tmp_path, tokenizer, 1)
+    (tmp_path / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "os.path.Module"}]')
+    with pytest.raises(ValueError, match=r"names a module of type 'os\.path\.Module' in modules\.json"):
         cross_encoder(folder)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from bad_world import Bad
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from trl_drcd.audio import TextAudioJudge
 
@@ -55,8 +56,43 @@ def other_vocabulary(world: Any, tmp: Path) -> Path:
     return tmp / "wide"
 
 
-def wrong_preference(world: Any, tmp: Path) -> None:
-    world.evaluate(tmp, preference=str(world / "embedder"), codec=str(world / "codec"))
+def classifier(world: Any, tmp: Path, outputs: int = 3) -> Path:
+    """A sequence classifier with the world's tokenizer."""
+    config = LlamaConfig(
+        vocab_size=len(world.tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=8, num_labels=outputs,
+    )  # fmt: skip
+    LlamaForSequenceClassification(config).save_pretrained(tmp / "classifier")
+    world.tokenizer.save_pretrained(tmp / "classifier")
+    return tmp / "classifier"
+
+
+def broken_judge(argument: str, what: str, break_it: Any, error: type[BaseException], value: str, remedy: str) -> Bad:
+    """A judge of text from `break_it(a classifier of one output)`."""
+
+    def act(world: Any, tmp: Path) -> None:
+        folder = classifier(world, tmp, outputs=1)
+        break_it(folder)
+        world.evaluate(tmp, **{argument: str(folder)})
+
+    return Bad(f"a {argument} {what}", act, error, f"`{argument}", value, remedy)
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def torn(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:99])
+
+
+def with_modules(folder: Path) -> None:
+    (folder / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "os.path.Module"}]')
+
+
+def with_torn_modules(folder: Path) -> None:
+    (folder / "modules.json").write_text('[{"idx": 0,')
 
 
 def earlier(name: str, content: str, value: str) -> Bad:
@@ -141,8 +177,35 @@ ROWS = [
     setting("a codec for an embedder", "codec", "an embedder", embedder="{codec}"),
     setting("an embedder that hears, of texts", "embedder", "completions are text", embedder="{embedder}"),
     setting("an embedder for a judge", "embedder", "not a judge", judge="{embedder}", codec="{codec}"),
-    Bad("an embedder for a preference model", wrong_preference, ValueError, "embedder holds", "MusicEmbedder",
-        "expected a PreferenceModel"),
+    setting("an embedder for a preference model", "holds a MusicEmbedder", "the folder of a PreferenceModel",
+            preference="{embedder}", codec="{codec}"),
+    setting("a preference model that is not there", "/none", "give the folder", FileNotFoundError, preference="/none",
+            codec="{codec}"),
+    setting("a preference model of sound, of texts", "judges audio", "leave it out", preference="{embedder}"),
+    setting("a language model for CLAP", "holds a llama", "a CLAP checkpoint", clap="{model}", codec="{codec}"),
+    setting("CLAP that is not there", "/none", "give the folder", FileNotFoundError, clap="/none", codec="{codec}"),
+    setting("CLAP that is not on the Hub either", "nobody/none", "correct the name", FileNotFoundError,
+            clap="nobody/none", codec="{codec}"),
+    setting("CLAP of texts", "judges audio", "leave it out", clap="{model}"),
+    setting("a cross-encoder of sound", "judges text", "leave it out", cross_encoder="{model}", codec="{codec}"),
+    setting("a cross-encoder that is not there", "/none", "give the folder", FileNotFoundError, cross_encoder="/none"),
+    setting("a language model for a cross-encoder", "got 2", "with one output", cross_encoder="{model}"),
+    setting("a reward model of sound", "judges text", "leave it out", reward_model="{model}", codec="{codec}"),
+    setting("a reward model that is not there", "/none", "give the folder", FileNotFoundError, reward_model="/none"),
+    setting("a reward model that is not on the Hub either", "nobody/none", "correct the name", FileNotFoundError,
+            reward_model="nobody/none"),
+    setting("a codec for a reward model", "got 2", "with one output", reward_model="{codec}"),
+    Bad("a reward model of three outputs", lambda w, tmp: w.evaluate(tmp, reward_model=str(classifier(w, tmp))),
+        ValueError, "`reward_model=", "got 3", "a reward model with one output"),
+    *(broken_judge(argument, "pickled", pickled, FileNotFoundError, "pytorch_model.bin", "as safetensors")
+      for argument in ("reward_model", "cross_encoder", "embedder")),
+    broken_judge("reward_model", "torn", torn, ValueError, "model.safetensors is truncated", "copy or save it again"),
+    *(broken_judge(argument, "with code", with_modules, ValueError, "'os.path.Module'", "of sentence_transformers")
+      for argument in ("cross_encoder", "embedder", "judge")),
+    broken_judge("cross_encoder", "with torn modules", with_torn_modules, ValueError, "modules.json is not valid JSON",
+                 "copy or save it again"),
+    setting("an embedder that is not on the Hub either", "nobody/none", "correct the name", FileNotFoundError,
+            embedder="nobody/none"),
     setting("a judge that is not there", "/none", "give", FileNotFoundError, judge="/none"),
     setting("omega NaN", "'nan'", "a number or `equal`", omega="nan"),
     setting("omega in words", "'much'", "a number or `equal`", omega="much"),

@@ -13,12 +13,20 @@ from trl_drcd.evaluation.judging import import_function, is_function
 from trl_drcd.evaluation.strategies import Row, is_adapter
 from trl_drcd.merging.adapters import BASE
 from trl_drcd.merging.folders import find_folder
+from trl_drcd.validation.encoders import check_encoder
 from trl_drcd.validation.messages import prefix_errors
 from trl_drcd.validation.model_folders import check_model, check_on_hub, is_hub_name
 from trl_drcd.validation.saved_files import open_safetensors, read_json, weight_files
 
 EMBED_SOUND = {"MusicEmbedder", "MusicDescriptors"}
 HEAR = EMBED_SOUND | {"TextAudioJudge"}
+FURTHER = {
+    "clap": ("audio", "a CLAP checkpoint"),
+    "preference": ("audio", "a PreferenceModel"),
+    "cross_encoder": ("text", "a cross-encoder with one output"),
+    "reward_model": ("text", "a reward model with one output"),
+}
+"""Of each judge beside embedders and `judge`: what it takes, and what its folder holds."""
 
 
 def check_parts(args: EvaluateArguments, digest: Callable[[str], str]) -> None:
@@ -37,15 +45,16 @@ def check_parts(args: EvaluateArguments, digest: Callable[[str], str]) -> None:
     if Path(args.output_dir).is_file():
         raise FileExistsError(f"`output_dir={args.output_dir}` is a file; give a folder")
     check_model("model", args.model)
-    audio = args.codec is not None
     if args.codec is not None:
         with prefix_errors("codec"):
             SpectralCodec.from_pretrained(args.codec)
-    config = Path(args.model) / "config.json"
-    audio |= config.is_file() and str(read_json(config).get("model_type")).startswith("musicgen")
+    audio = args.codec is not None or str(_config("model", args.model).get("model_type")).startswith("musicgen")
     for name in ("embedder", "second_embedder", "judge"):
         if folder := getattr(args, name):
             _check_judge(name, folder, audio)
+    for name in FURTHER:
+        if folder := getattr(args, name):
+            _check_further(name, folder, audio)
     names = [name.rpartition(".")[2] for name in args.metrics]
     for name in args.metrics:
         import_function("metrics", name)
@@ -63,15 +72,11 @@ def _check_judge(argument: str, folder: str, audio: bool) -> None:
     if argument != "judge" and is_function(folder):
         import_function(argument, folder)
         return
-    if not Path(folder).is_dir():
-        if is_hub_name(folder):
-            return
+    if not Path(folder).is_dir() and (Path(folder).exists() or not is_hub_name(folder)):
         raise FileNotFoundError(
             f"{where} is not a folder; give the folder of an embedder, a Hub name, or the dotted path of a function"
         )
-    config = Path(folder) / "config.json"
-    with prefix_errors(argument):
-        fields = read_json(config) if config.is_file() else {}
+    fields = _encoder_config(argument, folder)
     kind = fields.get("model_class")
     if "codec_type" in fields:
         raise ValueError(f"{where} is a codec; give an embedder")
@@ -83,6 +88,66 @@ def _check_judge(argument: str, folder: str, audio: bool) -> None:
         raise ValueError(f"{where} takes text, but the completions are audio; give one of {sorted(HEAR)}")
     if argument == "judge" and kind in EMBED_SOUND:
         raise ValueError(f"{where} is a {kind}, not a judge; give a TextAudioJudge")
+    if kind is None:
+        check_encoder(argument, folder)
+    else:
+        _check_weights(argument, Path(folder))
+
+
+def _check_further(argument: str, name: str, audio: bool) -> None:
+    """Check that CLAP, a preference model, a cross-encoder or a reward model is one, and for the kind of samples."""
+    takes, what = FURTHER[argument]
+    where, found = f"`{argument}={name}`", "audio" if audio else "text"
+    if takes != found:
+        raise ValueError(f"{where} judges {takes}, but the completions are {found}; leave it out")
+    folder = Path(name)
+    if not folder.is_dir() and (folder.exists() or not is_hub_name(name)):
+        raise FileNotFoundError(f"{where} is not a folder; give the folder of {what}, or a Hub name")
+    fields = _config(argument, name)
+    if argument in ("clap", "preference"):
+        kind = fields.get("model_class", fields.get("model_type"))
+        if kind != {"clap": "clap", "preference": "PreferenceModel"}[argument]:
+            raise ValueError(f"{where} holds a {kind}; give the folder of {what}, or a Hub name")
+    elif (outputs := _outputs(fields)) != 1:
+        raise ValueError(f"{where} must have one output, got {outputs}; give {what}")
+    if argument == "cross_encoder":
+        check_encoder(argument, name, what)
+    elif argument == "preference":
+        _check_weights(argument, folder)
+    else:
+        check_model(argument, name)
+
+
+def _check_weights(argument: str, folder: Path) -> None:
+    """Check the file of weights of one of this package's models, unless it is on the Hub."""
+    if folder.is_dir():
+        with prefix_errors(argument):
+            open_safetensors(folder / "model.safetensors")
+
+
+def _config(argument: str, name: str) -> dict[str, Any]:
+    """The config.json of a folder, or of a model on the Hub."""
+    if not Path(name).is_dir():
+        return check_on_hub(f"`{argument}={name}`", name)
+    with prefix_errors(argument):
+        return read_json(Path(name) / "config.json")
+
+
+def _encoder_config(argument: str, name: str) -> dict[str, Any]:
+    """The config.json of an embedder; empty for a sentence encoder that has none."""
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        return {}
+    try:
+        return _config(argument, name)
+    except FileNotFoundError:
+        check_on_hub(f"`{argument}={name}`", name, file="config_sentence_transformers.json")
+        return {}
+
+
+def _outputs(fields: dict[str, Any]) -> Any:
+    """Number of outputs of a sequence classifier, by its configuration; 2 is the default of transformers."""
+    labels = fields.get("id2label")
+    return len(labels) if isinstance(labels, dict) else fields.get("num_labels", 2)
 
 
 def check_ends(base: Any, rows: Sequence[Row]) -> None:

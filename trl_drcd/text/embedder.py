@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from trl_drcd.compat.extras import require
-from trl_drcd.validation.model_folders import is_hub_name
-from trl_drcd.validation.saved_files import PICKLES
+from trl_drcd.validation.encoders import check_encoder
 
 
 class SentenceEmbedder:
@@ -30,11 +27,12 @@ class SentenceEmbedder:
     Raises:
         FileNotFoundError: If a path does not exist, or its weights are not safetensors.
         ImportError: If sentence-transformers is not installed (extra `text`).
+        ValueError: If modules.json is broken, or names code from elsewhere.
     """
 
     def __init__(self, model: Any, batch_size: int = 64, device: str | None = None) -> None:
         if isinstance(model, str):
-            _check_folder(model)
+            check_encoder("model", model)
             sentence_transformers = require("sentence_transformers", "text")
             model = sentence_transformers.SentenceTransformer(model, device=device, trust_remote_code=False)
         self.model = model.eval()
@@ -84,27 +82,3 @@ class SentenceEmbedder:
         ).float().cpu()  # fmt: skip
         sums = torch.zeros(len(row_of), vectors.shape[1]).index_add_(0, owners, vectors * weights[:, None])
         return torch.nn.functional.normalize(sums, dim=-1)[[row_of[text] for text in texts]]
-
-
-def _check_folder(name: str) -> None:
-    """Refuse a path that does not exist, pickled weights, and modules that are code from elsewhere."""
-    folder = Path(name)
-    if not folder.is_dir():
-        if folder.exists() or not is_hub_name(name):
-            raise FileNotFoundError(
-                f"`model={name}` is not a folder; give the folder of a sentence encoder, or a Hub name"
-            )
-        return
-    if (folder / "modules.json").is_file():
-        for module in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
-            if not str(module.get("type")).startswith("sentence_transformers."):
-                raise ValueError(
-                    f"`model={name}` names a module of type {module.get('type')!r} in modules.json, which is code "
-                    "from elsewhere; give an encoder made of modules of sentence_transformers"
-                )
-    for file in sorted(folder.rglob("*")):
-        if file.suffix in PICKLES and not list(file.parent.glob("*.safetensors")):
-            raise FileNotFoundError(
-                f"`model={name}` has no safetensors beside {file.relative_to(folder)}, a pickle, which could run code "
-                "when loaded; save the encoder as safetensors"
-            )

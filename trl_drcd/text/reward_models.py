@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from trl_drcd.compat.extras import require
+from trl_drcd.validation.encoders import check_encoder
 
 
 def question_of(prompt: Any) -> str:
@@ -105,11 +106,13 @@ def cross_encoder(name_or_path: str | Path, batch_size: int = 16) -> Callable[[l
         `Callable`: `(prompts, completions)`, `N` each, to scores `(N,)`, float32, on the CPU, in the model's unit.
 
     Raises:
+        FileNotFoundError: If a path does not exist, or its weights are not safetensors.
         ImportError: If sentence-transformers is not installed (extra `text`).
-        ValueError: If the checkpoint does not have exactly one output.
+        ValueError: If the checkpoint does not have exactly one output, or names code from elsewhere.
     """
+    check_encoder("cross_encoder", str(name_or_path), "a cross-encoder")
     kind = require("sentence_transformers", "text").CrossEncoder
-    model = kind(str(name_or_path), model_kwargs={"use_safetensors": True})
+    model = kind(str(name_or_path), model_kwargs={"use_safetensors": True}, trust_remote_code=False)
     if model.num_labels != 1:
         raise ValueError(f"`cross_encoder={name_or_path}` must have one output, got {model.num_labels}")
 

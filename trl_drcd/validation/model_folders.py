@@ -54,7 +54,7 @@ def check_model(argument: str, name: str | Path, trust_remote_code: bool | None 
             open_safetensors(folder / file)
 
 
-def check_on_hub(where: str, name: str, revision: str | None = None) -> None:
+def check_on_hub(where: str, name: str, revision: str | None = None, file: str = "config.json") -> dict[str, Any]:
     """
     Check that the configuration of a model can be read from the Hub or its cache.
 
@@ -62,6 +62,10 @@ def check_on_hub(where: str, name: str, revision: str | None = None) -> None:
         where (`str`): The user's argument with its value, for error messages.
         name (`str`): Name of the model on the Hub.
         revision (`str`, *optional*): Branch, tag or commit of the model.
+        file (`str`, *optional*, defaults to `"config.json"`): Name of the configuration's file.
+
+    Returns:
+        `dict`: The configuration.
 
     Raises:
         FileNotFoundError: If the configuration cannot be read.
@@ -69,7 +73,7 @@ def check_on_hub(where: str, name: str, revision: str | None = None) -> None:
     import transformers
 
     try:
-        transformers.PreTrainedConfig.get_config_dict(name, revision=revision)
+        return transformers.PreTrainedConfig.get_config_dict(name, revision=revision, _configuration_file=file)[0]
     except OSError as error:
         raise FileNotFoundError(
             f"{where}: {name} is not a folder, and not found on the Hub; correct the name, or train it first"
