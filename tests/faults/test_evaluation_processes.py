@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -45,13 +46,15 @@ def workers(parent):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_no_worker_outlives_the_evaluation(command, tmp_path, number):
+def test_no_worker_outlives_the_evaluation(command, tmp_path, number, request):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     # So long that no row could end by itself
     words = [*command, "--max_new_tokens", "4000"]
     process = subprocess.Popen(
-        words, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True, process_group=0
-    )
+        words, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True, process_group=0,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+    )  # fmt: skip
+    request.addfinalizer(process.kill)
     deadline, seen = time.monotonic() + 240, []
     while len(seen) < 2 or sum(one.cpu_times().user for one in seen) < 16:  # loaded, and sampling
         assert process.poll() is None and time.monotonic() < deadline

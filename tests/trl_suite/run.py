@@ -136,8 +136,18 @@ def on_the_cpu() -> None:
 def clone_trl(folder: Path) -> Path:
     """TRL's repository at the version that is installed: a wheel has no tests, nor has the source archive."""
     tag = f"v{version('trl')}"
-    subprocess.run(["git", "clone", "-q", "--depth", "1", "--branch", tag, REPOSITORY, str(folder)], check=True)
+    command = ["git", "clone", "-q", "--depth", "1", "--branch", tag, REPOSITORY, str(folder)]
+    if subprocess.run(command).returncode:
+        raise SystemExit(f"{REPOSITORY} could not be cloned at {tag} (see above); clone it elsewhere and give --trl")
     return folder
+
+
+def rloo_tests(clone: Path) -> Path:
+    """The file with TRL's tests of its RLOO trainer."""
+    file = clone / "tests" / "test_rloo_trainer.py"
+    if not file.is_file():
+        raise SystemExit(f"--trl {clone} has no tests/test_rloo_trainer.py; give a clone of {REPOSITORY}")
+    return file
 
 
 def main() -> int:
@@ -152,8 +162,7 @@ def main() -> int:
         tests.mkdir(parents=True)
         (tests / "__init__.py").touch()
         (tests / "testing_utils.py").write_text(HELPERS)
-        clone = options.trl or clone_trl(Path(folder, "trl"))
-        shutil.copy(clone / "tests" / "test_rloo_trainer.py", tests)
+        shutil.copy(rloo_tests(options.trl or clone_trl(Path(folder, "trl"))), tests)
         import pytest
         from stand_ins import write_cache
 
