@@ -11,6 +11,7 @@ from trl_drcd.audio.front_end import LogMel, SavedModule, clean_waveform
 from trl_drcd.compat.extras import require
 
 LAGS = (0.25, 0.5, 1.0)  # seconds between the notes of an interval
+BLOCKS = ("timbre", "harmony", "rhythm")
 
 
 class MusicDescriptors(SavedModule):
@@ -88,9 +89,24 @@ class MusicDescriptors(SavedModule):
             TypeError: If samples are not floating-point numbers.
             ValueError: If a waveform is not 1-D or not finite, or a rate is not a positive integer.
         """
-        standard = (self.descriptors(audio) - self.mean.cpu()) / self.std.cpu()
-        blocks = [block / math.sqrt(block.shape[-1]) for block in standard.split(self.block_sizes, dim=-1)]
+        blocks = [block / math.sqrt(block.shape[-1]) for block in self._standard(audio)]
         return nn.functional.normalize(torch.cat(blocks, -1), dim=-1)
+
+    def blocks(self, audio: Sequence[tuple[Any, int]]) -> dict[str, torch.Tensor]:
+        """
+        Each block of descriptors as an embedding of its own; raises as [`forward`] does.
+
+        Returns:
+            `dict[str, torch.Tensor]`: "timbre", "harmony" and "rhythm", each `(len(audio), D)` with its own `D`,
+            float32, on the CPU, rows of unit norm.
+        """
+        normalised = (nn.functional.normalize(block, dim=-1) for block in self._standard(audio))
+        return dict(zip(BLOCKS, normalised, strict=True))
+
+    def _standard(self, audio: Sequence[tuple[Any, int]]) -> tuple[torch.Tensor, ...]:
+        """The standardised descriptors, a tensor `(len(audio), D)` for each block."""
+        standard = (self.descriptors(audio) - self.mean.cpu()) / self.std.cpu()
+        return standard.split(self.block_sizes, dim=-1)
 
     def _describe(self, waveform: torch.Tensor) -> torch.Tensor:
         shortest = int(2.5 * self.sampling_rate)
