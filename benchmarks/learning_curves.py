@@ -59,6 +59,13 @@ RUNS: dict[str, dict[str, Any]] = {  # what differs from the recipe
         "gae_lambda": 0.7,
         "diversity_coef": 300,
     },
+    "long": {
+        "diversity_credit": "critic",
+        "diversity_prefixes": 39,
+        "gae_lambda": 0.7,
+        "diversity_coef": 40,
+        "lr_scheduler_type": "cosine",
+    },
     "sequence_apart": {"diversity_credit": "sequence", "max_grad_norm_diversity": 1.0},
 }
 SAME = {
