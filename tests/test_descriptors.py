@@ -76,6 +76,36 @@ def test_fit_standardises_and_embeddings_have_length_1(embedder, tmp_path):
     assert torch.equal(MusicDescriptors.from_pretrained(tmp_path)(audio), embeddings)
 
 
+def test_blocks_are_the_parts_of_the_embedding_each_of_length_1(embedder):
+    audio = [(tune(SCALE), RATE), (tune(SCALE[::-1], harmonics=8), RATE)]
+    parts = embedder.blocks(audio)
+    assert list(parts) == ["timbre", "harmony", "rhythm"]
+    whole = embedder(audio).split(embedder.block_sizes, dim=-1)
+    for part, of_whole in zip(parts.values(), whole, strict=True):
+        torch.testing.assert_close(part, torch.nn.functional.normalize(of_whole, dim=-1))
+    assert {name: part.shape[0] for name, part in embedder.blocks([]).items()} == {
+        "timbre": 0,
+        "harmony": 0,
+        "rhythm": 0,
+    }
+
+
+def test_the_recipes_embedders_hear_timbre_and_harmony_apart():
+    from recipes.music.diversities import harmony, timbre
+
+    plain = (tune(SCALE, harmonics=1), RATE)
+    rich, moved = (tune(SCALE, harmonics=8), RATE), (tune([p + 6 for p in SCALE], harmonics=1), RATE)
+
+    def distances(embed):
+        first, *others = embed([plain, rich, moved])
+        return [float(1 - first @ other) for other in others]
+
+    timbre_rich, timbre_moved = distances(timbre)
+    harmony_rich, harmony_moved = distances(harmony)
+    assert timbre_rich > 1.3 * timbre_moved
+    assert harmony_moved > 2 * harmony_rich
+
+
 def test_silence_short_clips_rates_and_loudness(embedder):
     empty, silent, short = embedder([(torch.zeros(0), RATE), (torch.zeros(8000), RATE), (tune([69]), RATE)])
     assert torch.equal(empty, silent) and torch.isfinite(short).all()
