@@ -6,7 +6,7 @@ To train a model for the diversity of one of them, or to evaluate with it, from 
     accelerate launch recipes/musiclm_drcd.py --config recipes/music/musiclm_lora.yaml --diversity_coef 300 \\
         --embedder recipes.music.diversities.timbre --output_dir outputs/runs/timbre
 
-results/music/two_diversities/README.md compares two such models and their merges.
+results/music/two_diversities/plan.md plans a comparison of two such models and their merges.
 """
 
 from __future__ import annotations
