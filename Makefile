@@ -40,7 +40,7 @@ install-locked:  ## The same from requirements.lock: every file but torch's has 
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(PIP) "$(TORCH)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(PIP) --no-deps -e .
 	$(BIN)/python -m trl_drcd.compat.torchaudio_wheel
 	@touch $(STAMP)
 

@@ -22,6 +22,10 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
+class DiskError(OSError):
+    """A full disk, or a folder that cannot be written to; the message says what to do."""
+
+
 def write_bytes(path: str | Path, content: bytes) -> None:
     """
     Write a file atomically, creating its folder and replacing an existing file.
@@ -79,18 +83,20 @@ def disk_errors(path: Path) -> Iterator[None]:
     Give a helpful message if writing `path` fails because of a full disk or missing permission.
 
     Raises:
-        OSError: With the original `errno`, and a message with the file, the free space and the fix.
+        DiskError: With the original `errno`, and a message with the file, the free space and the fix.
     """
     try:
         yield
+    except DiskError:  # says it already
+        raise
     except Exception as error:
         if is_disk_full(error):
             number = error.errno if isinstance(error, OSError) and error.errno else errno.ENOSPC
-            raise OSError(number, f"no room: {room(path)}", str(path)) from error
+            raise DiskError(number, f"no room: {room(path)}", str(path)) from error
         if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
             cause = os.strerror(error.errno or 0).lower()
             remedy = f"cannot be written ({cause}); give a folder that is writable"
-            raise OSError(error.errno, remedy, str(path)) from error
+            raise DiskError(error.errno, remedy, str(path)) from error
         raise
 
 
@@ -118,6 +124,26 @@ def check_room(path: Path, needed: int) -> None:
     """
     if free_bytes(path) < needed:
         raise OSError(errno.ENOSPC, f"no room for {needed / 2**20:.1f} MiB: {room(path)}", str(path))
+
+
+def check_writable(argument: str, folder: str | Path) -> None:
+    """
+    Check, before any compute, that a folder, which need not exist, can be written to.
+
+    Args:
+        argument (`str`): Name of the user's argument, for error messages.
+        folder (`str` or `Path`): The folder.
+
+    Raises:
+        FileExistsError: If it is a file, or lies in one.
+        DiskError: If it, or the folder in which it would be made, is read-only.
+    """
+    path = Path(folder).absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise FileExistsError(f"`{argument}={folder}`: {existing} is a file; give a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise DiskError(f"`{argument}={folder}` cannot be written to: {existing} is read-only; give another folder")
 
 
 def room(path: Path) -> str:

@@ -435,10 +435,16 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
 
         It pushes nothing: [`push_to_hub`] does.
         """
-        super().save_model(output_dir, _internal_call=True)
-        if _internal_call or not self.args.should_save:  # of a checkpoint, or not the process that writes
-            return
+        if _internal_call:  # of a checkpoint
+            return super().save_model(output_dir, _internal_call=True)
         folder = Path(output_dir or self.args.output_dir)
+        with self._checkpoints.finishing(folder, self.state.global_step):
+            super().save_model(output_dir, _internal_call=True)
+            if self.args.should_save:
+                self._finish(folder)
+
+    def _finish(self, folder: Path) -> None:
+        """What a saved model has beside its weights and tokenizer."""
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the card says what matters of it
         # An adapter's folder has none of its own, and the base's would be read in its place
         self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(folder)

@@ -15,13 +15,17 @@ from trl_drcd.cards import final_metrics
 from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.distributed import is_sharded
 from trl_drcd.evaluation.sampling import Samples, sample_prompts
-from trl_drcd.files import local_name
+from trl_drcd.files import DiskError, disk_errors, local_name
 from trl_drcd.launch.arguments import PromptArguments
 from trl_drcd.launch.parts import load_rewards
 from trl_drcd.launch.samples import write_samples
 from trl_drcd.prompts import distinct
+from trl_drcd.reliability.writer import ForeignCheckpointError
 from trl_drcd.trainer import CFGDistillDiversityTrainer
 from trl_drcd.validation.messages import rename_arguments
+
+NO_FAULT_OF_CODE = (BlockingIOError, DiskError, ForeignCheckpointError)
+"""Errors of a training after which a user needs no traceback."""
 
 
 def make_trainer(
@@ -80,8 +84,16 @@ def train_and_save(trainer: CFGDistillDiversityTrainer, script: PromptArguments)
         script ([`~trl_drcd.launch.arguments.PromptArguments`]): The script's arguments.
 
     Raises:
+        BlockingIOError: If another training runs in the output folder.
+        DiskError: If the disk is full or read-only.
+        ForeignCheckpointError: If the checkpoint to resume from belongs to a different run.
         RuntimeError: If no update was made because a streamed data set has fewer rows than one rollout needs.
     """
+    with disk_errors(Path(str(trainer.args.output_dir))):
+        _train_and_save(trainer, script)
+
+
+def _train_and_save(trainer: CFGDistillDiversityTrainer, script: PromptArguments) -> None:
     args, output = trainer.args, Path(str(trainer.args.output_dir))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if not trainer.state.global_step:

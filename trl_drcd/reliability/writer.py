@@ -15,10 +15,15 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import TrainerState, TrainingArguments
 
+from trl_drcd.files import DiskError, disk_errors
 from trl_drcd.locks import only_process
 from trl_drcd.reliability.checkpoints import STAGING, checkpoints, commit, find_checkpoint, read_identity, rotate
 from trl_drcd.reliability.identity import identity_problem
 from trl_drcd.reliability.processes import report_status
+
+
+class ForeignCheckpointError(ValueError):
+    """The checkpoint to resume from belongs to a different run."""
 
 
 class CheckpointWriter:
@@ -55,7 +60,7 @@ class CheckpointWriter:
         Yield the folder into which the trainer writes a checkpoint; on exit, commit it as `run / "checkpoint-<step>"`.
 
         Raises:
-            OSError: If writing fails; the message gives the free disk space and the checkpoint to resume from.
+            DiskError: If writing fails; the message gives the free disk space and the checkpoint to resume from.
         """
         name = f"checkpoint-{state.global_step}"
         if self.args.should_save:
@@ -69,7 +74,7 @@ class CheckpointWriter:
         except (OSError, SafetensorError, RuntimeError) as error:
             if not _is_of_the_disk(error):
                 raise
-            raise OSError(_disk_message(run, name, error)) from error
+            raise DiskError(_disk_message(run, name, error)) from error
         finally:
             self.staging = False
         self.saved_step = state.global_step
@@ -112,7 +117,7 @@ class CheckpointWriter:
 
         Raises:
             FileNotFoundError: On every process, if there is no complete checkpoint.
-            ValueError: On every process, if the checkpoint belongs to a different run.
+            ForeignCheckpointError: On every process, if the checkpoint belongs to a different run.
         """
         self.resumed_step = 0
         if not wanted:
@@ -125,13 +130,29 @@ class CheckpointWriter:
                 found = [folder, state.global_step, None]
                 if problem := identity_problem(read_identity(folder), self.identity):
                     remedy = "use the settings that it was trained with, or another `output_dir`"
-                    found[2] = ValueError(f"{folder} cannot be resumed from: {problem}; {remedy}")
+                    found[2] = ForeignCheckpointError(f"{folder} cannot be resumed from: {problem}; {remedy}")
             except FileNotFoundError as error:
                 found = [None, 0, error]
         checkpoint, self.resumed_step, problem = broadcast_object_list(found)
         if problem is not None:
             raise problem
         return checkpoint
+
+    @contextmanager
+    def finishing(self, folder: str | Path, step: int) -> Iterator[None]:
+        """
+        Explain a disk that fails after the last update: nothing is lost that a checkpoint has.
+
+        Raises:
+            DiskError: The message gives the free disk space, and where the state is.
+        """
+        try:
+            with disk_errors(Path(folder)):
+                yield
+        except DiskError as error:
+            raise DiskError(
+                f"{folder} could not be written ({error.strerror or error}). {self.where(step)}"
+            ) from error
 
     def where(self, step: int, which: str = "") -> str:
         """A sentence: where the state`which` after `step` updates is, and how to resume from it."""

@@ -43,7 +43,7 @@ from trl_drcd.audio import MusicEmbedder, SpectralCodec
 from trl_drcd.launch.arguments import PromptArguments, parse_training_arguments, shipped_recipe
 from trl_drcd.launch.parts import load_datasets, load_embedder, load_part
 from trl_drcd.launch.processes import end_on_signals
-from trl_drcd.launch.training import make_trainer, train_and_save
+from trl_drcd.launch.training import NO_FAULT_OF_CODE, make_trainer, train_and_save
 from trl_drcd.validation.messages import one_line_errors
 
 
@@ -84,7 +84,8 @@ def main(
             embedder = load_embedder(MusicEmbedder.from_pretrained, script.embedder)
             codec = load_part("codec", SpectralCodec.from_pretrained, folder)
             trainer = make_trainer(script, args, model, train, held_out, embedder=embedder, codec=codec)
-        train_and_save(trainer, script)
+        with one_line_errors(program, NO_FAULT_OF_CODE):
+            train_and_save(trainer, script)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from pathlib import Path
 from trl_drcd.launch.arguments import PromptArguments, parse_training_arguments, shipped_recipe
 from trl_drcd.launch.parts import load_datasets, load_embedder
 from trl_drcd.launch.processes import end_on_signals
-from trl_drcd.launch.training import make_trainer, train_and_save
+from trl_drcd.launch.training import NO_FAULT_OF_CODE, make_trainer, train_and_save
 from trl_drcd.text import SentenceEmbedder
 from trl_drcd.validation.messages import one_line_errors
 
@@ -88,7 +88,8 @@ def main(
             train, held_out = load_datasets(script, script.streaming, script.system_prompt)
             embedder = load_embedder(SentenceEmbedder, script.embedder)
             trainer = make_trainer(script, args, model, train, held_out, embedder=embedder)
-        train_and_save(trainer, script)
+        with one_line_errors(program, NO_FAULT_OF_CODE):
+            train_and_save(trainer, script)
 
 
 if __name__ == "__main__":

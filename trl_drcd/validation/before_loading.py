@@ -13,10 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl_drcd.audio.front_end import SavedModule
 from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.diversity import DiversityReward
+from trl_drcd.files import check_writable
 from trl_drcd.mixture import EmbedderMixture
 from trl_drcd.policies import Policy, policy_class
 from trl_drcd.validation.model_folders import check_adapter_folder, check_model, check_on_hub
 from trl_drcd.validation.rows import check_rows
+from trl_drcd.validation.saved_files import INDEX, WEIGHTS
 
 Model: TypeAlias = str | PreTrainedModel | PeftModel
 TrainData: TypeAlias = Dataset | IterableDataset
@@ -60,10 +62,13 @@ def check_before_loading(
         extra_rewards (`Sequence`): The trainer's `reward_funcs`, as a list.
 
     Raises:
+        FileExistsError: If the output folder is a file.
         FileNotFoundError: If the model is neither a folder nor on the Hub.
+        DiskError: If the output folder is read-only.
         TypeError: If an argument has a type that the trainer does not accept.
         ValueError: If a value is invalid; the message gives the valid values.
     """
+    _check_output(args, peft_config is not None or isinstance(model, PeftModel))
     _check_datasets(train_dataset, eval_dataset, args)
     _check_rollout_size(train_dataset, args)
     _check_kinds(model, args, processing_class, peft_config)
@@ -78,6 +83,18 @@ def check_before_loading(
     hearing = [type(part).__name__ for part in parts if isinstance(part, SavedModule)]
     if hearing and codec is None and not family.has_own_codec:
         raise ValueError(f"`embedder` is a {hearing[0]}, which needs audio, but there is no `codec`; pass a `codec`")
+
+
+def _check_output(args: CFGDistillDiversityConfig, adapter: bool) -> None:
+    """The output folder must be writable and hold no model of the other kind, which could be loaded instead."""
+    folder = Path(str(args.output_dir))
+    check_writable("output_dir", folder)
+    here, others = ("an adapter", (WEIGHTS, INDEX)) if adapter else ("a whole model", ("adapter_config.json",))
+    if found := [name for name in others if (folder / name).is_file()]:
+        raise ValueError(
+            f"`output_dir={folder}` has the {found[0]} of another run, and this one saves {here}: either could be "
+            "loaded from there; give another folder, or remove that model"
+        )
 
 
 # ---------------------------------------------------------------- data

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+OF_THE_INPUT = (ImportError, OSError, RuntimeError, TypeError, ValueError)
+
 
 def short_repr(value: object, length: int = 80) -> str:
     """The `repr` of a value in one line, cut after `length` characters."""
@@ -55,11 +57,11 @@ def _restated(error: Exception, text: str) -> Exception:
 
 
 @contextmanager
-def one_line_errors(program: str) -> Iterator[None]:
-    """Exit the program with a one-line message instead of a traceback on errors of the input."""
+def one_line_errors(program: str, kinds: tuple[type[Exception], ...] = OF_THE_INPUT) -> Iterator[None]:
+    """Exit the program with a one-line message instead of a traceback on errors of these kinds."""
     try:
         yield
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except kinds as error:
         # A `RuntimeError` quotes the output of another program: keep its lines
         text = str(error) if isinstance(error, RuntimeError) else " ".join(str(error).split())
         raise SystemExit(f"{program}: error: {text}") from error
