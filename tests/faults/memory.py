@@ -3,12 +3,16 @@ Memory of a run, update by update: rollouts, evaluations, checkpoints and logs m
 
     python tests/faults/memory.py --steps 300 --plot docs/memory.png
 
-It prints the memory after a warm-up and at the end and draws the curves; where there is a GPU, its memory too.
+It prints the memory after a warm-up and at the end and draws the curves; where there is a GPU, its memory too. The
+memory of the process is what malloc has given out and not got back, Python's objects included. What the process has of
+the machine's memory also depends on the load: pages of libraries come and go, and freed memory stays in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import sys
@@ -31,15 +35,35 @@ from trl_drcd.reliability.checkpoints import checkpoints
 MIB = 2**20
 
 
+class Allocated(ctypes.Structure):
+    """`struct mallinfo2` of glibc."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks")
+    ] + [("keepcost", ctypes.c_size_t)]
+
+
+def in_use() -> float:
+    """MiB that malloc has given out; where there is no glibc, the resident memory."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        return psutil.Process().memory_info().rss / MIB
+    mallinfo.restype = Allocated
+    gc.collect()  # cycles are freed at other updates in every run
+    allocated = mallinfo()
+    return (allocated.uordblks + allocated.hblkhd) / MIB
+
+
 class Measure(TrainerCallback):
-    """Resident memory of the process and allocated memory of the GPU after each update, in MiB."""
+    """Memory of the process in use and allocated memory of the GPU after each update, in MiB."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[float, float]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-        self.rows.append((psutil.Process().memory_info().rss / MIB, gpu / MIB))
+        self.rows.append((in_use(), gpu / MIB))
 
 
 def run(world: str, steps: int, folder: Path) -> dict[str, Any]:
@@ -103,4 +127,6 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    if os.environ.get("PYTHONMALLOC") != "malloc":  # Python's own allocator would hide its objects
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"PYTHONMALLOC": "malloc"})
     main()

@@ -1,12 +1,16 @@
 """What a long run leaves behind and keeps in memory is bounded."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from memory import main
-from worlds import make_trainer
+from worlds import WORLDS, make_trainer
 
 from trl_drcd.callbacks import LogFile
+
+SCRIPT = Path(__file__).with_name("memory.py")
 
 SHORT = {"num_iterations": 1, "eval_strategy": "no", "save_steps": 2, "max_completion_length": 4}
 
@@ -40,7 +44,11 @@ def test_metrics_that_nobody_logs_do_not_pile_up(tmp_path):
 @pytest.mark.slow
 def test_memory_of_300_updates_is_flat(tmp_path):
     plot = tmp_path / "memory.png"
-    for result in main(["--steps", "300", "--plot", str(plot)]).values():
+    command = [sys.executable, str(SCRIPT), "--steps", "300", "--plot", str(plot)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    results = [json.loads(line.partition(" ")[2]) for line in run.stdout.splitlines() if line.startswith(WORLDS)]
+    assert len(results) == 2
+    for result in results:
         assert result["checkpoints"] == 2 and result["log_entries"] == 30 + 3 + 1
         warm, last = result["process_MiB"]
         assert abs(last - warm) < 3, "MiB"
