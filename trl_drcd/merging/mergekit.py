@@ -73,15 +73,16 @@ def _write_weights(
     Run mergekit on the files that were checked.
 
     mergekit prefers an index where transformers reads the single file beside it, and parses `@` and `+` in paths. So
-    it gets folders with plain names that contain only links to the checked files.
+    it gets folders with plain names, relative to its working directory, that contain only links to the checked files.
     """
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         views = [view_of(model, Path(scratch, f"model{number}")) for number, model in enumerate(checkpoints)]
-        recipe = Path(scratch, "lerp.yaml")
-        recipe.write_text(merge_recipe([str(view) for view in views], weights, dtype))
+        Path(scratch, "lerp.yaml").write_text(merge_recipe([view.name for view in views], weights, dtype))
         # Without tokenizer files mergekit would request them from the Hub
         run = run_to_its_end(
-            [program, str(recipe), str(folder), "--no-write-model-card"], os.environ | {"HF_HUB_OFFLINE": "1"}
+            [program, "lerp.yaml", str(folder.absolute()), "--no-write-model-card"],
+            os.environ | {"HF_HUB_OFFLINE": "1"},
+            scratch,
         )
     if run.returncode:
         raise RuntimeError("mergekit-yaml failed:\n" + "\n".join(run.stderr.splitlines()[-15:]))
@@ -97,13 +98,16 @@ def view_of(model: Checkpoint, folder: Path) -> Path:
     return folder
 
 
-def run_to_its_end(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+def run_to_its_end(
+    command: Sequence[str], environment: Mapping[str, str], cwd: str | Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """
     Run a program in its own process group, which outlives neither this call nor this process.
 
     Args:
         command (`Sequence[str]`): Path of the program, and its arguments.
         environment (`Mapping[str, str]`): Its environment variables.
+        cwd (`str` or `Path`, *optional*): Its working directory; that of this process if `None`.
 
     Returns:
         `subprocess.CompletedProcess`: With stdout and stderr as text.
@@ -111,8 +115,9 @@ def run_to_its_end(command: Sequence[str], environment: Mapping[str, str]) -> su
     wrapped = [sys.executable, "-I", "-S", "-c", END_WITH_PARENT, str(os.getpid()), *command]
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        wrapped, env=environment, stdout=pipe, stderr=pipe, text=True, errors="replace", start_new_session=True
-    ) as process:
+        wrapped, env=environment, cwd=cwd, stdout=pipe, stderr=pipe, text=True, errors="replace",
+        start_new_session=True,
+    ) as process:  # fmt: skip
         try:
             output, errors = process.communicate()
         except BaseException:
@@ -140,4 +145,4 @@ def find_mergekit() -> str:
     program = shutil.which("mergekit-yaml", path=str(Path(sys.executable).parent)) or shutil.which("mergekit-yaml")
     if program is None:
         raise ImportError('mergekit is not installed. Install it with: pip install "trl-drcd[merge]"')
-    return program
+    return os.path.abspath(program)
