@@ -26,6 +26,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from trl_drcd.app.arguments import DEMO_STUDY
 from trl_drcd.evaluation.grid import EvaluateArguments, evaluate
 from trl_drcd.evaluation.points import pooled
 from trl_drcd.evaluation.report_tables import points_table
@@ -158,6 +159,9 @@ def main() -> None:
     print(f"Numbers: {args.output / 'results.md'}, {args.output / 'results.jsonl'}")
     given = "--demo" if args.output == Path("outputs/demo") else f"--evaluation {args.output}"
     print(f"Play, slide, listen: trl-drcd app {given}   (extra `app`)")
+    models = "base 'CFG (gamma 3)' quality diversity 'LERP (lambda 0.5)'"
+    design = f"trl-drcd ratings design --evaluation {args.output} --out {DEMO_STUDY} --raters 6"
+    print(f"Rate as the paper's raters did, which gives the app a third tab: {design} --models {models}")
     print(f"{(time.time() - began) / 60:.1f} minutes")
 
 

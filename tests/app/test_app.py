@@ -1,5 +1,6 @@
 """The app without a browser: arguments, sampling, rating, what is served, and that no text becomes HTML."""
 
+import re
 import threading
 import time
 
@@ -9,7 +10,7 @@ import torch
 from tests.ratings.conftest import make_evaluation
 from trl_drcd.app import pages
 from trl_drcd.app.arguments import AppArguments
-from trl_drcd.app.engine import Ask, Cancelled, Engine, Job
+from trl_drcd.app.engine import Ask, Cancelled, Engine, Job, Turns
 from trl_drcd.app.export import export_page
 from trl_drcd.app.listen import Listen
 from trl_drcd.app.media import Media
@@ -42,6 +43,17 @@ def engine(models):
 def test_bad_arguments(given, message):
     with pytest.raises(ValueError, match=message):
         AppArguments(**given)
+
+
+def test_the_demo_has_a_study_once_it_is_made(tmp_path, monkeypatch):
+    from trl_drcd.app.arguments import DEMO_STUDY, WORLD
+
+    monkeypatch.chdir(tmp_path)
+    WORLD.mkdir(parents=True)
+    assert AppArguments(demo=True).tabs == ["play"]
+    DEMO_STUDY.mkdir(parents=True)
+    (DEMO_STUDY / "study.sqlite").touch()
+    assert AppArguments(demo=True).tabs == ["play", "rate"]
 
 
 def test_tabs_are_those_that_have_what_they_need():
@@ -140,6 +152,45 @@ def test_play_shows_both_ways(engine):
     assert "Done" in steps[-1][2] and "Nothing is running" in play.cancel("ann")
 
 
+def test_cancelled_is_the_last_word_of_a_job(models):
+    """Of the running call and of one that waits; a later call takes the place of one that waits."""
+    play = Play(Engine(AppArguments(model=models[0], ends=models[1:], max_new_tokens=3000)), Media())
+    runs = [play.run("ann", VALUES, (at,)) for at in (0.1, 0.2, 0.3)]
+    said: list[list[str]] = [[], [], []]
+    while "step 3" not in "".join(said[0]):
+        said[0].append(next(runs[0])[2] or "")
+    for number in (1, 2):
+        next(runs[number])
+    assert [step for step in runs[1] if step[2]] == []  # replaced: it ends and says nothing
+    assert play.cancel("bob") is not None and play.cancel("ann") is None
+    said[2] += [step[2] or "" for step in runs[2]]
+    after = [step[2] or "" for step in runs[0]]
+    assert re.search("Cancelled after [0-9]+ steps", after[-1]) and not "".join(after[:-1])
+    assert "Cancelled after 0 steps" in said[2][-1] and not "".join(said[2][:-1])
+    assert not play._jobs and not play.engine._turns._jobs
+
+
+def test_turns_are_in_order():
+    turns, ended, threads = Turns(), [], []
+    first = Job()
+    with turns.of(first):
+        for name in "abc":
+            job = Job()
+
+            def wait(name=name, job=job):
+                with turns.of(job):
+                    ended.append(name)
+
+            threads.append(threading.Thread(target=wait))
+            threads[-1].start()
+            while job not in turns._jobs:
+                time.sleep(0.01)
+        assert first.started and not ended
+    for thread in threads:
+        thread.join(timeout=60)
+    assert ended == ["a", "b", "c"]
+
+
 def test_play_says_what_is_wrong(engine):
     steps = list(Play(engine, Media()).run("ann", VALUES | {"prompt": ""}, (0.5,)))
     assert "the prompt must have" in steps[-1][2] and 'role="alert"' in steps[-1][2]
@@ -188,6 +239,12 @@ def test_a_rater_goes_from_item_to_item(study):
         view = answered
     assert view.place == "finished" and len(seen) == len(set(seen)) == len(study.ratings())
     assert {r["score_left"] for r in study.ratings()} == {3, None}
+
+
+def test_people_are_told_at_once_that_raters_are_simulated(study):
+    study.join("robot", simulated=True)
+    view = Rate(study).open("")
+    assert view.place == "welcome" and "SIMULATED" in view.message and 'role="alert"' in view.message
 
 
 class Scheduler:

@@ -131,7 +131,13 @@ def test_cancel_and_a_second_user_who_waits(server, page_of):
     two.locator("#play-status").get_by_text("Done").wait_for()  # its turn came, and it was not cancelled
     assert "Cancelled" in one.locator("#play-status").inner_text()
     one.get_by_role("button", name="Sample").click()
-    one.locator("#play-status").get_by_text("Done").wait_for()
+    one.locator("#play-status").get_by_text(re.compile(r"step [1-9]")).wait_for()
+    two.get_by_role("button", name="Sample").click()
+    two.locator("#play-status").get_by_text("Waiting for an earlier request").wait_for()
+    two.get_by_role("button", name="Cancel").click()
+    two.locator("#play-status").get_by_text("Cancelled after 0 steps").wait_for()
+    one.locator("#play-status").get_by_text("Done").wait_for()  # and that of the other was not cancelled
+    assert "Cancelled" in two.locator("#play-status").inner_text()
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -1,12 +1,13 @@
 """Who rates what, when and on which side."""
 
+import json
 import shutil
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 
-from trl_drcd.ratings.design import DesignArguments, check_design, make_design
+from trl_drcd.ratings.design import DesignArguments, check_design, make_design, study_size
 from trl_drcd.ratings.samples import read_evaluation
 
 MODELS = ["a", "b", "c", "d", "e"]
@@ -146,3 +147,34 @@ def test_evaluations_that_do_not_fit(evaluation, tmp_path):
         read_evaluation(copy)
     with pytest.raises(FileNotFoundError, match=r"has no results\.jsonl"):
         read_evaluation(tmp_path / "nothing")
+
+
+def test_one_of_those_that_share_their_samples(tmp_path):
+    """A model and the interpolation with all its weight on it have the same samples: a tie, whoever listens."""
+    from tests.ratings.conftest import make_evaluation
+    from trl_drcd.ratings.study import create_study
+
+    folder = make_evaluation(tmp_path / "evaluation", "text", models=["base", "quality", "LERP (lambda 0)"])
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    lines[2]["samples"] = lines[1]["samples"]
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = DesignArguments(str(folder), str(tmp_path / "study"), raters=3)
+    study, design = create_study(arguments)
+    assert study.about["models"] == design.models == ["base", "quality"]
+    assert study.about["left_out"] == ["LERP (lambda 0)"]
+    assert "about " in study_size(design) and study_size(design).endswith("minutes")
+    arguments = replace(arguments, out=str(tmp_path / "other"), models=["LERP (lambda 0)", "quality"])
+    with pytest.raises(ValueError, match=r"'LERP \(lambda 0\)' and 'quality', whose samples are the same"):
+        create_study(arguments)
+
+
+def test_many_pairs_are_told_in_one_line_each_question():
+    from trl_drcd.ratings.commands import _balance
+
+    few, many = (
+        make_design([f"m{i}" for i in range(count)], 4, 2, {"quality": 4, "diversity": 4}, 6, 3) for count in (4, 9)
+    )
+    assert len(_balance(few).rows) == 12
+    assert [row[:3] for row in _balance(many).rows] == [
+        ["quality: each of 36", "12", "6"], ["diversity: each of 36", "12", "6"]
+    ]  # fmt: skip

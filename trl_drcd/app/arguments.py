@@ -8,8 +8,9 @@ from pathlib import Path
 from trl_drcd.validation.field_types import check_types
 
 TABS = ("play", "listen", "rate")
-# Results of `make demo` for `--demo`, and the models of the repository to use without them
+# Results of `make demo` for `--demo`, a study of them, and the models of the repository to use without them
 DEMO = Path("outputs/demo")
+DEMO_STUDY = Path("outputs/demo_study")
 WORLD = Path("recipes/tiny_music/models")
 # From recipes/tiny_music/data/test_prompts.jsonl
 EXAMPLES = ["a fast tune for flute", "an irish reel at a slow tempo in Eb major", "a hornpipe for piano"]
@@ -98,3 +99,5 @@ class AppArguments:
         self.examples = self.examples or EXAMPLES
         if self.evaluation is None and (DEMO / "results.jsonl").is_file():
             self.evaluation = str(DEMO)
+        if self.study is None and (DEMO_STUDY / "study.sqlite").is_file():
+            self.study = str(DEMO_STUDY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,27 +24,47 @@ from trl_drcd.validation.messages import short_repr
 from trl_drcd.validation.model_folders import check_model
 
 MAX_PROMPT, MAX_TEMPERATURE, MAX_GUIDANCE = 4000, 5.0, 20.0
+POLL_S = 0.1  # how soon a waiting job sees that it was cancelled, seconds
 
 
 class Cancelled(Exception):
     """Raised in a sampling call that the user has cancelled."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """
-    A running sampling call: its progress, and whether to cancel it.
+    A sampling call, waiting or running: its progress, and whether to cancel it.
 
     Args:
         steps (`int`): Forward passes of the model so far.
+        started (`bool`): Whether its turn has come.
+        replaced (`bool`): Whether a later call of the same user takes its place.
     """
 
     steps: int = 0
+    started: bool = False
+    replaced: bool = False
     _stop: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def cancelled(self) -> bool:
+        """Whether [`cancel`] was called."""
+        return self._stop.is_set()
+
     def cancel(self) -> None:
-        """Cancel it before the next forward pass."""
+        """Cancel it before the next forward pass, or while it waits."""
         self._stop.set()
+
+    def check(self) -> None:
+        """
+        Stop here if it was cancelled.
+
+        Raises:
+            Cancelled: If the job was cancelled.
+        """
+        if self.cancelled:
+            raise Cancelled
 
     def step(self) -> None:
         """
@@ -52,9 +73,38 @@ class Job:
         Raises:
             Cancelled: If the job was cancelled.
         """
-        if self._stop.is_set():
-            raise Cancelled
+        self.check()
         self.steps += 1
+
+
+class Turns:
+    """One job at a time, in the order of their calls; jobs that wait can be cancelled."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[Job] = deque()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def of(self, job: Job) -> Iterator[None]:
+        """
+        Wait until all earlier jobs have ended.
+
+        Raises:
+            Cancelled: If the job was cancelled meanwhile.
+        """
+        with self._changed:
+            self._jobs.append(job)
+        try:
+            with self._changed:
+                while self._jobs[0] is not job:
+                    job.check()
+                    self._changed.wait(POLL_S)
+            job.started = True
+            yield
+        finally:
+            with self._changed:
+                self._jobs.remove(job)
+                self._changed.notify_all()
 
 
 @dataclass(frozen=True)
@@ -154,7 +204,7 @@ class Engine:
         self.policy: Any = policy_for(self.models.base, self.tokenizer)
         own = self.policy.codec(self.models.base)
         self.codec: Any = SpectralCodec.from_pretrained(args.codec) if args.codec else own
-        self._one_at_a_time = threading.Lock()
+        self._turns = Turns()
         if args.ends:
             self.models(self._rows[0])  # loaded now, so that the first request does not wait for it
 
@@ -184,7 +234,7 @@ class Engine:
             ValueError: If a value of the request is out of range.
         """
         ask.check(self.args.most_samples)
-        with self._one_at_a_time, torch.no_grad():
+        with self._turns.of(job), torch.no_grad():
             ends = tuple(self.args.ends) if ask.weights else ()
             model = self.models(Row("play", ends, tuple(ask.weights)))
             with self._counting(model, job) as rows:

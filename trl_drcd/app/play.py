@@ -25,7 +25,8 @@ class Play:
 
     def __init__(self, engine: Engine, media: Media) -> None:
         self.engine, self.media = engine, media
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, list[Job]] = {}
+        self._lock = threading.Lock()
 
     def weights(self, sliders: tuple[float, ...]) -> tuple[float, ...]:
         """
@@ -72,27 +73,43 @@ class Play:
             values (`dict`): Values of the controls, by name.
             sliders (`tuple[float, ...]`): lambda, or the share of each end.
         """
-        job = self._jobs[session] = Job()
-        columns: list[str | None] = ["", ""]
+        job, columns = self._enter(session), ["", ""]
         try:
             asked = self.asks(values, sliders)
-            yield [*columns, pages.notice("Starting")]
             for number, (heading, ask) in enumerate(asked):
                 job.steps = 0
-                drawn = yield from self._progress(heading, ask, job)
+                drawn = yield from self._progress(heading, ask, job, session)
                 columns[number] = self._column(heading, drawn)
-                yield [*[html if i == number else None for i, html in enumerate(columns)], None]
+                # The column of an earlier request stays until this one has something to show
+                yield [*[columns[i] if i == number or not number else None for i in range(2)], None]
             yield [None, None, pages.notice("Done")]
         except Cancelled:
-            yield [None, None, pages.notice("Cancelled")]
+            if not job.replaced:
+                yield [None, None, pages.notice(f"Cancelled after {job.steps} steps")]
         except (RuntimeError, TypeError, ValueError) as error:
             yield [None, None, pages.notice(str(error)[:500], "error")]
         finally:
-            job.cancel()
-            if self._jobs.get(session) is job:
+            self._leave(session, job)
+
+    def _enter(self, session: str) -> Job:
+        """A new job of a session; it takes the place of one that still waits."""
+        job = Job()
+        with self._lock:
+            jobs = self._jobs.setdefault(session, [])
+            for waiting in (other for other in jobs if not other.started):
+                waiting.replaced = True
+                waiting.cancel()
+            jobs.append(job)
+        return job
+
+    def _leave(self, session: str, job: Job) -> None:
+        job.cancel()
+        with self._lock:
+            self._jobs[session].remove(job)
+            if not self._jobs[session]:
                 del self._jobs[session]
 
-    def _progress(self, heading: str, ask: Ask, job: Job) -> Generator[list[str | None], None, Drawn]:
+    def _progress(self, heading: str, ask: Ask, job: Job, session: str) -> Generator[list[str | None], None, Drawn]:
         """Sample in a separate thread and yield the progress meanwhile; return the samples."""
         result: list[Drawn] = []
         errors: list[BaseException] = []
@@ -107,9 +124,10 @@ class Play:
         thread.start()
         try:
             while thread.is_alive():
+                # Only the first of a session's jobs reports, and none after it was cancelled: that is its last word
+                reports = self._jobs[session][0] is job and not job.cancelled
+                yield [None, None, self._report(heading, job) if reports else None]
                 thread.join(EVERY_S)
-                most = self.engine.args.max_new_tokens
-                yield [None, None, pages.notice(f"{heading}: step {job.steps} of at most {most}")]
         except GeneratorExit:  # the page was closed
             job.cancel()
             thread.join()
@@ -125,13 +143,24 @@ class Play:
         ]
         return pages.column(heading, drawn.cost(), samples)
 
-    def cancel(self, session: str) -> str:
-        """Cancel the running job of a session."""
-        job = self._jobs.get(session)
-        if job is None:
-            return pages.notice("Nothing is running")
-        job.cancel()
-        return pages.notice(f"Cancelled after {job.steps} steps")
+    def _report(self, heading: str, job: Job) -> str:
+        if not job.started:
+            return pages.notice("Waiting for an earlier request")
+        return pages.notice(f"{heading}: step {job.steps} of at most {self.engine.args.max_new_tokens}")
+
+    def cancel(self, session: str) -> str | None:
+        """
+        Cancel the jobs of a session, those that wait too. They say so themselves: a message from here could be
+        overtaken by one of theirs.
+
+        Returns:
+            `str` or `None`: HTML of a message if there is none to cancel.
+        """
+        with self._lock:
+            jobs = list(self._jobs.get(session, []))
+            for job in jobs:
+                job.cancel()
+        return None if jobs else pages.notice("Nothing is running")
 
 
 def build(gr: Any, blocks: Any, play: Play) -> None:
@@ -187,17 +216,19 @@ def build(gr: Any, blocks: Any, play: Play) -> None:
         for shown in play.run(str(request.session_hash), given, tuple(values[len(names) :])):
             yield [gr.skip() if html is None else html for html in shown]
 
-    def cancel(request: gr.Request) -> str:
-        return play.cancel(str(request.session_hash))
+    def cancel(request: gr.Request) -> Any:
+        html = play.cancel(str(request.session_hash))
+        return gr.skip() if html is None else html
 
     def close(request: gr.Request) -> None:
         play.cancel(str(request.session_hash))
 
     run.__annotations__["request"] = cancel.__annotations__["request"] = close.__annotations__["request"] = gr.Request
     triggers: list[Callable[..., Any]] = [button.click, prompt.submit, *(slider.release for slider in sliders)]
-    event = gr.on(
-        triggers, run, [*controls, *sliders], [*columns, status], concurrency_limit=1, concurrency_id="model",
-        trigger_mode="always_last", show_progress="hidden", api_visibility="private",
+    # Waiting is left to the engine, in order, since a request that waits in Gradio's queue could not be cancelled
+    gr.on(
+        triggers, run, [*controls, *sliders], [*columns, status], concurrency_limit=None, trigger_mode="multiple",
+        show_progress="hidden", api_visibility="private",
     )  # fmt: skip
-    stop.click(cancel, None, status, queue=False, cancels=[event], show_progress="hidden", api_visibility="private")
+    stop.click(cancel, None, status, queue=False, show_progress="hidden", api_visibility="private")
     blocks.unload(close)

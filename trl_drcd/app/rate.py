@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 from trl_drcd.app import pages
+from trl_drcd.ratings.design import SECONDS
 from trl_drcd.ratings.store import CLIPS_FOLDER, Answer, Study, Task
 
 SCORES = [("1 bad", 1), ("2 poor", 2), ("3 fair", 3), ("4 good", 4), ("5 excellent", 5)]
@@ -14,8 +15,7 @@ PREFERENCES = [
     ("Left pair, much more", 1), ("Left pair, a little more", 2), ("Both alike", 3),
     ("Right pair, a little more", 4), ("Right pair, much more", 5),
 ]  # fmt: skip
-SECONDS = {"quality": 25, "diversity": 45}
-"""Approximate duration of a comparison, seconds, for the instructions."""
+SIMULATED = "The raters of this study are SIMULATED, and people cannot join it. Make another study for people."
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Rate:
     def open(self, link: str) -> View:
         """The next comparison of a personal link; the instructions if the link is empty or unknown."""
         if not link:
-            return View("welcome")
+            return View("welcome", message=pages.notice(SIMULATED, "error") if self.study.simulated else "")
         try:
             return self._next(link)
         except ValueError as error:

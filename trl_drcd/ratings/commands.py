@@ -11,6 +11,8 @@ from trl_drcd.files import write_text
 from trl_drcd.validation.command_line import parse_command_line
 from trl_drcd.validation.field_types import check_types
 
+MOST_PAIRS = 24  # that are listed one by one
+
 
 @dataclass
 class ExportArguments:
@@ -49,16 +51,35 @@ class ReleaseArguments:
 
 def design(arguments: Any) -> None:
     """Create a study from an evaluation's samples: a balanced, checked design, the clips, the database."""
-    from trl_drcd.evaluation.tables import Table, markdown
-    from trl_drcd.ratings.design import check_design, study_size
+    from trl_drcd.evaluation.tables import markdown
+    from trl_drcd.ratings.design import study_size
     from trl_drcd.ratings.study import create_study
 
     study, made = create_study(arguments)
-    rows = [[f"{q}: {pair}", str(n), f"{left}", f"{place:.2f}"] for q, pair, n, left, place in check_design(made)]
-    print(markdown(Table("", ["pair", "ratings", "first on the left", "mean place (0 to 1)"], rows)))
+    print(markdown(_balance(made)))
+    if left_out := study.about["left_out"]:
+        print(f"\nLeft out, since their samples are those of another: {', '.join(left_out)}")
     if arguments.diversity_prompts is None and not any(item.question == "diversity" for item in made.items):
         print("\nNo diversity items: only one sample per prompt was kept. Evaluate with `listen_samples: 2` or more.")
     print(f"\n{study_size(made)}\nStudy: {study.folder}   (rate: trl-drcd app --tabs rate --study {study.folder})")
+
+
+def _balance(made: Any) -> Any:
+    """How often and where each pair of models is compared; of many pairs, the range over those of a question."""
+    from trl_drcd.evaluation.tables import Table
+    from trl_drcd.ratings.design import QUESTIONS, check_design
+
+    pairs = check_design(made)
+    header = ["pair", "ratings", "first on the left", "mean place (0 to 1)"]
+    if len(pairs) <= MOST_PAIRS:
+        return Table("", header, [[f"{q}: {pair}", str(n), str(left), f"{at:.2f}"] for q, pair, n, left, at in pairs])
+    rows = []
+    for question in QUESTIONS:
+        if of_it := [row for row in pairs if row[0] == question]:
+            ends = [(min(column), max(column)) for column in list(zip(*of_it, strict=True))[2:]]
+            cells = [f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}" for low, high in ends]
+            rows.append([f"{question}: each of {len(of_it)}", *cells])
+    return Table("", header, rows)
 
 
 def simulate(arguments: Any) -> None:

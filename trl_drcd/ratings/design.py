@@ -22,6 +22,8 @@ from trl_drcd.validation.field_types import check_types
 
 QUESTIONS = ("quality", "diversity")
 CLIPS = {"quality": 1, "diversity": 2}  # per side
+SECONDS = {"quality": 25, "diversity": 45}
+"""Approximate duration of a comparison, seconds."""
 # Kinds of attention checks; the right answers are a tie, and that A is better (or more diverse)
 CHECKS = ("same", "worse")
 # A clip of the design: model, prompt, sample, and whether it is deliberately degraded
@@ -329,23 +331,39 @@ def _check_books(question: str, pairs: Mapping[Any, Sequence[Slot]]) -> None:
 
 
 def study_size(design: Design) -> str:
-    """Size of a study in words: models, items, raters, items per rater."""
+    """Size of a study in words: models, items, raters, items and minutes per rater."""
     books = Counter(slot.book for slot in design.slots)
+    seconds = sum(SECONDS[design.items[slot.item].question] for slot in design.slots)
+    least, most = min(books.values()), max(books.values())
     kinds = Counter((item.question, item.check is None) for item in design.items)
     counts = ", ".join(f"{kinds[question, True]} of {question}" for question in QUESTIONS if kinds[question, True])
     return (
         f"{len(design.models)} models; items: {counts}, each seen by {design.raters_per_item} raters; "
-        f"{len(books)} raters rate {min(books.values())} to {max(books.values())} items each, checks included"
+        f"{len(books)} raters rate {least if least == most else f'{least} to {most}'} items each, checks included: "
+        f"about {round(seconds / 60 / len(books))} minutes"
     )
 
 
-def strategies_of(arguments: DesignArguments, names: Sequence[str]) -> list[str]:
+def strategies_of(arguments: DesignArguments, samples: Mapping[str, str]) -> list[str]:
     """
     The strategies to compare, among those of the evaluation.
 
+    Args:
+        arguments ([`DesignArguments`]): Settings of the study.
+        samples (`Mapping[str, str]`): Name of each strategy to the folder of its samples. Strategies may share one: a
+            model, and the interpolation that has all its weight.
+
+    Returns:
+        `list[str]`: `models`; by default all, the first alone of those that share their samples.
+
     Raises:
-        ValueError: If `models` has an unknown name.
+        ValueError: If `models` has an unknown name, or two with the same samples.
     """
-    if unknown := [name for name in arguments.models if name not in names]:
-        raise ValueError(f"`models` has unknown names {unknown}; {Path(arguments.evaluation)} has {list(names)}")
-    return arguments.models or list(names)
+    if unknown := [name for name in arguments.models if name not in samples]:
+        raise ValueError(f"`models` has unknown names {unknown}; {Path(arguments.evaluation)} has {list(samples)}")
+    first: dict[str, str] = {}
+    for name in arguments.models or samples:
+        same = first.setdefault(samples[name], name)
+        if arguments.models and same != name:
+            raise ValueError(f"`models` has {same!r} and {name!r}, whose samples are the same; name one of them")
+    return arguments.models or list(first.values())

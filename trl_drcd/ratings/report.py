@@ -78,7 +78,10 @@ def write_report(arguments: ReportArguments) -> dict[str, Any]:
     study = Study(arguments.study)
     ratings = study.ratings()
     if not ratings:
-        raise ValueError(f"`study={arguments.study}` has no ratings yet")
+        raise ValueError(
+            f"`study={arguments.study}` has no ratings yet; rate with `trl-drcd app --tabs rate --study "
+            f"{arguments.study}`"
+        )
     out = Path(arguments.out) if arguments.out else study.folder / "report"
     left_out = inattentive(ratings, arguments.most_failed)
     kept = [rating for rating in ratings if rating["pseudonym"] not in left_out]

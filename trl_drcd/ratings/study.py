@@ -40,7 +40,7 @@ def create_study(arguments: DesignArguments) -> tuple[Study, Design]:
     if (out / FILE).exists():
         raise FileExistsError(f"`out={out}` already has a study, which may contain ratings; give another folder")
     evaluation = read_evaluation(arguments.evaluation)
-    models = strategies_of(arguments, list(evaluation.files))
+    models = strategies_of(arguments, {result.name: result.samples for result in evaluation.results})
     design = make_design(
         models, len(evaluation.prompts), evaluation.samples, prompts_of(arguments, evaluation), arguments.raters,
         arguments.raters_per_item, arguments.checks, arguments.seed,
@@ -50,6 +50,7 @@ def create_study(arguments: DesignArguments) -> tuple[Study, Design]:
     about = {
         "kind": evaluation.kind,
         "models": models,
+        "left_out": [name for name in evaluation.files if name not in models] if not arguments.models else [],
         "evaluation": str(evaluation.folder.resolve()),
         "salt": secrets.token_hex(16),
         "evaluation_digest": content_digest(evaluation.folder / "results.jsonl"),
