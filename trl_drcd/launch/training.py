@@ -140,4 +140,5 @@ def _sampled(trainer: CFGDistillDiversityTrainer, student: PreTrainedModel, coun
         max_new_tokens=args.max_completion_length,
         seed=args.seed,
         description="samples",
+        chat_template_kwargs=args.chat_template_kwargs,
     )
