@@ -10,6 +10,8 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import text_drcd
+from trl_drcd.evaluation.sampling import sample_prompts
+from trl_drcd.launch import training
 from trl_drcd.policies import CausalLMPolicy
 from trl_drcd.prompts import load_prompts
 from trl_drcd.scripts import train_text
@@ -84,6 +86,22 @@ def test_one_step_and_what_it_leaves(world, changed, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
     if "system_prompt" in changed:
         assert all([turn["role"] for turn in row["prompt"]] == ["system", "user"] for row in rows)
+
+
+def test_the_final_samples_read_the_prompts_that_training_read(world, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    tokenizer.chat_template = "{{ mood | default('fast') }} " + tokenizer.chat_template
+    tokenizer.save_pretrained(world / "model")
+    found = []
+    monkeypatch.setattr(training, "write_samples", lambda samples, *args: found.append(samples))
+    text_drcd.main(arguments(world, chat_template_kwargs='{"mood": "slow"}'))
+    trained = AutoModelForCausalLM.from_pretrained(world / "out")
+
+    def ids(**kwargs):
+        return sample_prompts(trained, tokenizer, CHAT[:2], max_new_tokens=4, seed=42, **kwargs).token_ids
+
+    assert found[0].prompts == CHAT[:2]
+    assert found[0].token_ids == ids(chat_template_kwargs={"mood": "slow"}) != ids()
 
 
 def test_rewards_and_an_embedder_of_ones_own_by_their_names(world, monkeypatch):
