@@ -1,6 +1,7 @@
 """Rollouts by vLLM: what is refused, and what the trainer does around an engine; the engine is a stand-in here."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from test_trainer import PROMPTS, make_trainer
 from trl import RLOOTrainer
 
 from trl_drcd.config import CFGDistillDiversityConfig
+from trl_drcd.rollout import seed_colocated_vllm
 from trl_drcd.validation.vllm import check_vllm, check_vllm_lengths
 
 
@@ -19,13 +21,31 @@ def settings(tmp_path, **changed):
 
 def test_an_adapter_on_half_precision_is_refused(tmp_path, tokenizer, caplog):
     model = make_model(tokenizer).to(torch.bfloat16)
-    check_vllm(model, settings(tmp_path, seed=7))
+    check_vllm(model, settings(tmp_path, seed=7, vllm_mode="colocate"))
+    assert not caplog.text
+    check_vllm(model, settings(tmp_path, seed=7, vllm_mode="server"))
     assert "`seed=7` does not reach its rollouts" in caplog.text
     adapted = get_peft_model(model, LoraConfig(r=2))
     with pytest.raises(ValueError, match=r"`use_vllm=True` with an adapter on a model in torch.bfloat16.*float32"):
         check_vllm(adapted, settings(tmp_path))
     check_vllm(adapted, settings(tmp_path, use_vllm=False))
     check_vllm(get_peft_model(make_model(tokenizer), LoraConfig(r=2)), settings(tmp_path))
+
+
+@pytest.mark.parametrize(("mode", "seeded"), [("colocate", True), ("server", False)])
+def test_the_seed_reaches_a_colocated_engine(tmp_path, mode, seeded):
+    """An engine seeds torch with the number of its process; the run's seed follows. Engines of two processes share."""
+
+    def drawn(seed, process=0):
+        torch.manual_seed(0)
+        args = settings(tmp_path, seed=seed, vllm_mode=mode, vllm_tensor_parallel_size=2)
+        seed_colocated_vllm(args, SimpleNamespace(process_index=process))
+        return torch.rand(4).tolist()
+
+    assert (drawn(1) != drawn(2)) == seeded
+    assert (drawn(1) != drawn(1, process=2)) == seeded
+    assert drawn(1) == drawn(1, process=1)
+    assert (drawn(1) != drawn(0)) == seeded
 
 
 def test_nothing_is_cut(tmp_path):

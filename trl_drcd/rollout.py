@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 from trl.models import unwrap_model_for_generation
 
@@ -108,6 +109,21 @@ class StudentSampler:
         if self.policy.rolls_out_with_trl:  # else an encoder reads the prompt
             student = self.accelerator.unwrap_model(wrapped)
             check_lengths(prompt_ids, what, self.max_length, student)
+
+
+def seed_colocated_vllm(args: CFGDistillDiversityConfig, accelerator: Accelerator) -> None:
+    """
+    Seed the rollouts of a colocated vLLM with the run's `seed`.
+
+    Such an engine draws from torch's generators, in this process. TRL starts it with the number of the process in
+    place of the seed, so that all runs would sample alike. Processes that share an engine must draw alike.
+
+    Args:
+        args ([`CFGDistillDiversityConfig`]): `use_vllm`, `vllm_mode`, `vllm_tensor_parallel_size`, `seed`.
+        accelerator (`Accelerator`): Of the launch.
+    """
+    if args.use_vllm and args.vllm_mode == "colocate":
+        set_seed(args.seed + accelerator.process_index // args.vllm_tensor_parallel_size)
 
 
 def never_empty(completion_ids: list[list[int]], eos_token_id: int) -> list[list[int]]:

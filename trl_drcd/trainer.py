@@ -43,7 +43,7 @@ from trl_drcd.reliability.progress import Progress
 from trl_drcd.reliability.sampler import EpochSampler
 from trl_drcd.reliability.signals import SignalStop
 from trl_drcd.reliability.writer import CheckpointWriter
-from trl_drcd.rollout import StudentSampler, never_empty, no_log_probs, unpadded
+from trl_drcd.rollout import StudentSampler, never_empty, no_log_probs, seed_colocated_vllm, unpadded
 from trl_drcd.teacher import GuidedTeacher, TeacherStates, load_teacher
 from trl_drcd.term_gradients import TermGradients
 from trl_drcd.validation.before_loading import check_before_loading
@@ -143,6 +143,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         self._updates_per_rollout = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
         check_launch(args, self.accelerator, self._updates_per_rollout, family.frozen is not None)
         set_group_timeout(args.ddp_timeout)
+        seed_colocated_vllm(args, self.accelerator)
         student = self.accelerator.unwrap_model(self.model)
         check_head(student)
         allowed, suppressed = allowed_token_ids(args.allowed_token_ids, student, self._tokenizer, self.eos_token_ids)

@@ -16,7 +16,7 @@ logger = get_logger(__name__)
 
 def check_vllm(student: PreTrainedModel | PeftModel, args: CFGDistillDiversityConfig) -> None:
     """
-    Refuse an adapter on weights of half precision; say what `seed` does not reach.
+    Refuse an adapter on weights of half precision; say where `seed` does not reach.
 
     TRL merges the adapter into the weights for each sync and takes it out again. In bfloat16 what is left is not the
     base any more, and the base is the teacher.
@@ -37,7 +37,10 @@ def check_vllm(student: PreTrainedModel | PeftModel, args: CFGDistillDiversityCo
             "and takes it out again, which rounds the base, the teacher, a little further. Load the model in float32 "
             "(`dtype='float32'`), or train all weights"
         )
-    logger.warning(f"vLLM draws from a random state of its own: `seed={args.seed}` does not reach its rollouts")
+    if args.vllm_mode == "server":
+        logger.warning(
+            f"a vLLM server draws from a random state of its own: `seed={args.seed}` does not reach its rollouts"
+        )
 
 
 def check_vllm_lengths(prompt_ids: Sequence[Sequence[int]], args: CFGDistillDiversityConfig) -> None:
