@@ -148,7 +148,6 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         check_head(student)
         allowed, suppressed = allowed_token_ids(args.allowed_token_ids, student, self._tokenizer, self.eos_token_ids)
         self.policy: Policy = family(self._tokenizer, student.config, self.chat_template_kwargs, allowed)
-        self.policy.check_length(args.max_completion_length)
         self.policy.prepare(student)
         # What is sampled is what is scored, whatever the model came with; saved models sample as they were trained to
         student.generation_config = ancestral_generation_config(

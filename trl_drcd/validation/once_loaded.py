@@ -51,6 +51,7 @@ def check_once_loaded(
         TypeError: If the codec has no `decode` method.
         ValueError: If two of them do not fit; the message says which, and how to fix it.
     """
+    policy.check_length(args.max_completion_length or 0)
     _check_vocabulary(policy, student, tokenizer)
     _check_finite_weights(student)
     _check_codec(codec, policy, student)
