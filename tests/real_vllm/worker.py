@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,13 +76,10 @@ def colocate(base: str, folder: str, *options: str) -> dict[str, Any]:
 @torch.no_grad()
 def log_probs(trainer: Any, prompt: list[int], completion: list[int], base: bool) -> torch.Tensor:
     """Log-probabilities of a completion under the student or the frozen base, as the loss defines them."""
-    student, teacher = trainer.model, trainer.teacher
+    student = trainer.model
     ids = torch.tensor([prompt + completion])
-    if base and teacher is None:
-        with student.disable_adapter():
-            logits = student(ids).logits
-    else:
-        logits = (teacher if base else student)(ids).logits
+    with trainer.teacher.model(student) if base else nullcontext(student) as model:
+        logits = model(ids).logits
     scores = (logits[0, len(prompt) - 1 : -1].float() / trainer.temperature).log_softmax(-1)
     return scores.gather(1, torch.tensor(completion)[:, None])[:, 0]
 
