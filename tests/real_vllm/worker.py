@@ -76,10 +76,12 @@ def colocate(base: str, folder: str, *options: str) -> dict[str, Any]:
 @torch.no_grad()
 def log_probs(trainer: Any, prompt: list[int], completion: list[int], base: bool) -> torch.Tensor:
     """Log-probabilities of a completion under the student or the frozen base, as the loss defines them."""
-    student = trainer.model
-    ids = torch.tensor([prompt + completion])
-    with trainer.teacher.model(student) if base else nullcontext(student) as model:
-        logits = model(ids).logits
+    from trl_drcd.compat.trl_private import use_adapter
+
+    student, teacher, ids = trainer.model, trainer.teacher, torch.tensor([prompt + completion])
+    adapter_off = base and teacher.copy is None
+    with use_adapter(student, None) if adapter_off else nullcontext():
+        logits = (teacher.model(student) if base else student)(ids).logits
     scores = (logits[0, len(prompt) - 1 : -1].float() / trainer.temperature).log_softmax(-1)
     return scores.gather(1, torch.tensor(completion)[:, None])[:, 0]
 
