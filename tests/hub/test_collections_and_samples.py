@@ -1,11 +1,12 @@
 """Collections, and the samples of an evaluation as a data set: over HTTP to the Hub on loopback."""
 
 import json
+from io import BytesIO
 
 import pytest
 import soundfile
 import torch
-from datasets import load_dataset
+from datasets import Audio, load_dataset
 from huggingface_hub import DatasetCard
 
 from tests.hub.server import TOKEN
@@ -122,15 +123,21 @@ def test_sounds_become_a_data_set(hub, tmp_path):
     sounds = [(torch.linspace(-1, 1, 800), 8000), (torch.zeros(800), 8000)]
     push_to_hub(evaluation(tmp_path / "front", sounds), "user/samples")
     repo = hub.repos["datasets/user/samples"]
-    assert sum(name.endswith(".wav") for name in repo.files) == 4
-    # The layout of `audiofolder`, whose own reading needs torchcodec
-    downloaded(repo, tmp_path / "got")
-    data = load_dataset("json", data_files=str(tmp_path / "got" / "metadata.jsonl"), split="train")
+    assert set(repo.files) == {".gitattributes", "README.md", "front.png", "results.jsonl", "samples.parquet"}
+    data = load_dataset(downloaded(repo, tmp_path / "got"), split="train")
+    assert isinstance(data.features["audio"], Audio)
+    data = data.cast_column("audio", Audio(decode=False))  # decoding takes torchcodec
     assert {"strategy", "interpolation_weight", "guidance_scale"} <= set(data.column_names)
     assert data["prompt"][:] == ["a tune", "harp"] * 2
+    assert data["interpolation_weight"][:] == [None, None, 0.5, 0.5]
     for row in data:
-        waveform, rate = soundfile.read(tmp_path / "got" / row["file_name"])
+        waveform, rate = soundfile.read(BytesIO(row["audio"]["bytes"]))
         assert rate == 8000 and (abs(waveform).max() > 0.9) == (row["prompt"] == "a tune")
+        assert row["audio"]["path"].endswith(".wav") and "/" not in row["audio"]["path"]
+    card = repo.files["README.md"].decode()
+    assert 'samples.cast_column("audio", datasets.Audio(decode=False))' in card and str(tmp_path) not in repr(
+        repo.files
+    )
 
 
 def test_what_of_samples_is_refused(tmp_path):

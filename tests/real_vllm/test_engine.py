@@ -73,6 +73,14 @@ def test_colocated_rollouts_are_scored_as_they_were_sampled(tmp_path, name, lora
     assert min(found["base"][1:]) > 50 * max(found["student"]), "an update that changes nothing shows nothing"
 
 
+def test_the_seed_of_the_run_is_that_of_its_rollouts(tmp_path):
+    """Two runs with one seed sample alike, and with another seed otherwise."""
+    base = random_llama(tmp_path / "base")
+    first, again, other = (run("first_rollout", base, str(tmp_path / n), n[0]) for n in ("1a", "1b", "2"))
+    assert first == again and len(first) == len(other) > 1
+    assert first != other
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
 def test_a_merged_checkpoint_is_served(tmp_path, weight):
     """Two whole models from the shipped runs, merged, give the same greedy tokens in vLLM as in transformers."""

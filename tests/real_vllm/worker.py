@@ -2,6 +2,7 @@
 What the tests of the real vLLM run, each in a process of its own, since an engine keeps process groups and memory:
 
     python tests/real_vllm/worker.py colocate BASE FOLDER [--lora]
+    python tests/real_vllm/worker.py first_rollout BASE FOLDER SEED
     python tests/real_vllm/worker.py serve_checkpoint MODEL
     python tests/real_vllm/worker.py serve_adapters BASE ADAPTER...
 
@@ -28,6 +29,7 @@ for name, value in {
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
 from peft import LoraConfig, PeftModel  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
@@ -40,8 +42,8 @@ def plain_linear(layer: Any, remove_weight: bool) -> None:
     layer.cpu_linear = torch.nn.functional.linear
 
 
-def colocate(base: str, folder: str, *options: str) -> dict[str, Any]:
-    """Train with colocated rollouts; compare vLLM's log-probs of what it sampled with the student's and the base's."""
+def colocated_trainer(base: str, folder: str, **settings: Any) -> Any:
+    """A trainer whose rollouts come from a vLLM in this process."""
     import trl.generation.vllm_generation as generation
     import vllm
     import vllm.model_executor.layers.utils as layers
@@ -49,13 +51,33 @@ def colocate(base: str, folder: str, *options: str) -> dict[str, Any]:
 
     layers.dispatch_cpu_unquantized_gemm = plain_linear
     generation.LLM = partial(vllm.LLM, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=2**26)
-    lora = "--lora" in options
-    trainer = make_trainer(
+    return make_trainer(
         folder, AutoTokenizer.from_pretrained(base), model=base, use_vllm=True, vllm_mode="colocate",
-        vllm_max_model_length=64, diversity_coef=1.0, learning_rate=float(os.environ.get("DRCD_VLLM_RATE", "2e-2")),
-        max_steps=STEPS, max_completion_length=TOKENS, temperature=0.99,
-        peft_config=LoraConfig(r=4, target_modules="all-linear", init_lora_weights=True) if lora else None,
+        vllm_max_model_length=64, diversity_coef=1.0, max_completion_length=TOKENS, temperature=0.99, **settings,
     )  # fmt: skip
+
+
+def first_rollout(base: str, folder: str, seed: str) -> list[list[int]]:
+    """Completions of the first rollout of a run with this seed; of one prompt, so that its order does not matter."""
+    rows = Dataset.from_dict({"prompt": PROMPTS[:1] * 8})
+    trainer = colocated_trainer(base, folder, dataset=rows, seed=int(seed), max_steps=1)
+    found, inner = [], trainer.vllm_generation.generate
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        result = inner(*args, **kwargs)
+        found.extend(list(completion) for completion in result[1])
+        return result
+
+    trainer.vllm_generation.generate = generate
+    trainer.train()
+    return found
+
+
+def colocate(base: str, folder: str, *options: str) -> dict[str, Any]:
+    """Train with colocated rollouts; compare vLLM's log-probs of what it sampled with the student's and the base's."""
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=True) if "--lora" in options else None
+    rate = float(os.environ.get("DRCD_VLLM_RATE", "2e-2"))
+    trainer = colocated_trainer(base, folder, learning_rate=rate, max_steps=STEPS, peft_config=lora)
     generator, seen = trainer.vllm_generation, []
     generator.logprobs, inner = 0, generator.generate
 

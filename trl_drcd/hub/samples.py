@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+from datasets import Audio, Dataset, Features, Value
 from huggingface_hub import DatasetCard, DatasetCardData
 
 import trl_drcd
@@ -18,7 +21,7 @@ from trl_drcd.hub.selection import CARD, PLOT
 from trl_drcd.hub.upload import Upload
 from trl_drcd.markdown import markdown_table, markdown_text
 
-RESULTS, SOUNDS, TEXTS = "results.jsonl", "metadata.jsonl", "samples.jsonl"
+RESULTS, SOUNDS, TEXTS = "results.jsonl", "samples.parquet", "samples.jsonl"
 SHOWN = ("quality", "adherence", "diversity", "kl")
 """Metrics in the card's table."""
 
@@ -43,8 +46,8 @@ def prepare_samples(
         models (`Sequence[str]`, *optional*): Names on the Hub of what was sampled, for the card.
 
     Returns:
-        [`~trl_drcd.hub.upload.Upload`]: Of a data set: the kept sounds with `metadata.jsonl`, or `samples.jsonl` of
-        texts; `results.jsonl`, `front.png`, and a card.
+        [`~trl_drcd.hub.upload.Upload`]: Of a data set: `samples.parquet` with the kept sounds (column `audio`), or
+        `samples.jsonl` of texts; `results.jsonl`, `front.png`, and a card.
 
     Raises:
         FileNotFoundError: If no samples were kept (`listen: 0`).
@@ -53,29 +56,41 @@ def prepare_samples(
     results = read_results(folder / RESULTS)
     if public and license is None:
         raise ValueError(f"`folder={folder}` is to be public and has no licence; give `license`, such as cc-by-4.0")
-    files: dict[str, bytes | Path] = {}
-    rows = []
+    rows: list[dict[str, Any]] = []
+    sounds: list[dict[str, Any]] = []  # WAV files, in the order of `rows`
     for result in {result.samples: result for result in results if result.samples}.values():
         for clip in read_clips(folder / "samples" / result.samples):
             row = {"prompt": clip.prompt, "strategy": result.name} | _made_by(result)
-            name = str(clip.file.relative_to(folder))
-            own_file(folder, name)  # refuses a link out of the folder
+            own_file(folder, str(clip.file.relative_to(folder)))  # refuses a link out of the folder
             if clip.is_text:
                 rows.append(row | {"completion": clip.text()})
             else:
-                files[name] = clip.file
-                rows.append({"file_name": name} | row)
+                rows.append(row)
+                sounds.append({"bytes": clip.file.read_bytes(), "path": clip.file.name})
     if not rows:
         raise FileNotFoundError(f"`folder={folder}` has no kept samples; evaluate again with `listen` above 0")
-    index = SOUNDS if files else TEXTS
-    files[index] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    index = SOUNDS if sounds else TEXTS
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    files: dict[str, bytes | Path] = {index: _parquet(rows, sounds) if sounds else text.encode()}
     files[RESULTS] = content_to_push(RESULTS, folder / RESULTS)
     if (plot := own_file(folder, PLOT)) is not None:
         files[PLOT] = plot
     files[CARD] = str(_card(repo_id, results, rows, index, license, models, PLOT in files)).encode()
-    for name in (index, CARD):
-        check_text(name, bytes(files[name]).decode())
+    check_text(index, text)
+    check_text(CARD, bytes(files[CARD]).decode())
     return Upload(repo_id, dict(sorted(files.items())), public, "dataset")
+
+
+def _parquet(rows: Sequence[dict[str, Any]], sounds: Sequence[dict[str, Any]]) -> bytes:
+    """A Parquet file of rows and their sounds; encoded as they are, since `Audio` encodes only with torchcodec."""
+    numbers = ("guidance_scale", "temperature", "interpolation_weight", "diversity_coef")
+    columns = dict.fromkeys(("prompt", "strategy"), Value("string")) | dict.fromkeys(numbers, Value("float64"))
+    stored = {"bytes": Value("binary"), "path": Value("string")}
+    data = [row | {"audio": sound} for row, sound in zip(rows, sounds, strict=True)]
+    table = Dataset.from_list(data, features=Features(columns | {"audio": stored})).cast_column("audio", Audio())
+    file = BytesIO()
+    table.to_parquet(file)
+    return file.getvalue()
 
 
 def _made_by(result: Result) -> dict[str, object]:
@@ -103,8 +118,7 @@ def _card(
         task_categories=["text-to-audio" if sounds else "text-generation"],
         tags=["trl-drcd", *(["audio", "music"] if sounds else [])],
     )
-    if not sounds:  # else results.jsonl would be read as rows too
-        data["configs"] = [{"config_name": "default", "data_files": TEXTS}]
+    data["configs"] = [{"config_name": "default", "data_files": index}]  # else results.jsonl would be read as rows too
     if models:
         data["source_models"] = list(models)
     table = {
@@ -117,6 +131,11 @@ def _card(
         f"{one.samples_per_prompt} samples each; `{RESULTS}` has them all, with 95 % intervals."
     )
     use = f'```python\nfrom datasets import load_dataset\n\nsamples = load_dataset("{repo_id}", split="train")\n```'
+    if sounds:
+        use += (
+            "\n\nThe column `audio` is decoded by `torchcodec`. Without it, "
+            '`samples.cast_column("audio", datasets.Audio(decode=False))` gives the bytes of the WAV files.'
+        )
     parts = [
         f"# {markdown_text(repo_id.split('/')[-1])}", about, "## Use", use, "## Metrics", markdown_table(table),
         *([f"![Quality and diversity of models, and the front of the best]({PLOT})"] if plot else []),
