@@ -47,6 +47,8 @@ SCENARIOS = {
         {"mask_truncated_completions": True, "gradient_checkpointing": True}, family="phi", evaluates=False
     ),
     "tied": Scenario({"gradient_checkpointing": True}, family="tied", evaluates=False),
+    # Rows of a head that is the embedding too: the allowed ones alone get a gradient from the loss
+    "allowed": Scenario({"allowed_token_ids": ["2", "4..12"]}, family="tied"),
     "reused": Scenario({"num_iterations": 2}, evaluates=False),
     # From a folder, as a recipe loads it: FSDP2 then fills the first process's weights alone, ZeRO-3 none's
     "loaded": Scenario(family="folder", evaluates=False),

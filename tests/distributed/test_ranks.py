@@ -127,7 +127,7 @@ def test_groups_lie_on_two_processes_and_one_has_nothing_but_empty_completions()
 
 
 def test_two_processes_train_as_one_does(alone, tmp_path):
-    names = ["full", "lora", "critic", "accumulate", "apart", "apart_lora", "masked", "musicgen_lora"]
+    names = ["full", "lora", "critic", "accumulate", "apart", "apart_lora", "masked", "allowed", "musicgen_lora"]
     launch("ddp", 2, [tmp_path, *names])
     for name in names:
         check_equal(name, "ddp", tmp_path, alone(name))
@@ -135,7 +135,7 @@ def test_two_processes_train_as_one_does(alone, tmp_path):
 
 
 def test_two_processes_that_share_the_weights_train_as_one_does(alone, tmp_path):
-    names = ["full", "lora", "loaded"]
+    names = ["full", "lora", "allowed", "loaded"]
     launch("fsdp2", 2, [tmp_path, *names, "sampled", "bf16"], ("--fsdp_cpu_ram_efficient_loading", "true"))
     for name in names:
         check_equal(name, "fsdp2", tmp_path, alone(name))
