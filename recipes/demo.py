@@ -157,11 +157,14 @@ def main() -> None:
     print(f"Look and listen: {args.output / 'report.html'}   (WAV files: {args.output / 'samples'})")
     print(f"Models:  {', '.join(str(args.output / name) for name in (*RUNS, 'merged'))}")
     print(f"Numbers: {args.output / 'results.md'}, {args.output / 'results.jsonl'}")
-    given = "--demo" if args.output == Path("outputs/demo") else f"--evaluation {args.output}"
-    print(f"Play, slide, listen: trl-drcd app {given}   (extra `app`)")
+    usual = args.output == Path("outputs/demo")
+    study = DEMO_STUDY if usual else args.output.with_name(f"{args.output.name}_study")
+    tabs = "--demo" if usual else f"--evaluation {args.output}"
+    print(f"Play, slide, listen: trl-drcd app {tabs}   (extra `app`)")
     models = "base 'CFG (gamma 3)' quality diversity 'LERP (lambda 0.5)'"
-    design = f"trl-drcd ratings design --evaluation {args.output} --out {DEMO_STUDY} --raters 6"
-    print(f"Rate as the paper's raters did, which gives the app a third tab: {design} --models {models}")
+    design = f"trl-drcd ratings design --evaluation {args.output} --out {study} --raters 6 --models {models}"
+    print(f"Rate as the paper's raters did: {design}")
+    print(f"  then trl-drcd app {tabs if usual else f'{tabs} --study {study}'} has a third tab")
     print(f"{(time.time() - began) / 60:.1f} minutes")
 
 

@@ -52,7 +52,7 @@ def test_an_adapter_needs_no_second_copy_of_the_weights(tmp_path, tokenizer, ada
 
 
 def test_a_quantised_model_is_loaded_and_its_adapter_trained(tmp_path, tokenizer, monkeypatch):
-    """The model comes from a stub: bitsandbytes quantises on GPUs."""
+    """bitsandbytes quantises on GPUs, so a small model stands in for the quantised one."""
     given = {}
 
     def load(name, **kwargs):

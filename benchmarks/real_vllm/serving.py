@@ -17,6 +17,7 @@ import resource
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,19 +96,14 @@ def processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def rate(sample: Any, rounds: int) -> float:
-    """Median tokens per processor second, after a warm-up."""
-    sample()
-    rates = []
-    for _ in range(rounds):
-        began = processor_seconds()
-        tokens = sample()
-        rates.append(tokens / (processor_seconds() - began))
-    return round(statistics.median(rates), 1)
+def rate(sample: Callable[[], int]) -> float:
+    """Tokens per processor second of one call."""
+    began = processor_seconds()
+    return sample() / (processor_seconds() - began)
 
 
-def vllm_rate(folder: str, prompts: list[list[int]], null: list[int], args: Any, guided: bool) -> float:
-    """Of one model; for guidance the tokens of one request of each pair count."""
+def vllm_sampler(folder: str, prompts: list[list[int]], null: list[int], args: Any, guided: bool) -> Callable[[], int]:
+    """A call that samples and returns the number of tokens; of guidance, those of one request of each pair."""
     llm = LLM(
         model=folder, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=2 * args.sequences,
         kv_cache_memory_bytes=2**30, logits_processors=[Guidance] if guided else None,
@@ -129,13 +125,11 @@ def vllm_rate(folder: str, prompts: list[list[int]], null: list[int], args: Any,
         )
         return sum(len(one.outputs[0].token_ids) for one in out) // (2 if guided else 1)
 
-    found = rate(sample, args.rounds)
-    assert Guidance.alone == 0, "a pair was apart"
-    return found
+    return sample
 
 
-def own_rate(folder: str, prompts: list[list[int]], null: list[int], args: Any, guided: bool) -> float:
-    """Of this package's loop."""
+def own_sampler(folder: str, prompts: list[list[int]], null: list[int], args: Any, guided: bool) -> Callable[[], int]:
+    """The same by this package's loop."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     policy = policy_for(model, tokenizer)
@@ -145,7 +139,7 @@ def own_rate(folder: str, prompts: list[list[int]], null: list[int], args: Any, 
         drawn = policy.sample(model, prompts, temperature=TEMPERATURE, max_new_tokens=args.tokens, **others)
         return sum(map(len, drawn))
 
-    return rate(sample, args.rounds)
+    return sample
 
 
 def main() -> None:
@@ -166,13 +160,19 @@ def main() -> None:
         PeftModel.from_pretrained(base, DISTILLED).merge_and_unload().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         rows = {"base": (str(BASE), False), "guided (two rows)": (str(BASE), True), "distilled": (folder, False)}
-        table = {
-            name: {
-                "vllm": vllm_rate(model, prompts, null, args, guided),
-                "ours": own_rate(model, prompts, null, args, guided),
-            }
+        samplers = {
+            (name, by): make(model, prompts, null, args, guided)
             for name, (model, guided) in rows.items()
+            for by, make in (("vllm", vllm_sampler), ("ours", own_sampler))
         }
+        for sample in samplers.values():
+            sample()  # warm-up
+        rates: dict[tuple[str, str], list[float]] = {key: [] for key in samplers}
+        for _ in range(args.rounds):  # in turn, since the speed of a machine wanders
+            for key, sample in samplers.items():
+                rates[key].append(rate(sample))
+    assert Guidance.alone == 0, "a pair was apart"
+    table = {name: {by: round(statistics.median(rates[name, by]), 1) for by in ("vllm", "ours")} for name in rows}
     print(json.dumps(table, indent=1))
     if args.output:
         settings = {"sequences": args.sequences, "tokens": args.tokens, "torch": torch.__version__}

@@ -24,6 +24,8 @@ from trl_drcd.markdown import markdown_table, markdown_text
 RESULTS, SOUNDS, TEXTS = "results.jsonl", "samples.parquet", "samples.jsonl"
 SHOWN = ("quality", "adherence", "diversity", "kl")
 """Metrics in the card's table."""
+MADE_BY = ("guidance_scale", "temperature", "interpolation_weight", "diversity_coef")
+"""What of a row of results says how its samples were made: numbers, or null."""
 
 
 def is_evaluation(folder: Path) -> bool:
@@ -83,8 +85,7 @@ def prepare_samples(
 
 def _parquet(rows: Sequence[dict[str, Any]], sounds: Sequence[dict[str, Any]]) -> bytes:
     """A Parquet file of rows and their sounds; encoded as they are, since `Audio` encodes only with torchcodec."""
-    numbers = ("guidance_scale", "temperature", "interpolation_weight", "diversity_coef")
-    columns = dict.fromkeys(("prompt", "strategy"), Value("string")) | dict.fromkeys(numbers, Value("float64"))
+    columns = dict.fromkeys(("prompt", "strategy"), Value("string")) | dict.fromkeys(MADE_BY, Value("float64"))
     stored = {"bytes": Value("binary"), "path": Value("string")}
     data = [row | {"audio": sound} for row, sound in zip(rows, sounds, strict=True)]
     table = Dataset.from_list(data, features=Features(columns | {"audio": stored})).cast_column("audio", Audio())
@@ -93,14 +94,9 @@ def _parquet(rows: Sequence[dict[str, Any]], sounds: Sequence[dict[str, Any]]) -
     return file.getvalue()
 
 
-def _made_by(result: Result) -> dict[str, object]:
-    """What of a row of results says how its samples were made; every row has the same columns."""
-    return {
-        "guidance_scale": float(result.guidance_scale),
-        "temperature": float(result.temperature),
-        "interpolation_weight": result.interpolation_weight,
-        "diversity_coef": result.diversity_coef,
-    }
+def _made_by(result: Result) -> dict[str, float | None]:
+    """The values of `MADE_BY`; never integers, so that every row's columns have one type."""
+    return {name: None if (value := getattr(result, name)) is None else float(value) for name in MADE_BY}
 
 
 def _card(
