@@ -182,9 +182,9 @@ MUTATIONS = [
     ),
     Mutation(
         "extra rewards ignored",
-        "trainer.py",
-        'credits["reward"] = inputs["advantages"]',
-        'credits["reward"] = torch.zeros_like(inputs["advantages"])',
+        "objective.py",
+        'credits["reward"] = batch["advantages"]',
+        'credits["reward"] = torch.zeros_like(batch["advantages"])',
         "tests/test_trainer.py::test_extra_rewards_add_with_their_weights",
     ),
     Mutation(

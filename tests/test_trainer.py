@@ -16,7 +16,7 @@ from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer, Dive
 from trl_drcd.callbacks import SampleCallback
 from trl_drcd.config import diversity_coef_at
 from trl_drcd.diversity import diversity_advantages
-from trl_drcd.guidance import guide_logits
+from trl_drcd.guidance import guide_logits, left_pad
 from trl_drcd.losses import reverse_kl
 from trl_drcd.objective import JointObjective
 from trl_drcd.validation.launch import check_clipping
@@ -199,9 +199,12 @@ def test_adapter_off_teacher_equals_the_base_and_needs_no_copy(tmp_path, tokeniz
     trainer.train()
     batch = rollout(trainer)
     rows = [{"prompt": p} for p in PROMPTS[:2] for _ in range(4)]
+    negative = left_pad(trainer.policy.negative_prompt_ids(rows, None), tokenizer.pad_token_id)
     frozen = make_trainer(tmp_path, tokenizer)
-    ours, theirs = (t.teacher.stored(t._teacher_states(rows, batch), t.model) for t in (trainer, frozen))
-    ours, theirs = ours["teacher_hidden"], theirs["teacher_hidden"]
+    ours, theirs = (
+        t.teacher.stored(t.teacher.read(t.model, batch, negative, 8), t.model)["teacher_hidden"]
+        for t in (trainer, frozen)
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     student = trainer.model(batch["prompt_ids"]).logits
     assert not torch.allclose(student, frozen.model(batch["prompt_ids"]).logits, atol=1e-3)

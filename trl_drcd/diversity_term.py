@@ -21,6 +21,7 @@ from trl_drcd.critic import PrefixCritic, critic_advantages, embed_prefixes, pre
 from trl_drcd.diversity import DiversityReward
 from trl_drcd.kernels import kernel_advantages
 from trl_drcd.mixture import EmbedderMixture
+from trl_drcd.policies import Policy
 from trl_drcd.reliability.batches import raise_together
 
 FILE = "critic.safetensors"
@@ -49,8 +50,8 @@ class DiversityTerm:
         reward ([`~trl_drcd.diversity.DiversityReward`]): With embedder and codec.
         decode (`Callable`): Texts of lists of token ids; used where there is no codec.
         args ([`~trl_drcd.config.CFGDistillDiversityConfig`]): `diversity_credit`, `gae_lambda`, `diversity_prefixes`,
-            `diversity_kernel`, and the length of completions.
-        num_codebooks (`int`): `K`.
+            `diversity_kernel`, the length of completions, and the sizes of groups.
+        policy ([`~trl_drcd.policies.Policy`]): Of the model's family.
         accelerator (`Accelerator`): Of the launch.
 
     Raises:
@@ -62,33 +63,34 @@ class DiversityTerm:
         reward: DiversityReward,
         decode: Callable[[list[list[int]]], list[str]],
         args: CFGDistillDiversityConfig,
-        num_codebooks: int,
+        policy: Policy,
         accelerator: Accelerator,
     ) -> None:
         self.reward, self.decode, self.accelerator = reward, decode, accelerator
-        self.gae_lambda, self.kernel, self.num_codebooks = args.gae_lambda, args.diversity_kernel, num_codebooks
+        self.gae_lambda, self.kernel, self.policy = args.gae_lambda, args.diversity_kernel, policy
+        train = int(args.num_generations)
+        self.num_generations = {"train": train, "eval": int(args.num_generations_eval or train)}
+        self.max_length = int(args.max_completion_length or 0)  # `check_before_loading` refuses 0
         self.steps: list[int] = []
         self.critic: PrefixCritic | None = None
         if args.diversity_credit == "critic":
-            self.steps = prefix_steps(int(args.max_completion_length or 0), args.diversity_prefixes, num_codebooks)
+            self.steps = prefix_steps(self.max_length, args.diversity_prefixes, policy.num_codebooks)
             self.critic = PrefixCritic(len(self.steps))
 
-    def score(
-        self, prompts: list[Any], completion_ids: list[list[int]], mask: torch.Tensor, num_generations: int, fit: bool
-    ) -> ScoredDiversity:
+    def score(self, rows: list[dict[str, Any]], batch: dict[str, torch.Tensor], mode: str) -> ScoredDiversity:
         """
-        Rewards and advantages of a rollout; then the critic learns from it.
+        Rewards and advantages of a rollout; then, in training, the critic learns from it.
 
         Args:
-            prompts (`list`): Of this process, `b` of them, for messages.
-            completion_ids (`list[list[int]]`): Theirs, without padding.
-            mask (`torch.Tensor`): True where a code is scored, shape `(b, S, K)`.
-            num_generations (`int`): Group size `G`.
-            fit (`bool`): False in evaluation.
+            rows (`list[dict]`): Dataset rows of this process, `b` of them; `prompt` is for messages.
+            batch (`dict`): Their `completion_ids` and `completion_mask`, right-padded.
+            mode (`str`): `"train"` or `"eval"`.
 
         Raises:
             BadBatchError: In every process, if in any one the embedder raises, or a vector has no direction.
         """
+        prompts, num_generations = [row["prompt"] for row in rows], self.num_generations[mode]
+        completion_ids = unpadded(batch["completion_ids"], batch["completion_mask"], self.max_length)
         scored = self.reward.score(prompts, self._texts(completion_ids), completion_ids, num_generations)
         start = self.accelerator.process_index * len(prompts)
         own = slice(start, start + len(prompts))
@@ -97,9 +99,11 @@ class DiversityTerm:
             advantages = kernel_advantages(scored.embeddings, num_generations, self.kernel)[own]
             return ScoredDiversity(rewards, scored.rewards, advantages, metrics)
         prefixes, reached = self._prefixes(completion_ids, scored.embeddings.shape[1])
+        fit = mode == "train"
         blocks, learnt = critic_advantages(
             self.critic, prefixes, reached, scored.embeddings, num_generations, self.gae_lambda, self.kernel, fit
         )
+        _, mask = self.policy.ids_and_mask(batch["completion_ids"], batch["completion_mask"])
         return ScoredDiversity(rewards, scored.rewards, per_code(blocks[own], self.steps, mask), metrics | learnt)
 
     def _of_each_embedder(self, embeddings: torch.Tensor, num_generations: int) -> dict[str, float]:
@@ -127,7 +131,7 @@ class DiversityTerm:
                 completion_ids,
                 self.steps,
                 size,
-                self.num_codebooks,
+                self.policy.num_codebooks,
                 draft,
             )
         except Exception as error:  # the other processes wait for this one's embeddings
@@ -163,3 +167,9 @@ class DiversityTerm:
         """Reads what [`save`] wrote; a checkpoint of a run that credited sequences has none."""
         if (folder / FILE).is_file():
             self.state = load_file(folder / FILE)
+
+
+def unpadded(completion_ids: torch.Tensor, completion_mask: torch.Tensor, longest: int) -> list[list[int]]:
+    """Token ids without padding; completions that `mask_truncated_completions` has masked are as long as may be."""
+    lengths = [length or longest for length in completion_mask.sum(1).tolist()]
+    return [row[:length] for row, length in zip(completion_ids.tolist(), lengths, strict=True)]

@@ -110,13 +110,14 @@ class StepLog:
         rows = self.gathered(torch.stack([column.detach().to(terms.kl) for column in columns.values()], dim=1), mode)
         return dict(zip(columns, rows.T, strict=True))
 
-    def terms(self, mode: str, gathered: dict[str, torch.Tensor]) -> None:
-        """Add the [`gathered_terms`] of one forward."""
+    def terms(self, mode: str, gathered: dict[str, torch.Tensor], diversity_coef: float) -> None:
+        """Add the [`gathered_terms`] of one forward, and the coefficient of the update."""
         metrics, running = self.metrics[mode], self._means[mode]
         if "kl" not in metrics:  # cleared since, by `log`
             running.reset()
         running.add(gathered)
         metrics |= {name: [value] for name, value in running.values().items()}
+        self.add(mode, {"diversity_coef": diversity_coef})
 
 
 class Stopwatch:

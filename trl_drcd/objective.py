@@ -90,7 +90,7 @@ class JointObjective:
 
         Args:
             terms (`BatchTerms`): The student's terms.
-            credits (`dict`): Advantages by name: per sequence, shape `(B, 1, 1)`, or per token, `(B, S, K)`. The
+            credits (`dict`): Of [`term_credits`]: per sequence, shape `(B, 1, 1)`, or per token, `(B, S, K)`. The
                 ratios to `old_log_probs` are per sequence or per token accordingly.
             old_log_probs (`torch.Tensor`, *optional*): See [`old_log_probs`].
 
@@ -107,12 +107,32 @@ class JointObjective:
         return losses
 
 
+def term_credits(batch: dict[str, Any], diversity_coef: float, rewarded: bool) -> dict[str, torch.Tensor]:
+    """
+    By how much each term beside the distillation raises log p of each token.
+
+    Args:
+        batch (`dict`): `diversity_advantages`, of each sequence, `(B,)`, or token, `(B, S, K)`, if they were computed;
+            `advantages` `(B,)` of the extra rewards.
+        diversity_coef (`float`): beta of the update.
+        rewarded (`bool`): Whether there are extra rewards.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `diversity` and perhaps `reward`, `(B, 1, 1)` or `(B, S, K)`.
+    """
+    zeros = torch.zeros(len(batch["prompt_ids"]), device=batch["prompt_ids"].device)
+    credits = {"diversity": diversity_coef * batch.get("diversity_advantages", zeros)}
+    if rewarded:
+        credits["reward"] = batch["advantages"]
+    return {name: credit[:, None, None] if credit.ndim == 1 else credit for name, credit in credits.items()}
+
+
 def log_prob_weights(credits: dict[str, torch.Tensor]) -> torch.Tensor:
     """
     The derivative of the policy gradient losses with respect to log p, for one pass over all terms.
 
     Args:
-        credits (`dict`): As in [`JointObjective.losses`].
+        credits (`dict`): Of [`term_credits`].
 
     Returns:
         `torch.Tensor`: Minus the sum of the credits, `(B, 1, 1)` or `(B, S, K)`, in float64 so that it rounds as the

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.models import unwrap_model_for_generation
 
 from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.distributed import whole_weights
+from trl_drcd.guidance import left_pad
 from trl_drcd.policies import Policy
 from trl_drcd.reliability.guard import BatchGuard
 from trl_drcd.reliability.processes import report_status
@@ -28,7 +29,8 @@ class StudentSampler:
     Args:
         policy ([`~trl_drcd.policies.Policy`]): Of the model's family.
         args ([`CFGDistillDiversityConfig`]): `temperature`, `max_completion_length`, `use_vllm` and others.
-        eos_token_ids (`list[int]`): Each ends a completion.
+        tokenizer (`PreTrainedTokenizerBase`): Its padding token fills up prompts.
+        eos_token_ids (`list[int]`): Each ends a completion; the tokenizer's stands for an empty one.
         guard ([`~trl_drcd.reliability.guard.BatchGuard`]): Notes where logits are not finite.
         accelerator (`Accelerator`): Of the launch.
     """
@@ -37,13 +39,42 @@ class StudentSampler:
         self,
         policy: Policy,
         args: CFGDistillDiversityConfig,
+        tokenizer: PreTrainedTokenizerBase,
         eos_token_ids: list[int],
         guard: BatchGuard,
         accelerator: Accelerator,
     ) -> None:
-        self.policy, self.args, self.eos_token_ids = policy, args, eos_token_ids
+        self.policy, self.args = policy, args
+        self.tokenizer, self.eos_token_ids = tokenizer, eos_token_ids
         self.guard, self.accelerator = guard, accelerator
         self.max_length = int(args.max_completion_length or 0)  # `check_before_loading` refuses 0
+
+    def rollout(
+        self,
+        wrapped: Any,
+        prompt_ids: list[list[int]],
+        own: Callable[[list[list[int]]], list[list[int]]],
+        by_trl: Callable[[], list[list[int]]],
+        multimodal: bool,
+    ) -> list[list[int]]:
+        """
+        One completion of each prompt, token ids, never empty: RLOO looks at the last token of each.
+
+        Args:
+            wrapped: The student as wrapped by Accelerate; every process must call this.
+            prompt_ids (`list[list[int]]`): Prompts, without padding.
+            own (`Callable`): The trainer's way, from prompts to completions.
+            by_trl (`Callable`): TRL's way, for what is left to it: vLLM, settings of `generate`, images.
+            multimodal (`bool`): Whether there are images.
+
+        Raises:
+            ValueError: If a prompt and its completion do not fit the model, or vLLM's `vllm_max_model_length`.
+        """
+        self.check_lengths(wrapped, prompt_ids, "a prompt")
+        with self.precision():
+            to_trl = self.leaves_it_to_trl(multimodal)
+            ids = self.by_trl(wrapped, prompt_ids, by_trl) if to_trl else own(prompt_ids)
+        return [row or [self.tokenizer.eos_token_id] for row in ids]
 
     @contextmanager
     def model(self, wrapped: Any) -> Iterator[PreTrainedModel]:
@@ -110,6 +141,12 @@ class StudentSampler:
             student = self.accelerator.unwrap_model(wrapped)
             check_lengths(prompt_ids, what, self.max_length, student)
 
+    def padded(self, wrapped: Any, prompt_ids: list[list[int]], what: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask of prompts of the teacher, left-padded, `(B, P)`; refuses those that are too long."""
+        self.check_lengths(wrapped, prompt_ids, what)
+        ids, mask = left_pad(prompt_ids, self.tokenizer.pad_token_id)
+        return ids.to(self.accelerator.device), mask.to(self.accelerator.device)
+
 
 def seed_colocated_vllm(args: CFGDistillDiversityConfig, accelerator: Accelerator) -> None:
     """
@@ -126,17 +163,6 @@ def seed_colocated_vllm(args: CFGDistillDiversityConfig, accelerator: Accelerato
         set_seed(args.seed + accelerator.process_index // args.vllm_tensor_parallel_size)
 
 
-def never_empty(completion_ids: list[list[int]], eos_token_id: int) -> list[list[int]]:
-    """Completions with a single eos in place of none: RLOO looks at the last token of each."""
-    return [ids or [eos_token_id] for ids in completion_ids]
-
-
 def no_log_probs(input_ids: torch.Tensor, logits_to_keep: int) -> tuple[torch.Tensor, None, None]:
     """In place of the log-probabilities that TRL computes after sampling, with one more forward, and nobody reads."""
     return torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device), None, None
-
-
-def unpadded(completion_ids: torch.Tensor, completion_mask: torch.Tensor, longest: int) -> list[list[int]]:
-    """Token ids without padding; completions that `mask_truncated_completions` has masked are as long as may be."""
-    lengths = [length or longest for length in completion_mask.sum(1).tolist()]
-    return [row[:length] for row, length in zip(completion_ids.tolist(), lengths, strict=True)]

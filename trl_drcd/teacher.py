@@ -24,8 +24,10 @@ from trl_drcd.guidance import guide_hidden_states
 from trl_drcd.heads import Head
 from trl_drcd.losses import guided_logits
 from trl_drcd.merging.loading import load_adapter_model
-from trl_drcd.policies import Policy, policy_class
+from trl_drcd.policies import Policy, policy_class, teacher_prompt_ids
 from trl_drcd.validation.model_folders import load_model
+
+Padded = tuple[torch.Tensor, torch.Tensor]  # ids and mask
 
 
 class TeacherStates(NamedTuple):
@@ -64,14 +66,33 @@ class GuidedTeacher:
         model: PreTrainedModel = self.accelerator.unwrap_model(student if self.copy is None else self.copy)
         return model
 
+    def prompts(
+        self, rows: list[dict[str, Any]], negative_prompt: Any, padded: Callable[[list[list[int]], str], Padded]
+    ) -> tuple[Padded | None, Padded | None]:
+        """
+        What the streams read: [`read`]'s `negative_prompt` and `teacher_prompt`.
+
+        Args:
+            rows (`list[dict]`): Dataset rows of a rollout, with `prompt` and perhaps `negative_prompt`,
+                `teacher_prompt`.
+            negative_prompt: Of rows without their own; `None` for the null prompt.
+            padded (`Callable`): Ids and mask of lists of ids, left-padded; it is told what they are, for messages.
+        """
+        negative = own = None
+        if self.guided:
+            negative = padded(self.policy.negative_prompt_ids(rows, negative_prompt), "a negative prompt")
+        if any(row.get("teacher_prompt") is not None for row in rows):
+            own = padded(teacher_prompt_ids(self.policy, rows), "a teacher's prompt")
+        return negative, own
+
     @torch.no_grad()
     def read(
         self,
         student: Any,
         batch: dict[str, torch.Tensor],
-        negative_prompt: tuple[torch.Tensor, torch.Tensor] | None,
+        negative_prompt: Padded | None,
         batch_size: int,
-        teacher_prompt: tuple[torch.Tensor, torch.Tensor] | None = None,
+        teacher_prompt: Padded | None = None,
     ) -> TeacherStates:
         """
         Run the teacher's forward on completions, conditional and unconditional stream in one batch.

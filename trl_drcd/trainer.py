@@ -28,14 +28,12 @@ from trl_drcd.distributed import count_completions, separate_teacher
 from trl_drcd.diversity import DiversityReward
 from trl_drcd.diversity_term import DiversityTerm
 from trl_drcd.files import local_name
-from trl_drcd.guidance import ancestral_generation_config, left_pad
+from trl_drcd.guidance import ancestral_generation_config
 from trl_drcd.hub.training import check_run_repository, push_run
-from trl_drcd.losses import BatchTerms
 from trl_drcd.mixture import as_embedder
 from trl_drcd.monitoring import StepLog, Stopwatch
-from trl_drcd.objective import JointObjective, log_prob_weights
-from trl_drcd.policies import Policy, allowed_token_ids, policy_class, teacher_prompt_ids
-from trl_drcd.reliability.batches import BadBatchError
+from trl_drcd.objective import JointObjective, log_prob_weights, term_credits
+from trl_drcd.policies import Policy, allowed_token_ids, policy_class
 from trl_drcd.reliability.failures import explained_failures
 from trl_drcd.reliability.guard import BatchGuard
 from trl_drcd.reliability.identity import run_identity
@@ -43,8 +41,8 @@ from trl_drcd.reliability.progress import Progress
 from trl_drcd.reliability.sampler import EpochSampler
 from trl_drcd.reliability.signals import SignalStop
 from trl_drcd.reliability.writer import CheckpointWriter
-from trl_drcd.rollout import StudentSampler, never_empty, no_log_probs, seed_colocated_vllm, unpadded
-from trl_drcd.teacher import GuidedTeacher, TeacherStates, load_teacher
+from trl_drcd.rollout import StudentSampler, no_log_probs, seed_colocated_vllm
+from trl_drcd.teacher import GuidedTeacher, load_teacher
 from trl_drcd.term_gradients import TermGradients
 from trl_drcd.validation.before_loading import check_before_loading
 from trl_drcd.validation.launch import check_launch
@@ -170,7 +168,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         if embedder is not None:
             reward = DiversityReward(embedder, args.num_generations, self.codec)
             decode = partial(self._tokenizer.batch_decode, skip_special_tokens=True)
-            self._diversity = DiversityTerm(reward, decode, args, self.policy.num_codebooks, self.accelerator)
+            self._diversity = DiversityTerm(reward, decode, args, self.policy, self.accelerator)
         other = None if teacher is None else load_teacher(teacher, student, self.policy)
         identity = run_identity(args, student, self.train_dataset, other)
         self._other_teacher = None if other is None else base_of(other)
@@ -181,7 +179,9 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         )
         self._guard = BatchGuard(args.on_bad_batch, self._tokenizer, self.accelerator)
         self.reward_funcs = self._guard.checked_rewards(self.reward_funcs)
-        self._sampler = StudentSampler(self.policy, args, self.eos_token_ids, self._guard, self.accelerator)
+        self._sampler = StudentSampler(
+            self.policy, args, self._tokenizer, self.eos_token_ids, self._guard, self.accelerator
+        )
         self._checkpoints = CheckpointWriter(args, self.accelerator)
         self._checkpoints.identity = identity
         self._progress = Progress(args, self.accelerator, self._diversity)
@@ -205,14 +205,10 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
     # ---------------------------------------------------------------- rollouts
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
-        self._sampler.check_lengths(self.model, prompt_ids, "a prompt")
-        with self._stopwatch.timed("rollout"), self._sampler.precision():
-            if self._sampler.leaves_it_to_trl(bool(images or multimodal_fields)):
-                generate = partial(super()._generate_single_turn, prompt_ids, images, multimodal_fields)
-                completion_ids = self._sampler.by_trl(self.model, prompt_ids, generate)
-            else:
-                completion_ids = self.sample(prompt_ids)
-        return never_empty(completion_ids, self._tokenizer.eos_token_id)
+        by_trl = partial(super()._generate_single_turn, prompt_ids, images, multimodal_fields)
+        with self._stopwatch.timed("rollout"):
+            multimodal = bool(images or multimodal_fields)
+            return self._sampler.rollout(self.model_wrapped, prompt_ids, self.sample, by_trl, multimodal)
 
     def sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """
@@ -235,62 +231,40 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
                 rows = len(prompts) * self.accelerator.num_processes
                 return torch.zeros(rows, 1, device=self.accelerator.device)
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-            start = self.accelerator.process_index * len(prompts)
-            own = rewards[start : start + len(prompts)]
-            self._guard.check_model_rewards(self.reward_func_names, self.reward_funcs, own, prompts)
+            self._guard.check_model_rewards(self.reward_func_names, self.reward_funcs, rewards, prompts)
         return rewards
 
     def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
+        output, mode = super()._generate_and_score_completions(inputs), self._mode
         del output["old_logps"]
-        if self._mode == "train" and not self._scoring_checked:
+        if mode == "train" and not self._scoring_checked:
             untouched = self.state.global_step == 0 and self._other_teacher is None
             self._scoring_checked = check_scoring(self.policy, self.teacher, self.model_wrapped, output, untouched)
         with self._stopwatch.timed("teacher"):
-            output |= self.teacher.stored(self._teacher_states(inputs, output), self.model_wrapped)
-        if self._updates_per_rollout > 1 and self._mode == "train":
+            negative, own = self.teacher.prompts(
+                inputs, self.args.negative_prompt, partial(self._sampler.padded, self.model)
+            )
+            states = self.teacher.read(self.model_wrapped, output, negative, self._batch_size, own)
+            output |= self.teacher.stored(states, self.model_wrapped)
+        if mode == "train" and self._updates_per_rollout > 1:
             output["old_log_probs"] = self.joint_objective.old_log_probs(self.model_wrapped, output, self._batch_size)
         if self._diversity is not None:
             with self._stopwatch.timed("reward"):
-                output["diversity_advantages"] = self._score_diversity(inputs, output)
+                scored = self._diversity.score(inputs, output, mode)
+            self._step_log.diversity(mode, scored)
+            output["diversity_advantages"] = scored.advantages.to(output["advantages"])
         _, mask = self.policy.ids_and_mask(output["completion_ids"], output["completion_mask"])
         self._step_log.advantages(self._credits(output).values(), mask)
         if not self.reward_funcs:
             del output["advantages"]
-            self._step_log.reward_is_diversity(self._mode)
+            self._step_log.reward_is_diversity(mode)
         return output
-
-    def _teacher_states(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> TeacherStates:
-        """What the guided teacher makes of the completions."""
-        negative = prompt = None
-        if self.teacher.guided:
-            negative_ids = self.policy.negative_prompt_ids(inputs, self.args.negative_prompt)
-            negative = self._padded(negative_ids, "a negative prompt")
-        if any(row.get("teacher_prompt") is not None for row in inputs):
-            prompt = self._padded(teacher_prompt_ids(self.policy, inputs), "a teacher's prompt")
-        return self.teacher.read(self.model_wrapped, output, negative, self._batch_size, prompt)
-
-    def _padded(self, prompt_ids: list[list[int]], what: str) -> tuple[torch.Tensor, torch.Tensor]:
-        self._sampler.check_lengths(self.model, prompt_ids, what)
-        ids, mask = left_pad(prompt_ids, self._tokenizer.pad_token_id)
-        return ids.to(self.accelerator.device), mask.to(self.accelerator.device)
 
     @property
     def _batch_size(self) -> int:
         """Sequences per forward and process."""
-        if self._mode == "train":
-            return self.args.per_device_train_batch_size
-        return self.args.per_device_eval_batch_size
-
-    def _score_diversity(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> torch.Tensor:
-        """Diversity advantages of this process's completions, `(b,)`, or of their codes; logs the diversity of all."""
-        train = self.model.training
-        _, mask = self.policy.ids_and_mask(output["completion_ids"], output["completion_mask"])
-        ids = unpadded(output["completion_ids"], output["completion_mask"], self.max_completion_length)
-        group = self.num_generations if train else self.num_generations_eval
-        scored = self._diversity.score([row["prompt"] for row in inputs], ids, mask, group, fit=train)
-        self._step_log.diversity(self._mode, scored)
-        return scored.advantages.to(output["advantages"])
+        args = self.args
+        return args.per_device_train_batch_size if self._mode == "train" else args.per_device_eval_batch_size
 
     # ---------------------------------------------------------------- the loss
 
@@ -303,12 +277,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         return self.args.max_grad_norm_diversity_at(self.state.global_step, self.state.max_steps)
 
     def _credits(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """By how much each term beside the distillation raises log p of each token: `(B, 1, 1)`, or `(B, S, K)`."""
-        zeros = torch.zeros(len(inputs["prompt_ids"]), device=self.accelerator.device)
-        credits = {"diversity": self._diversity_coef * inputs.get("diversity_advantages", zeros)}
-        if self.reward_funcs:
-            credits["reward"] = inputs["advantages"]
-        return {name: credit[:, None, None] if credit.ndim == 1 else credit for name, credit in credits.items()}
+        return term_credits(inputs, self._diversity_coef, bool(self.reward_funcs))
 
     def _compute_loss(self, model, inputs):
         mode, credits = self._mode, self._credits(inputs)
@@ -319,26 +288,15 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         weights = log_prob_weights(credits) if at_once else None
         terms = self.joint_objective.terms(model, self.model_wrapped, inputs, weights)
         losses = self.joint_objective.losses(terms, credits, inputs.get("old_log_probs"))
-        means = self._log_terms(inputs, terms, losses)
+        gathered = self._step_log.gathered_terms(mode, terms, losses)
+        means = torch.stack([gathered[name].mean() for name in losses])
+        self._guard.check_losses(means, terms, credits, inputs["prompt_ids"])
+        self._step_log.terms(mode, gathered, self._diversity_coef)
         if mode == "eval":  # of the whole global batch, which Trainer would take for a mean over this process's rows
             return means.sum().to(terms.kl)
         if alone:
             self._gradients.take(self.model, losses, alone, apart, self.current_gradient_accumulation_steps)
         return sum(loss.mean() for loss in losses.values()) if terms.loss is None else terms.loss
-
-    def _log_terms(self, inputs: dict[str, Any], terms: BatchTerms, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Logs this forward's terms, of all processes; returns their means, nats. Raises if one is not finite."""
-        gathered = self._step_log.gathered_terms(self._mode, terms, losses)
-        means = torch.stack([gathered[name].mean() for name in losses])
-        own = {
-            "student": terms.entropy + terms.log_probs.detach().sum((1, 2)),
-            "kl": terms.kl,
-            "advantages": sum(credit.sum((1, 2)) for credit in self._credits(inputs).values()),
-        }
-        self._guard.check_losses(means, own, inputs["prompt_ids"])
-        self._step_log.terms(self._mode, gathered)
-        self._step_log.add(self._mode, {"diversity_coef": self._diversity_coef})
-        return means
 
     def _is_logging_step(self) -> bool:
         return (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
@@ -352,25 +310,19 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
     # ---------------------------------------------------------------- steps, and what stops them
 
     def training_step(self, model, inputs, num_items_in_batch):
+        step = partial(super().training_step, model, inputs, num_items_in_batch)
         with self._stopwatch.timed("update"):
-            loss = self._guarded_step(model, inputs, num_items_in_batch)
+            loss = self._guard.guarded(self.state.global_step, step, self._drop_update)
+        if loss is None:
+            self._step += 1  # TRL's count of forwards
+            loss = torch.zeros((), device=self.args.device)
         if self._step % self.current_gradient_accumulation_steps == 0:
             norms = self._gradients.measure(self.model, self._diversity_coef) if self._is_logging_step() else {}
             self._step_log.add("train", norms | self._stopwatch.lap())
         return loss
 
-    def _guarded_step(self, model, inputs, num_items_in_batch):
-        if not self._guard.skips(self.state.global_step):
-            try:
-                return super().training_step(model, inputs, num_items_in_batch)
-            except BadBatchError as error:
-                self._skip_update(error)
-        self._step += 1
-        return torch.zeros((), device=self.args.device)
-
-    def _skip_update(self, problem: BadBatchError) -> None:
+    def _drop_update(self) -> None:
         """Without gradients the optimizer changes neither weights nor its state; the rollout is not used again."""
-        self._guard.skip(self.state.global_step, problem)
         self.model.zero_grad(set_to_none=True)
         self._gradients.clear()
         self._buffered_inputs = None
@@ -382,7 +334,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         problem = self._guard.gradient_problem(grad_norm, self.args.fp16, self.is_deepspeed_enabled)
         if problem is None:
             return grad_norm
-        self._skip_update(BadBatchError(problem))
+        self._guard.skip(self.state.global_step, problem, self._drop_update)
         return 0.0
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):

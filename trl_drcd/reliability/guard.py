@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from trl_drcd.losses import BatchTerms
 from trl_drcd.reliability.batches import BadBatchError, Problems, checked_reward, finite_sampling, row_problems
 from trl_drcd.reliability.processes import report_status
 
@@ -79,21 +80,32 @@ class BatchGuard:
     def check_model_rewards(
         self, names: list[str], reward_funcs: list[Any], rewards: torch.Tensor, prompts: list
     ) -> None:
-        """Record non-finite rewards of reward models; `rewards` has shape `(b, n)`, the rows of this process."""
+        """
+        Record non-finite rewards of reward models.
+
+        Args:
+            names, reward_funcs (`list`): The `n` reward functions; those that are no models report for themselves.
+            rewards (`torch.Tensor`): Of all processes, `(B, n)`.
+            prompts (`list`): Of this process, `b` of them.
+        """
+        start = self.accelerator.process_index * len(prompts)
+        own = rewards[start : start + len(prompts)]
         for number, (name, reward) in enumerate(zip(names, reward_funcs, strict=True)):
             if isinstance(reward, nn.Module):
                 what = f"the reward `{name}` is not finite"
-                self.problems.add(*row_problems(what, ~rewards[:, number].isfinite(), prompts))
+                self.problems.add(*row_problems(what, ~own[:, number].isfinite(), prompts))
 
-    def check_losses(self, means: torch.Tensor, rows: dict[str, torch.Tensor], prompt_ids: torch.Tensor) -> None:
+    def check_losses(
+        self, means: torch.Tensor, terms: BatchTerms, credits: dict[str, torch.Tensor], prompt_ids: torch.Tensor
+    ) -> None:
         """
         Raise before the backward pass, on every process, if a loss is not finite.
 
         Args:
             means (`torch.Tensor`): Losses, averaged over all processes.
-            rows (`dict`): Values of each sequence of this process, shape `(b,)`: `student` (entropy plus
-                log-probability), `kl` and `advantages`.
-            prompt_ids (`torch.Tensor`): Prompts of this process, int64 `(b, P)`.
+            terms ([`~trl_drcd.losses.BatchTerms`]): Of the `b` sequences of this process.
+            credits (`dict[str, torch.Tensor]`): Their weighted advantages by term, `(b, 1, 1)` or `(b, S, K)`.
+            prompt_ids (`torch.Tensor`): Their prompts, int64 `(b, P)`.
 
         Raises:
             BadBatchError: If a loss is not finite.
@@ -101,11 +113,12 @@ class BatchGuard:
         report_status("it updates")
         if means.isfinite().all():
             return
-        student = ~rows["student"].isfinite()
+        student = ~(terms.entropy + terms.log_probs.detach().sum((1, 2))).isfinite()
+        advantages: torch.Tensor = sum(credit.sum((1, 2)) for credit in credits.values())  # type: ignore[assignment]
         rest = {
             "the student's logits are not finite": student,
-            "the KL to the teacher is not finite, so its logits are not,": ~student & ~rows["kl"].isfinite(),
-            "the advantage is not finite": ~rows["advantages"].isfinite(),
+            "the KL to the teacher is not finite, so its logits are not,": ~student & ~terms.kl.isfinite(),
+            "the advantage is not finite": ~advantages.isfinite(),
         }
         prompts, problems = self._decoded(prompt_ids), Problems()
         for what, bad in rest.items():
@@ -113,9 +126,9 @@ class BatchGuard:
         problems.raise_together()
         raise BadBatchError("the loss is not finite")
 
-    def gradient_problem(self, grad_norm: Any, fp16: bool, deepspeed: bool) -> str | None:
+    def gradient_problem(self, grad_norm: Any, fp16: bool, deepspeed: bool) -> BadBatchError | None:
         """
-        A message if the gradient norm is not finite, else `None`. With `fp16` the gradient scaler handles it.
+        A problem if the gradient norm is not finite, else `None`. With `fp16` the gradient scaler handles it.
 
         Raises:
             FloatingPointError: With DeepSpeed, which has already applied the update.
@@ -125,17 +138,35 @@ class BatchGuard:
         message = f"the norm of the gradient is {float(grad_norm)}, although the losses are finite"
         if deepspeed:
             raise FloatingPointError(f"{message}; DeepSpeed has applied it: resume from an older checkpoint")
-        return message
+        return BadBatchError(message)
 
     # ---------------------------------------------------------------- skipping
 
-    def skips(self, step: int) -> bool:
-        """Whether the update after `step` others is skipped, so that its remaining forwards need not run."""
-        return self.skipped_step == step
-
-    def skip(self, step: int, problem: BadBatchError) -> None:
+    def guarded(
+        self, step: int, forward: Callable[[], torch.Tensor], drop_update: Callable[[], None]
+    ) -> torch.Tensor | None:
         """
-        Mark the update after `step` others as skipped.
+        The loss of a forward and backward pass; `None` if it is bad, or an earlier one of its update was, and skipped.
+
+        Args:
+            step (`int`): Number of updates before this one.
+            forward (`Callable`): Returns the loss.
+            drop_update (`Callable`): Forgets the gradients and the rollout of the update.
+
+        Raises:
+            BadBatchError: See [`skip`].
+        """
+        if self.skipped_step == step:
+            return None
+        try:
+            return forward()
+        except BadBatchError as error:
+            self.skip(step, error, drop_update)
+        return None
+
+    def skip(self, step: int, problem: BadBatchError, drop_update: Callable[[], None]) -> None:
+        """
+        Skip the update after `step` others; see [`guarded`].
 
         Raises:
             BadBatchError: With `on_bad_batch="stop"`, or after more than `SKIPPED_IN_A_ROW` bad updates in a row.
@@ -148,3 +179,4 @@ class BatchGuard:
             raise BadBatchError(f"{SKIPPED_IN_A_ROW} updates in a row were skipped, and again {problem}") from problem
         if self.accelerator.is_main_process:
             logger.warning(f"Update {step + 1} is skipped (`on_bad_batch='skip'`): {problem}")
+        drop_update()
