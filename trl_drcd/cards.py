@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.files import local_name, write_text
 from trl_drcd.markdown import markdown_table, markdown_text
-from trl_drcd.policies import Policy
+from trl_drcd.policies import DiaPolicy, Policy
 from trl_drcd.validation.model_folders import is_hub_name
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ CITATION = {
             booktitle = {International Conference on Learning Representations},
         }"""),  # noqa: E501
 }
+PROMPTS = {"text": "Write a short poem.", "dia": "[S1] Good morning."}  # of the example, by family
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
 SETTINGS = (
     *("guidance_scale", "negative_prompt", "temperature", "diversity_coef", "diversity_warmup_steps"),
@@ -49,12 +50,13 @@ class TrainedModel:
 
     Args:
         base (`str`): Hub name or folder of the base model.
-        family (`str`): `"text"`, `"audio tokens"` (a causal LM with a codec) or `"musicgen"`.
+        family (`str`): `"text"`, `"audio tokens"` (a causal LM with a codec), `"musicgen"` or `"dia"`.
         adapter (`bool`): Whether a PEFT adapter was trained instead of all weights.
         steps (`int`): Number of updates; 0 for an untrained model.
         guidance_scale (`float`): gamma of the teacher.
         temperature (`float`): T.
-        max_completion_length (`int`): Maximum length of a completion, in tokens or, for MusicGen, decoder steps.
+        max_completion_length (`int`): Maximum length of a completion, in tokens or, for MusicGen and Dia, decoder
+            steps.
         conversational (`bool`): Whether prompts are chat turns.
         settings (`Mapping`): Rows of the table of settings.
     """
@@ -108,7 +110,7 @@ def trained_model(
         rows["diversity_coef reached"] = args.diversity_coef_at(steps - 1, state.max_steps)
     return TrainedModel(
         base=base_of(model),
-        family="musicgen" if policy.has_own_codec else "audio tokens" if has_codec else "text",
+        family=_family(policy, has_codec),
         adapter=isinstance(model, PeftModel),
         steps=steps,
         guidance_scale=args.guidance_scale,
@@ -117,6 +119,12 @@ def trained_model(
         conversational=tokenizer.chat_template is not None,
         settings=rows,
     )
+
+
+def _family(policy: Policy, has_codec: bool) -> str:
+    if isinstance(policy, DiaPolicy):
+        return "dia"
+    return "musicgen" if policy.has_own_codec else "audio tokens" if has_codec else "text"
 
 
 def base_of(model: PreTrainedModel | PeftModel) -> str:
@@ -215,8 +223,8 @@ def model_card(
     data = ModelCardData(
         library_name="peft" if model.adapter else "transformers",
         # `pipeline("text-to-audio")` would return the token ids of an audio-token model as audio
-        pipeline_tag="text-to-audio" if model.family == "musicgen" else "text-generation",
-        tags=["trl", "trl-drcd", "cfg-distillation", *(["music"] if model.family != "text" else [])],
+        pipeline_tag={"musicgen": "text-to-audio", "dia": "text-to-speech"}.get(model.family, "text-generation"),
+        tags=["trl", "trl-drcd", "cfg-distillation", *(["music"] if model.family not in ("text", "dia") else [])],
     )
     for key, value in header.items():
         data[key] = value
@@ -230,7 +238,7 @@ def model_card(
         model=model,
         base=_code(local_name(model.base)) if model.base else "a model that was not loaded by name",
         license_known="license" in header,
-        prompt=json.dumps("Write a short poem." if model.family == "text" else "a slow tune"),
+        prompt=json.dumps(PROMPTS.get(model.family, "a slow tune")),
         paper=PAPER,
         extras=extras,
         settings=markdown_table({key: {"value": value} for key, value in model.settings.items()}),

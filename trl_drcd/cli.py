@@ -122,7 +122,7 @@ def train(argv: list[str]) -> None:
     if not argv or argv[0] not in TRAINERS:
         print(
             "usage: trl-drcd train {music,text} [--config FILE.yaml] [--ARGUMENT VALUE ...]\n\n"
-            "  music   a text-to-music model: a causal LM over audio tokens, or a MusicGen\n"
+            "  music   a text-to-music model: a causal LM over audio tokens, a MusicGen, or a Dia (speech)\n"
             "  text    a causal language model\n\n"
             "`trl-drcd train music --help` and `trl-drcd train text --help` say more"
         )

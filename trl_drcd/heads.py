@@ -91,6 +91,15 @@ class Head:
             total.addmm_(left, right.to(total.dtype))
 
 
+def stack_logits(logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Logits `(N, K, V)` of `K` heads, from `(N, V_k)` of each; `V` is the largest, and -inf what a head lacks."""
+    longest = max(own.shape[1] for own in logits)
+    fill = -torch.inf
+    return torch.stack(
+        [torch.nn.functional.pad(own, (0, longest - own.shape[1]), value=fill) for own in logits], dim=1
+    )
+
+
 def kl_summands(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """
     The summands `p log(p / q)` of KL(p || q).

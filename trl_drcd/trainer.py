@@ -65,7 +65,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
     of the extra reward functions, weighted by `reward_weights`. One student forward and backward serves all terms.
 
     Args:
-        model (`str`, `PreTrainedModel` or `PeftModel`): As in [`~trl.RLOOTrainer`]. A causal LM or a MusicGen.
+        model (`str`, `PreTrainedModel` or `PeftModel`): As in [`~trl.RLOOTrainer`]. A causal LM, a MusicGen or a
+            Dia.
         reward_funcs (*optional*): Extra per-sample rewards, as in [`~trl.RLOOTrainer`]; the diversity reward is not
             among them, it comes with `embedder`.
         args ([`CFGDistillDiversityConfig`], *optional*): The paper's settings if `None`.
@@ -77,7 +78,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             it diversity is not measured. See [`DiversityReward`]. A mapping of names to embedders rewards the mean of
             their distances ([`~trl_drcd.mixture.EmbedderMixture`], which takes weights as well).
         codec (*optional*): Turns completion ids into audio, for models of audio tokens; then E and the logged samples
-            get audio. `None` is the model's own, where it has one (MusicGen).
+            get audio. `None` is the model's own, where it has one (MusicGen, Dia).
         teacher (`str`, `PreTrainedModel` or `PeftModel`, *optional*): A model or adapter with the student's vocabulary
             whose guidance is distilled in place of the initial model's, such as that of an earlier run (iterated
             amplification) or a larger one. It costs its memory.

@@ -261,8 +261,10 @@ class Engine:
     def _counting(self, model: Any, job: Job) -> Iterator[list[int]]:
         """Record the number of sequences of every forward pass, and stop if the job is cancelled."""
         inner = model.get_base_model() if hasattr(model, "peft_config") else model
-        # For MusicGen the decoder, called at each step; its batch has a row per codebook
+        # For MusicGen and Dia the decoder, called at each step; MusicGen's batch has a row per codebook
         part = inner.decoder if hasattr(inner, "decoder") else inner.base_model
+        if part is inner.base_model and inner.config.is_encoder_decoder:
+            part = part.decoder
         codebooks, rows = getattr(self.policy, "num_codebooks", 1), []
 
         def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

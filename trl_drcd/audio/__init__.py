@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trl_drcd.audio.clap import ClapJudge
     from trl_drcd.audio.codecs import CodebookCodec, SpectralCodec
+    from trl_drcd.audio.dac import DelayedCodec
     from trl_drcd.audio.descriptors import MusicDescriptors
     from trl_drcd.audio.embedder import MusicEmbedder
     from trl_drcd.audio.judges import PreferenceModel, TextAudioJudge
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ClapJudge",
     "CodebookCodec",
+    "DelayedCodec",
     "MusicDescriptors",
     "MusicEmbedder",
     "PreferenceModel",
@@ -24,6 +26,7 @@ __all__ = [
 _MODULES = {
     "ClapJudge": "clap",
     "CodebookCodec": "codecs",
+    "DelayedCodec": "dac",
     "MusicDescriptors": "descriptors",
     "MusicEmbedder": "embedder",
     "PreferenceModel": "judges",

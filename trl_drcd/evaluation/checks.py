@@ -48,7 +48,8 @@ def check_parts(args: EvaluateArguments, digest: Callable[[str], str]) -> None:
     if args.codec is not None:
         with prefix_errors("codec"):
             SpectralCodec.from_pretrained(args.codec)
-    audio = args.codec is not None or str(_config("model", args.model).get("model_type")).startswith("musicgen")
+    kind = str(_config("model", args.model).get("model_type"))
+    audio = args.codec is not None or kind.startswith(("musicgen", "dia"))
     for name in ("embedder", "second_embedder", "judge"):
         if folder := getattr(args, name):
             _check_judge(name, folder, audio)

@@ -78,7 +78,7 @@ def forward_information(
     both directions. Guidance raises this quantity directly, so it is not an independent judge of guidance.
 
     Args:
-        model (`PreTrainedModel`): The frozen base, a causal LM or a MusicGen.
+        model (`PreTrainedModel`): The frozen base, of any family.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         samples ([`Samples`]): Prompts and completions.
         batch_size (`int`, *optional*, defaults to 64): Completions per batch.

@@ -111,7 +111,7 @@ def teacher_terms(
     two distributions over whole sequences.
 
     Args:
-        model (`PreTrainedModel`): The student, a causal LM or a MusicGen.
+        model (`PreTrainedModel`): The student, of any family.
         teacher (`PreTrainedModel`): The teacher's model, of the same vocabulary.
         tokenizer (`PreTrainedTokenizerBase`): Tokenizer of both.
         samples ([`Samples`]): Prompts and completions, of at least one token each.
@@ -170,7 +170,7 @@ def log_likelihoods(
     Log-likelihood `log p(completion | prompt)` of each completion, at temperature 1, without guidance.
 
     Args:
-        model (`PreTrainedModel`): A causal LM or a MusicGen.
+        model (`PreTrainedModel`): Of any family.
         policy ([`~trl_drcd.policies.Policy`]): Its policy.
         samples ([`Samples`]): The completions; their own prompts are ignored.
         prompts (`list[list[int]]`): Token ids that each completion is conditioned on.

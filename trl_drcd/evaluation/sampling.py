@@ -56,7 +56,7 @@ class Samples:
         """
         Completion ids per second, excluding what a batch computes after a sequence's eos.
 
-        For MusicGen the ids of all codebooks count, including the few ids that hold no code.
+        With several codebooks the ids of all count, including the few ids that hold no code.
         """
         return sum(map(len, self.token_ids)) / self.seconds
 
@@ -73,7 +73,12 @@ class Samples:
     def negative_prompt_ids(self, policy: Policy, default: Prompt | None) -> list[list[int]]:
         """Token ids of each completion's x^-: the prompt's own, else `default`; `None` is the null prompt."""
         own = self.negative_prompts or [None] * len(self.prompts)
-        return policy.negative_prompt_ids(self._rows("negative_prompt", own), default)
+        rows = self._rows("negative_prompt", own)
+        if self.teacher_prompts is not None:  # of which a null prompt may take its length
+            rows = [
+                row | read for row, read in zip(rows, self._rows("teacher_prompt", self.teacher_prompts), strict=True)
+            ]
+        return policy.negative_prompt_ids(rows, default)
 
     def _rows(self, column: str, values: Sequence[Prompt | None]) -> list[dict[str, Any]]:
         """A row of each completion: its prompt and one more column."""
@@ -110,7 +115,7 @@ def sample_prompts(
     The same seed and `batch_size` give the same samples. The caller's random state is restored.
 
     Args:
-        model (`PreTrainedModel`): A causal LM or a MusicGen.
+        model (`PreTrainedModel`): A causal LM, a MusicGen or a Dia.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         prompts (`list`): Texts or conversations.
         samples_per_prompt (`int`, *optional*, defaults to 1): Completions per prompt.
@@ -118,8 +123,8 @@ def sample_prompts(
             https://huggingface.co/papers/2410.06084; 1 turns guidance off.
         negative_prompt (*optional*): x^- of Eq. (1) for prompts without their own; `None` is the null prompt.
         temperature (`float`, *optional*, defaults to 0.99): Sampling temperature, above 0.
-        max_new_tokens (`int`, *optional*, defaults to 200): Largest number of completion tokens; for MusicGen,
-            decoder steps.
+        max_new_tokens (`int`, *optional*, defaults to 200): Largest number of completion tokens; for MusicGen
+            and Dia, decoder steps.
         batch_size (`int`, *optional*, defaults to 64): Sequences per batch (twice as many rows with guidance).
         seed (`int`, *optional*, defaults to 0): Random seed of the draws.
         description (`str`, *optional*): Name of the progress bar; `None` shows none.

@@ -184,7 +184,7 @@ def _missing_use(text: str, kind: Kind, folder: Path, repo_id: str) -> list[str]
     name = json.dumps(repo_id)
     if kind == "adapter":
         lines = ["from trl_drcd.merging import load_adapter_model", f"model = load_adapter_model({name})"]
-    elif read_json(folder / "config.json").get("model_type") == "musicgen":
+    elif read_json(folder / "config.json").get("model_type") in ("musicgen", "dia"):
         lines = ["from transformers import pipeline", f'player = pipeline("text-to-audio", model={name})']
         return ["## Use\n\n```python\n" + "\n".join([*lines, 'sound = player("a slow tune")', "```"])]
     else:

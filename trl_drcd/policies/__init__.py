@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreT
 from trl_drcd.heads import Head
 from trl_drcd.policies.allowed import complement, own_allowed_token_ids, resolve_token_ids
 from trl_drcd.policies.causal_lm import CausalLMPolicy, without_peft
+from trl_drcd.policies.dia import DiaPolicy
 from trl_drcd.policies.musicgen import MusicgenPolicy
 from trl_drcd.sampling import Rollout
 
@@ -107,7 +108,9 @@ class Policy(Protocol):
         """The completions of [`Policy.rollout`], as lists of ids."""
 
 
-def policy_class(model: Any, revision: str | None = None) -> type[CausalLMPolicy] | type[MusicgenPolicy]:
+def policy_class(
+    model: Any, revision: str | None = None
+) -> type[CausalLMPolicy] | type[MusicgenPolicy] | type[DiaPolicy]:
     """
     Choose the policy class of a model: that of its configuration's class, else from `config.model_type`.
 
@@ -119,8 +122,8 @@ def policy_class(model: Any, revision: str | None = None) -> type[CausalLMPolicy
         revision (`str`, *optional*): Branch, tag or commit of a model on the Hub.
 
     Returns:
-        `type`: `config.drcd_policy` where there is one, [`MusicgenPolicy`] for MusicGen, [`CausalLMPolicy`] for every
-            other type.
+        `type`: `config.drcd_policy` where there is one, [`MusicgenPolicy`] for MusicGen, [`DiaPolicy`] for Dia,
+            [`CausalLMPolicy`] for every other type.
 
     Raises:
         ValueError: If the model is a melody MusicGen, which is not supported.
@@ -140,6 +143,8 @@ def policy_class(model: Any, revision: str | None = None) -> type[CausalLMPolicy
             "`model` is a MusicGen melody checkpoint, whose melody prompt is not supported; use a text-only one, "
             "e.g. facebook/musicgen-small, -medium or -large"
         )
+    if model_type == "dia":
+        return DiaPolicy
     return MusicgenPolicy if model_type == "musicgen" else CausalLMPolicy
 
 
@@ -216,6 +221,7 @@ def allowed_token_ids(
 
 __all__ = [
     "CausalLMPolicy",
+    "DiaPolicy",
     "MusicgenPolicy",
     "Policy",
     "allowed_token_ids",

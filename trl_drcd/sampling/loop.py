@@ -65,7 +65,8 @@ def joined(heads: Sequence[Head], token_ids: torch.Tensor | None = None) -> Head
     Stack `K` heads into one with `K * V` rows, in the dtype of their projection.
 
     Args:
-        heads (`Sequence[Head]`): Heads that differ in weight and bias only.
+        heads (`Sequence[Head]`): Heads that differ in weight and bias only. `V` is the size of the largest; the rows
+            that others lack are zeros.
         token_ids (`torch.Tensor`, *optional*): Keep only the rows of these tokens, int64 `(V',)`; by default of those
             that the heads allow.
 
@@ -83,12 +84,24 @@ def joined(heads: Sequence[Head], token_ids: torch.Tensor | None = None) -> Head
     if first.weight.is_cuda and first.compute_dtype is not None:
         dtype = first.compute_dtype
 
+    longest = max(len(head.weight) for head in heads)
+
     def rows(parameters: list) -> torch.Tensor:
         chosen = [p.detach() if token_ids is None else p.detach()[token_ids] for p in parameters]
+        if token_ids is None:
+            chosen = [torch.cat([p, p.new_zeros(longest - len(p), *p.shape[1:])]) for p in chosen]
         return (chosen[0] if len(chosen) == 1 else torch.cat(chosen)).to(dtype)
 
     bias = None if first.bias is None else rows([head.bias for head in heads])
     return replace(first, weight=rows([head.weight for head in heads]), bias=bias)
+
+
+def _lacking(heads: Sequence[Head], token_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """The rows of [`joined`] that a head does not have, boolean `(K, V)`; `None` if all heads are of one size."""
+    sizes = torch.tensor([len(head.weight) for head in heads], device=heads[0].weight.device)
+    if token_ids is not None or (sizes == sizes[0]).all():
+        return None
+    return torch.arange(int(sizes.amax()), device=sizes.device) >= sizes[:, None]
 
 
 @torch.no_grad()
@@ -102,6 +115,7 @@ def decode(
     fill: int = 0,
     layout: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
+    after_end: torch.Tensor | None = None,
 ) -> Rollout:
     """
     Sample without truncation or penalties, with classifier-free guidance if `guidance_scale` is not 1.
@@ -121,6 +135,8 @@ def decode(
         layout (`torch.Tensor`, *optional*): Positions where tokens are drawn, boolean `(S, K)`; all by default.
         token_ids (`torch.Tensor`, *optional*): Restrict sampling to these tokens, int64 `(V',)`; by default to those
             that the heads allow.
+        after_end (`torch.Tensor`, *optional*): Steps for which each codebook is still drawn after the step of an eos,
+            int64 `(K,)`; -1 for a codebook that is not drawn in that step either. 0 for all by default.
 
     Returns:
         [`Rollout`]: On the stream's device.
@@ -140,24 +156,33 @@ def decode(
     finite = torch.ones(sequences, dtype=torch.bool, device=device)
     eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=device)
     rows = torch.arange(sequences, device=device)  # indices of the sequences still in the batch
-    running = torch.ones(sequences, dtype=torch.bool, device=device)
+    ended = torch.full((sequences,), steps, device=device)  # the step of each one's eos
+    after = torch.zeros(books, dtype=torch.long, device=device) if after_end is None else after_end.to(device)
+    lacking = _lacking(heads, token_ids)
     for step in range(steps):
         cond, uncond = hidden.chunk(2) if guided else (hidden, None)
         logits = guided_logits(head, cond, uncond, guidance_scale)(slice(None))
+        if lacking is not None:
+            logits = logits.view(-1, *lacking.shape).masked_fill(lacking, -torch.inf)
         uniform = torch.rand(sequences, books, dtype=torch.float64, device=device)[rows].flatten()
         new = draw(logits.view(len(uniform), -1), uniform, temperature)
         tokens = new.tokens if token_ids is None else token_ids[new.tokens]
-        counts = running[:, None].expand(-1, books)
+        tokens = tokens.view(-1, books)
+        counts = step <= ended[:, None] + after
         if layout is not None:
             counts = counts & layout[step]
-        tokens = tokens.view(-1, books).where(counts, fill)
+        if len(eos):
+            ends = (torch.isin(tokens, eos) & counts).any(1)
+            ended = ended.where(~ends, step)
+            counts = counts & (step <= ended[:, None] + after)
+        tokens = tokens.where(counts, fill)
         ids[rows, step], drawn[rows, step] = tokens, counts
         log_probs[rows, step] = new.log_probs.view(-1, books).to(log_probs).where(counts, 0.0)
         finite[rows] &= (new.finite.view(-1, books) | ~counts).all(1)
         if step + 1 == steps:
             break
         if len(eos):
-            running &= ~torch.isin(tokens, eos).any(1)
+            running = step < ended + after.amax()
             if device.type == "cpu" or (step + 1) % SYNCHRONISED == 0:
                 left = int(running.sum())
                 if left == 0:
@@ -165,7 +190,7 @@ def decode(
                 if len(rows) - left >= ENDED_SHARE * len(rows):
                     kept = running.nonzero().squeeze(1)
                     stream.keep(torch.cat([kept, kept + len(rows)]) if guided else kept)
-                    rows, tokens, running = rows[kept], tokens[kept], running[kept]
+                    rows, tokens, ended = rows[kept], tokens[kept], ended[kept]
         hidden = stream.step(tokens.repeat(2, 1) if guided else tokens)
-    done = int(drawn.any(2).any(0).sum())
+    done = int((drawn.any(2).any(0) * torch.arange(1, steps + 1, device=device)).amax())
     return Rollout(ids[:, :done], log_probs[:, :done], drawn[:, :done], finite)

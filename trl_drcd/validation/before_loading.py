@@ -15,7 +15,7 @@ from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.diversity import DiversityReward
 from trl_drcd.files import check_writable
 from trl_drcd.mixture import EmbedderMixture
-from trl_drcd.policies import Policy, policy_class
+from trl_drcd.policies import CausalLMPolicy, Policy, policy_class
 from trl_drcd.validation.model_folders import check_adapter_folder, check_model, check_on_hub
 from trl_drcd.validation.rows import check_rows
 from trl_drcd.validation.saved_files import INDEX, WEIGHTS
@@ -150,8 +150,12 @@ def _check_kinds(
         _check_name(model, args)
     elif not isinstance(model, PreTrainedModel | PeftModel):
         raise TypeError(f"`model` must be a name, a folder or a loaded model, got {type(model).__name__}")
-    elif not hasattr(model, "generate") or model.get_output_embeddings() is None:
-        raise ValueError(f"`model` is a {type(model).__name__}, which cannot generate; pass a causal LM or a MusicGen")
+    elif not hasattr(model, "generate") or (
+        model.get_output_embeddings() is None and policy_class(model) is CausalLMPolicy
+    ):
+        raise ValueError(
+            f"`model` is a {type(model).__name__}, which cannot generate; pass a causal LM, a MusicGen or a Dia"
+        )
     kinds = {
         "processing_class": (PreTrainedTokenizerBase | ProcessorMixin, "a tokenizer, or `None` for the model's"),
         "peft_config": (PeftConfig, "a `LoraConfig`"),

@@ -112,7 +112,8 @@ def check_head(model: PreTrainedModel) -> None:
 
 def _check_vocabulary(policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """The tokenizer needs eos and pad ids, and no more tokens than the model has."""
-    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+    ends = tokenizer.eos_token_id is not None or not policy.rolls_out_with_trl  # else the family has an end of its own
+    if not ends or tokenizer.pad_token_id is None:
         raise ValueError(
             "`processing_class` has no `eos_token`, which ends and pads completions; set `tokenizer.eos_token` to the "
             "token that the model was trained to end with"

@@ -19,6 +19,7 @@ import torch
 
 from trl_drcd.compat.trl_private import use_adapter
 from trl_drcd.distributed import whole_heads
+from trl_drcd.heads import stack_logits
 from trl_drcd.policies import Policy
 from trl_drcd.reliability.processes import report_status
 from trl_drcd.teacher import GuidedTeacher
@@ -145,7 +146,7 @@ class _Check:
                     head.logits((hidden if hidden.ndim == 3 else hidden[:, :, k]).flatten(0, 1))
                     for k, head in enumerate(heads)
                 ]
-            return torch.stack(logits, dim=1).unflatten(0, mask.shape[:2])[mask]
+            return stack_logits(logits).unflatten(0, mask.shape[:2])[mask]
 
         with _mode(model, training):
             logits: torch.Tensor = self.teacher.inside_forward(wrapper, model, forward)

@@ -1,0 +1,81 @@
+"""
+Dia in TRL 1.16 and transformers 5: TRL takes its processor for a vision model's, and TRL and transformers write the
+pad id of the text's tokenizer, 0, into the configuration of the audio decoder, where 0 is a code.
+
+This can be removed once `tests/policies/test_dia.py::test_trl_alone_changes_the_decoders_ids` fails.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from transformers import AutoTokenizer, DiaConfig, DiaProcessor, GenerationConfig, ProcessorMixin
+
+from trl_drcd.compat.trl_private import get_config_model_id
+
+
+class DiaInTRL:
+    """See [`~trl_drcd.compat.trl_private.FamilyInTRL`]."""
+
+    @staticmethod
+    def processing_class(model: Any, given: object, revision: str | None = None) -> Any:
+        """Return the tokenizer of the text; it keeps the processor, which knows the codec."""
+        if given is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            given = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return keep_processor(given) if isinstance(given, ProcessorMixin) else given
+
+    @staticmethod
+    @contextmanager
+    def patched() -> Iterator[None]:
+        """Make `config.get_text_config()` return a copy: TRL and transformers write the tokenizer's ids to it."""
+        own = DiaConfig.get_text_config
+
+        def text_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return copy.deepcopy(own(self, *args, **kwargs))
+
+        with mock.patch.object(DiaConfig, "get_text_config", text_config):
+            yield
+
+    @staticmethod
+    def restore_special_tokens(generation_config: GenerationConfig, model_config: Any) -> None:
+        """Set the decoder's own ids."""
+        decoder = model_config.decoder_config
+        generation_config.update(
+            pad_token_id=decoder.pad_token_id,
+            bos_token_id=decoder.bos_token_id,
+            decoder_start_token_id=decoder.bos_token_id,
+            eos_token_id=decoder.eos_token_id,
+        )
+
+
+def keep_processor(processor: Any) -> Any:
+    """The tokenizer of a processor, from which [`processor_of`] finds the processor again."""
+    processor.tokenizer.kept_processor = processor
+    return processor.tokenizer
+
+
+def processor_of(tokenizer: Any, model: Any) -> DiaProcessor | None:
+    """
+    The processor with the codec: the tokenizer's own, else that of the folder or name the model was loaded from.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Of the texts; keeps what is found.
+        model (`PreTrainedModel`): Without PEFT's wrapper.
+
+    Returns:
+        `DiaProcessor`: `None` if the model was not loaded, or from a folder without a processor.
+    """
+    kept: DiaProcessor | None = getattr(tokenizer, "kept_processor", None)
+    name = get_config_model_id(model.config)
+    if kept is None and name:
+        try:
+            kept = DiaProcessor.from_pretrained(name)
+        except (OSError, TypeError, ValueError):  # no such file; a processor without a codec
+            return None
+        tokenizer.kept_processor = kept
+    return kept
