@@ -88,8 +88,9 @@ def merge(argv: list[str]) -> None:
     kind: Any = MergeArguments
     parser = TrlParser(kind, prog="trl-drcd merge", description=merge.__doc__, allow_abbrev=False)
     (arguments,) = parse_command_line(parser, argv)
-    from trl_drcd.merging import interpolate_adapters, merge_with_mergekit
+    from trl_drcd.merging import interpolate_adapters, interpolate_checkpoints, merge_with_mergekit
     from trl_drcd.merging.folders import find_folder, recorded_base
+    from trl_drcd.merging.mergekit import mergekit_reads
     from trl_drcd.merging.verify import check_that_it_generates
 
     models, weights = ends(arguments)
@@ -113,7 +114,9 @@ def merge(argv: list[str]) -> None:
     else:
         if arguments.svd_rank or arguments.base_model:
             raise ValueError("`svd_rank` and `base_model` are for LoRA adapters, and these are checkpoints")
-        merge_with_mergekit(models, weights, arguments.out, arguments.dtype, arguments.overwrite, verify=True)
+        readable = all(mergekit_reads(find_folder(model)) for model in models if model != "base")
+        run = merge_with_mergekit if readable else interpolate_checkpoints
+        run(models, weights, arguments.out, arguments.dtype, arguments.overwrite, verify=True)
     print(f"Merged: {arguments.out}")
 
 

@@ -23,7 +23,7 @@ from trl_drcd.merging.cards import merge_recipe
 from trl_drcd.merging.checkpoints import merge_folders
 from trl_drcd.merging.folders import SIDE_FILES
 from trl_drcd.merging.safetensors_files import Checkpoint
-from trl_drcd.validation.saved_files import INDEX, WEIGHTS
+from trl_drcd.validation.saved_files import INDEX, WEIGHTS, read_json
 
 # Request SIGKILL on the parent's death, exit if the parent has died already, then exec the program
 END_WITH_PARENT = """
@@ -34,6 +34,8 @@ if os.getppid() != int(sys.argv[1]):
     sys.exit("the parent process is gone")
 os.execv(sys.argv[2], sys.argv[2:])
 """
+# Model types for which mergekit 0.1.5 fails: it asks for their token embeddings, which transformers does not name
+UNREADABLE = {"dia"}
 PATIENCE = 5.0  # seconds between SIGTERM and SIGKILL
 
 
@@ -133,6 +135,12 @@ def _end_group(process: subprocess.Popen[str]) -> None:
             os.killpg(process.pid, number)
         with suppress(subprocess.TimeoutExpired):
             process.wait(PATIENCE)
+
+
+def mergekit_reads(folder: Path) -> bool:
+    """Whether mergekit can merge models like the one in a folder; [`interpolate_checkpoints`] can in any case."""
+    config = folder / "config.json"
+    return not config.is_file() or read_json(config).get("model_type") not in UNREADABLE
 
 
 def find_mergekit() -> str:
