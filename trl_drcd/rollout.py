@@ -78,7 +78,7 @@ class StudentSampler:
 
     @contextmanager
     def model(self, wrapped: Any) -> Iterator[PreTrainedModel]:
-        """The student, unwrapped and whole: what is sharded is gathered once, so every process must come along."""
+        """The unwrapped student; sharded weights are gathered once, so call it on every process."""
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
         generation = unwrap_model_for_generation(
             wrapped,

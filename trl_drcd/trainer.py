@@ -163,7 +163,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             self.add_callback(SampleCallback(self, self.codec))
 
     def _make_parts(self, student: PreTrainedModel, embedder: Any, teacher: Any) -> None:
-        """What the trainer has: teacher, diversity term, objective, guard, checkpoints, and what is measured."""
+        """Build teacher, diversity term, objective, guard, checkpoints, and measurements."""
         args = self.args
         self._diversity: DiversityTerm | None = None
         if embedder is not None:
@@ -215,12 +215,12 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         """
         One completion of each prompt, token ids, without guidance, at the temperature of the run.
 
-        What is sharded is gathered, so every process must call this.
+        Sharded weights are gathered, so call it on every process.
         """
         return self._sampler.sample(self.model_wrapped, prompt_ids)
 
     def model_for_sampling(self) -> AbstractContextManager[PreTrainedModel]:
-        """The student, unwrapped and whole: what is sharded is gathered once, so every process must come along."""
+        """The unwrapped student; sharded weights are gathered once, so call it on every process."""
         return self._sampler.model(self.model_wrapped)
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
@@ -323,7 +323,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         return loss
 
     def _drop_update(self) -> None:
-        """Without gradients the optimizer changes neither weights nor its state; the rollout is not used again."""
+        """Drop gradients and rollout: without gradients the optimizer changes neither weights nor its state."""
         self.model.zero_grad(set_to_none=True)
         self._gradients.clear()
         self._buffered_inputs = None
@@ -347,8 +347,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         Trains; see [`~transformers.Trainer.train`].
 
         `resume_from_checkpoint=True` is the newest complete checkpoint of `output_dir`. A bad batch that stops the run
-        leaves a checkpoint of the state before it; a process that is lost is named. A run that was complete makes no
-        more updates. SIGTERM and Ctrl-C end it after the update under way, with a checkpoint (`SystemExit` with 143,
+        leaves a checkpoint of the state before it; a lost process is named. A run that was complete makes no more
+        updates. SIGTERM and Ctrl-C end it after the update under way, with a checkpoint (`SystemExit` with 143,
         `KeyboardInterrupt`).
         """
         checkpoint = self._checkpoints.resolve(resume_from_checkpoint)
@@ -397,7 +397,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
                 self._finish(folder)
 
     def _finish(self, folder: Path) -> None:
-        """What a saved model has beside its weights and tokenizer."""
+        """Write the files of a saved model beside its weights and tokenizer."""
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the card says what matters of it
         # An adapter's folder has none of its own, and the base's would be read in its place
         self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(folder)
@@ -425,7 +425,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         return self._checkpoints.place(super()._get_output_dir(trial))
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None):
-        """Before training: whether the model may be pushed at its end, so that no run ends at a name that is taken."""
+        """Check before training that the model can be pushed at its end, such as that its name is free."""
         if self.is_world_process_zero():
             self.hub_model_id = check_run_repository(self.args, token, private)
         self.push_in_progress = None
@@ -471,7 +471,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         self._progress.remember(self.state.global_step, self._step, self._buffered_inputs)
 
     def _keep_last_state(self) -> str:
-        """Makes a checkpoint of the state after the last update, unless there is one; says where it is."""
+        """Make a checkpoint of the state after the last update, unless there is one; say where it is."""
         step = self.state.global_step
         if self._checkpoints.saved_step != step and self.args.save_strategy != "no":
             if last := self._progress.go_back(step):
