@@ -1,0 +1,26 @@
+"""The contrast of two diversity models, against hand-computed values."""
+
+import pytest
+
+from recipes.music import two_diversities
+from trl_drcd.evaluation.results import Result, ResultsFolder
+
+
+def row(name, timbre, harmony):
+    return Result(strategy=name, point=name, name=name, per_prompt={"diversity": timbre, "diversity_second": harmony})
+
+
+def test_the_contrast_is_the_difference_of_the_differences():
+    one, other = row("timbre", [0.5, 0.7, 0.6], [0.3, 0.2, 0.4]), row("harmony", [0.4, 0.5, 0.3], [0.5, 0.3, 0.3])
+    found = two_diversities.contrasts(one, other)
+    assert found["diversity of timbre"]["mean"] == pytest.approx((0.1 + 0.2 + 0.3) / 3)
+    assert found["diversity of harmony"]["mean"] == pytest.approx((-0.2 - 0.1 + 0.1) / 3)
+    # Of 0.3, 0.3, 0.2: standard error 1/30, and t of 2 degrees of freedom 4.3027
+    expected = {"mean": 0.8 / 3, "low": 0.8 / 3 - 4.3027 / 30, "high": 0.8 / 3 + 4.3027 / 30}
+    assert found["difference"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_results_without_the_rows_are_refused(tmp_path):
+    ResultsFolder(tmp_path).append(row("timbre", [0.5], [0.3]))
+    with pytest.raises(SystemExit, match="lacks the rows half harmony, half timbre, harmony; it has timbre"):
+        two_diversities.main([str(tmp_path / "results.jsonl")])
