@@ -4,9 +4,9 @@ Two embedders of music that each look at one thing: at timbre, and at harmony.
 To train a model for the diversity of one of them, or to evaluate with it, from the project's folder:
 
     accelerate launch recipes/musiclm_drcd.py --config recipes/music/musiclm_lora.yaml --diversity_coef 300 \\
-        --embedder recipes.music.diversities.timbre --output_dir outputs/runs/timbre
+        --max_steps 120 --embedder recipes.music.diversities.timbre --output_dir outputs/runs/timbre
 
-results/music/two_diversities/plan.md plans a comparison of two such models and their merges.
+recipes/music/evaluate_two_diversities.yaml compares two such models and their merges.
 """
 
 from __future__ import annotations
