@@ -87,10 +87,12 @@ def shard(model: Any, accelerator: Accelerator) -> Any:
     Shard a model with FSDP2, as accelerate does when training starts.
 
     accelerate makes embeddings and head separate units. This fails if the head is a list, whose forward is never
-    called (MusicGen), or if the embeddings belong to a frozen module; both then stay in the root unit.
+    called (MusicGen), if the embeddings belong to a frozen module, or if the model names neither (Dia); both then stay
+    in the root unit.
     """
     own = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(own.get_output_embeddings(), torch.nn.ModuleList):
+    head = own.get_output_embeddings()
+    if head is not None and not isinstance(head, torch.nn.ModuleList):
         return fsdp2_prepare_model(accelerator, model)
     none = mock.Mock(return_value=None)
     with mock.patch.multiple(type(own), get_input_embeddings=none, get_output_embeddings=none):

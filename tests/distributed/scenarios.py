@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tiny_dia
 import torch
 from conftest import make_tokenizer
 from datasets import Dataset
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalL
 
 from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer
 from trl_drcd.audio.codecs import delay
+from trl_drcd.policies.dia import LORA_TARGETS as DIA_TARGETS
 from trl_drcd.policies.musicgen import LORA_TARGETS
 
 PROMPTS = ["a slow tune for flute", "fast drum", "harp", "a fast tune for harp", "slow drum"]
@@ -57,6 +59,8 @@ SCENARIOS = {
     "musicgen": Scenario(MUSIC, family="musicgen"),
     "musicgen_lora": Scenario(MUSIC, family="musicgen", lora=True, saves=True),
     "musicgen_sampled": Scenario(MUSIC, family="musicgen", pinned=False),
+    "dia": Scenario(MUSIC, family="dia"),
+    "dia_lora": Scenario(MUSIC, family="dia", lora=True),
 }
 
 
@@ -72,7 +76,8 @@ def make_llama(tokenizer, **overrides):
 
 def loudness(audio: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
     """An embedder of waveforms."""
-    return torch.stack([torch.stack([x.abs().mean(), *x[:20].view(4, 5).mean(1)]) for x, _ in audio])
+    beginnings = [torch.nn.functional.pad(x, (0, 20))[:20].view(4, 5).mean(1) for x, _ in audio]
+    return torch.stack([torch.stack([x.abs().mean(), *b]) for (x, _), b in zip(audio, beginnings, strict=True)])
 
 
 def bag_of_words(texts: list[str]) -> torch.Tensor:
@@ -107,6 +112,18 @@ def pinned_codes(mode: str, rollout: int, row: int, codes: int, books: int) -> l
     return delay(torch.randint(codes, (1, 7, books), generator=generator), codes).flatten().tolist()
 
 
+def pinned_speech(mode: str, rollout: int, row: int, layout: Any) -> list[int]:
+    """The same for a Dia: random codes of 1 to 4 frames and an eos, or of 5 frames, which end by their length."""
+    generator = torch.Generator().manual_seed(1000 * rollout + row + (500 if mode == "eval" else 0))
+    frames, delays = int(torch.randint(1, 6, (1,), generator=generator)), layout.delays.tolist()
+    steps = torch.full((frames + max(delays), len(delays)), layout.pad_id)
+    for k, late in enumerate(delays):
+        steps[late : late + frames, k] = torch.randint(layout.eos_id, (frames,), generator=generator)
+    if frames < 5:
+        steps[frames, 0] = layout.eos_id
+    return steps.flatten().tolist()
+
+
 def make_trainer(scenario: Scenario, folder: Path) -> CFGDistillDiversityTrainer:
     """The trainer of a scenario, with this process's share of the global batch."""
     processes, tokenizer = int(os.environ.get("WORLD_SIZE", 1)), make_tokenizer()
@@ -132,13 +149,16 @@ def make_trainer(scenario: Scenario, folder: Path) -> CFGDistillDiversityTrainer
         "model_init_kwargs": {"dtype": "auto"} if scenario.family == "folder" else None,
     }
     args = CFGDistillDiversityConfig(str(folder), **(settings | scenario.overrides))
-    music = scenario.family == "musicgen"
-    if music:
-        tokenizer = make_t5_tokenizer()
+    music, speech = scenario.family == "musicgen", scenario.family == "dia"
+    if music or speech:
+        tokenizer = make_t5_tokenizer() if music else tiny_dia.make_tokenizer()
+    targets = {"musicgen": LORA_TARGETS, "dia": DIA_TARGETS}
     families = {"llama": {}, "tied": {"tie_word_embeddings": True}, "phi": {"phi": True}}
     model: Any = str(folder / "base")
     if music:
         model = make_musicgen().double()
+    elif speech:
+        model = tiny_dia.make_dia().double()
     elif scenario.family != "folder":
         model = make_llama(tokenizer, **families[scenario.family])
         model = model if scenario.double else model.float()
@@ -152,8 +172,8 @@ def make_trainer(scenario: Scenario, folder: Path) -> CFGDistillDiversityTrainer
         train_dataset=Dataset.from_dict({"prompt": PROMPTS * 4}),
         eval_dataset=Dataset.from_dict({"prompt": PROMPTS}),  # 5 groups of 4: the last batch of 12 is not full
         processing_class=tokenizer,
-        embedder=loudness if music else bag_of_words,
-        peft_config=LoraConfig(r=2, lora_alpha=8, target_modules=LORA_TARGETS if music else None)
+        embedder=loudness if music or speech else bag_of_words,
+        peft_config=LoraConfig(r=2, lora_alpha=8, target_modules=targets.get(scenario.family))
         if scenario.lora
         else None,
     )

@@ -127,7 +127,18 @@ def test_groups_lie_on_two_processes_and_one_has_nothing_but_empty_completions()
 
 
 def test_two_processes_train_as_one_does(alone, tmp_path):
-    names = ["full", "lora", "critic", "accumulate", "apart", "apart_lora", "masked", "allowed", "musicgen_lora"]
+    names = [
+        "full",
+        "lora",
+        "critic",
+        "accumulate",
+        "apart",
+        "apart_lora",
+        "masked",
+        "allowed",
+        "musicgen_lora",
+        "dia",
+    ]
     launch("ddp", 2, [tmp_path, *names])
     for name in names:
         check_equal(name, "ddp", tmp_path, alone(name))
@@ -171,7 +182,7 @@ def test_every_scenario_of_deepspeed(config, processes, alone, tmp_path):
     names = scenarios_of(config)
     sampled = ["sampled", "bf16", "musicgen_sampled"]
     if config == "deepspeed_zero3":  # what it does not go with: see `check_sharding`
-        names = [name for name in names if name != "reused" and SCENARIOS[name].family != "musicgen"]
+        names = [name for name in names if name != "reused" and SCENARIOS[name].family not in ("musicgen", "dia")]
         sampled.remove("musicgen_sampled")
     launch(config, processes, [tmp_path, *names, *sampled])
     for name in names:
@@ -234,5 +245,5 @@ def test_sharding_that_gives_no_right_result_is_refused():
     check_sharding(zero3, 1)
     with pytest.raises(ValueError, match="2 updates per rollout do not work with DeepSpeed ZeRO-3; set"):
         check_sharding(zero3, 2)
-    with pytest.raises(ValueError, match="`zero_stage=3` of DeepSpeed does not work with MusicGen; use"):
+    with pytest.raises(ValueError, match="`zero_stage=3` of DeepSpeed does not work with MusicGen and Dia; use"):
         check_sharding(zero3, 1, keeps_parts_whole=True)

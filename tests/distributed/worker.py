@@ -22,10 +22,11 @@ from transformers import training_args
 from trl import RLOOTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from scenarios import SCENARIOS, make_trainer, pinned_codes, pinned_completion
+from scenarios import SCENARIOS, make_trainer, pinned_codes, pinned_completion, pinned_speech
 
 from recipes import text_drcd
 from trl_drcd import CFGDistillDiversityTrainer
+from trl_drcd.policies import DiaPolicy
 
 
 def take_cpus_for_gpus() -> None:
@@ -43,6 +44,8 @@ def pinned_rollout(self, prompt_ids, *_):
     rows = range(self.accelerator.process_index * count, (self.accelerator.process_index + 1) * count)
     if self.policy.rolls_out_with_trl:
         return [pinned_completion(mode, self.rollouts[mode], row, len(self._tokenizer)) for row in rows]
+    if isinstance(self.policy, DiaPolicy):
+        return [pinned_speech(mode, self.rollouts[mode], row, self.policy.layout) for row in rows]
     layout = self.policy.mask_id, self.policy.num_codebooks
     return [pinned_codes(mode, self.rollouts[mode], row, *layout) for row in rows]
 

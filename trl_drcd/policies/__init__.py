@@ -40,7 +40,10 @@ class Policy(Protocol):
     in_trl: Any
     """A [`~trl_drcd.compat.trl_private.FamilyInTRL`]."""
     frozen: str | None
-    """Regular expression for the names of frozen modules; they stay unsharded when the rest is sharded."""
+    """
+    Regular expression for the names of frozen modules; they stay unsharded when the rest is sharded. With one, this
+    package applies FSDP2 and not accelerate.
+    """
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Freeze the modules that must not train, before the teacher is copied and the optimizer is created."""

@@ -25,6 +25,7 @@ from trl_drcd.policies.delayed import DelayedLayout, DiaStream
 from trl_drcd.sampling import Rollout, cast_once, decode, distinct_rows, evaluating
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
+NONE = "(?!)"  # matches no name
 AUDIO = {"audio", "audios", "audio_prompt"}  # columns of a voice to clone
 
 
@@ -45,7 +46,7 @@ class DiaPolicy:
     rolls_out_with_trl = False
     has_own_codec = True
     in_trl = DiaInTRL
-    frozen: str | None = None
+    frozen: str | None = NONE  # accelerate alone fails to shard a model that does not name its embeddings
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class DiaPolicy:
         Turn off all dropout, and undo TRL's changes to the model.
 
         Raises:
-            ValueError: If an adapter targets the heads, where it has no effect, or DeepSpeed ZeRO-3 splits them.
+            ValueError: If an adapter targets the heads, where it has no effect.
         """
         dia: Any = unwrapped(model)
         if any("logits_dense.lora" in name for name, _ in dia.named_parameters()):
@@ -80,8 +81,6 @@ class DiaPolicy:
                 "`target_modules` of the adapter reaches logits_dense, the heads, which must not have one; use "
                 f"`target_modules={LORA_TARGETS}`"
             )
-        if any(hasattr(parameter, "ds_id") for parameter in dia.parameters()):
-            raise ValueError("`zero_stage=3` of DeepSpeed does not work with Dia; use ZeRO-2, or LoRA and DDP")
         turn_off_dropout(dia)
         forget_patched_forward(dia)  # TRL's fused LM head supports a single head only
         self.in_trl.restore_special_tokens(dia.generation_config, dia.config)

@@ -59,7 +59,7 @@ def check_sharding(accelerator: Accelerator, updates_per_rollout: float, keeps_p
     if plugin is None or plugin.zero_stage != 3:
         return
     if keeps_parts_whole:
-        raise ValueError("`zero_stage=3` of DeepSpeed does not work with MusicGen; use FSDP2, ZeRO-2, or LoRA and DDP")
+        raise ValueError("`zero_stage=3` of DeepSpeed does not work with MusicGen and Dia; use FSDP2, ZeRO-2, or DDP")
     if updates_per_rollout > 1:
         raise ValueError(
             f"{updates_per_rollout:g} updates per rollout do not work with DeepSpeed ZeRO-3; set `num_iterations=1` "
