@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from test_musicgen import drawn_as_ours
 from test_trainer import settings
-from tiny_dia import HOP, PROMPTS, PUBLISHED, TINY, Shape, make_dac, make_dia, make_processor, make_tokenizer
+from tiny_dia import HOP, PROMPTS, PUBLISHED, TINY, Shape, make_dia, make_processor, make_tokenizer
 from transformers import AutoProcessor, DiaForConditionalGeneration, DiaProcessor, pipeline
 from transformers.generation import logits_process
 from trl import RLOOTrainer
@@ -17,7 +17,6 @@ from trl import RLOOTrainer
 from trl_drcd import CFGDistillDiversityTrainer
 from trl_drcd.compat.dia import keep_processor
 from trl_drcd.diversity import diversity_advantages
-from trl_drcd.evaluation.likelihood import right_pad
 from trl_drcd.evaluation.sampling import Samples
 from trl_drcd.guidance import guide_logits, left_pad
 from trl_drcd.losses import reverse_kl
@@ -258,7 +257,9 @@ def loudness(audio):
     return waves @ torch.randn(64, 6, generator=torch.Generator().manual_seed(0)) + 1e-3
 
 
-def make_trainer(tmp_path, tokenizer, model=None, dataset=None, peft_config=None, embedder=loudness, **kwargs):
+def make_trainer(
+    tmp_path, tokenizer, model=None, dataset=None, peft_config=None, embedder=loudness, codec=None, **kwargs
+):
     return CFGDistillDiversityTrainer(
         model=make_dia() if model is None else model,
         args=settings(tmp_path, **({"max_completion_length": TINY.steps} | kwargs)),
@@ -266,6 +267,7 @@ def make_trainer(tmp_path, tokenizer, model=None, dataset=None, peft_config=None
         processing_class=tokenizer,
         embedder=embedder,
         peft_config=peft_config,
+        codec=codec,
     )
 
 
@@ -452,7 +454,12 @@ def test_it_is_found_by_its_type(tmp_path):
 def test_without_a_processor_there_is_no_codec(tmp_path):
     tokenizer = make_processor().tokenizer
     model = make_dia()
-    assert policy_for(model, tokenizer).codec(model) is None
-    policy_for(model, tokenizer).save_extras(model, tmp_path)
-    assert not list(tmp_path.iterdir())
-    assert make_dac().config.n_codebooks == TINY.books and right_pad([[1, 2]])[1].sum() == 2
+    with pytest.raises(ValueError, match="loaded from no folder, which has none; pass the model's `DiaProcessor`"):
+        policy_for(model, tokenizer).codec(model)
+    with pytest.raises(ValueError, match="`processing_class` is a tokenizer alone"):
+        make_trainer(tmp_path / "out", tokenizer)
+    codec = policy_for(model, make_tokenizer()).codec(model)
+    trainer = make_trainer(tmp_path / "out", tokenizer, codec=codec)
+    assert trainer.codec is codec
+    policy_for(model, tokenizer).save_extras(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

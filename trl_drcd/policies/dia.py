@@ -91,17 +91,21 @@ class DiaPolicy:
         if processor is not None:
             processor.save_pretrained(folder)
 
-    def codec(self, model: PreTrainedModel) -> DelayedCodec | None:
+    def codec(self, model: PreTrainedModel) -> DelayedCodec:
         """
-        The codec of the model's processor, on the model's device; `None` if no processor is known.
+        The codec of the model's processor, on the model's device.
 
         Raises:
-            ValueError: If the codec has other codebooks than the model.
+            ValueError: If no processor is known, or its codec has other codebooks than the model.
         """
         dia: Any = unwrapped(model)
         processor: Any = processor_of(self.tokenizer, dia)
         if processor is None:
-            return None
+            raise ValueError(
+                "the codec of a Dia is in its processor, and none is known: `processing_class` is a tokenizer alone, "
+                f"and the model was loaded from {dia.config._name_or_path or 'no folder'}, which has none; pass the "
+                "model's `DiaProcessor`, or `codec`"
+            )
         dac = processor.audio_tokenizer.to(dia.device).eval()
         if (dac.config.n_codebooks, dac.config.codebook_size) != (self.num_codebooks, self.layout.eos_id):
             raise ValueError(
