@@ -45,7 +45,7 @@ PUBLISHED = Shape([0, 8, 9, 10, 11, 12, 13, 14, 15], 1024, 22)
 
 def make_dia(seed=0, shape=TINY, eos="drawn"):
     """
-    A random Dia whose logits are spread, with the generation settings of the published checkpoint.
+    A random Dia whose logits are spread, with the generation settings that transformers' conversion script writes.
 
     Args:
         seed (`int`): Of the weights.
