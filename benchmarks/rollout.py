@@ -137,6 +137,9 @@ def theirs(world: World, guidance_scale: float) -> Any:
     return model.generate(ids, attention_mask=mask, generation_config=config, **negative)
 
 
+COLUMNS = {"table": "row", "seconds": "seconds"}
+
+
 @torch.no_grad()
 def largest_difference(world: World, guidance_scale: float) -> float:
     """Of log-probabilities, between what one rollout sampled from and what scoring gives for its tokens; nats."""
@@ -203,6 +206,11 @@ def compare(world: World, guidance_scale: float, rounds: int, device: torch.devi
     return {"row": row, "seconds": seconds}
 
 
+def in_columns(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What [`compare`] gave for each model, as a `table` of rows and the `seconds` of each round."""
+    return {column: {key: result[part] for key, result in results.items()} for column, part in COLUMNS.items()}
+
+
 def main() -> None:
     """Measures, prints a table, writes it where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -223,6 +231,8 @@ def main() -> None:
     if "smollm2" in names and not Path(args.smollm2).is_dir():
         raise SystemExit(f"{args.smollm2} is not there. Run: python recipes/text/get_smollm2.py")
     results: dict[str, Any] = {}
+    settings = {"device": str(device), "threads": torch.get_num_threads(), "processor": platform.processor()}
+    settings |= {"torch": torch.__version__, "rounds": args.rounds, "small": list(args.small)}
     bar = tqdm(total=len(names) * 4 * args.rounds, desc="samplings")
     for name in names:
         world = worlds[name]()
@@ -230,14 +240,11 @@ def main() -> None:
             key = name if guidance_scale == 1 else f"{name}, guidance {guidance_scale:g}"
             results[key] = compare(world, guidance_scale, args.rounds, device, bar)
             tqdm.write(f"{key}: {results[key]['row']}")
+            if args.output:  # after each row, so that an interrupted run leaves what it has measured
+                write_text(args.output, json.dumps({"settings": settings, **in_columns(results)}, indent=1) + "\n")
     bar.close()
-    table = {key: result["row"] for key, result in results.items()}
+    table = in_columns(results)["table"]
     print(f"{device}, {torch.get_num_threads()} threads, {args.rounds} rounds\n\n{markdown_table(table)}")
-    if args.output:
-        settings = {"device": str(device), "threads": torch.get_num_threads(), "processor": platform.processor()}
-        settings |= {"torch": torch.__version__, "rounds": args.rounds, "small": list(args.small)}
-        content = {"settings": settings, "table": table, "seconds": {k: r["seconds"] for k, r in results.items()}}
-        write_text(args.output, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
