@@ -132,14 +132,12 @@ class StudentSampler:
 
     def check_lengths(self, wrapped: Any, prompt_ids: list[list[int]], what: str) -> None:
         """
-        Refuse prompts that leave no room for a completion.
+        Refuse prompts that leave no room for a completion, or that the encoder has no room for.
 
         Raises:
             ValueError: If one is too long for the model's positions.
         """
-        if self.policy.rolls_out_with_trl:  # else an encoder reads the prompt
-            student = self.accelerator.unwrap_model(wrapped)
-            check_lengths(prompt_ids, what, self.max_length, student)
+        check_lengths(self.policy, prompt_ids, what, self.max_length, self.accelerator.unwrap_model(wrapped))
 
     def padded(self, wrapped: Any, prompt_ids: list[list[int]], what: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask of prompts of the teacher, left-padded, `(B, P)`; refuses those that are too long."""

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig
 from test_musicgen import drawn_as_ours
 from test_trainer import settings
 from tiny_dia import HOP, PROMPTS, PUBLISHED, TINY, Shape, make_dia, make_processor, make_tokenizer
@@ -242,10 +242,47 @@ def test_what_is_refused(tokenizer, tmp_path):
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=name):
             make_trainer(tmp_path, tokenizer, **{name: value})
-    with pytest.raises(ValueError, match="a row has `audio`: cloning a voice"):
-        make_trainer(tmp_path, tokenizer, dataset=Dataset.from_dict({"prompt": PROMPTS, "audio": PROMPTS}))
-    with pytest.raises(ValueError, match="reaches logits_dense"):
-        make_trainer(tmp_path, tokenizer, peft_config=LoraConfig(r=2, target_modules="all-linear"))
+    for adapter in (LoraConfig, LoHaConfig):
+        with pytest.raises(ValueError, match="reaches logits_dense"):
+            make_trainer(tmp_path, tokenizer, peft_config=adapter(r=2, target_modules="all-linear"))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("column", ["audio", "audio_prompt"])
+def test_a_voice_to_clone_is_refused_with_and_without_guidance(tokenizer, tmp_path, guidance_scale, column):
+    texts = Dataset.from_dict({"prompt": PROMPTS})
+    voices = Dataset.from_dict({"prompt": PROMPTS, column: PROMPTS})
+    for train, evals, name in (
+        (voices, None, "train_dataset"),
+        (texts, voices, "eval_dataset"),
+        (texts, {"held_out": voices.to_iterable_dataset()}, "held_out"),
+    ):
+        args = settings(tmp_path, max_completion_length=TINY.steps, guidance_scale=guidance_scale)
+        with pytest.raises(ValueError, match=f"`{name}` has a column `{column}`: cloning a voice"):
+            CFGDistillDiversityTrainer(make_dia(), None, args, train, evals, tokenizer)
+
+
+def test_prompts_longer_than_the_encoders_positions_are_refused(tokenizer, tmp_path):
+    """When the run is set up, also those whose characters have several bytes; and wherever they are sampled from."""
+    model = make_dia()
+    model.config.encoder_config.max_position_embeddings = 20
+    fits, long = "a" * 20, "é" * 11  # of 20 and 22 bytes
+    for column, what in {
+        "prompt": "a prompt", "negative_prompt": "a negative prompt", "teacher_prompt": "a teacher's prompt"
+    }.items():  # fmt: skip
+        data = Dataset.from_dict({"prompt": [fits] * 16} | {column: [fits] * 15 + [long]})
+        for scale in (1.0, 3.0):
+            if column != "negative_prompt" or scale != 1:
+                with pytest.raises(ValueError, match=f"`train_dataset`: {what} of 22 tokens .* 20 positions"):
+                    make_trainer(tmp_path, tokenizer, model, data, guidance_scale=scale)
+    trainer = make_trainer(tmp_path, tokenizer, model, Dataset.from_dict({"prompt": [fits] * 16}))
+    assert rollout(trainer, [fits])["prompt_ids"].shape == (4, 20)
+    with pytest.raises(ValueError, match="a prompt of 22 tokens"):
+        rollout(trainer, [fits, long])
+    policy = policy_for(model, tokenizer)
+    for prompts, negative in (([[5] * 22], [[0] * 20]), ([[5] * 20], [[0] * 22])):
+        with pytest.raises(ValueError, match=r"of 22 tokens .* 20 positions"):
+            policy.sample(model, prompts, negative, 3.0, max_new_tokens=TINY.steps)
 
 
 # ------------------------------------------------------------------------------------------------ the trainer
@@ -271,9 +308,9 @@ def make_trainer(
     )
 
 
-def rollout(trainer):
+def rollout(trainer, prompts=PROMPTS[:2]):
     trainer.model.train()
-    return trainer._generate_and_score_completions([{"prompt": p} for p in PROMPTS[:2] for _ in range(4)])
+    return trainer._generate_and_score_completions([{"prompt": p} for p in prompts for _ in range(4)])
 
 
 def ids_of(config):

@@ -11,6 +11,8 @@ import os
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_drcd.audio.dac import DelayedCodec
@@ -46,6 +48,7 @@ class DiaPolicy:
     rolls_out_with_trl = False
     has_own_codec = True
     in_trl = DiaInTRL
+    refused_columns = AUDIO
     frozen: str | None = NONE  # accelerate alone fails to shard a model that does not name its embeddings
 
     def __init__(
@@ -62,6 +65,7 @@ class DiaPolicy:
         self.num_codebooks: int = decoder.num_channels
         self.vocabulary: int = decoder.vocab_size
         self.positions: int = decoder.max_position_embeddings
+        self.prompt_positions: int = config.encoder_config.max_position_embeddings
         self.layout = DelayedLayout(
             config.delay_pattern, decoder.eos_token_id, decoder.pad_token_id, decoder.bos_token_id
         )
@@ -76,7 +80,7 @@ class DiaPolicy:
             ValueError: If an adapter targets the heads, where it has no effect.
         """
         dia: Any = unwrapped(model)
-        if any("logits_dense.lora" in name for name, _ in dia.named_parameters()):
+        if isinstance(dia.logits_dense, BaseTunerLayer | TrainableTokensWrapper):
             raise ValueError(
                 "`target_modules` of the adapter reaches logits_dense, the heads, which must not have one; use "
                 f"`target_modules={LORA_TARGETS}`"
@@ -136,6 +140,15 @@ class DiaPolicy:
                 "frames"
             )
 
+    def check_prompts(self, prompt_ids: list[list[int]], what: str) -> None:
+        """Raise `ValueError` if the longest prompt exceeds the positions of the encoder; `what` is for the message."""
+        longest = max(map(len, prompt_ids), default=0)
+        if longest > self.prompt_positions:
+            raise ValueError(
+                f"{what} of {longest} tokens (bytes) does not fit the model, whose text encoder has "
+                f"{self.prompt_positions} positions; prompts are never truncated: shorten it"
+            )
+
     # ---------------------------------------------------------------- conditioning
 
     def negative_prompt_ids(self, rows: list[dict[str, Any]], negative_prompt: Any) -> list[list[int]]:
@@ -150,15 +163,11 @@ class DiaPolicy:
             `list[list[int]]`: One sequence per row.
 
         Raises:
-            ValueError: If a prompt is not a text, or empty, or a row has a voice to clone.
+            ValueError: If a prompt is not a text, or empty.
         """
         return [self._negative(row, negative_prompt) for row in rows]
 
     def _negative(self, row: dict[str, Any], default: Any) -> list[int]:
-        if voice := AUDIO & set(row):
-            raise ValueError(
-                f"a row has `{min(voice)}`: cloning a voice from a prompt of audio is not supported; remove the column"
-            )
         own = row.get("negative_prompt")
         negative = default if own is None else own
         taught = row.get("teacher_prompt")
@@ -270,10 +279,12 @@ class DiaPolicy:
             [`~trl_drcd.sampling.Rollout`]: The pad id where nothing was drawn.
 
         Raises:
-            ValueError: If guidance lacks negative prompts, or the number of steps does not fit the model.
+            ValueError: If guidance lacks negative prompts, or a prompt or the number of steps does not fit the model.
         """
         self.check_length(max_new_tokens)
-        different, index = distinct_rows(stacked_prompts(prompt_ids, negative_prompt_ids, guidance_scale))
+        stacked = stacked_prompts(prompt_ids, negative_prompt_ids, guidance_scale)
+        self.check_prompts(stacked, "a prompt")
+        different, index = distinct_rows(stacked)
         dia: Any = unwrapped(model)
         device, steps = dia.device, max_new_tokens - 1
         with torch.no_grad(), evaluating(model), cast_once(dia, device.type):

@@ -79,6 +79,7 @@ def check_before_loading(
     options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     family = policy_class(model, options.get("revision"))
     _check_family(family, args)
+    _check_columns(family, train_dataset, eval_dataset)
     parts = list(embedder.embedders.values()) if isinstance(embedder, EmbedderMixture) else [embedder]
     hearing = [type(part).__name__ for part in parts if isinstance(part, SavedModule)]
     if hearing and codec is None and not family.has_own_codec:
@@ -102,8 +103,7 @@ def _check_output(args: CFGDistillDiversityConfig, adapter: bool) -> None:
 
 def _check_datasets(train_dataset: TrainData, eval_dataset: EvalData, args: CFGDistillDiversityConfig) -> None:
     """Every data set must have text prompts; evaluation needs data, and a streamed training set `max_steps`."""
-    evals = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
-    for name, dataset in {"train_dataset": train_dataset, **evals}.items():
+    for name, dataset in _named(train_dataset, eval_dataset).items():
         if dataset is None and name != "train_dataset":
             continue
         if dataset is None:
@@ -121,6 +121,24 @@ def _check_datasets(train_dataset: TrainData, eval_dataset: EvalData, args: CFGD
         raise ValueError(f"`eval_strategy={strategy}` needs `eval_dataset`, got None")
     if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
         raise ValueError(f"`train_dataset` is a stream of unknown length: set `max_steps`, got {args.max_steps}")
+
+
+def _named(train_dataset: TrainData, eval_dataset: EvalData) -> dict[str, TrainData | None]:
+    """All data sets, by the argument's name or the key in `eval_dataset`."""
+    evals = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
+    return {"train_dataset": train_dataset, **evals}
+
+
+def _check_columns(family: type[Policy], train_dataset: TrainData, eval_dataset: EvalData) -> None:
+    """Refuse columns of prompts that the family does not read, such as a voice to clone."""
+    for name, dataset in _named(train_dataset, eval_dataset).items():
+        columns: list[str] = [] if dataset is None else dataset.column_names or list(next(iter(dataset), {}))
+        unread: set[str] = getattr(family, "refused_columns", set())
+        if found := unread.intersection(columns):
+            raise ValueError(
+                f"`{name}` has a column `{min(found)}`: cloning a voice from a prompt of audio is not supported; "
+                "remove the column"
+            )
 
 
 def _check_rollout_size(train_dataset: TrainData, args: CFGDistillDiversityConfig) -> None:

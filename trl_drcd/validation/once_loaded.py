@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from heapq import nlargest
 from typing import Any
@@ -23,7 +23,7 @@ from trl_drcd.validation.vllm import check_vllm
 
 logger = get_logger(__name__)
 
-LONGEST = 8  # prompts with the most characters, which are tokenized to find the longest
+LONGEST = 8  # prompts with the most bytes, which are tokenized to find the longest
 
 
 def check_once_loaded(
@@ -69,13 +69,20 @@ def check_once_loaded(
 
 
 def check_lengths(
-    sequences: Sequence[Sequence[int]], what: str, max_completion_length: int | None, model: PreTrainedModel
+    policy: Policy,
+    sequences: list[list[int]],
+    what: str,
+    max_completion_length: int | None,
+    model: PreTrainedModel,
 ) -> None:
     """
     Check that the longest prompt and its completion fit the model's context. Prompts are never truncated.
 
+    Where an encoder reads the prompts, `check_prompts` of the policy checks them, if there is one.
+
     Args:
-        sequences (`Sequence[Sequence[int]]`): Token ids of the prompts.
+        policy ([`Policy`]): The policy of the model's family.
+        sequences (`list[list[int]]`): Token ids of the prompts.
         what (`str`): Description of the sequences, for the error message.
         max_completion_length (`int`, *optional*): Maximum number of completion tokens.
         model (`PreTrainedModel`): Its configuration gives `max_position_embeddings`; without it nothing is checked.
@@ -83,6 +90,10 @@ def check_lengths(
     Raises:
         ValueError: If the longest prompt and its completion exceed `max_position_embeddings`.
     """
+    if not policy.rolls_out_with_trl:
+        if check := getattr(policy, "check_prompts", None):
+            check(sequences, what)
+        return
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, sequences), default=0)
     if limit is not None and longest + (max_completion_length or 0) > limit:
@@ -225,9 +236,9 @@ def _check_longest(
     model: PreTrainedModel,
     tokenize: Callable[[list], tuple],
 ) -> None:
-    """[`check_lengths`] on the prompts with the most characters; streams are not checked."""
-    if not policy.rolls_out_with_trl or not isinstance(dataset, Dataset):
-        return  # the prompt goes to an encoder, or the data is a stream
+    """[`check_lengths`] on the prompts with the most bytes; streams are not checked."""
+    if not isinstance(dataset, Dataset) or not (policy.rolls_out_with_trl or hasattr(policy, "check_prompts")):
+        return  # the data is a stream, or an encoder without a limit reads the prompt
     parts = {"a prompt": tokenize(nlargest(LONGEST, dataset["prompt"], key=_size))[0]}
     if args.guidance_scale != 1:
         rows = dataset.select(range(1))
@@ -240,9 +251,9 @@ def _check_longest(
         longest = nlargest(LONGEST, range(len(dataset)), key=lambda row: _size(taught[row]))
         parts["a teacher's prompt"] = teacher_prompt_ids(policy, list(dataset.select(longest)))
     for what, ids in parts.items():
-        check_lengths(ids, f"`train_dataset`: {what}", args.max_completion_length, model)
+        check_lengths(policy, ids, f"`train_dataset`: {what}", args.max_completion_length, model)
 
 
 def _size(prompt: object) -> int:
-    """Number of characters of a prompt (a text or a conversation)."""
-    return len(str(prompt))
+    """Number of bytes of a prompt (a text or a conversation)."""
+    return len(str(prompt).encode(errors="replace"))
