@@ -93,6 +93,22 @@ class StepLog:
             column.pop()
         column.extend(self.accelerator.gather(total).tolist())
 
+    def ends(self, mode: str, ended: torch.Tensor, lengths: torch.Tensor) -> None:
+        """
+        Replace TRL's metrics of how a rollout's completions end, which it tells by their last ids.
+
+        Args:
+            mode (`str`): `"train"` or `"eval"`.
+            ended (`torch.Tensor`): Whether each ended before the maximal length, boolean `(b,)`.
+            lengths (`torch.Tensor`): Ids of each, int64 `(b,)`.
+        """
+        rows = self.accelerator.gather(torch.stack([ended.to(lengths), lengths], dim=1)).float()
+        whole = rows[rows[:, 0] > 0, 1] if rows[:, 0].any() else rows.new_zeros(1)
+        values = {"mean_terminated": whole.mean(), "min_terminated": whole.min(), "max_terminated": whole.max()}
+        metrics = {f"{name}_length": value for name, value in values.items()}
+        for name, value in (metrics | {"clipped_ratio": 1 - rows[:, 0].mean()}).items():
+            self.metrics[mode][f"completions/{name}"][-1] = value.item()
+
     def reward_is_diversity(self, mode: str) -> None:
         """Log the diversity as `reward`, in place of TRL's, where there are no other reward functions."""
         metrics = self.metrics[mode]

@@ -254,7 +254,10 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
                 scored = self._diversity.score(inputs, output, mode)
             self._step_log.diversity(mode, scored)
             output["diversity_advantages"] = scored.advantages.to(output["advantages"])
-        _, mask = self.policy.ids_and_mask(output["completion_ids"], output["completion_mask"])
+        completions = output["completion_ids"], output["completion_mask"]
+        if ended := getattr(self.policy, "ended", None):
+            self._step_log.ends(mode, ended(*completions), completions[1].sum(1))
+        _, mask = self.policy.ids_and_mask(*completions)
         self._step_log.advantages(self._credits(output).values(), mask)
         if not self.reward_funcs:
             del output["advantages"]

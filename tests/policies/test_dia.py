@@ -363,6 +363,27 @@ def test_rollouts_are_without_guidance_and_score_as_sampled(tokenizer, tmp_path)
     torch.testing.assert_close(alone.log_probs, terms.log_probs.detach(), rtol=1e-4, atol=1e-4)
 
 
+def test_the_log_tells_how_completions_end(tokenizer, tmp_path):
+    """By the eos of codebook 0; TRL looks at the last id, a code of another codebook."""
+    trainer = make_trainer(tmp_path, tokenizer)
+    seen = set()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        batch = rollout(trainer)
+        lengths = batch["completion_mask"].sum(1).tolist()
+        rows = [row[:length] for row, length in zip(batch["completion_ids"].tolist(), lengths, strict=True)]
+        ended = [TINY.eos in row[:: TINY.books] for row in rows]
+        whole = [length for length, end in zip(lengths, ended, strict=True) if end] or [0]
+        log = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+        assert log["completions/clipped_ratio"] == pytest.approx(1 - sum(ended) / 8)
+        assert log["completions/mean_terminated_length"] == pytest.approx(sum(whole) / len(whole))
+        assert log["completions/min_terminated_length"] == min(whole)
+        assert log["completions/max_terminated_length"] == max(whole)
+        assert log["completions/max_length"] == max(lengths)
+        seen.add(sum(ended))
+    assert seen - {0, 8}
+
+
 def dense_reference(trainer, student, teacher, batch, guidance_scale=3.0, temperature=0.99):
     """
     KL and log p of each sequence from the whole models' own float64 logits, one at a time; nats, `(B,)`.

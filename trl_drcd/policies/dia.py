@@ -249,6 +249,11 @@ class DiaPolicy:
         ids = self.layout.steps(completion_ids)
         return ids, self.layout.steps(completion_mask).bool() & (ids != self.layout.pad_id)
 
+    def ended(self, completion_ids: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+        """Whether each completion drew its eos, boolean `(B,)`: its last id is a code of another codebook."""
+        ids, mask = self.ids_and_mask(completion_ids, completion_mask)
+        return ((ids[..., 0] == self.layout.eos_id) & mask[..., 0]).any(1)
+
     # ---------------------------------------------------------------- sampling
 
     def rollout(
