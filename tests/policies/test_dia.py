@@ -509,6 +509,19 @@ def test_it_is_found_by_its_type(tmp_path):
     assert policy_class(str(tmp_path)) is policy_class(make_dia()) is DiaPolicy
 
 
+def test_the_codec_is_never_read_from_a_pickle(tmp_path):
+    processor, model = make_processor(folder=tmp_path / "dac"), make_dia()
+    model.save_pretrained(tmp_path / "dia")
+    processor.save_pretrained(tmp_path / "dia")
+    model = DiaForConditionalGeneration.from_pretrained(tmp_path / "dia")
+    codec = policy_for(model, make_processor().tokenizer).codec(model)
+    torch.testing.assert_close(codec.audio_tokenizer.state_dict(), processor.audio_tokenizer.state_dict())
+    torch.save(processor.audio_tokenizer.state_dict(), tmp_path / "dac" / "pytorch_model.bin")
+    (tmp_path / "dac" / "model.safetensors").unlink()
+    with mock.patch("torch.load", side_effect=AssertionError), pytest.raises(ValueError, match="from safetensors"):
+        policy_for(model, make_processor().tokenizer).codec(model)
+
+
 def test_without_a_processor_there_is_no_codec(tmp_path):
     tokenizer = make_processor().tokenizer
     model = make_dia()

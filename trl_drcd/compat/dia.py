@@ -1,6 +1,7 @@
 """
 Dia in TRL 1.16 and transformers 5: TRL takes its processor for a vision model's, and TRL and transformers write the
-pad id of the text's tokenizer, 0, into the configuration of the audio decoder, where 0 is a code.
+pad id of the text's tokenizer, 0, into the configuration of the audio decoder, where 0 is a code. The processor does
+not pass `use_safetensors` on to its codec, so a pickle would be read.
 
 This can be removed once `tests/policies/test_dia.py::test_trl_alone_changes_the_decoders_ids` fails.
 """
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from transformers import AutoTokenizer, DiaConfig, DiaProcessor, GenerationConfig, ProcessorMixin
+from transformers import AutoTokenizer, DiaConfig, DiaProcessor, GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from trl_drcd.compat.trl_private import get_config_model_id
 
@@ -69,13 +70,41 @@ def processor_of(tokenizer: Any, model: Any) -> DiaProcessor | None:
 
     Returns:
         `DiaProcessor`: `None` if the model was not loaded, or from a folder without a processor.
+
+    Raises:
+        ValueError: If the codec has no weights in safetensors, or cannot be found.
     """
     kept: DiaProcessor | None = getattr(tokenizer, "kept_processor", None)
     name = get_config_model_id(model.config)
     if kept is None and name:
+        revision = getattr(model.config, "_commit_hash", None) or "main"
+        problems: list[OSError] = []
         try:
-            kept = DiaProcessor.from_pretrained(name)
+            with safetensors_only(problems):
+                kept = DiaProcessor.from_pretrained(name, revision=revision)
         except (OSError, TypeError, ValueError):  # no such file; a processor without a codec
+            if problems:
+                raise ValueError(
+                    f"the codec of the processor of {name} cannot be loaded from safetensors: {problems[0]}"
+                ) from problems[0]
             return None
         tokenizer.kept_processor = kept
     return kept
+
+
+@contextmanager
+def safetensors_only(problems: list[OSError]) -> Iterator[None]:
+    """Make `DiaProcessor.from_pretrained` load its codec from safetensors, or add what is wrong to `problems`."""
+    given: Any = PreTrainedModel.from_pretrained
+    own = given.__func__
+
+    def load(cls: Any, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        try:
+            model: PreTrainedModel = own(cls, *args, **kwargs, use_safetensors=True)
+        except OSError as error:
+            problems.append(error)
+            raise
+        return model
+
+    with mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(load)):
+        yield
