@@ -77,11 +77,10 @@ def processor_of(tokenizer: Any, model: Any) -> DiaProcessor | None:
     kept: DiaProcessor | None = getattr(tokenizer, "kept_processor", None)
     name = get_config_model_id(model.config)
     if kept is None and name:
-        revision = getattr(model.config, "_commit_hash", None) or "main"
         problems: list[OSError] = []
         try:
             with safetensors_only(problems):
-                kept = DiaProcessor.from_pretrained(name, revision=revision)
+                kept = DiaProcessor.from_pretrained(name)
         except (OSError, TypeError, ValueError):  # no such file; a processor without a codec
             if problems:
                 raise ValueError(
