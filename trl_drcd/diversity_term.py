@@ -7,7 +7,7 @@ embedding size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from trl_drcd.diversity import DiversityReward
 from trl_drcd.kernels import kernel_advantages
 from trl_drcd.mixture import EmbedderMixture
 from trl_drcd.policies import Policy
+from trl_drcd.prompts import Row
 from trl_drcd.reliability.batches import raise_together
 
 FILE = "critic.safetensors"
@@ -77,7 +78,7 @@ class DiversityTerm:
             self.steps = prefix_steps(self.max_length, args.diversity_prefixes, policy.num_codebooks)
             self.critic = PrefixCritic(len(self.steps))
 
-    def score(self, rows: list[dict[str, Any]], batch: dict[str, torch.Tensor], mode: str) -> ScoredDiversity:
+    def score(self, rows: Sequence[Row], batch: dict[str, torch.Tensor], mode: str) -> ScoredDiversity:
         """
         Rewards and advantages of a rollout; then, in training, the critic learns from it.
 

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 Turn = Mapping[str, Any]
 Row = Mapping[str, Any]
+Prompt = str | list[dict[str, str]]  # a text or the turns of a conversation
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 

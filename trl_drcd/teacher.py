@@ -8,7 +8,7 @@ Letters: `B` sequences, `S` steps, `K` codebooks, `V` vocabulary, `H` hidden siz
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from trl_drcd.heads import Head
 from trl_drcd.losses import guided_logits
 from trl_drcd.merging.loading import load_adapter_model
 from trl_drcd.policies import Policy, policy_class, teacher_prompt_ids
+from trl_drcd.prompts import Prompt, Row
 from trl_drcd.validation.model_folders import load_model
 
 Padded = tuple[torch.Tensor, torch.Tensor]  # ids and mask
@@ -67,7 +68,7 @@ class GuidedTeacher:
         return model
 
     def prompts(
-        self, rows: list[dict[str, Any]], negative_prompt: Any, padded: Callable[[list[list[int]], str], Padded]
+        self, rows: Sequence[Row], negative_prompt: Prompt | None, padded: Callable[[list[list[int]], str], Padded]
     ) -> tuple[Padded | None, Padded | None]:
         """
         What the streams read: [`read`]'s `negative_prompt` and `teacher_prompt`.

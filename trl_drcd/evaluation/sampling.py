@@ -12,9 +12,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from trl_drcd.policies import Policy, policy_for, teacher_prompt_ids
+from trl_drcd.prompts import Prompt
 
-Prompt = str | list[dict[str, str]]
-"""A text, or the turns of a conversation, each with `role` and `content`."""
 Completion = str | tuple[torch.Tensor, int]
 """A text, or a waveform, float32 on the CPU, `(T,)` or `(2, T)`, and its sampling rate in Hz."""
 

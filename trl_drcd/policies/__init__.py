@@ -19,6 +19,7 @@ from trl_drcd.policies.allowed import complement, own_allowed_token_ids, resolve
 from trl_drcd.policies.causal_lm import CausalLMPolicy, without_peft
 from trl_drcd.policies.dia import DiaPolicy
 from trl_drcd.policies.musicgen import MusicgenPolicy
+from trl_drcd.prompts import Prompt, Row
 from trl_drcd.sampling import Rollout
 
 
@@ -63,7 +64,7 @@ class Policy(Protocol):
     def check_length(self, max_completion_length: int) -> None:
         """Raise `ValueError` if `max_completion_length` is too short for the family's layout."""
 
-    def negative_prompt_ids(self, rows: list[dict[str, Any]], negative_prompt: Any) -> list[list[int]]:
+    def negative_prompt_ids(self, rows: Sequence[Row], negative_prompt: Prompt | None) -> list[list[int]]:
         """Token ids of each row's negative prompt: its own, else the given one, else the null prompt."""
 
     def hidden_states(
@@ -174,7 +175,7 @@ def policy_for(
     return family(tokenizer, model.config, chat_template_kwargs, allowed_token_ids)
 
 
-def teacher_prompt_ids(policy: Policy, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+def teacher_prompt_ids(policy: Policy, rows: Sequence[Row]) -> list[list[int]]:
     """
     Token ids of what the teacher reads with guidance: each row's `teacher_prompt`, else its `prompt`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from trl_drcd.guidance import stacked_prompts
 from trl_drcd.heads import Head
 from trl_drcd.policies.allowed import AllowedTokens
 from trl_drcd.policies.shared_prompts import distinct_prompts, shared_hidden_states, shared_refusal
+from trl_drcd.prompts import Prompt, Row
 from trl_drcd.sampling import CausalStream, Rollout, cast_once, decode, evaluating, generate, refusal
 
 logger = get_logger(__name__)
@@ -74,7 +76,7 @@ class CausalLMPolicy:
     def check_length(self, max_completion_length: int) -> None:
         """Accept any length."""
 
-    def negative_prompt_ids(self, rows: list[dict[str, Any]], negative_prompt: Any) -> list[list[int]]:
+    def negative_prompt_ids(self, rows: Sequence[Row], negative_prompt: Prompt | None) -> list[list[int]]:
         """
         Token ids of each row's negative prompt.
 
@@ -94,7 +96,7 @@ class CausalLMPolicy:
         """
         return [self._negative_ids(row, negative_prompt) for row in rows]
 
-    def _negative_ids(self, row: dict[str, Any], default: Any) -> list[int]:
+    def _negative_ids(self, row: Row, default: Prompt | None) -> list[int]:
         negative = row.get("negative_prompt")
         negative = default if negative is None else negative
         text = "" if negative is None else negative
@@ -286,7 +288,7 @@ def _head_refusal(model: Any) -> str | None:
     return None if _before_head(model) is None else f"{type(model).__name__} has layers before its output embeddings"
 
 
-def without_peft(model: Any) -> PreTrainedModel:
+def without_peft(model: Any) -> Any:
     """The transformers model inside a `PeftModel`, with its adapters; other models are returned unchanged."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 

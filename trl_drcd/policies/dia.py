@@ -8,6 +8,7 @@ softmax over the codes, and on codebook 0 the eos; `generate` draws otherwise (d
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from trl_drcd.heads import Head
 from trl_drcd.policies.causal_lm import _full
 from trl_drcd.policies.causal_lm import without_peft as unwrapped
 from trl_drcd.policies.delayed import DelayedLayout, DiaStream
+from trl_drcd.prompts import Prompt, Row
 from trl_drcd.sampling import Rollout, cast_once, decode, distinct_rows, evaluating
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -79,7 +81,7 @@ class DiaPolicy:
         Raises:
             ValueError: If an adapter targets the heads, where it has no effect.
         """
-        dia: Any = unwrapped(model)
+        dia = unwrapped(model)
         if isinstance(dia.logits_dense, BaseTunerLayer | TrainableTokensWrapper):
             raise ValueError(
                 "`target_modules` of the adapter reaches logits_dense, the heads, which must not have one; use "
@@ -102,7 +104,7 @@ class DiaPolicy:
         Raises:
             ValueError: If no processor is known, or its codec has other codebooks than the model.
         """
-        dia: Any = unwrapped(model)
+        dia = unwrapped(model)
         processor: Any = processor_of(self.tokenizer, dia)
         if processor is None:
             raise ValueError(
@@ -121,12 +123,12 @@ class DiaPolicy:
 
     def prompt_vocabulary(self, model: PreTrainedModel) -> int:
         """Vocabulary size of the text encoder."""
-        dia: Any = unwrapped(model)
+        dia = unwrapped(model)
         return int(dia.config.encoder_config.vocab_size)
 
     def sampled_from(self, model: PreTrainedModel) -> torch.nn.Module:
         """The decoder without its heads, which `rollout` applies itself."""
-        dia: Any = unwrapped(model)
+        dia = unwrapped(model)
         decoder: torch.nn.Module = dia.model.decoder
         return decoder
 
@@ -151,7 +153,7 @@ class DiaPolicy:
 
     # ---------------------------------------------------------------- conditioning
 
-    def negative_prompt_ids(self, rows: list[dict[str, Any]], negative_prompt: Any) -> list[list[int]]:
+    def negative_prompt_ids(self, rows: Sequence[Row], negative_prompt: Prompt | None) -> list[list[int]]:
         """
         Token ids of each row's negative prompt; the null prompt has a 0 for each byte of what the teacher reads.
 
@@ -167,7 +169,7 @@ class DiaPolicy:
         """
         return [self._negative(row, negative_prompt) for row in rows]
 
-    def _negative(self, row: dict[str, Any], default: Any) -> list[int]:
+    def _negative(self, row: Row, default: Prompt | None) -> list[int]:
         own = row.get("negative_prompt")
         negative = default if own is None else own
         taught = row.get("teacher_prompt")
@@ -211,7 +213,7 @@ class DiaPolicy:
         Returns:
             `torch.Tensor`: Shape `(B, S, H)`.
         """
-        dia: Any = unwrapped(model)
+        dia = unwrapped(model)
         condition = self._condition(dia, prompt_ids, prompt_mask)
         output = dia.model.decoder(input_ids=self.layout.inputs(completion_ids), use_cache=False, **condition)
         hidden: torch.Tensor = output.last_hidden_state
@@ -238,7 +240,7 @@ class DiaPolicy:
 
     def heads(self, model: PreTrainedModel) -> list[Head]:
         """One head per codebook: the rows of its codes, and for the first that of the eos."""
-        dia: Any = unwrapped(model)
+        dia = unwrapped(model)
         weights = _full(dia.logits_dense.weight).unflatten(0, (self.num_codebooks, self.vocabulary)).unbind(0)
         return [Head(weight[: self.layout.eos_id + (k == 0)]) for k, weight in enumerate(weights)]
 
@@ -290,7 +292,7 @@ class DiaPolicy:
         stacked = stacked_prompts(prompt_ids, negative_prompt_ids, guidance_scale)
         self.check_prompts(stacked, "a prompt")
         different, index = distinct_rows(stacked)
-        dia: Any = unwrapped(model)
+        dia = unwrapped(model)
         device, steps = dia.device, max_new_tokens - 1
         with torch.no_grad(), evaluating(model), cast_once(dia, device.type):
             ids, mask = left_pad(different, 0)

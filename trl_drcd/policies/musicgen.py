@@ -10,6 +10,7 @@ mask id, `vocab_size`. Of a stereo model the codebooks of left and right alterna
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from trl_drcd.guidance import left_pad, stacked_prompts
 from trl_drcd.heads import Head
 from trl_drcd.policies.causal_lm import _full
 from trl_drcd.policies.causal_lm import without_peft as unwrapped
+from trl_drcd.prompts import Prompt, Row
 from trl_drcd.sampling import Rollout, cast_once, decode, distinct_rows, evaluating, preallocated_cross_cache
 
 # Attributes of the model that are always frozen. As in AudioCraft, the projection is part of the conditioning
@@ -76,7 +78,7 @@ class MusicgenPolicy:
         Raises:
             ValueError: If an adapter targets the heads, where it has no effect, or a frozen module.
         """
-        musicgen: Any = unwrapped(model)
+        musicgen = unwrapped(model)
         trainable = [name for name, p in musicgen.named_parameters() if p.requires_grad]
         if musicgen is not model:
             wrong = [name for name in trainable if name.startswith((*FROZEN, "decoder.lm_heads"))]
@@ -106,12 +108,12 @@ class MusicgenPolicy:
 
     def prompt_vocabulary(self, model: PreTrainedModel) -> int:
         """Vocabulary size of the text encoder."""
-        musicgen: Any = unwrapped(model)
+        musicgen = unwrapped(model)
         return int(musicgen.text_encoder.get_input_embeddings().num_embeddings)
 
     def sampled_from(self, model: PreTrainedModel) -> torch.nn.Module:
         """The decoder without its heads, which `rollout` applies itself."""
-        musicgen: Any = unwrapped(model)
+        musicgen = unwrapped(model)
         decoder: torch.nn.Module = musicgen.decoder.model
         return decoder
 
@@ -126,7 +128,7 @@ class MusicgenPolicy:
 
     # ---------------------------------------------------------------- conditioning
 
-    def negative_prompt_ids(self, rows: list[dict[str, Any]], negative_prompt: Any) -> list[list[int]]:
+    def negative_prompt_ids(self, rows: Sequence[Row], negative_prompt: Prompt | None) -> list[list[int]]:
         """
         Token ids of each row's negative prompt; an empty list is the null condition.
 
@@ -188,7 +190,7 @@ class MusicgenPolicy:
         Returns:
             `torch.Tensor`: Shape `(B, S, H)`.
         """
-        musicgen: Any = unwrapped(model)
+        musicgen = unwrapped(model)
         steps = self._steps(completion_ids)
         inputs = torch.cat([torch.full_like(steps[:, :1], self.mask_id), steps[:, :-1]], dim=1)
         output = musicgen.decoder.model(
@@ -219,7 +221,7 @@ class MusicgenPolicy:
 
     def heads(self, model: PreTrainedModel) -> list[Head]:
         """One head per codebook."""
-        musicgen: Any = unwrapped(model)
+        musicgen = unwrapped(model)
         return [Head(_full(head.weight)) for head in musicgen.decoder.lm_heads]
 
     def ids_and_mask(
@@ -269,7 +271,7 @@ class MusicgenPolicy:
         """
         self.check_length(max_new_tokens)
         different, index = distinct_rows(stacked_prompts(prompt_ids, negative_prompt_ids, guidance_scale))
-        musicgen: Any = unwrapped(model)
+        musicgen = unwrapped(model)
         device = musicgen.device
         with torch.no_grad(), evaluating(model), cast_once(musicgen, device.type):
             ids, mask = left_pad(different, self.tokenizer.pad_token_id or 0)
