@@ -46,6 +46,9 @@ class CFGDistillDiversityConfig(RLOOConfig):
     Args:
         guidance_scale (`float`, *optional*, defaults to 3.0):
             gamma of the teacher, Eq. (1). 1 distils the base model itself.
+        guidance_start (`int`, *optional*, defaults to 0):
+            First step of a completion at which the teacher is guided; before it, it is the base model. Early tokens
+            decide in what the completions of a prompt differ, so a late start keeps diversity; 0 is the paper's.
         negative_prompt (`str`, *optional*):
             x^- of Eq. (1) for rows without a `negative_prompt` of their own. `None` is the unconditional prompt.
         allowed_token_ids (`list[str]`, *optional*):
@@ -112,6 +115,12 @@ class CFGDistillDiversityConfig(RLOOConfig):
         default=True, metadata={"help": "Turn dropout off, so that samples come from the scored distribution."}
     )
     guidance_scale: float = field(default=3.0, metadata={"help": "gamma of the teacher's classifier-free guidance."})
+    guidance_start: int = field(
+        default=0,
+        metadata={
+            "help": "First step of a completion that is guided; a late start keeps diversity. 0 is the paper's."
+        },
+    )
     negative_prompt: str | None = field(
         default=None, metadata={"help": "Negative prompt of the teacher; None is the unconditional prompt."}
     )

@@ -92,6 +92,23 @@ def guide_hidden_states(cond: torch.Tensor, uncond: torch.Tensor, guidance_scale
     return guide_logits(cond, uncond, guidance_scale)
 
 
+def late_guidance(cond: torch.Tensor, uncond: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Two streams whose guidance is that of Eq. (1) from step `start` on, and none before it.
+
+    Before it the unconditional stream is replaced by the conditional one: `c + gamma * (c - c) = c`, for every gamma.
+
+    Args:
+        cond (`torch.Tensor`): Conditional states or logits of the steps of completions, shape `(B, S, ...)`.
+        uncond (`torch.Tensor`): Unconditional ones, same shape.
+        start (`int`): First step that is guided; 0 guides all.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: `cond`, and `uncond` with its first steps replaced.
+    """
+    return cond, (torch.cat([cond[:, :start], uncond[:, start:]], dim=1) if start else uncond)
+
+
 class TeacherCFGLogitsProcessor(LogitsProcessor):
     """
     Samples from the guided distribution inside `generate`, with both streams in one doubled batch.
@@ -105,28 +122,33 @@ class TeacherCFGLogitsProcessor(LogitsProcessor):
     Args:
         guidance_scale (`float`): gamma; no unit.
         temperature (`float`, *optional*, defaults to 1.0): Temperature of the softmax; above 0.
+        guidance_start (`int`, *optional*, defaults to 0): First step that is guided. Steps are counted from the first
+            call, so give every call of `generate` a processor of its own.
 
     Raises:
         ValueError: If `temperature` is not above 0.
     """
 
-    def __init__(self, guidance_scale: float, temperature: float = 1.0):
+    def __init__(self, guidance_scale: float, temperature: float = 1.0, guidance_start: int = 0):
         if not temperature > 0:
             raise ValueError(f"`temperature` must be above 0, got {temperature}")
         self.guidance_scale = guidance_scale
         self.temperature = temperature
+        self.guidance_start, self.step = guidance_start, 0
 
     def guided_log_probs(self, scores: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities `(B, V)` of the guided distribution from the doubled logits `(2B, V)`, in nats."""
+        """Log-probabilities `(B, V)` of this step's distribution from the doubled logits `(2B, V)`, in nats."""
         if scores.shape[0] % 2:
             raise ValueError(f"`scores` must have conditional and unconditional rows, got {scores.shape[0]} rows")
         cond, uncond = scores.chunk(2)
-        return (guide_logits(cond, uncond, self.guidance_scale) / self.temperature).log_softmax(-1)
+        scale = self.guidance_scale if self.step >= self.guidance_start else 1.0
+        return (guide_logits(cond, uncond, scale) / self.temperature).log_softmax(-1)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         # Inverse transform sampling, in float64 so that rare tokens are not lost. For a large vocabulary
         # `torch.multinomial`, which draws a random number per token, takes many times as long
         cumulated = self.guided_log_probs(scores).exp().cumsum(-1, dtype=torch.float64)
+        self.step += 1
         draw = torch.rand(len(cumulated), 1, dtype=torch.float64, device=scores.device) * cumulated[:, -1:]
         token = torch.searchsorted(cumulated, draw, right=True).clamp(max=scores.shape[1] - 1).repeat(2, 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
@@ -176,6 +198,7 @@ def generate_guided(
     guidance_scale: float = 1.0,
     temperature: float = 1.0,
     max_new_tokens: int = 20,
+    guidance_start: int = 0,
 ) -> torch.Tensor:
     """
     Sample completions from a causal LM, with classifier-free guidance if `guidance_scale` is not 1.
@@ -191,6 +214,7 @@ def generate_guided(
         guidance_scale (`float`, *optional*, defaults to 1.0): gamma. 1 disables guidance, at half the cost.
         temperature (`float`, *optional*, defaults to 1.0): Above 0.
         max_new_tokens (`int`, *optional*, defaults to 20): Maximum number of completion tokens.
+        guidance_start (`int`, *optional*, defaults to 0): First step that is guided.
 
     Returns:
         `torch.Tensor`: Completion ids, int64, shape `(B, <= max_new_tokens)`, filled with the pad id after an eos.
@@ -202,7 +226,8 @@ def generate_guided(
     if not guided:
         config = ancestral_generation_config(model.generation_config, temperature, max_new_tokens=max_new_tokens)
         return generate_rows(model, rows, config)
-    output = generate_drawn(model, rows, TeacherCFGLogitsProcessor(guidance_scale, temperature), max_new_tokens)
+    processor = TeacherCFGLogitsProcessor(guidance_scale, temperature, guidance_start)
+    output = generate_drawn(model, rows, processor, max_new_tokens)
     return output[: len(prompt_ids)]
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from trl_drcd.compat.trl_private import use_adapter
 from trl_drcd.distributed import InsideForward
-from trl_drcd.guidance import guide_hidden_states
+from trl_drcd.guidance import guide_hidden_states, late_guidance
 from trl_drcd.heads import Head
 from trl_drcd.losses import guided_logits
 from trl_drcd.merging.loading import load_adapter_model
@@ -51,10 +51,19 @@ class GuidedTeacher:
             the student is a PEFT model whose base is the teacher.
         guidance_scale (`float`): gamma of Eq. (1); 1 disables guidance.
         accelerator (`Accelerator`): The trainer's accelerator.
+        guidance_start (`int`, *optional*, defaults to 0): First step that is guided.
     """
 
-    def __init__(self, policy: Policy, copy: PreTrainedModel | None, guidance_scale: float, accelerator: Accelerator):
+    def __init__(
+        self,
+        policy: Policy,
+        copy: PreTrainedModel | None,
+        guidance_scale: float,
+        accelerator: Accelerator,
+        guidance_start: int = 0,
+    ):
         self.policy, self.copy, self.guidance_scale, self.accelerator = policy, copy, guidance_scale, accelerator
+        self.guidance_start = guidance_start
         self.inside_forward = InsideForward(accelerator)
 
     @property
@@ -108,7 +117,7 @@ class GuidedTeacher:
                 `prompt_ids`, left-padded, int64 `(B, P'')`.
 
         Returns:
-            `TeacherStates`: Hidden states of both streams.
+            `TeacherStates`: Hidden states of both streams, which are the conditional ones before `guidance_start`.
         """
         model, off = self.model(student), self.copy is None
         prompts = (batch["prompt_ids"], batch["prompt_mask"]) if teacher_prompt is None else teacher_prompt
@@ -134,7 +143,9 @@ class GuidedTeacher:
                 cond.append(first)
                 uncond += second
         model.train(was_training)
-        return TeacherStates(torch.cat(cond), torch.cat(uncond) if uncond else None)
+        if not uncond:
+            return TeacherStates(torch.cat(cond), None)
+        return TeacherStates(*late_guidance(torch.cat(cond), torch.cat(uncond), self.guidance_start))
 
     def heads(self, student: Any) -> list[Head]:
         """The teacher's `K` heads."""

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from trl_drcd.evaluation.sampling import Prompt, Samples
-from trl_drcd.guidance import guide_hidden_states, guide_logits, left_pad
+from trl_drcd.guidance import guide_hidden_states, guide_logits, late_guidance, left_pad
 from trl_drcd.heads import Head
 from trl_drcd.losses import sum_per_sequence, token_log_probs, token_terms
 from trl_drcd.policies import Policy
@@ -58,6 +58,7 @@ def _predictions(
     negative_prompts: list[list[int]],
     completion: Padded,
     guidance_scale: float,
+    guidance_start: int = 0,
 ) -> list[tuple[torch.Tensor, Head]]:
     """For each codebook, the hidden states of its scored tokens and the head that maps them to (guided) logits."""
     streams = [prompts, negative_prompts] if guidance_scale != 1 else [prompts]
@@ -65,6 +66,8 @@ def _predictions(
     for stream in streams:
         ids, attention = left_pad(stream, 0)
         hidden.append(policy.hidden_states(model, ids.to(model.device), attention.to(model.device), *completion))
+    if len(hidden) == 2:
+        hidden = list(late_guidance(hidden[0], hidden[1], guidance_start))
     _, mask = policy.ids_and_mask(*completion)
     predictions = []
     for k, head in enumerate(policy.heads(model)):
@@ -103,6 +106,7 @@ def teacher_terms(
     batch_size: int = 64,
     description: str | None = None,
     model_negative_prompt: Prompt | None = None,
+    model_guidance_start: int = 0,
 ) -> SequenceTerms:
     """
     KL(model || guided teacher) along the given completions, Eq. (2) of https://huggingface.co/papers/2410.06084.
@@ -123,6 +127,8 @@ def teacher_terms(
         batch_size (`int`, *optional*, defaults to 64): Sequences per batch.
         description (`str`, *optional*): Name of the progress bar; `None` shows none.
         model_negative_prompt (*optional*): x^- of the model's guidance for prompts without their own.
+        model_guidance_start (`int`, *optional*, defaults to 0): First step at which the model itself was guided. The
+            teacher is guided from the first.
 
     Returns:
         [`SequenceTerms`]: Each of shape `(B,)`, float32 on the CPU.
@@ -140,7 +146,7 @@ def teacher_terms(
     model.eval(), teacher.eval()
     parts = []
     for part, completion in _batches(samples, batch_size, model.device, description):
-        given = prompts[part], own_negatives[part], completion, model_guidance_scale
+        given = prompts[part], own_negatives[part], completion, model_guidance_scale, model_guidance_start
         ours = _predictions(policy, model, *given)
         theirs = _predictions(policy, teacher, taught[part], negatives[part], completion, guidance_scale)
         ids, mask = policy.ids_and_mask(*completion)

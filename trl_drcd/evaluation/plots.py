@@ -25,7 +25,7 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E
 MARKERS = "osD^vph*<>"
 # Preferred label positions, by sweep: offset in points and alignment
 PLACES = (((6, 5), "left"), ((-6, -11), "right"), ((6, -11), "left"))
-SWEPT = {"guidance_scale": "γ", "temperature": "T", "interpolation_weight": "λ"}
+SWEPT = {"guidance_scale": "γ", "guidance_start": "start", "temperature": "T", "interpolation_weight": "λ"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def swept(group: Sequence[Point]) -> str | None:
-    """The setting that a strategy sweeps: `guidance_scale`, `temperature`, `interpolation_weight` or `None`."""
+    """The setting of [`SWEPT`] that a strategy sweeps, or `None`."""
     return next((name for name in SWEPT if len({getattr(point, name) for point in group}) > 1), None)
 
 

@@ -107,6 +107,7 @@ def sample_prompts(
     chat_template_kwargs: dict[str, Any] | None = None,
     teacher_prompts: Sequence[Prompt | None] | None = None,
     allowed_token_ids: torch.Tensor | None = None,
+    guidance_start: int = 0,
 ) -> Samples:
     """
     Sample completions of every prompt, without truncation or penalties.
@@ -133,6 +134,7 @@ def sample_prompts(
             the prompt.
         allowed_token_ids (`torch.Tensor`, *optional*): Tokens of completions, sorted, int64 `(V',)`; by default those
             that the model's generation config does not suppress.
+        guidance_start (`int`, *optional*, defaults to 0): First step of a completion that is guided.
 
     Returns:
         [`Samples`]: `len(prompts) * samples_per_prompt` completions.
@@ -165,8 +167,9 @@ def sample_prompts(
             for first in range(0, len(ids), batch_size):
                 part = slice(first, first + batch_size)
                 output = policy.sample(
-                    model, ids[part], negative_ids and negative_ids[part], guidance_scale, temperature, max_new_tokens
-                )
+                    model, ids[part], negative_ids and negative_ids[part], guidance_scale, temperature, max_new_tokens,
+                    guidance_start,
+                )  # fmt: skip
                 samples.token_ids += output
                 bar.update(len(output))
     samples.seconds = time.perf_counter() - start

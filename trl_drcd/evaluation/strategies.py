@@ -25,7 +25,7 @@ from trl_drcd.validation.model_folders import check_adapter_folder, check_model,
 Given = Mapping[str, object]
 """A strategy as parsed from the YAML file."""
 
-SWEPT = {"guidance_scale": "gamma", "temperature": "T", "interpolation_weight": "lambda"}
+SWEPT = {"guidance_scale": "gamma", "guidance_start": "start", "temperature": "T", "interpolation_weight": "lambda"}
 """Settings that can be swept with a list, and their symbols in names."""
 MAX_NAME, MAX_SWEEP = 100, 1000
 
@@ -37,6 +37,7 @@ KEYS = {
     "weights": "of `models`; equal if not given",
     "interpolation_weight": "lambda, in place of `weights`, for two `models`: (1 - lambda) first + lambda second",
     "guidance_scale": "gamma of classifier-free guidance; 1, the default, turns it off",
+    "guidance_start": "first step of a completion that is guided, 0 if not given; a late start keeps diversity",
     "negative_prompt": "x^- of guidance, for prompts without their own",
     "temperature": f"sampling temperature; {USUAL_TEMPERATURE} if not given",
     "diversity_coef": "coefficient that the model was trained with, for the report only",
@@ -61,6 +62,7 @@ class Row:
         diversity_coef (`float`, *optional*): Coefficient that the model was trained with, for the report only.
         training_seed (`int`, *optional*): Number of the training among repetitions with other seeds; these rows are
             pooled into one point.
+        guidance_start (`int`): First step of a completion that is guided.
     """
 
     strategy: str
@@ -72,11 +74,17 @@ class Row:
     interpolation_weight: float | None = None
     diversity_coef: float | None = None
     training_seed: int | None = None
+    guidance_start: int = 0
 
     @property
     def point(self) -> str:
         """The strategy with its swept value; the same for all training seeds."""
-        usual = {"guidance_scale": 1.0, "temperature": USUAL_TEMPERATURE, "interpolation_weight": None}
+        usual = {
+            "guidance_scale": 1.0,
+            "guidance_start": 0,
+            "temperature": USUAL_TEMPERATURE,
+            "interpolation_weight": None,
+        }
         values = {mark: getattr(self, name) for name, mark in SWEPT.items() if getattr(self, name) != usual[name]}
         parts = [f"{mark} {value:g}" for mark, value in values.items()]
         return " ".join([self.strategy, *([f"({', '.join(parts)})"] if parts else [])])
@@ -89,7 +97,10 @@ class Row:
     @property
     def slug(self) -> str:
         """A unique file name: the row's name in letters, digits and underscores, and a hash of all fields."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+        fields = asdict(self)
+        if not self.guidance_start:
+            del fields["guidance_start"]  # as in earlier versions, whose files keep their names
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
         return f"{re.sub(r'[^A-Za-z0-9.]+', '_', self.name)[:60].strip('_')}_{digest}"
 
 
@@ -99,7 +110,7 @@ def expand(strategies: Sequence[Given]) -> list[Row]:
 
     Args:
         strategies (`list[dict]`): Each with `name` and optionally other [`KEYS`]. At most one of `guidance_scale`,
-            `temperature` and `interpolation_weight` may be a list, a sweep.
+            `guidance_start`, `temperature` and `interpolation_weight` may be a list, a sweep.
 
     Returns:
         `list[Row]`: In order.
@@ -195,12 +206,24 @@ def _row(name: str, given: Given, training_seed: int | None, where: str) -> Row:
         numbers["interpolation_weight"],
         numbers["diversity_coef"],
         training_seed,
+        _guidance_start(numbers["guidance_start"], guidance, where),
     )
     if not row.guidance_scale >= 0 or not math.isfinite(row.guidance_scale):
         raise ValueError(f"{where}: `guidance_scale` must be finite and at least 0, got {row.guidance_scale}")
     if not row.temperature > 0 or not math.isfinite(row.temperature):
         raise ValueError(f"{where}: `temperature` must be finite and above 0, got {row.temperature}")
     return row
+
+
+def _guidance_start(given: float | None, guidance_scale: float | None, where: str) -> int:
+    """The first guided step; 0 if it is not given."""
+    if given is None:
+        return 0
+    if not math.isfinite(given) or given < 0 or int(given) != given:
+        raise ValueError(f"{where}: `guidance_start` must be a whole number of steps, at least 0, got {given}")
+    if given and guidance_scale in (None, 1):
+        raise ValueError(f"{where}: `guidance_start` needs a `guidance_scale` other than 1, which turns guidance off")
+    return int(given)
 
 
 def _number(given: Given, part: str, where: str) -> float | None:

@@ -28,6 +28,7 @@ COMMON = {
     *("report_to", "on_bad_batch", "ddp_timeout", "reward_weights"),
     *("model_name_or_path", "dtype", "use_peft", "lora_r", "lora_alpha", "lora_target_modules", "guidance_scale"),
     *(
+        "guidance_start",
         "negative_prompt",
         "allowed_token_ids",
         "diversity_coef",

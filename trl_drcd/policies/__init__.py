@@ -97,8 +97,12 @@ class Policy(Protocol):
         temperature: float = 1.0,
         max_new_tokens: int = 20,
         eos_token_ids: list[int] | None = None,
+        guidance_start: int = 0,
     ) -> Rollout:
-        """Sample without truncation or penalties, guided if `guidance_scale` is not 1, with log-probabilities."""
+        """
+        Sample without truncation or penalties, with log-probabilities; guided from step `guidance_start` on if
+        `guidance_scale` is not 1.
+        """
 
     def sample(
         self,
@@ -108,6 +112,7 @@ class Policy(Protocol):
         guidance_scale: float = 1.0,
         temperature: float = 1.0,
         max_new_tokens: int = 20,
+        guidance_start: int = 0,
     ) -> list[list[int]]:
         """The completions of [`Policy.rollout`], as lists of ids."""
 

@@ -216,6 +216,7 @@ class CausalLMPolicy:
         temperature: float = 1.0,
         max_new_tokens: int = 20,
         eos_token_ids: list[int] | None = None,
+        guidance_start: int = 0,
     ) -> Rollout:
         """
         Sample completions, with classifier-free guidance (one doubled batch) if `guidance_scale` is not 1.
@@ -232,6 +233,7 @@ class CausalLMPolicy:
             max_new_tokens (`int`, *optional*, defaults to 20): Maximum number of completion tokens.
             eos_token_ids (`list[int]`, *optional*): Tokens that end a completion; defaults to those of the model's
                 generation config.
+            guidance_start (`int`, *optional*, defaults to 0): First step that is guided.
 
         Returns:
             [`~trl_drcd.sampling.Rollout`]: `K` is 1.
@@ -247,9 +249,14 @@ class CausalLMPolicy:
             if (reason := refusal(own) or _head_refusal(own)) is not None:
                 logger.warning_once(f"Sampling goes through `generate`, which is slower: {reason}.")
                 token_ids = self.heads(model)[0].token_ids
-                return generate(model, rows, max_new_tokens, guidance_scale, temperature, eos, token_ids)
+                return generate(
+                    model, rows, max_new_tokens, guidance_scale, temperature, eos, token_ids, guidance_start
+                )
             stream, fill = CausalStream(own.base_model, rows, max_new_tokens), (as_list(config.pad_token_id) or [0])[0]
-            return decode(stream, self.heads(model), max_new_tokens, guidance_scale, temperature, eos, fill)
+            return decode(
+                stream, self.heads(model), max_new_tokens, guidance_scale, temperature, eos, fill,
+                guidance_start=guidance_start,
+            )  # fmt: skip
 
     def sample(
         self,
@@ -259,11 +266,13 @@ class CausalLMPolicy:
         guidance_scale: float = 1.0,
         temperature: float = 1.0,
         max_new_tokens: int = 20,
+        guidance_start: int = 0,
     ) -> list[list[int]]:
         """The completions of [`rollout`], each up to and including its first eos."""
         return self.rollout(
-            model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens
-        ).completions()
+            model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens,
+            guidance_start=guidance_start,
+        ).completions()  # fmt: skip
 
 
 def as_list(token_ids: int | list[int] | None) -> list[int]:

@@ -267,6 +267,7 @@ class DiaPolicy:
         temperature: float = 1.0,
         max_new_tokens: int = 256,
         eos_token_ids: list[int] | None = None,
+        guidance_start: int = 0,
     ) -> Rollout:
         """
         Sample completions, with classifier-free guidance (one doubled batch) if `guidance_scale` is not 1.
@@ -281,6 +282,7 @@ class DiaPolicy:
             max_new_tokens (`int`, *optional*, defaults to 256): Decoder steps, as in `generate`: frames, the longest
                 delay, and the end, which is not drawn if it comes by length.
             eos_token_ids (`list[int]`, *optional*): Not used: the eos is the decoder's.
+            guidance_start (`int`, *optional*, defaults to 0): First step that is guided.
 
         Returns:
             [`~trl_drcd.sampling.Rollout`]: The pad id where nothing was drawn.
@@ -301,6 +303,7 @@ class DiaPolicy:
             return decode(
                 stream, self.heads(model), steps, guidance_scale, temperature, [self.layout.eos_id],
                 self.layout.pad_id, self.layout.is_drawn(steps).to(device), after_end=self.layout.after_end,
+                guidance_start=guidance_start,
             )  # fmt: skip
 
     def sample(
@@ -311,8 +314,10 @@ class DiaPolicy:
         guidance_scale: float = 1.0,
         temperature: float = 1.0,
         max_new_tokens: int = 256,
+        guidance_start: int = 0,
     ) -> list[list[int]]:
         """The completions of [`rollout`]."""
         return self.rollout(
-            model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens
-        ).completions()
+            model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens,
+            guidance_start=guidance_start,
+        ).completions()  # fmt: skip

@@ -246,6 +246,7 @@ class MusicgenPolicy:
         temperature: float = 1.0,
         max_new_tokens: int = 256,
         eos_token_ids: list[int] | None = None,
+        guidance_start: int = 0,
     ) -> Rollout:
         """
         Sample completions, with classifier-free guidance (one doubled batch) if `guidance_scale` is not 1.
@@ -262,6 +263,7 @@ class MusicgenPolicy:
             temperature (`float`, *optional*, defaults to 1.0): Above 0.
             max_new_tokens (`int`, *optional*, defaults to 256): Decoder steps `S`.
             eos_token_ids (`list[int]`, *optional*): Not used: every completion has `S` steps.
+            guidance_start (`int`, *optional*, defaults to 0): First step that is guided.
 
         Returns:
             [`~trl_drcd.sampling.Rollout`]: Delayed layout; the mask id where a codebook has no code.
@@ -280,8 +282,9 @@ class MusicgenPolicy:
             stream = MusicgenStream(musicgen.decoder.model, condition, begin, index.to(device), max_new_tokens)
             layout = is_coded(max_new_tokens, self.num_codebooks, self.channels).to(device)
             return decode(
-                stream, self.heads(model), max_new_tokens, guidance_scale, temperature, (), self.mask_id, layout
-            )
+                stream, self.heads(model), max_new_tokens, guidance_scale, temperature, (), self.mask_id, layout,
+                guidance_start=guidance_start,
+            )  # fmt: skip
 
     def sample(
         self,
@@ -291,11 +294,13 @@ class MusicgenPolicy:
         guidance_scale: float = 1.0,
         temperature: float = 1.0,
         max_new_tokens: int = 256,
+        guidance_start: int = 0,
     ) -> list[list[int]]:
         """The completions of [`rollout`], `S * K` ids each."""
         return self.rollout(
-            model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens
-        ).completions()
+            model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens,
+            guidance_start=guidance_start,
+        ).completions()  # fmt: skip
 
 
 class MusicgenStream:

@@ -15,14 +15,22 @@ from trl_drcd.sampling.loop import Rollout, check_sampling
 class DrawingProcessor(LogitsProcessor):
     """Draw the tokens of each step as [`~trl_drcd.sampling.loop.decode`] does, and record them in `steps`."""
 
-    def __init__(self, guidance_scale: float, temperature: float, token_ids: torch.Tensor | None = None):
+    def __init__(
+        self,
+        guidance_scale: float,
+        temperature: float,
+        token_ids: torch.Tensor | None = None,
+        guidance_start: int = 0,
+    ):
         self.guidance_scale, self.temperature, self.token_ids = guidance_scale, temperature, token_ids
+        self.guidance_start = guidance_start
         self.steps: list[Drawn] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         guided = self.guidance_scale != 1
         cond, uncond = scores.chunk(2) if guided else (scores, scores)
-        logits = guide_logits(cond, uncond, self.guidance_scale).clone()
+        scale = self.guidance_scale if len(self.steps) >= self.guidance_start else 1.0
+        logits = guide_logits(cond, uncond, scale).clone()
         if self.token_ids is not None:
             logits = logits[:, self.token_ids]
         uniform = torch.rand(len(logits), dtype=torch.float64, device=scores.device)
@@ -41,6 +49,7 @@ def generate(
     temperature: float,
     eos_token_ids: list[int],
     token_ids: torch.Tensor | None = None,
+    guidance_start: int = 0,
 ) -> Rollout:
     """
     [`~trl_drcd.sampling.loop.decode`] with `generate`: equal prompts are not shared, and finished sequences stay in
@@ -49,7 +58,8 @@ def generate(
     Args:
         model (`PreTrainedModel`): A causal LM, with or without adapters.
         rows (`list[list[int]]`): Token ids of the prompts, followed, with guidance, by the unconditional prompts.
-        steps, guidance_scale, temperature, eos_token_ids, token_ids: As in [`~trl_drcd.sampling.loop.decode`].
+        steps, guidance_scale, temperature, eos_token_ids, token_ids, guidance_start: As in
+            [`~trl_drcd.sampling.loop.decode`].
 
     Returns:
         [`~trl_drcd.sampling.Rollout`]: `K` is 1.
@@ -58,7 +68,7 @@ def generate(
         ValueError: If `temperature` is not above 0 or `steps` is below 1.
     """
     check_sampling(steps, temperature)
-    processor = DrawingProcessor(guidance_scale, temperature, token_ids)
+    processor = DrawingProcessor(guidance_scale, temperature, token_ids, guidance_start)
     ids = generate_drawn(model, rows, processor, steps, eos_token_id=eos_token_ids or None)
     ids = ids[: len(rows) // (1 + (guidance_scale != 1))]
     ended = torch.isin(ids, torch.tensor(eos_token_ids, dtype=torch.long, device=ids.device)).cumsum(1)

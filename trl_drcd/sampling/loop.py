@@ -116,6 +116,7 @@ def decode(
     layout: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
     after_end: torch.Tensor | None = None,
+    guidance_start: int = 0,
 ) -> Rollout:
     """
     Sample without truncation or penalties, with classifier-free guidance if `guidance_scale` is not 1.
@@ -137,6 +138,7 @@ def decode(
             that the heads allow.
         after_end (`torch.Tensor`, *optional*): Steps for which each codebook is still drawn after the step of an eos,
             int64 `(K,)`; -1 for a codebook that is not drawn in that step either. 0 for all by default.
+        guidance_start (`int`, *optional*, defaults to 0): First step that is guided; both streams run from the first.
 
     Returns:
         [`Rollout`]: On the stream's device.
@@ -161,6 +163,7 @@ def decode(
     lacking = _lacking(heads, token_ids)
     for step in range(steps):
         cond, uncond = hidden.chunk(2) if guided else (hidden, None)
+        uncond = uncond if step >= guidance_start else None
         logits = guided_logits(head, cond, uncond, guidance_scale)(slice(None))
         if lacking is not None:
             logits = logits.view(-1, *lacking.shape).masked_fill(lacking, -torch.inf)

@@ -14,6 +14,8 @@ from trl_drcd.validation.ranges import Range, check_ranges
 class Settings(Protocol):
     """The fields of a `CFGDistillDiversityConfig` that are checked here individually."""
 
+    guidance_start: int
+    max_completion_length: int | None
     diversity_warmup_steps: float
     reward_weights: list[float] | None
     beta: float
@@ -34,6 +36,7 @@ class Settings(Protocol):
 
 RANGES = {
     "guidance_scale": Range(1, hint="the paper's is 3"),
+    "guidance_start": Range(0, hint="0 guides every step, as in the paper"),
     "temperature": Range(0, above=True, hint="the paper's is 0.99"),
     "diversity_coef": Range(0),
     "diversity_warmup_steps": Range(0),
@@ -77,6 +80,7 @@ def check_settings(args: Settings) -> None:
     """
     check_ranges(args, RANGES)
     _check_sampling(args)
+    _check_guidance(args)
     _check_reward(args)
     _check_rollout(args)
     _check_texts(args)
@@ -98,6 +102,15 @@ def _check_sampling(args: Settings) -> None:
     if not args.disable_dropout:
         raise ValueError(
             "`disable_dropout=False` would score with a different network than the one that sampled; set it to True"
+        )
+
+
+def _check_guidance(args: Settings) -> None:
+    """Refuse guidance that starts after the last step."""
+    if args.max_completion_length is not None and args.guidance_start >= args.max_completion_length:
+        raise ValueError(
+            f"`guidance_start={args.guidance_start}` must be below `max_completion_length="
+            f"{args.max_completion_length}`: no step would be guided"
         )
 
 
