@@ -71,6 +71,22 @@ def test_both_sample_from_the_same_distributions_at_every_step(model):
     torch.testing.assert_close(ours(model), theirs(model), rtol=0, atol=1e-4)
 
 
+def test_guidance_can_start_late(model):
+    """Before its start the steps are those of the conditional stream alone, exactly; then they are guided."""
+    start, processor = 2, TeacherCFGLogitsProcessor(SCALE, TEMPERATURE, guidance_start=2)
+
+    def log_probs(scores):
+        found = processor.guided_log_probs(scores)
+        processor(None, scores)  # draws, and counts the step
+        return found
+
+    found = recorded(model, PROMPTS + NEGATIVES, Recorder(log_probs))
+    unguided = Recorder(lambda scores: (scores.chunk(2)[0] / TEMPERATURE).log_softmax(-1))
+    plain = recorded(model, PROMPTS + NEGATIVES, unguided)
+    assert torch.equal(found[:start], plain[:start])
+    torch.testing.assert_close(found[start:], definition(model)[start:], rtol=0, atol=1e-4)
+
+
 def test_with_learned_positions_ours_is_right_and_theirs_is_off_where_the_negative_prompt_is_padded(tokenizer):
     """
     Theirs gives the unconditional stream no `position_ids`: padding on its left shifts learned positions.

@@ -68,9 +68,10 @@ class PolicyContract:
         own = [row | {"negative_prompt": row["prompt"]} for row in rows]
         return policy.negative_prompt_ids(own, None), policy.negative_prompt_ids(rows, NEGATIVE)
 
-    def drawn(self, policy: Any, model: Any, scale: float = 1.0) -> Any:
+    def drawn(self, policy: Any, model: Any, scale: float = 1.0, start: int = 0) -> Any:
         torch.manual_seed(1)
-        return policy.rollout(model, *self.prompts(policy), scale, TEMPERATURE, self.steps)
+        prompts = self.prompts(policy)
+        return policy.rollout(model, *prompts, scale, TEMPERATURE, self.steps, guidance_start=start)
 
     def own(self, policy: Any, model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
         """Logits `(S, K, V)` of the model's own forward."""
@@ -128,16 +129,16 @@ class PolicyContract:
         torch.testing.assert_close(padded, plain, rtol=0, atol=1e-8)
         assert wider.shape[1] == mask.shape[1] + 2 and wider.sum() == mask.sum() == len(plain)
 
-    @pytest.mark.parametrize("scale", [1.0, 3.0])
-    def test_what_is_sampled_is_what_is_scored(self, policy, model, scale):
-        """Log-probabilities of a rollout against Eq. (1) on the model's own logits; guided and not."""
-        out = self.drawn(policy, model, scale)
+    @pytest.mark.parametrize(("scale", "start"), [(1.0, 0), (3.0, 0), (3.0, 3)])
+    def test_what_is_sampled_is_what_is_scored(self, policy, model, scale, start):
+        """Log-probabilities of a rollout against Eq. (1) on the model's own logits; guided, late, and not."""
+        out = self.drawn(policy, model, scale, start)
         assert out.finite.all() and out.ids.shape[2] == policy.num_codebooks
         prompts, negatives = self.prompts(policy)
         for row, completion in enumerate(out.completions()):
-            logits = guide_logits(
-                *(self.own(policy, model, given[row], completion) for given in (prompts, negatives)), scale
-            )
+            cond, uncond = (self.own(policy, model, given[row], completion) for given in (prompts, negatives))
+            logits = guide_logits(cond, uncond, scale)
+            logits[:start] = cond[:start]
             ids, mask = policy.ids_and_mask(*right_pad([completion]))
             assert torch.equal(mask[0], out.drawn[row, : mask.shape[1]])
             log_p = (logits / TEMPERATURE).log_softmax(-1)[mask[0]].gather(1, ids[mask][:, None])[:, 0]
@@ -153,12 +154,18 @@ class PolicyContract:
     def test_evaluation_scores_it_too(self, policy, model, tokenizer):
         """KL to itself with the same guidance is 0, to another it is not, and log-likelihoods are the model's own."""
         given = {"samples_per_prompt": 2, "max_new_tokens": self.steps, "negative_prompt": NEGATIVE}
+        late = sample_prompts(model, tokenizer, PROMPTS, guidance_scale=3.0, guidance_start=self.steps, **given)
+        plain = sample_prompts(model, tokenizer, PROMPTS, **given)
+        assert late.token_ids == plain.token_ids, "guidance that never starts is no guidance"
         samples = sample_prompts(model, tokenizer, PROMPTS, guidance_scale=3.0, **given)
         itself = {"model_guidance_scale": 3.0, "negative_prompt": NEGATIVE, "model_negative_prompt": NEGATIVE}
         terms = teacher_terms(model, model, tokenizer, samples, 3.0, **itself)
         torch.testing.assert_close(terms.kl, torch.zeros(4), rtol=0, atol=1e-4)
         other = teacher_terms(model, model, tokenizer, samples, 1.0, **itself)
         assert (other.kl > 0.01).all() and (other.entropy > 0).all()
+        starts = [0, 3, self.steps]
+        kl = [teacher_terms(model, model, tokenizer, samples, 3.0, **itself, model_guidance_start=s).kl for s in starts]
+        assert 1e-4 < kl[1].sum() < kl[2].sum() - 1e-4 and (kl[1] <= kl[2] + 1e-4).all(), "only steps before it differ"
         kept = copy.copy(samples)
         kept.samples_per_prompt, kept.prompts = 1, [PROMPTS[i % 2] for i in range(4)]
         found = log_likelihoods(model, policy, kept, self.prompts(policy)[0])

@@ -159,6 +159,22 @@ def test_guided_samples_are_those_of_generate():
     assert torch.equal(rollouts[0].ids[..., 0], rollouts[1])
 
 
+@pytest.mark.parametrize("start", [0, 2, STEPS])
+def test_generate_draws_the_same_where_the_loop_cannot(start):
+    """Codes, log-probabilities and the steps before a late start, of one random state."""
+    model = make("llama, grouped keys")
+    model.generation_config.eos_token_id = None
+    torch.manual_seed(2)
+    loop = policy().rollout(model, PROMPTS, NEGATIVES["own"], 3.0, TEMPERATURE, STEPS, [], guidance_start=start)
+    with mock.patch("trl_drcd.policies.causal_lm.refusal", lambda model: "told to"):
+        torch.manual_seed(2)
+        other = policy().rollout(model, PROMPTS, NEGATIVES["own"], 3.0, TEMPERATURE, STEPS, [], guidance_start=start)
+    torch.manual_seed(2)
+    guided = generate_guided(model, PROMPTS, NEGATIVES["own"], 3.0, TEMPERATURE, STEPS, start)
+    assert torch.equal(loop.ids, other.ids) and torch.equal(loop.ids[..., 0], guided)
+    torch.testing.assert_close(loop.log_probs, other.log_probs, rtol=0, atol=1e-4)
+
+
 def inputs_of(model) -> list[dict]:
     """What its backbone will have been called with."""
     calls = []

@@ -14,6 +14,7 @@ from trl_drcd.validation.ranges import Range, check_ranges
 class Settings(Protocol):
     """The fields of a `CFGDistillDiversityConfig` that are checked here individually."""
 
+    guidance_scale: float
     guidance_start: int
     max_completion_length: int | None
     diversity_warmup_steps: float
@@ -106,7 +107,11 @@ def _check_sampling(args: Settings) -> None:
 
 
 def _check_guidance(args: Settings) -> None:
-    """Refuse guidance that starts after the last step."""
+    """Refuse a start of guidance that is after the last step, or of no guidance."""
+    if args.guidance_start and args.guidance_scale == 1:
+        raise ValueError(
+            f"`guidance_start={args.guidance_start}` needs a `guidance_scale` other than 1, which turns guidance off"
+        )
     if args.max_completion_length is not None and args.guidance_start >= args.max_completion_length:
         raise ValueError(
             f"`guidance_start={args.guidance_start}` must be below `max_completion_length="
