@@ -164,7 +164,9 @@ class PolicyContract:
         other = teacher_terms(model, model, tokenizer, samples, 1.0, **itself)
         assert (other.kl > 0.01).all() and (other.entropy > 0).all()
         starts = [0, 3, self.steps]
-        kl = [teacher_terms(model, model, tokenizer, samples, 3.0, **itself, model_guidance_start=s).kl for s in starts]
+        kl = [
+            teacher_terms(model, model, tokenizer, samples, 3.0, **itself, model_guidance_start=s).kl for s in starts
+        ]
         assert 1e-4 < kl[1].sum() < kl[2].sum() - 1e-4 and (kl[1] <= kl[2] + 1e-4).all(), "only steps before it differ"
         kept = copy.copy(samples)
         kept.samples_per_prompt, kept.prompts = 1, [PROMPTS[i % 2] for i in range(4)]
