@@ -11,6 +11,7 @@ from trl_drcd.evaluation import digests, plan
 from trl_drcd.evaluation.arguments import EvaluateArguments, help_on_strategies
 from trl_drcd.evaluation.digests import content_digest, hub_revision
 from trl_drcd.evaluation.judging import embed_all, is_function, load_embedder
+from trl_drcd.evaluation.results import Result
 from trl_drcd.evaluation.strategies import KEYS
 
 # ---------------------------------------------------------------- digests
@@ -99,6 +100,29 @@ def args(folder, tmp_path):
 def test_prompts_come_with_their_own_negative_prompts(args):
     held_out, _ = plan.plan(args, {})
     assert held_out.prompts == ["slow", "harp"] and held_out.negative_prompts == ["fast", None]
+
+
+def test_prompts_that_settings_were_chosen_on_can_be_left_out(args, tmp_path):
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "{word}"}}\n' for word in "aabcde"))
+    first, _ = plan.plan(args, {})
+    args.skip_prompts = 2
+    rest, _ = plan.plan(args, {})
+    assert (first.prompts, rest.prompts) == (["a", "b"], ["c", "d"])
+
+
+def test_a_late_start_changes_the_samples_and_their_name_and_its_absence_nothing(args):
+    """Digest and name of the file without a start are those of versions that did not know it."""
+    plain, late = {"name": "CFG", "guidance_scale": 3}, {"name": "late", "guidance_scale": 3, "guidance_start": [2, 4]}
+    args.strategies = [plain, late, {"name": "of a float", "guidance_scale": 3, "guidance_start": 2.0}]
+    _, tasks = plan.plan(args, {})
+    drawn = [task.drawn for task in tasks]
+    assert len(set(drawn)) == 3 and drawn[1] == drawn[3]
+    names = ["CFG (gamma 3)", "late (gamma 3, start 2)", "late (gamma 3, start 4)"]
+    assert [task.row.name for task in tasks[:3]] == names
+    assert tasks[0].row.slug == "CFG_gamma_3_7109b301"
+    result = tasks[1].about(args)
+    assert Result.from_json(result.to_json()) == result and result.guidance_start == 2
+    assert "guidance_start" not in tasks[0].about(args).to_json()
 
 
 def test_negative_prompts_count_where_there_is_guidance_and_the_chat_template_everywhere(args, tmp_path):

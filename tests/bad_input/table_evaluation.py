@@ -173,6 +173,8 @@ ROWS = [
     setting("prompts in words", "'all'", "a whole number", TypeError, num_prompts="all"),
     setting("batches of nothing", "0", "at least 1", batch_size=0),
     setting("more prompts than there are", "99", "has 8 distinct prompts", num_prompts=99),
+    setting("fewer prompts than are skipped", "9", "`skip_prompts=9`", num_prompts=9, skip_prompts=9),
+    setting("prompts skipped below 0", "-1", "at least 0", skip_prompts=-1),
     setting("teacher's guidance below 0", "-1", "finite and at least 0", guidance_scale=-1),
     setting("a seed below 0", "-1", "at least 0", seed=-1),
     setting("a codec that is not there", "/none", "give the folder of a codec", FileNotFoundError, codec="/none"),

@@ -17,7 +17,7 @@ from trl_drcd.validation.token_ids import as_entries
 
 LEAST = {
     "num_prompts": 2, "samples_per_prompt": 2, "max_new_tokens": 1, "batch_size": 1, "num_processes": 1, "listen": 0,
-    "listen_samples": 1, "seed": 0,
+    "listen_samples": 1, "seed": 0, "skip_prompts": 0,
 }  # fmt: skip
 """The smallest value of each number."""
 
@@ -41,6 +41,9 @@ class EvaluateArguments:
     dataset_split: str = field(default="test", metadata={"help": "Split of a data set on the Hub."})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Folder of the results."})
     num_prompts: int = field(default=64, metadata={"help": "Number of held-out prompts."})
+    skip_prompts: int = field(
+        default=0, metadata={"help": "Leave out this many prompts first, such as those that settings were chosen on."}
+    )
     samples_per_prompt: int = field(default=8, metadata={"help": "Samples of each prompt, at least 2."})
     max_new_tokens: int = field(default=200, metadata={"help": "Largest length of a completion, in tokens or steps."})
     batch_size: int = field(default=64, metadata={"help": "Sequences per batch."})

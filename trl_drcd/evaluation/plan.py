@@ -134,7 +134,8 @@ def plan(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction]) -
 
 def held_out_prompts(args: EvaluateArguments) -> HeldOut:
     """
-    The first `num_prompts` distinct prompts of the data set, with their negative and teacher prompts if it has them.
+    The `num_prompts` distinct prompts of the data set that follow the first `skip_prompts`, with their negative and
+    teacher prompts if it has them.
 
     Raises:
         ValueError: If there are too few.
@@ -145,14 +146,18 @@ def held_out_prompts(args: EvaluateArguments) -> HeldOut:
         data[name] if name in data.column_names else [None] * len(data)
         for name in ("negative_prompt", "teacher_prompt")
     )
+    wanted = args.skip_prompts + args.num_prompts
     for row in zip(data["prompt"], *others, strict=True):
-        if len(first) < args.num_prompts:
+        if len(first) < wanted:
             first.setdefault(json.dumps(row[0]), row)
-    if len(first) < args.num_prompts:
+    if len(first) < wanted:
+        skipped = f" after `skip_prompts={args.skip_prompts}`" if args.skip_prompts else ""
         raise ValueError(
             f"`dataset={args.dataset}` has {len(first)} distinct prompts, but `num_prompts` is {args.num_prompts}"
+            f"{skipped}"
         )
-    prompts, own, taught = (list(column) for column in zip(*first.values(), strict=True))
+    kept = list(first.values())[args.skip_prompts :]
+    prompts, own, taught = (list(column) for column in zip(*kept, strict=True))
     return HeldOut(prompts, own if any(own) else None, taught if any(taught) else None)
 
 
