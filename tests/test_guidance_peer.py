@@ -10,7 +10,7 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from trl_drcd.guidance import TeacherCFGLogitsProcessor, guide_logits, left_pad
+from trl_drcd.guidance import EarlySteps, TeacherCFGLogitsProcessor, guide_logits, left_pad
 
 SCALE, TEMPERATURE = 3.0, 0.9
 PROMPTS = [[1, 5, 6, 4], [1, 8, 9, 10, 11, 12, 7, 4], [1, 4]]
@@ -73,7 +73,7 @@ def test_both_sample_from_the_same_distributions_at_every_step(model):
 
 def test_guidance_can_start_late(model):
     """Before its start the steps are those of the conditional stream alone, exactly; then they are guided."""
-    start, processor = 2, TeacherCFGLogitsProcessor(SCALE, TEMPERATURE, guidance_start=2)
+    start, processor = 2, TeacherCFGLogitsProcessor(SCALE, TEMPERATURE, early=EarlySteps(2))
 
     def log_probs(scores):
         found = processor.guided_log_probs(scores)

@@ -110,19 +110,19 @@ def test_prompts_that_settings_were_chosen_on_can_be_left_out(args, tmp_path):
     assert (first.prompts, rest.prompts) == (["a", "b"], ["c", "d"])
 
 
-def test_a_late_start_changes_the_samples_and_their_name_and_its_absence_nothing(args):
-    """Digest and name of the file without a start are those of versions that did not know it."""
-    plain, late = {"name": "CFG", "guidance_scale": 3}, {"name": "late", "guidance_scale": 3, "guidance_start": [2, 4]}
-    args.strategies = [plain, late, {"name": "of a float", "guidance_scale": 3, "guidance_start": 2.0}]
+def test_early_steps_change_the_samples_and_their_name_and_their_absence_nothing(args):
+    """Digest and name of the file without them are those of versions that did not know it."""
+    plain, late = {"name": "CFG", "guidance_scale": 3}, {"name": "late", "guidance_scale": 3, "early_steps": [2, 4]}
+    args.strategies = [plain, late, {"name": "of a float", "guidance_scale": 3, "early_steps": 2.0}]
     _, tasks = plan.plan(args, {})
     drawn = [task.drawn for task in tasks]
     assert len(set(drawn)) == 3 and drawn[1] == drawn[3]
-    names = ["CFG (gamma 3)", "late (gamma 3, start 2)", "late (gamma 3, start 4)"]
+    names = ["CFG (gamma 3)", "late (gamma 3, early 2)", "late (gamma 3, early 4)"]
     assert [task.row.name for task in tasks[:3]] == names
     assert tasks[0].row.slug == "CFG_gamma_3_7109b301"
     result = tasks[1].about(args)
-    assert Result.from_json(result.to_json()) == result and result.guidance_start == 2
-    assert "guidance_start" not in tasks[0].about(args).to_json()
+    assert Result.from_json(result.to_json()) == result and result.early_steps == 2
+    assert "early_steps" not in tasks[0].about(args).to_json()
 
 
 def test_negative_prompts_count_where_there_is_guidance_and_the_chat_template_everywhere(args, tmp_path):

@@ -78,7 +78,7 @@ def embeddings_of(batch, tokenizer):
 # ------------------------------------------------------------------------------------------------ the loss
 
 
-def dense_reference(student, teacher, batch, tokenizer, scale, temperature, start=0):
+def dense_reference(student, teacher, batch, tokenizer, scale, temperature, early=(0, 1.0)):
     """KL and log p of each sequence from full logits, one unpadded sequence at a time, in float64."""
     student, teacher = student.double(), teacher.double()
     null = tokenizer("")["input_ids"]
@@ -91,17 +91,20 @@ def dense_reference(student, teacher, batch, tokenizer, scale, temperature, star
             return model(torch.tensor([prefix + completion])).logits[0, len(prefix) - 1 : -1]
 
         plain = logits(teacher, prompt)
-        guided = torch.cat([plain[:start], guide_logits(plain, logits(teacher, null), scale)[start:]])
+        first, later = (guide_logits(plain, logits(teacher, null), gamma) for gamma in (early[1], scale))
+        guided = torch.cat([first[: early[0]], later[early[0] :]])
         z = logits(student, prompt)
         kls.append(reverse_kl(z, guided, temperature).sum())
         log_ps.append((z / temperature).log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).sum())
     return torch.stack(kls), torch.stack(log_ps)
 
 
-@pytest.mark.parametrize("start", [0, 3])
-def test_loss_and_gradient_equal_the_dense_reference(tmp_path, tokenizer, monkeypatch, start):
+@pytest.mark.parametrize("early", [(0, 1.0), (3, 1.0), (2, 0.5)])
+def test_loss_and_gradient_equal_the_dense_reference(tmp_path, tokenizer, monkeypatch, early):
     """Left padding, unequal completion lengths, both streams in one batch: nothing of it may show."""
-    trainer = make_trainer(tmp_path, tokenizer, diversity_coef=7.0, guidance_start=start)
+    trainer = make_trainer(
+        tmp_path, tokenizer, diversity_coef=7.0, early_steps=early[0], early_guidance_scale=early[1]
+    )
     student = trainer.model
     monkeypatch.setattr("trl_drcd.trainer.check_scoring", lambda *_: None)  # else refused: the student has learned
     with torch.no_grad():
@@ -117,7 +120,7 @@ def test_loss_and_gradient_equal_the_dense_reference(tmp_path, tokenizer, monkey
 
     student.zero_grad()
     teacher = make_model(tokenizer)
-    kl, log_p = dense_reference(student, teacher, batch, tokenizer, 3.0, 0.99, start)
+    kl, log_p = dense_reference(student, teacher, batch, tokenizer, 3.0, 0.99, early)
     advantages = diversity_advantages(embeddings_of(batch, tokenizer), 4)
     torch.testing.assert_close(batch["diversity_advantages"], advantages)
     diversity_loss = -(7.0 * advantages.double() * log_p).mean()

@@ -39,7 +39,8 @@ TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
 SETTINGS = (
     *(
         "guidance_scale",
-        "guidance_start",
+        "early_steps",
+        "early_guidance_scale",
         "negative_prompt",
         "temperature",
         "diversity_coef",

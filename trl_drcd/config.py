@@ -12,6 +12,7 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import RLOOConfig
 
+from trl_drcd.guidance import EarlySteps
 from trl_drcd.validation.field_types import check_types
 from trl_drcd.validation.settings import check_settings
 from trl_drcd.validation.token_ids import as_entries
@@ -46,9 +47,12 @@ class CFGDistillDiversityConfig(RLOOConfig):
     Args:
         guidance_scale (`float`, *optional*, defaults to 3.0):
             gamma of the teacher, Eq. (1). 1 distils the base model itself.
-        guidance_start (`int`, *optional*, defaults to 0):
-            First step of a completion at which the teacher is guided; before it, it is the base model. Early tokens
-            decide in what the completions of a prompt differ, so a late start keeps diversity; 0 is the paper's.
+        early_steps (`int`, *optional*, defaults to 0):
+            Number of first steps of a completion at which the teacher has the guidance scale `early_guidance_scale`.
+            Early tokens decide in what the completions of a prompt differ, and guidance there costs most of the
+            diversity ([`~trl_drcd.guidance.EarlySteps`]). 0 is the paper's.
+        early_guidance_scale (`float`, *optional*, defaults to 1.0):
+            gamma of the early steps: 1 is the base model; below 1 they are more diverse than the base.
         negative_prompt (`str`, *optional*):
             x^- of Eq. (1) for rows without a `negative_prompt` of their own. `None` is the unconditional prompt.
         allowed_token_ids (`list[str]`, *optional*):
@@ -115,11 +119,14 @@ class CFGDistillDiversityConfig(RLOOConfig):
         default=True, metadata={"help": "Turn dropout off, so that samples come from the scored distribution."}
     )
     guidance_scale: float = field(default=3.0, metadata={"help": "gamma of the teacher's classifier-free guidance."})
-    guidance_start: int = field(
+    early_steps: int = field(
         default=0,
         metadata={
-            "help": "First step of a completion that is guided; a late start keeps diversity. 0 is the paper's."
+            "help": "First steps of a completion, with early_guidance_scale: keeps diversity. 0 is the paper's."
         },
+    )
+    early_guidance_scale: float = field(
+        default=1.0, metadata={"help": "gamma of the early steps: 1 is the base model, below 1 is more diverse."}
     )
     negative_prompt: str | None = field(
         default=None, metadata={"help": "Negative prompt of the teacher; None is the unconditional prompt."}
@@ -183,6 +190,11 @@ class CFGDistillDiversityConfig(RLOOConfig):
         if self.bf16 is None and not self.fp16 and not self.use_cpu and not is_torch_bf16_gpu_available():
             self.bf16 = False  # TRL's default would be an error on a machine without a GPU
         super().__post_init__()
+
+    @property
+    def early(self) -> EarlySteps | None:
+        """The early steps of the teacher; `None` if there are none."""
+        return EarlySteps(self.early_steps, self.early_guidance_scale) if self.early_steps else None
 
     def __getstate__(self) -> dict[str, Any]:
         """State for `training_args.bin`, without the user's token."""

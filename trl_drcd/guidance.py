@@ -7,6 +7,7 @@ Letters: `B` sequences, `S` steps, `V` vocabulary, `H` hidden size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def ancestral_generation_config(config: GenerationConfig, temperature: float, **
     return GenerationConfig(**(fields | overrides))
 
 
-def guide_logits(cond: torch.Tensor, uncond: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+def guide_logits(cond: torch.Tensor, uncond: torch.Tensor, guidance_scale: float | torch.Tensor) -> torch.Tensor:
     """
     Classifier-free guidance on logits: `uncond + guidance_scale * (cond - uncond)`.
 
@@ -48,7 +49,7 @@ def guide_logits(cond: torch.Tensor, uncond: torch.Tensor, guidance_scale: float
     Args:
         cond (`torch.Tensor`): Conditional logits, shape `(..., V)`.
         uncond (`torch.Tensor`): Unconditional (or negative-prompt) logits, same shape.
-        guidance_scale (`float`): gamma; no unit.
+        guidance_scale (`float` or `torch.Tensor`): gamma; no unit. A tensor is broadcast to the logits.
 
     Returns:
         `torch.Tensor`: Same shape, in float32 (float64 where an input is float64).
@@ -60,17 +61,26 @@ def guide_logits(cond: torch.Tensor, uncond: torch.Tensor, guidance_scale: float
         raise ValueError(f"`cond` and `uncond` must have one shape, got {tuple(cond.shape)} and {tuple(uncond.shape)}")
     dtype = torch.promote_types(torch.promote_types(cond.dtype, uncond.dtype), torch.float32)
     cond, uncond = cond.to(dtype), uncond.to(dtype)
+    if isinstance(guidance_scale, torch.Tensor):
+        guided = _guided(cond, uncond, guidance_scale)
+        return torch.where(guidance_scale == 1, cond, torch.where(guidance_scale == 0, uncond, guided))
     if guidance_scale == 1:
         return cond  # exact: `uncond + (cond - uncond)` has rounding errors, and is NaN where both are -inf
     if guidance_scale == 0:
         return uncond  # also where `cond` is -inf
+    return _guided(cond, uncond, guidance_scale)
+
+
+def _guided(cond: torch.Tensor, uncond: torch.Tensor, guidance_scale: float | torch.Tensor) -> torch.Tensor:
     guided = uncond + guidance_scale * (cond - uncond)
     # A token that either stream forbids (-inf) stays forbidden instead of becoming NaN
     forbidden = cond.isneginf() | uncond.isneginf()
     return guided.masked_fill(forbidden, -torch.inf)
 
 
-def guide_hidden_states(cond: torch.Tensor, uncond: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+def guide_hidden_states(
+    cond: torch.Tensor, uncond: torch.Tensor, guidance_scale: float | torch.Tensor
+) -> torch.Tensor:
     """
     Classifier-free guidance before the output head: `uncond + guidance_scale * (cond - uncond)`.
 
@@ -81,7 +91,7 @@ def guide_hidden_states(cond: torch.Tensor, uncond: torch.Tensor, guidance_scale
     Args:
         cond (`torch.Tensor`): Conditional last hidden states, shape `(..., H)`.
         uncond (`torch.Tensor`): Unconditional last hidden states, same shape.
-        guidance_scale (`float`): gamma; no unit.
+        guidance_scale (`float` or `torch.Tensor`): gamma; no unit. A tensor is broadcast to the states.
 
     Returns:
         `torch.Tensor`: Same shape, in float32 (float64 where an input is float64).
@@ -92,21 +102,50 @@ def guide_hidden_states(cond: torch.Tensor, uncond: torch.Tensor, guidance_scale
     return guide_logits(cond, uncond, guidance_scale)
 
 
-def late_guidance(cond: torch.Tensor, uncond: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class EarlySteps:
     """
-    Two streams whose guidance is that of Eq. (1) from step `start` on, and none before it.
+    The first steps of completions, which have a guidance scale of their own.
 
-    Before it the unconditional stream is replaced by the conditional one: `c + gamma * (c - c) = c`, for every gamma.
+    Early tokens decide in what the completions of a prompt differ, and guidance there costs most of the diversity.
 
     Args:
-        cond (`torch.Tensor`): Conditional states or logits of the steps of completions, shape `(B, S, ...)`.
-        uncond (`torch.Tensor`): Unconditional ones, same shape.
-        start (`int`): First step that is guided; 0 guides all.
+        count (`int`): Number of these steps.
+        guidance_scale (`float`, *optional*, defaults to 1.0): Their gamma. 1 is the conditional model; below 1 the
+            steps are more diverse, and 0 ignores the prompt.
+    """
+
+    count: int
+    guidance_scale: float = 1.0
+
+    def scale_at(self, step: int, guidance_scale: float) -> float:
+        """gamma of a step, counted from 0; `guidance_scale` is that of later steps."""
+        return self.guidance_scale if step < self.count else guidance_scale
+
+
+def step_scales(
+    guidance_scale: float, early: EarlySteps | None, steps: int, like: torch.Tensor
+) -> float | torch.Tensor:
+    """
+    gamma of each step.
+
+    Args:
+        guidance_scale (`float`): gamma after the early steps.
+        early ([`EarlySteps`], *optional*): The early steps.
+        steps (`int`): Steps `S` of the completions.
+        like (`torch.Tensor`): Gives the device.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: `cond`, and `uncond` with its first steps replaced.
+        `float` or `torch.Tensor`: `guidance_scale` if there are no early steps, else shape `(S,)`, float32.
     """
-    return cond, (torch.cat([cond[:, :start], uncond[:, start:]], dim=1) if start else uncond)
+    if early is None:
+        return guidance_scale
+    return torch.tensor([early.scale_at(step, guidance_scale) for step in range(steps)], device=like.device)
+
+
+def scales_of_tokens(scales: float | torch.Tensor, scored: torch.Tensor) -> float | torch.Tensor:
+    """[`step_scales`] for the scored tokens of a mask `(B, S)`: the number, or a tensor `(N, 1)`."""
+    return scales.expand(scored.shape)[scored][:, None] if isinstance(scales, torch.Tensor) else scales
 
 
 class TeacherCFGLogitsProcessor(LogitsProcessor):
@@ -122,26 +161,26 @@ class TeacherCFGLogitsProcessor(LogitsProcessor):
     Args:
         guidance_scale (`float`): gamma; no unit.
         temperature (`float`, *optional*, defaults to 1.0): Temperature of the softmax; above 0.
-        guidance_start (`int`, *optional*, defaults to 0): First step that is guided. Steps are counted from the first
-            call, so give every call of `generate` a processor of its own.
+        early ([`EarlySteps`], *optional*): The first steps, with a scale of their own. Steps are counted from the
+            first call, so give every call of `generate` a processor of its own.
 
     Raises:
         ValueError: If `temperature` is not above 0.
     """
 
-    def __init__(self, guidance_scale: float, temperature: float = 1.0, guidance_start: int = 0):
+    def __init__(self, guidance_scale: float, temperature: float = 1.0, early: EarlySteps | None = None):
         if not temperature > 0:
             raise ValueError(f"`temperature` must be above 0, got {temperature}")
         self.guidance_scale = guidance_scale
         self.temperature = temperature
-        self.guidance_start, self.step = guidance_start, 0
+        self.early, self.step = early, 0
 
     def guided_log_probs(self, scores: torch.Tensor) -> torch.Tensor:
         """Log-probabilities `(B, V)` of this step's distribution from the doubled logits `(2B, V)`, in nats."""
         if scores.shape[0] % 2:
             raise ValueError(f"`scores` must have conditional and unconditional rows, got {scores.shape[0]} rows")
         cond, uncond = scores.chunk(2)
-        scale = self.guidance_scale if self.step >= self.guidance_start else 1.0
+        scale = self.early.scale_at(self.step, self.guidance_scale) if self.early else self.guidance_scale
         return (guide_logits(cond, uncond, scale) / self.temperature).log_softmax(-1)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -198,7 +237,7 @@ def generate_guided(
     guidance_scale: float = 1.0,
     temperature: float = 1.0,
     max_new_tokens: int = 20,
-    guidance_start: int = 0,
+    early: EarlySteps | None = None,
 ) -> torch.Tensor:
     """
     Sample completions from a causal LM, with classifier-free guidance if `guidance_scale` is not 1.
@@ -214,7 +253,7 @@ def generate_guided(
         guidance_scale (`float`, *optional*, defaults to 1.0): gamma. 1 disables guidance, at half the cost.
         temperature (`float`, *optional*, defaults to 1.0): Above 0.
         max_new_tokens (`int`, *optional*, defaults to 20): Maximum number of completion tokens.
-        guidance_start (`int`, *optional*, defaults to 0): First step that is guided.
+        early ([`EarlySteps`], *optional*): The first steps, with a guidance scale of their own.
 
     Returns:
         `torch.Tensor`: Completion ids, int64, shape `(B, <= max_new_tokens)`, filled with the pad id after an eos.
@@ -226,7 +265,7 @@ def generate_guided(
     if not guided:
         config = ancestral_generation_config(model.generation_config, temperature, max_new_tokens=max_new_tokens)
         return generate_rows(model, rows, config)
-    processor = TeacherCFGLogitsProcessor(guidance_scale, temperature, guidance_start)
+    processor = TeacherCFGLogitsProcessor(guidance_scale, temperature, early)
     output = generate_drawn(model, rows, processor, max_new_tokens)
     return output[: len(prompt_ids)]
 

@@ -20,7 +20,7 @@ LOGITS_PER_CHUNK = 2**24
 
 
 def guided_logits(
-    head: Head, cond: torch.Tensor, uncond: torch.Tensor | None, guidance_scale: float
+    head: Head, cond: torch.Tensor, uncond: torch.Tensor | None, guidance_scale: float | torch.Tensor
 ) -> Callable[[slice], torch.Tensor]:
     """
     The guided logits of a teacher, projected only for the requested rows.
@@ -31,7 +31,7 @@ def guided_logits(
         head (`Head`): The teacher's head.
         cond (`torch.Tensor`): Conditional last hidden states, shape `(N, H)`.
         uncond (`torch.Tensor`, *optional*): Unconditional hidden states, same shape; `None` means no guidance.
-        guidance_scale (`float`): gamma of Eq. (1).
+        guidance_scale (`float` or `torch.Tensor`): gamma of Eq. (1); of each row, shape `(N, 1)`, if a tensor.
 
     Returns:
         `Callable`: Maps a slice of the `N` rows to logits `(rows, V)`, float32 or float64.
@@ -40,7 +40,12 @@ def guided_logits(
     if uncond is None:
         return lambda rows: head.logits(cond[rows])
     if head.softcap is not None:
-        return lambda rows: guide_logits(head.logits(cond[rows]), head.logits(uncond[rows]), guidance_scale)
+
+        def guided_rows(rows: slice) -> torch.Tensor:
+            scale = guidance_scale[rows] if isinstance(guidance_scale, torch.Tensor) else guidance_scale
+            return guide_logits(head.logits(cond[rows]), head.logits(uncond[rows]), scale)
+
+        return guided_rows
     guided = guide_hidden_states(cond, uncond, guidance_scale)
     return lambda rows: head.logits(guided[rows])
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from trl_drcd.compat.trl_private import use_adapter
 from trl_drcd.distributed import InsideForward
-from trl_drcd.guidance import guide_hidden_states, late_guidance
+from trl_drcd.guidance import EarlySteps, guide_hidden_states, scales_of_tokens, step_scales
 from trl_drcd.heads import Head
 from trl_drcd.losses import guided_logits
 from trl_drcd.merging.loading import load_adapter_model
@@ -51,7 +51,7 @@ class GuidedTeacher:
             the student is a PEFT model whose base is the teacher.
         guidance_scale (`float`): gamma of Eq. (1); 1 disables guidance.
         accelerator (`Accelerator`): The trainer's accelerator.
-        guidance_start (`int`, *optional*, defaults to 0): First step that is guided.
+        early ([`~trl_drcd.guidance.EarlySteps`], *optional*): The first steps, with a guidance scale of their own.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class GuidedTeacher:
         copy: PreTrainedModel | None,
         guidance_scale: float,
         accelerator: Accelerator,
-        guidance_start: int = 0,
+        early: EarlySteps | None = None,
     ):
         self.policy, self.copy, self.guidance_scale, self.accelerator = policy, copy, guidance_scale, accelerator
-        self.guidance_start = guidance_start
+        self.early = early
         self.inside_forward = InsideForward(accelerator)
 
     @property
@@ -117,7 +117,7 @@ class GuidedTeacher:
                 `prompt_ids`, left-padded, int64 `(B, P'')`.
 
         Returns:
-            `TeacherStates`: Hidden states of both streams, which are the conditional ones before `guidance_start`.
+            `TeacherStates`: Hidden states of both streams.
         """
         model, off = self.model(student), self.copy is None
         prompts = (batch["prompt_ids"], batch["prompt_mask"]) if teacher_prompt is None else teacher_prompt
@@ -143,9 +143,7 @@ class GuidedTeacher:
                 cond.append(first)
                 uncond += second
         model.train(was_training)
-        if not uncond:
-            return TeacherStates(torch.cat(cond), None)
-        return TeacherStates(*late_guidance(torch.cat(cond), torch.cat(uncond), self.guidance_start))
+        return TeacherStates(torch.cat(cond), torch.cat(uncond) if uncond else None)
 
     def heads(self, student: Any) -> list[Head]:
         """The teacher's `K` heads."""
@@ -165,7 +163,10 @@ class GuidedTeacher:
             return {"teacher_hidden": states.cond}
         if any(head.softcap is not None for head in self.heads(student)):
             return {"teacher_hidden": states.cond, "teacher_hidden_uncond": states.uncond}
-        return {"teacher_hidden": guide_hidden_states(states.cond, states.uncond, self.guidance_scale)}
+        scales = step_scales(self.guidance_scale, self.early, states.cond.shape[1], states.cond)
+        if isinstance(scales, torch.Tensor):
+            scales = scales.view(-1, *[1] * (states.cond.ndim - 2))
+        return {"teacher_hidden": guide_hidden_states(states.cond, states.uncond, scales)}
 
     def logits(
         self, heads: list[Head], batch: dict[str, torch.Tensor], mask: torch.Tensor
@@ -188,7 +189,9 @@ class GuidedTeacher:
                 for name in ("teacher_hidden", "teacher_hidden_uncond")
                 if (hidden := batch.get(name)) is not None
             ]
-            return guided_logits(heads[k], streams[0], streams[1] if streams[1:] else None, self.guidance_scale)
+            scales = step_scales(self.guidance_scale, self.early, mask.shape[1], mask)
+            scales = scales_of_tokens(scales, mask[..., k])
+            return guided_logits(heads[k], streams[0], streams[1] if streams[1:] else None, scales)
 
         return of_codebook
 

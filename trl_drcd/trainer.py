@@ -174,9 +174,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         identity = run_identity(args, student, self.train_dataset, other)
         self._other_teacher = None if other is None else base_of(other)
         taught_by = separate_teacher(student, other, self.accelerator, self.policy.frozen)
-        self.teacher = GuidedTeacher(
-            self.policy, taught_by, args.guidance_scale, self.accelerator, args.guidance_start
-        )
+        self.teacher = GuidedTeacher(self.policy, taught_by, args.guidance_scale, self.accelerator, args.early)
         self.joint_objective = JointObjective(
             self.policy, self.teacher, self.temperature, (args.epsilon, self.epsilon_high)
         )

@@ -19,7 +19,7 @@ from trl_drcd import CFGDistillDiversityConfig, CFGDistillDiversityTrainer
 from trl_drcd.compat.trl_private import use_adapter
 from trl_drcd.evaluation.likelihood import log_likelihoods, right_pad, teacher_terms
 from trl_drcd.evaluation.sampling import sample_prompts
-from trl_drcd.guidance import guide_logits, left_pad
+from trl_drcd.guidance import EarlySteps, guide_logits, left_pad
 from trl_drcd.heads import stack_logits
 from trl_drcd.merging import hold_checkpoints, interpolate_checkpoints, set_interpolation_weight
 from trl_drcd.policies import policy_for
@@ -68,10 +68,10 @@ class PolicyContract:
         own = [row | {"negative_prompt": row["prompt"]} for row in rows]
         return policy.negative_prompt_ids(own, None), policy.negative_prompt_ids(rows, NEGATIVE)
 
-    def drawn(self, policy: Any, model: Any, scale: float = 1.0, start: int = 0) -> Any:
+    def drawn(self, policy: Any, model: Any, scale: float = 1.0, early: EarlySteps | None = None) -> Any:
         torch.manual_seed(1)
         prompts = self.prompts(policy)
-        return policy.rollout(model, *prompts, scale, TEMPERATURE, self.steps, guidance_start=start)
+        return policy.rollout(model, *prompts, scale, TEMPERATURE, self.steps, early=early)
 
     def own(self, policy: Any, model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
         """Logits `(S, K, V)` of the model's own forward."""
@@ -129,16 +129,19 @@ class PolicyContract:
         torch.testing.assert_close(padded, plain, rtol=0, atol=1e-8)
         assert wider.shape[1] == mask.shape[1] + 2 and wider.sum() == mask.sum() == len(plain)
 
-    @pytest.mark.parametrize(("scale", "start"), [(1.0, 0), (3.0, 0), (3.0, 3)])
-    def test_what_is_sampled_is_what_is_scored(self, policy, model, scale, start):
+    @pytest.mark.parametrize(
+        ("scale", "early"), [(1.0, None), (3.0, None), (3.0, EarlySteps(3)), (3.0, EarlySteps(2, 0.5))]
+    )
+    def test_what_is_sampled_is_what_is_scored(self, policy, model, scale, early):
         """Log-probabilities of a rollout against Eq. (1) on the model's own logits; guided, late, and not."""
-        out = self.drawn(policy, model, scale, start)
+        out = self.drawn(policy, model, scale, early)
         assert out.finite.all() and out.ids.shape[2] == policy.num_codebooks
         prompts, negatives = self.prompts(policy)
         for row, completion in enumerate(out.completions()):
             cond, uncond = (self.own(policy, model, given[row], completion) for given in (prompts, negatives))
             logits = guide_logits(cond, uncond, scale)
-            logits[:start] = cond[:start]
+            if early is not None:
+                logits[: early.count] = guide_logits(cond, uncond, early.guidance_scale)[: early.count]
             ids, mask = policy.ids_and_mask(*right_pad([completion]))
             assert torch.equal(mask[0], out.drawn[row, : mask.shape[1]])
             log_p = (logits / TEMPERATURE).log_softmax(-1)[mask[0]].gather(1, ids[mask][:, None])[:, 0]
@@ -154,7 +157,7 @@ class PolicyContract:
     def test_evaluation_scores_it_too(self, policy, model, tokenizer):
         """KL to itself with the same guidance is 0, to another it is not, and log-likelihoods are the model's own."""
         given = {"samples_per_prompt": 2, "max_new_tokens": self.steps, "negative_prompt": NEGATIVE}
-        late = sample_prompts(model, tokenizer, PROMPTS, guidance_scale=3.0, guidance_start=self.steps, **given)
+        late = sample_prompts(model, tokenizer, PROMPTS, guidance_scale=3.0, early=EarlySteps(self.steps), **given)
         plain = sample_prompts(model, tokenizer, PROMPTS, **given)
         assert late.token_ids == plain.token_ids, "guidance that never starts is no guidance"
         samples = sample_prompts(model, tokenizer, PROMPTS, guidance_scale=3.0, **given)
@@ -163,10 +166,8 @@ class PolicyContract:
         torch.testing.assert_close(terms.kl, torch.zeros(4), rtol=0, atol=1e-4)
         other = teacher_terms(model, model, tokenizer, samples, 1.0, **itself)
         assert (other.kl > 0.01).all() and (other.entropy > 0).all()
-        starts = [0, 3, self.steps]
-        kl = [
-            teacher_terms(model, model, tokenizer, samples, 3.0, **itself, model_guidance_start=s).kl for s in starts
-        ]
+        early = [None, EarlySteps(3), EarlySteps(self.steps)]
+        kl = [teacher_terms(model, model, tokenizer, samples, 3.0, **itself, model_early=e).kl for e in early]
         assert 1e-4 < kl[1].sum() < kl[2].sum() - 1e-4 and (kl[1] <= kl[2] + 1e-4).all(), "only steps before it differ"
         kept = copy.copy(samples)
         kept.samples_per_prompt, kept.prompts = 1, [PROMPTS[i % 2] for i in range(4)]

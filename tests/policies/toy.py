@@ -60,7 +60,7 @@ class ToyPolicy(CausalLMPolicy):
         temperature=1.0,
         max_new_tokens=20,
         eos_token_ids=None,
-        guidance_start=0,
+        early=None,
     ) -> Rollout:
         """Steps one after the other, in each its codes one after the other; without a cache, as it is a toy."""
         toy, heads = without_peft(model), self.heads(model)
@@ -73,8 +73,8 @@ class ToyPolicy(CausalLMPolicy):
                     given = codes[:, : step + 1].repeat(len(ids) // len(codes), 1, 1)
                     last = toy.hidden_states(ids, mask, given)[:, -1, k]
                     cond, *uncond = last.split(len(codes))
-                    uncond = uncond[0] if uncond and step >= guidance_start else None
-                    logits = guided_logits(head, cond, uncond, guidance_scale)(slice(None))
+                    scale = early.scale_at(step, guidance_scale) if early else guidance_scale
+                    logits = guided_logits(head, cond, uncond[0] if uncond else None, scale)(slice(None))
                     new = draw(logits, torch.rand(len(codes), dtype=torch.float64), temperature)
                     codes[:, step, k], log_probs[:, step, k] = new.tokens, new.log_probs
                     finite &= new.finite

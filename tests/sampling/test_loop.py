@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from transformers.utils.logging import warning_once
 
-from trl_drcd.guidance import generate_guided
+from trl_drcd.guidance import EarlySteps, generate_guided
 from trl_drcd.losses import guided_logits
 from trl_drcd.sampling import CausalStream, PreallocatedLayer, Rollout, decode, loop, preallocated_cache, refusal
 
@@ -159,18 +159,18 @@ def test_guided_samples_are_those_of_generate():
     assert torch.equal(rollouts[0].ids[..., 0], rollouts[1])
 
 
-@pytest.mark.parametrize("start", [0, 2, STEPS])
-def test_generate_draws_the_same_where_the_loop_cannot(start):
-    """Codes, log-probabilities and the steps before a late start, of one random state."""
+@pytest.mark.parametrize("early", [None, EarlySteps(2), EarlySteps(3, 0.5), EarlySteps(STEPS)])
+def test_generate_draws_the_same_where_the_loop_cannot(early):
+    """Codes, log-probabilities with and without early steps, of one random state."""
     model = make("llama, grouped keys")
     model.generation_config.eos_token_id = None
     torch.manual_seed(2)
-    loop = policy().rollout(model, PROMPTS, NEGATIVES["own"], 3.0, TEMPERATURE, STEPS, [], guidance_start=start)
+    loop = policy().rollout(model, PROMPTS, NEGATIVES["own"], 3.0, TEMPERATURE, STEPS, [], early=early)
     with mock.patch("trl_drcd.policies.causal_lm.refusal", lambda model: "told to"):
         torch.manual_seed(2)
-        other = policy().rollout(model, PROMPTS, NEGATIVES["own"], 3.0, TEMPERATURE, STEPS, [], guidance_start=start)
+        other = policy().rollout(model, PROMPTS, NEGATIVES["own"], 3.0, TEMPERATURE, STEPS, [], early=early)
     torch.manual_seed(2)
-    guided = generate_guided(model, PROMPTS, NEGATIVES["own"], 3.0, TEMPERATURE, STEPS, start)
+    guided = generate_guided(model, PROMPTS, NEGATIVES["own"], 3.0, TEMPERATURE, STEPS, early)
     assert torch.equal(loop.ids, other.ids) and torch.equal(loop.ids[..., 0], guided)
     torch.testing.assert_close(loop.log_probs, other.log_probs, rtol=0, atol=1e-4)
 

@@ -164,8 +164,8 @@ def help_on_strategies() -> str:
         [
             "keys of a strategy:",
             *lines,
-            "One of guidance_scale, guidance_start, temperature and interpolation_weight may be a list: one row per "
-            "value, one curve.",
+            "One of guidance_scale, early_steps, early_guidance_scale, temperature and interpolation_weight may be a "
+            "list: one row per value, one curve.",
             "",
             "--config FILE.yaml, for example:",
             "",

@@ -59,7 +59,7 @@ class Evidence(Comparison):
         plain = [p for p in points if not p.weights]
         teacher = points[0].teacher_guidance_scale
         self.base = next((p for p in points if p.is_base()), None)
-        guided = [p for p in plain if p.guidance_scale != 1 and p.guidance_start == 0]
+        guided = [p for p in plain if p.guidance_scale != 1 and p.early_steps == 0]
         self.cfg_front = [p for p in guided if p.temperature == USUAL_TEMPERATURE]
         self.cfg = next((p for p in self.cfg_front if p.guidance_scale == teacher), None)
         self.temperature_front = [p for p in plain if p.guidance_scale == 1]

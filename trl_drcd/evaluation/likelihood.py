@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from trl_drcd.evaluation.sampling import Prompt, Samples
-from trl_drcd.guidance import guide_hidden_states, guide_logits, late_guidance, left_pad
+from trl_drcd.guidance import EarlySteps, guide_hidden_states, guide_logits, left_pad, scales_of_tokens, step_scales
 from trl_drcd.heads import Head
 from trl_drcd.losses import sum_per_sequence, token_log_probs, token_terms
 from trl_drcd.policies import Policy
@@ -35,13 +35,13 @@ class SequenceTerms(NamedTuple):
 
 @dataclass
 class _GuidedHead(Head):
-    """Guides the logits, for a head that is not affine; takes both streams' hidden states concatenated, `(N, 2H)`."""
-
-    guidance_scale: float = 1.0
+    """
+    Guides the logits, for a head that is not affine; takes both streams' hidden states and gamma, `(N, 2H + 1)`.
+    """
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        cond, uncond = hidden.chunk(2, -1)
-        return guide_logits(super().logits(cond), super().logits(uncond), self.guidance_scale)
+        cond, uncond = hidden[:, :-1].chunk(2, -1)
+        return guide_logits(super().logits(cond), super().logits(uncond), hidden[:, -1:])
 
 
 def right_pad(sequences: list[list[int]]) -> Padded:
@@ -58,7 +58,7 @@ def _predictions(
     negative_prompts: list[list[int]],
     completion: Padded,
     guidance_scale: float,
-    guidance_start: int = 0,
+    early: EarlySteps | None = None,
 ) -> list[tuple[torch.Tensor, Head]]:
     """For each codebook, the hidden states of its scored tokens and the head that maps them to (guided) logits."""
     streams = [prompts, negative_prompts] if guidance_scale != 1 else [prompts]
@@ -66,19 +66,21 @@ def _predictions(
     for stream in streams:
         ids, attention = left_pad(stream, 0)
         hidden.append(policy.hidden_states(model, ids.to(model.device), attention.to(model.device), *completion))
-    if len(hidden) == 2:
-        hidden = list(late_guidance(hidden[0], hidden[1], guidance_start))
     _, mask = policy.ids_and_mask(*completion)
+    scales = step_scales(guidance_scale, early, mask.shape[1], mask)
     predictions = []
     for k, head in enumerate(policy.heads(model)):
         states = [(stream if stream.ndim == 3 else stream[:, :, k])[mask[..., k]] for stream in hidden]
         if len(states) == 1:
             predictions.append((states[0], head))
-        elif head.softcap is None:
-            predictions.append((guide_hidden_states(states[0], states[1], guidance_scale), head))
+            continue
+        scale = scales_of_tokens(scales, mask[..., k])
+        if head.softcap is None:
+            predictions.append((guide_hidden_states(states[0], states[1], scale), head))
         else:
-            guided = _GuidedHead(**vars(head), guidance_scale=guidance_scale)
-            predictions.append((torch.cat(states, -1), guided))
+            column = torch.as_tensor(scale, device=mask.device).expand(len(states[0]), 1)
+            both = torch.cat([*(state.float() for state in states), column.float()], -1)
+            predictions.append((both, _GuidedHead(**vars(head))))
     return predictions
 
 
@@ -106,7 +108,7 @@ def teacher_terms(
     batch_size: int = 64,
     description: str | None = None,
     model_negative_prompt: Prompt | None = None,
-    model_guidance_start: int = 0,
+    model_early: EarlySteps | None = None,
 ) -> SequenceTerms:
     """
     KL(model || guided teacher) along the given completions, Eq. (2) of https://huggingface.co/papers/2410.06084.
@@ -127,8 +129,8 @@ def teacher_terms(
         batch_size (`int`, *optional*, defaults to 64): Sequences per batch.
         description (`str`, *optional*): Name of the progress bar; `None` shows none.
         model_negative_prompt (*optional*): x^- of the model's guidance for prompts without their own.
-        model_guidance_start (`int`, *optional*, defaults to 0): First step at which the model itself was guided. The
-            teacher is guided from the first.
+        model_early ([`~trl_drcd.guidance.EarlySteps`], *optional*): Early steps of the model's own guidance. The
+            teacher has none.
 
     Returns:
         [`SequenceTerms`]: Each of shape `(B,)`, float32 on the CPU.
@@ -146,7 +148,7 @@ def teacher_terms(
     model.eval(), teacher.eval()
     parts = []
     for part, completion in _batches(samples, batch_size, model.device, description):
-        given = prompts[part], own_negatives[part], completion, model_guidance_scale, model_guidance_start
+        given = prompts[part], own_negatives[part], completion, model_guidance_scale, model_early
         ours = _predictions(policy, model, *given)
         theirs = _predictions(policy, teacher, taught[part], negatives[part], completion, guidance_scale)
         ids, mask = policy.ids_and_mask(*completion)

@@ -107,7 +107,7 @@ class Worker:
                     model, self.tokenizer, held_out.prompts, args.samples_per_prompt, row.guidance_scale,
                     row.negative_prompt, row.temperature, args.max_new_tokens, args.batch_size, args.seed,
                     self._bar("sample"), held_out.negative_prompts, args.chat_template_kwargs,
-                    held_out.teacher_prompts, self.allowed, row.guidance_start,
+                    held_out.teacher_prompts, self.allowed, row.early,
                 )  # fmt: skip
             except RuntimeError as error:
                 raise RuntimeError(f"`{row.name}` cannot be sampled: {error}") from error
@@ -131,7 +131,7 @@ class Worker:
         terms = teacher_terms(
             model, self.models.base, self.tokenizer, samples, args.guidance_scale, args.negative_prompt,
             row.temperature, row.guidance_scale, args.batch_size, self._bar("KL"), row.negative_prompt,
-            row.guidance_start,
+            row.early,
         )  # fmt: skip
         if terms.kl.isnan().any() or terms.entropy.isnan().any():
             remedy = "the weights of its model or of the base are broken" if args.dtype == "float32" else "try float32"

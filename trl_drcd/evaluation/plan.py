@@ -79,7 +79,8 @@ class Task:
             model=" + ".join(map(local_name, row.models or (args.model,))),
             weights=row.weights,
             guidance_scale=row.guidance_scale,
-            guidance_start=row.guidance_start,
+            early_steps=row.early_steps,
+            early_guidance_scale=row.early_guidance_scale,
             temperature=row.temperature,
             diversity_coef=row.diversity_coef,
             interpolation_weight=row.interpolation_weight,
@@ -180,8 +181,8 @@ def sampling_digest(
     guidance = [row.guidance_scale, row.negative_prompt] if guided else None
     how = [args.samples_per_prompt, args.max_new_tokens, args.batch_size, args.dtype, args.seed]
     settings: list[object] = [models, [row.temperature, guidance], how, held_out.prompts]
-    if row.guidance_start:
-        settings.append({"guidance_start": row.guidance_start})
+    if row.early is not None:
+        settings.append({"early": [row.early_steps, row.early_guidance_scale]})
     if guided and held_out.negative_prompts:
         settings.append(held_out.negative_prompts)
     if args.chat_template_kwargs:

@@ -25,7 +25,13 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E
 MARKERS = "osD^vph*<>"
 # Preferred label positions, by sweep: offset in points and alignment
 PLACES = (((6, 5), "left"), ((-6, -11), "right"), ((6, -11), "left"))
-SWEPT = {"guidance_scale": "γ", "guidance_start": "start", "temperature": "T", "interpolation_weight": "λ"}
+SWEPT = {
+    "guidance_scale": "γ",
+    "early_steps": "early",
+    "early_guidance_scale": "early γ",
+    "temperature": "T",
+    "interpolation_weight": "λ",
+}
 
 
 @dataclass(frozen=True)

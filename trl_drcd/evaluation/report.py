@@ -216,8 +216,8 @@ def about(points: Sequence[Point]) -> str:
 
 
 ABOUT_ROW = (
-    "name", "strategy", "model", "guidance_scale", "guidance_start", "temperature", "interpolation_weight",
-    "diversity_coef", "training_seed", "omega",
+    "name", "strategy", "model", "guidance_scale", "early_steps", "early_guidance_scale", "temperature",
+    "interpolation_weight", "diversity_coef", "training_seed", "omega",
 )  # fmt: skip
 
 

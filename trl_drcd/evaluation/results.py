@@ -41,7 +41,7 @@ class Result:
         model (`str`): The models, joined by ` + `.
         weights (`tuple[float, ...]`): Interpolation weights of the models; empty for the base alone.
         guidance_scale, temperature (`float`): Sampling settings.
-        guidance_start (`int`): First step of a completion that was guided.
+        early_steps, early_guidance_scale: First steps of completions, and their guidance scale.
         diversity_coef, interpolation_weight, training_seed (*optional*): As given by the strategy.
         seed (`int`): Random seed of the samples.
         prompts, samples_per_prompt (`int`): Number of prompts, and of samples of each.
@@ -62,7 +62,8 @@ class Result:
     model: str = ""
     weights: tuple[float, ...] = ()
     guidance_scale: float = 1.0
-    guidance_start: int = 0
+    early_steps: int = 0
+    early_guidance_scale: float = 1.0
     temperature: float = USUAL_TEMPERATURE
     diversity_coef: float | None = None
     interpolation_weight: float | None = None
@@ -104,8 +105,8 @@ class Result:
         line["weights"] = list(self.weights)
         if "quality" not in self.metrics:
             del line["omega"]
-        if not self.guidance_start:
-            del line["guidance_start"]
+        if not self.early_steps:
+            del line["early_steps"], line["early_guidance_scale"]
         return line | line.pop("more")
 
     def is_base(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from trl_drcd.guidance import EarlySteps
 from trl_drcd.policies import Policy, policy_for, teacher_prompt_ids
 from trl_drcd.prompts import Prompt
 
@@ -107,7 +108,7 @@ def sample_prompts(
     chat_template_kwargs: dict[str, Any] | None = None,
     teacher_prompts: Sequence[Prompt | None] | None = None,
     allowed_token_ids: torch.Tensor | None = None,
-    guidance_start: int = 0,
+    early: EarlySteps | None = None,
 ) -> Samples:
     """
     Sample completions of every prompt, without truncation or penalties.
@@ -134,7 +135,7 @@ def sample_prompts(
             the prompt.
         allowed_token_ids (`torch.Tensor`, *optional*): Tokens of completions, sorted, int64 `(V',)`; by default those
             that the model's generation config does not suppress.
-        guidance_start (`int`, *optional*, defaults to 0): First step of a completion that is guided.
+        early ([`~trl_drcd.guidance.EarlySteps`], *optional*): The first steps, with a guidance scale of their own.
 
     Returns:
         [`Samples`]: `len(prompts) * samples_per_prompt` completions.
@@ -168,7 +169,7 @@ def sample_prompts(
                 part = slice(first, first + batch_size)
                 output = policy.sample(
                     model, ids[part], negative_ids and negative_ids[part], guidance_scale, temperature, max_new_tokens,
-                    guidance_start,
+                    early,
                 )  # fmt: skip
                 samples.token_ids += output
                 bar.update(len(output))

@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from trl_drcd.evaluation.results import USUAL_TEMPERATURE
+from trl_drcd.guidance import EarlySteps
 from trl_drcd.merging.adapters import BASE
 from trl_drcd.merging.blend import check_weights
 from trl_drcd.merging.folders import find_folder
@@ -25,7 +26,10 @@ from trl_drcd.validation.model_folders import check_adapter_folder, check_model,
 Given = Mapping[str, object]
 """A strategy as parsed from the YAML file."""
 
-SWEPT = {"guidance_scale": "gamma", "guidance_start": "start", "temperature": "T", "interpolation_weight": "lambda"}
+SWEPT = {
+    "guidance_scale": "gamma", "early_steps": "early", "early_guidance_scale": "early gamma", "temperature": "T",
+    "interpolation_weight": "lambda",
+}  # fmt: skip
 """Settings that can be swept with a list, and their symbols in names."""
 MAX_NAME, MAX_SWEEP = 100, 1000
 
@@ -37,7 +41,8 @@ KEYS = {
     "weights": "of `models`; equal if not given",
     "interpolation_weight": "lambda, in place of `weights`, for two `models`: (1 - lambda) first + lambda second",
     "guidance_scale": "gamma of classifier-free guidance; 1, the default, turns it off",
-    "guidance_start": "first step of a completion that is guided, 0 if not given; a late start keeps diversity",
+    "early_steps": "first steps of a completion, with `early_guidance_scale`, which keeps diversity; 0 if not given",
+    "early_guidance_scale": "gamma of the early steps; 1 if not given, which is the conditional model",
     "negative_prompt": "x^- of guidance, for prompts without their own",
     "temperature": f"sampling temperature; {USUAL_TEMPERATURE} if not given",
     "diversity_coef": "coefficient that the model was trained with, for the report only",
@@ -62,7 +67,7 @@ class Row:
         diversity_coef (`float`, *optional*): Coefficient that the model was trained with, for the report only.
         training_seed (`int`, *optional*): Number of the training among repetitions with other seeds; these rows are
             pooled into one point.
-        guidance_start (`int`): First step of a completion that is guided.
+        early_steps, early_guidance_scale: First steps of completions, and their guidance scale.
     """
 
     strategy: str
@@ -74,14 +79,21 @@ class Row:
     interpolation_weight: float | None = None
     diversity_coef: float | None = None
     training_seed: int | None = None
-    guidance_start: int = 0
+    early_steps: int = 0
+    early_guidance_scale: float = 1.0
+
+    @property
+    def early(self) -> EarlySteps | None:
+        """The early steps; `None` if there are none."""
+        return EarlySteps(self.early_steps, self.early_guidance_scale) if self.early_steps else None
 
     @property
     def point(self) -> str:
         """The strategy with its swept value; the same for all training seeds."""
         usual = {
             "guidance_scale": 1.0,
-            "guidance_start": 0,
+            "early_steps": 0,
+            "early_guidance_scale": 1.0,
             "temperature": USUAL_TEMPERATURE,
             "interpolation_weight": None,
         }
@@ -98,8 +110,11 @@ class Row:
     def slug(self) -> str:
         """A unique file name: the row's name in letters, digits and underscores, and a hash of all fields."""
         fields = asdict(self)
-        if not self.guidance_start:
-            del fields["guidance_start"]  # as in earlier versions, whose files keep their names
+        if self.early is None:
+            del (
+                fields["early_steps"],
+                fields["early_guidance_scale"],
+            )  # as in earlier versions, whose files keep their names
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
         return f"{re.sub(r'[^A-Za-z0-9.]+', '_', self.name)[:60].strip('_')}_{digest}"
 
@@ -110,7 +125,7 @@ def expand(strategies: Sequence[Given]) -> list[Row]:
 
     Args:
         strategies (`list[dict]`): Each with `name` and optionally other [`KEYS`]. At most one of `guidance_scale`,
-            `guidance_start`, `temperature` and `interpolation_weight` may be a list, a sweep.
+            `early_steps`, `early_guidance_scale`, `temperature` and `interpolation_weight` may be a list, a sweep.
 
     Returns:
         `list[Row]`: In order.
@@ -206,7 +221,7 @@ def _row(name: str, given: Given, training_seed: int | None, where: str) -> Row:
         numbers["interpolation_weight"],
         numbers["diversity_coef"],
         training_seed,
-        _guidance_start(numbers["guidance_start"], guidance, where),
+        *_early(numbers["early_steps"], numbers["early_guidance_scale"], guidance, where),
     )
     if not row.guidance_scale >= 0 or not math.isfinite(row.guidance_scale):
         raise ValueError(f"{where}: `guidance_scale` must be finite and at least 0, got {row.guidance_scale}")
@@ -215,15 +230,20 @@ def _row(name: str, given: Given, training_seed: int | None, where: str) -> Row:
     return row
 
 
-def _guidance_start(given: float | None, guidance_scale: float | None, where: str) -> int:
-    """The first guided step; 0 if it is not given."""
-    if given is None:
-        return 0
-    if not math.isfinite(given) or given < 0 or int(given) != given:
-        raise ValueError(f"{where}: `guidance_start` must be a whole number of steps, at least 0, got {given}")
-    if given and guidance_scale in (None, 1):
-        raise ValueError(f"{where}: `guidance_start` needs a `guidance_scale` other than 1, which turns guidance off")
-    return int(given)
+def _early(count: float | None, scale: float | None, guidance_scale: float | None, where: str) -> tuple[int, float]:
+    """The number of early steps, 0 if it is not given, and their guidance scale."""
+    if count is None:
+        if scale is not None:
+            raise ValueError(f"{where}: `early_guidance_scale` needs `early_steps`, the number of these steps")
+        return 0, 1.0
+    if not math.isfinite(count) or count < 0 or int(count) != count:
+        raise ValueError(f"{where}: `early_steps` must be a whole number, at least 0, got {count}")
+    if guidance_scale in (None, 1):
+        raise ValueError(f"{where}: `early_steps` needs a `guidance_scale` other than 1, which turns guidance off")
+    scale = 1.0 if scale is None else scale
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"{where}: `early_guidance_scale` must be finite and at least 0, got {scale}")
+    return int(count), scale
 
 
 def _number(given: Given, part: str, where: str) -> float | None:

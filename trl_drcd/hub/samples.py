@@ -24,7 +24,14 @@ from trl_drcd.markdown import markdown_table, markdown_text
 RESULTS, SOUNDS, TEXTS = "results.jsonl", "samples.parquet", "samples.jsonl"
 SHOWN = ("quality", "adherence", "diversity", "kl")
 """Metrics in the card's table."""
-MADE_BY = ("guidance_scale", "guidance_start", "temperature", "interpolation_weight", "diversity_coef")
+MADE_BY = (
+    "guidance_scale",
+    "early_steps",
+    "early_guidance_scale",
+    "temperature",
+    "interpolation_weight",
+    "diversity_coef",
+)
 """What of a row of results says how its samples were made: numbers, or null."""
 
 

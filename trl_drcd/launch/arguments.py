@@ -28,7 +28,8 @@ COMMON = {
     *("report_to", "on_bad_batch", "ddp_timeout", "reward_weights"),
     *("model_name_or_path", "dtype", "use_peft", "lora_r", "lora_alpha", "lora_target_modules", "guidance_scale"),
     *(
-        "guidance_start",
+        "early_steps",
+        "early_guidance_scale",
         "negative_prompt",
         "allowed_token_ids",
         "diversity_coef",

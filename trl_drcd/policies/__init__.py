@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_drcd.guidance import EarlySteps
 from trl_drcd.heads import Head
 from trl_drcd.policies.allowed import complement, own_allowed_token_ids, resolve_token_ids
 from trl_drcd.policies.causal_lm import CausalLMPolicy, without_peft
@@ -97,11 +98,11 @@ class Policy(Protocol):
         temperature: float = 1.0,
         max_new_tokens: int = 20,
         eos_token_ids: list[int] | None = None,
-        guidance_start: int = 0,
+        early: EarlySteps | None = None,
     ) -> Rollout:
         """
-        Sample without truncation or penalties, with log-probabilities; guided from step `guidance_start` on if
-        `guidance_scale` is not 1.
+        Sample without truncation or penalties, with log-probabilities; guided if `guidance_scale` is not 1, in the
+        `early` steps with their own scale.
         """
 
     def sample(
@@ -112,7 +113,7 @@ class Policy(Protocol):
         guidance_scale: float = 1.0,
         temperature: float = 1.0,
         max_new_tokens: int = 20,
-        guidance_start: int = 0,
+        early: EarlySteps | None = None,
     ) -> list[list[int]]:
         """The completions of [`Policy.rollout`], as lists of ids."""
 

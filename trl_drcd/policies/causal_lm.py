@@ -13,7 +13,7 @@ from transformers.utils.logging import get_logger
 
 from trl_drcd.compat.dropout import turn_off_dropout
 from trl_drcd.compat.trl_private import CausalLMInTRL
-from trl_drcd.guidance import stacked_prompts
+from trl_drcd.guidance import EarlySteps, stacked_prompts
 from trl_drcd.heads import Head
 from trl_drcd.policies.allowed import AllowedTokens
 from trl_drcd.policies.shared_prompts import distinct_prompts, shared_hidden_states, shared_refusal
@@ -216,7 +216,7 @@ class CausalLMPolicy:
         temperature: float = 1.0,
         max_new_tokens: int = 20,
         eos_token_ids: list[int] | None = None,
-        guidance_start: int = 0,
+        early: EarlySteps | None = None,
     ) -> Rollout:
         """
         Sample completions, with classifier-free guidance (one doubled batch) if `guidance_scale` is not 1.
@@ -233,7 +233,7 @@ class CausalLMPolicy:
             max_new_tokens (`int`, *optional*, defaults to 20): Maximum number of completion tokens.
             eos_token_ids (`list[int]`, *optional*): Tokens that end a completion; defaults to those of the model's
                 generation config.
-            guidance_start (`int`, *optional*, defaults to 0): First step that is guided.
+            early ([`~trl_drcd.guidance.EarlySteps`], *optional*): The first steps, with a guidance scale of their own.
 
         Returns:
             [`~trl_drcd.sampling.Rollout`]: `K` is 1.
@@ -249,13 +249,11 @@ class CausalLMPolicy:
             if (reason := refusal(own) or _head_refusal(own)) is not None:
                 logger.warning_once(f"Sampling goes through `generate`, which is slower: {reason}.")
                 token_ids = self.heads(model)[0].token_ids
-                return generate(
-                    model, rows, max_new_tokens, guidance_scale, temperature, eos, token_ids, guidance_start
-                )
+                return generate(model, rows, max_new_tokens, guidance_scale, temperature, eos, token_ids, early)
             stream, fill = CausalStream(own.base_model, rows, max_new_tokens), (as_list(config.pad_token_id) or [0])[0]
             return decode(
                 stream, self.heads(model), max_new_tokens, guidance_scale, temperature, eos, fill,
-                guidance_start=guidance_start,
+                early=early,
             )  # fmt: skip
 
     def sample(
@@ -266,12 +264,12 @@ class CausalLMPolicy:
         guidance_scale: float = 1.0,
         temperature: float = 1.0,
         max_new_tokens: int = 20,
-        guidance_start: int = 0,
+        early: EarlySteps | None = None,
     ) -> list[list[int]]:
         """The completions of [`rollout`], each up to and including its first eos."""
         return self.rollout(
             model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens,
-            guidance_start=guidance_start,
+            early=early,
         ).completions()  # fmt: skip
 
 

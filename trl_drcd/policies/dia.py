@@ -20,7 +20,7 @@ from trl_drcd.audio.dac import DelayedCodec
 from trl_drcd.compat.dia import DiaInTRL, processor_of
 from trl_drcd.compat.dropout import turn_off_dropout
 from trl_drcd.compat.trl_private import forget_patched_forward
-from trl_drcd.guidance import left_pad, stacked_prompts
+from trl_drcd.guidance import EarlySteps, left_pad, stacked_prompts
 from trl_drcd.heads import Head
 from trl_drcd.policies.causal_lm import _full
 from trl_drcd.policies.causal_lm import without_peft as unwrapped
@@ -267,7 +267,7 @@ class DiaPolicy:
         temperature: float = 1.0,
         max_new_tokens: int = 256,
         eos_token_ids: list[int] | None = None,
-        guidance_start: int = 0,
+        early: EarlySteps | None = None,
     ) -> Rollout:
         """
         Sample completions, with classifier-free guidance (one doubled batch) if `guidance_scale` is not 1.
@@ -282,7 +282,7 @@ class DiaPolicy:
             max_new_tokens (`int`, *optional*, defaults to 256): Decoder steps, as in `generate`: frames, the longest
                 delay, and the end, which is not drawn if it comes by length.
             eos_token_ids (`list[int]`, *optional*): Not used: the eos is the decoder's.
-            guidance_start (`int`, *optional*, defaults to 0): First step that is guided.
+            early ([`~trl_drcd.guidance.EarlySteps`], *optional*): The first steps, with a guidance scale of their own.
 
         Returns:
             [`~trl_drcd.sampling.Rollout`]: The pad id where nothing was drawn.
@@ -303,7 +303,7 @@ class DiaPolicy:
             return decode(
                 stream, self.heads(model), steps, guidance_scale, temperature, [self.layout.eos_id],
                 self.layout.pad_id, self.layout.is_drawn(steps).to(device), after_end=self.layout.after_end,
-                guidance_start=guidance_start,
+                early=early,
             )  # fmt: skip
 
     def sample(
@@ -314,10 +314,10 @@ class DiaPolicy:
         guidance_scale: float = 1.0,
         temperature: float = 1.0,
         max_new_tokens: int = 256,
-        guidance_start: int = 0,
+        early: EarlySteps | None = None,
     ) -> list[list[int]]:
         """The completions of [`rollout`]."""
         return self.rollout(
             model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens,
-            guidance_start=guidance_start,
+            early=early,
         ).completions()  # fmt: skip

@@ -20,7 +20,7 @@ from trl_drcd.audio.codecs import CodebookCodec, delays_of, is_coded
 from trl_drcd.compat.dropout import turn_off_dropout
 from trl_drcd.compat.musicgen import MusicgenInTRL
 from trl_drcd.compat.trl_private import forget_patched_forward
-from trl_drcd.guidance import left_pad, stacked_prompts
+from trl_drcd.guidance import EarlySteps, left_pad, stacked_prompts
 from trl_drcd.heads import Head
 from trl_drcd.policies.causal_lm import _full
 from trl_drcd.policies.causal_lm import without_peft as unwrapped
@@ -246,7 +246,7 @@ class MusicgenPolicy:
         temperature: float = 1.0,
         max_new_tokens: int = 256,
         eos_token_ids: list[int] | None = None,
-        guidance_start: int = 0,
+        early: EarlySteps | None = None,
     ) -> Rollout:
         """
         Sample completions, with classifier-free guidance (one doubled batch) if `guidance_scale` is not 1.
@@ -263,7 +263,7 @@ class MusicgenPolicy:
             temperature (`float`, *optional*, defaults to 1.0): Above 0.
             max_new_tokens (`int`, *optional*, defaults to 256): Decoder steps `S`.
             eos_token_ids (`list[int]`, *optional*): Not used: every completion has `S` steps.
-            guidance_start (`int`, *optional*, defaults to 0): First step that is guided.
+            early ([`~trl_drcd.guidance.EarlySteps`], *optional*): The first steps, with a guidance scale of their own.
 
         Returns:
             [`~trl_drcd.sampling.Rollout`]: Delayed layout; the mask id where a codebook has no code.
@@ -283,7 +283,7 @@ class MusicgenPolicy:
             layout = is_coded(max_new_tokens, self.num_codebooks, self.channels).to(device)
             return decode(
                 stream, self.heads(model), max_new_tokens, guidance_scale, temperature, (), self.mask_id, layout,
-                guidance_start=guidance_start,
+                early=early,
             )  # fmt: skip
 
     def sample(
@@ -294,12 +294,12 @@ class MusicgenPolicy:
         guidance_scale: float = 1.0,
         temperature: float = 1.0,
         max_new_tokens: int = 256,
-        guidance_start: int = 0,
+        early: EarlySteps | None = None,
     ) -> list[list[int]]:
         """The completions of [`rollout`], `S * K` ids each."""
         return self.rollout(
             model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens,
-            guidance_start=guidance_start,
+            early=early,
         ).completions()  # fmt: skip
 
 

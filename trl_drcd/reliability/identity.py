@@ -15,7 +15,8 @@ SETTINGS = (
     *("max_grad_norm_diversity", "allowed_token_ids"),
     *(
         "guidance_scale",
-        "guidance_start",
+        "early_steps",
+        "early_guidance_scale",
         "negative_prompt",
         "temperature",
         "diversity_coef",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor
 
-from trl_drcd.guidance import generate_drawn, guide_logits
+from trl_drcd.guidance import EarlySteps, generate_drawn, guide_logits
 from trl_drcd.sampling.drawing import Drawn, draw
 from trl_drcd.sampling.loop import Rollout, check_sampling
 
@@ -20,16 +20,16 @@ class DrawingProcessor(LogitsProcessor):
         guidance_scale: float,
         temperature: float,
         token_ids: torch.Tensor | None = None,
-        guidance_start: int = 0,
+        early: EarlySteps | None = None,
     ):
         self.guidance_scale, self.temperature, self.token_ids = guidance_scale, temperature, token_ids
-        self.guidance_start = guidance_start
+        self.early = early
         self.steps: list[Drawn] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         guided = self.guidance_scale != 1
         cond, uncond = scores.chunk(2) if guided else (scores, scores)
-        scale = self.guidance_scale if len(self.steps) >= self.guidance_start else 1.0
+        scale = self.early.scale_at(len(self.steps), self.guidance_scale) if self.early else self.guidance_scale
         logits = guide_logits(cond, uncond, scale).clone()
         if self.token_ids is not None:
             logits = logits[:, self.token_ids]
@@ -49,7 +49,7 @@ def generate(
     temperature: float,
     eos_token_ids: list[int],
     token_ids: torch.Tensor | None = None,
-    guidance_start: int = 0,
+    early: EarlySteps | None = None,
 ) -> Rollout:
     """
     [`~trl_drcd.sampling.loop.decode`] with `generate`: equal prompts are not shared, and finished sequences stay in
@@ -58,7 +58,7 @@ def generate(
     Args:
         model (`PreTrainedModel`): A causal LM, with or without adapters.
         rows (`list[list[int]]`): Token ids of the prompts, followed, with guidance, by the unconditional prompts.
-        steps, guidance_scale, temperature, eos_token_ids, token_ids, guidance_start: As in
+        steps, guidance_scale, temperature, eos_token_ids, token_ids, early: As in
             [`~trl_drcd.sampling.loop.decode`].
 
     Returns:
@@ -68,7 +68,7 @@ def generate(
         ValueError: If `temperature` is not above 0 or `steps` is below 1.
     """
     check_sampling(steps, temperature)
-    processor = DrawingProcessor(guidance_scale, temperature, token_ids, guidance_start)
+    processor = DrawingProcessor(guidance_scale, temperature, token_ids, early)
     ids = generate_drawn(model, rows, processor, steps, eos_token_id=eos_token_ids or None)
     ids = ids[: len(rows) // (1 + (guidance_scale != 1))]
     ended = torch.isin(ids, torch.tensor(eos_token_ids, dtype=torch.long, device=ids.device)).cumsum(1)

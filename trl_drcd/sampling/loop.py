@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from trl_drcd.guidance import EarlySteps
 from trl_drcd.losses import Head, guided_logits
 from trl_drcd.sampling.drawing import draw
 from trl_drcd.sampling.streams import Stream
@@ -116,7 +117,7 @@ def decode(
     layout: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
     after_end: torch.Tensor | None = None,
-    guidance_start: int = 0,
+    early: EarlySteps | None = None,
 ) -> Rollout:
     """
     Sample without truncation or penalties, with classifier-free guidance if `guidance_scale` is not 1.
@@ -138,7 +139,7 @@ def decode(
             that the heads allow.
         after_end (`torch.Tensor`, *optional*): Steps for which each codebook is still drawn after the step of an eos,
             int64 `(K,)`; -1 for a codebook that is not drawn in that step either. 0 for all by default.
-        guidance_start (`int`, *optional*, defaults to 0): First step that is guided; both streams run from the first.
+        early ([`~trl_drcd.guidance.EarlySteps`], *optional*): The first steps, with a guidance scale of their own.
 
     Returns:
         [`Rollout`]: On the stream's device.
@@ -163,8 +164,8 @@ def decode(
     lacking = _lacking(heads, token_ids)
     for step in range(steps):
         cond, uncond = hidden.chunk(2) if guided else (hidden, None)
-        uncond = uncond if step >= guidance_start else None
-        logits = guided_logits(head, cond, uncond, guidance_scale)(slice(None))
+        scale = early.scale_at(step, guidance_scale) if early else guidance_scale
+        logits = guided_logits(head, cond, uncond, scale)(slice(None))
         if lacking is not None:
             logits = logits.view(-1, *lacking.shape).masked_fill(lacking, -torch.inf)
         uniform = torch.rand(sequences, books, dtype=torch.float64, device=device)[rows].flatten()

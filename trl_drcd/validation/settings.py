@@ -15,7 +15,8 @@ class Settings(Protocol):
     """The fields of a `CFGDistillDiversityConfig` that are checked here individually."""
 
     guidance_scale: float
-    guidance_start: int
+    early_steps: int
+    early_guidance_scale: float
     max_completion_length: int | None
     diversity_warmup_steps: float
     reward_weights: list[float] | None
@@ -37,7 +38,8 @@ class Settings(Protocol):
 
 RANGES = {
     "guidance_scale": Range(1, hint="the paper's is 3"),
-    "guidance_start": Range(0, hint="0 guides every step, as in the paper"),
+    "early_steps": Range(0, hint="0 guides every step alike, as in the paper"),
+    "early_guidance_scale": Range(0, hint="1 is the base model"),
     "temperature": Range(0, above=True, hint="the paper's is 0.99"),
     "diversity_coef": Range(0),
     "diversity_warmup_steps": Range(0),
@@ -107,15 +109,17 @@ def _check_sampling(args: Settings) -> None:
 
 
 def _check_guidance(args: Settings) -> None:
-    """Refuse a start of guidance that is after the last step, or of no guidance."""
-    if args.guidance_start and args.guidance_scale == 1:
+    """Refuse early steps that are all steps, or steps of no guidance, and a scale of no early steps."""
+    if args.early_steps and args.guidance_scale == 1:
         raise ValueError(
-            f"`guidance_start={args.guidance_start}` needs a `guidance_scale` other than 1, which turns guidance off"
+            f"`early_steps={args.early_steps}` needs a `guidance_scale` other than 1, which turns guidance off"
         )
-    if args.max_completion_length is not None and args.guidance_start >= args.max_completion_length:
+    if args.early_guidance_scale != 1 and not args.early_steps:
+        raise ValueError(f"`early_guidance_scale={args.early_guidance_scale}` needs `early_steps`, which is 0")
+    if args.max_completion_length is not None and args.early_steps >= args.max_completion_length:
         raise ValueError(
-            f"`guidance_start={args.guidance_start}` must be below `max_completion_length="
-            f"{args.max_completion_length}`: no step would be guided"
+            f"`early_steps={args.early_steps}` must be below `max_completion_length="
+            f"{args.max_completion_length}`: no later step would be left"
         )
 
 
