@@ -49,9 +49,16 @@ MUTATIONS = [
     Mutation(
         "capped logits guided before the cap",
         "losses.py",
-        "    if head.softcap is not None:\n        return lambda rows: guide_logits",
-        "    if False:\n        return lambda rows: guide_logits",
+        "    if head.softcap is not None:\n\n        def guided_rows",
+        "    if False:\n\n        def guided_rows",
         "tests/test_trainer.py::test_soft_capped_logits_are_guided_after_the_cap",
+    ),
+    Mutation(
+        "one early step too many",
+        "guidance.py",
+        "return self.guidance_scale if step < self.count else guidance_scale",
+        "return self.guidance_scale if step <= self.count else guidance_scale",
+        "tests/test_trainer.py::test_loss_and_gradient_equal_the_dense_reference",
     ),
     Mutation(
         "KL direction reversed",

@@ -153,7 +153,8 @@ def test_without_guidance_the_untrained_student_is_its_teacher(tmp_path, tokeniz
     assert abs(trainer._metrics["train"]["kl"][-1]) < 1e-4
 
 
-def test_soft_capped_logits_are_guided_after_the_cap(tmp_path, tokenizer, caplog):
+@pytest.mark.parametrize("early", [(0, 1.0), (2, 0.5)])
+def test_soft_capped_logits_are_guided_after_the_cap(tmp_path, tokenizer, caplog, early):
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
@@ -166,11 +167,12 @@ def test_soft_capped_logits_are_guided_after_the_cap(tmp_path, tokenizer, caplog
         )
     ).eval()  # fmt: skip
     teacher = copy.deepcopy(model)
-    trainer = make_trainer(tmp_path, tokenizer, model=model, embedder=None)
+    given = {"early_steps": early[0], "early_guidance_scale": early[1]}
+    trainer = make_trainer(tmp_path, tokenizer, model=model, embedder=None, **given)
     assert "caps its logits" in caplog.text
     batch = rollout(trainer)
     trainer.compute_loss(trainer.model, batch)
-    kl, _ = dense_reference(copy.deepcopy(teacher), teacher, batch, tokenizer, 3.0, 0.99)
+    kl, _ = dense_reference(copy.deepcopy(teacher), teacher, batch, tokenizer, 3.0, 0.99, early)
     assert trainer._metrics["train"]["kl"][-1] == pytest.approx(kl.mean().item(), rel=1e-3)
 
 
