@@ -1,0 +1,96 @@
+"""
+How far above the curve of constant guidance do the other strategies of an evaluation lie?
+
+The height of a point is its adherence minus that of the curve at its diversity. The curve is linear between the
+base and its rows with guidance in all steps, up to the teacher's scale; beyond its ends it is that of the nearest end.
+Intervals (95 %) are over prompts, and training seeds where there are several.
+
+    python recipes/music/heights.py outputs/early_steps/results.jsonl
+    python recipes/music/heights.py results/early_steps/results.jsonl --differences "LERP (lambda 0.5)" rewarded
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from trl_drcd.evaluation.points import Comparison, Point, by_strategy, pooled
+from trl_drcd.evaluation.results import USUAL_TEMPERATURE, read_results
+from trl_drcd.evaluation.tables import formatted, markdown_table
+from trl_drcd.validation.messages import one_line_errors
+
+DIVERSITIES = {"diversity": "height", "diversity_second": "height, not rewarded"}
+
+
+def is_constant_guidance(point: Point) -> bool:
+    """Whether a point is the base with one guidance scale in all steps, from 1 to the teacher's."""
+    usual = not point.weights and not point.early_steps and point.temperature == USUAL_TEMPERATURE
+    return usual and 1 <= point.guidance_scale <= point.teacher_guidance_scale
+
+
+def heights(comparison: Comparison, point: Point, curve: Sequence[Point], diversity: str, metric: str) -> np.ndarray:
+    """
+    Height of a point above a curve.
+
+    Args:
+        comparison (`Comparison`): Of all points.
+        point (`Point`): The point.
+        curve (`Sequence[Point]`): Points of the curve, in any order.
+        diversity (`str`): Metric along which they are compared.
+        metric (`str`): Metric of the height.
+
+    Returns:
+        `np.ndarray`: The height, followed by its replicates, `(replicates,)`, in the unit of `metric`.
+    """
+    points = comparison.curve(curve, diversity, metric)  # (n, replicates, 2)
+    order = points[:, :, 0].argsort(0)
+    x, y = (np.take_along_axis(points[:, :, axis], order, 0) for axis in (0, 1))
+    at = comparison.means(point, diversity)
+    below = np.array([np.interp(at[i], x[:, i], y[:, i]) for i in range(len(at))])
+    return comparison.means(point, metric) - below
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print a table with a row per point and, for a strategy of several, their mean."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="results.jsonl")
+    parser.add_argument("--metric", default="adherence", help="metric of the height (default: adherence)")
+    parser.add_argument("--differences", nargs=2, metavar="POINT", help="also the first point's height - the second's")
+    args = parser.parse_args(argv)
+    with one_line_errors("heights.py"):
+        points = pooled(read_results(args.results))
+        curve = [point for point in points if is_constant_guidance(point)]
+        if len(curve) < 2:
+            raise ValueError(f"{args.results} needs rows of the base with two guidance scales, got {len(curve)}")
+        by_name = {point.name: point for point in points}
+        if unknown := sorted(set(args.differences or []) - set(by_name)):
+            raise ValueError(f"--differences: {args.results} has no {unknown}; it has {list(by_name)}")
+    comparison, table = Comparison(points), {}
+    of = {
+        (point.name, diversity): heights(comparison, point, curve, diversity, args.metric)
+        for point in points
+        for diversity in DIVERSITIES
+    }
+    for strategy, group in by_strategy(point for point in points if point not in curve).items():
+        for point in group:
+            row = {key: comparison.interval(comparison.means(point, key)) for key in (*DIVERSITIES, args.metric)}
+            row |= {name: comparison.interval(of[point.name, key]) for key, name in DIVERSITIES.items()}
+            table[point.name] = {key: formatted(value) for key, value in row.items()}
+        if len(group) > 1:
+            means = {key: np.mean([of[point.name, key] for point in group], 0) for key in DIVERSITIES}
+            table[f"{strategy}, mean"] = {
+                name: formatted(comparison.interval(means[key])) for key, name in DIVERSITIES.items()
+            }
+    if args.differences:
+        one, other = args.differences
+        table[f"{one} - {other}"] = {
+            name: formatted(comparison.interval(of[one, key] - of[other, key])) for key, name in DIVERSITIES.items()
+        }
+    print(markdown_table(table))
+
+
+if __name__ == "__main__":
+    main()
