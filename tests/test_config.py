@@ -89,6 +89,8 @@ def test_the_trainer_from_python_leaves_a_folder_that_says_what_it_is(tmp_path, 
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"adapter_model.safetensors", "generation_config.json", "tokenizer.json", "README.md"} <= files
     assert "training_args.bin" not in files
+    modes = [(tmp_path / "out" / name).stat().st_mode for name in ("adapter_model.safetensors", "adapter_config.json")]
+    assert modes[0] == modes[1], "a server of another user reads both"
     card = (tmp_path / "out" / "README.md").read_text()
     header = card.split("---")[1]
     assert "license: mit\n" in header and "base_model: someone/first\n" in header

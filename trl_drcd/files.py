@@ -55,6 +55,21 @@ def write_bytes(path: str | Path, content: bytes) -> None:
             raise
 
 
+def open_to_readers(folder: str | Path) -> None:
+    """
+    Give safetensors files, which safetensors 0.8 makes readable by their owner alone, the permissions of other new
+    files (the umask's): a server of another user has to read them.
+
+    Args:
+        folder (`str` or `Path`): Folder with the files, at any depth.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in Path(folder).rglob("*.safetensors"):
+        if not file.is_symlink() and file.stat().st_mode & 0o777 == 0o600:
+            file.chmod(0o666 & ~mask)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """[`write_bytes`] for a text, encoded as UTF-8."""
     write_bytes(path, text.encode())

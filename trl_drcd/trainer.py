@@ -27,7 +27,7 @@ from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.distributed import count_completions, separate_teacher
 from trl_drcd.diversity import DiversityReward
 from trl_drcd.diversity_term import DiversityTerm
-from trl_drcd.files import local_name
+from trl_drcd.files import local_name, open_to_readers
 from trl_drcd.guidance import ancestral_generation_config
 from trl_drcd.hub.training import check_run_repository, push_run
 from trl_drcd.mixture import as_embedder
@@ -406,6 +406,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(folder)
         if not self.policy.has_own_codec and hasattr(self.codec, "save_pretrained"):
             self.codec.save_pretrained(folder / "codec")
+        open_to_readers(folder)
         self.write_card(folder)
 
     def write_card(self, folder: str | Path, license: str | None = None, **settings):

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import kill_merges
 import pytest
+import torch
 from kill_merges import forked, kill, kill_at_each_step, make_models, merge, wrong_with
 
 from trl_drcd import files
+from trl_drcd.audio import MusicEmbedder, SpectralCodec
 from trl_drcd.merging import interpolate_checkpoints, merge_with_mergekit, mergekit, staging
 from trl_drcd.merging.staging import exchange, new_folder
 
@@ -164,6 +166,26 @@ def test_the_folder_is_as_open_as_others(tmp_path):
         os.umask(previous)
     assert (tmp_path / "m").stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert (tmp_path / "m" / "y").stat().st_mode == (tmp_path / "m" / "file").stat().st_mode
+
+
+def test_weights_are_as_open_as_other_files(tmp_path, model, tokenizer):
+    """safetensors 0.8 writes them for their owner alone: merges, runs, codecs, embedders."""
+    previous = os.umask(0o022)
+    try:
+        for name in ("one", "other"):
+            model.save_pretrained(tmp_path / name)
+            tokenizer.save_pretrained(tmp_path / name)
+        interpolate_checkpoints([tmp_path / "one", tmp_path / "other"], [0.5, 0.5], tmp_path / "merged")
+        SpectralCodec(torch.randn(2, 8, 96), iterations=2).save_pretrained(tmp_path / "codec")
+        MusicEmbedder().save_pretrained(tmp_path / "embedder")
+    finally:
+        os.umask(previous)
+    written = [file for name in ("merged", "codec", "embedder") for file in (tmp_path / name).glob("*.safetensors")]
+    assert len(written) == 3 and {oct(file.stat().st_mode & 0o777) for file in written} == {"0o644"}
+    secret = tmp_path / "codec" / "codec.safetensors"
+    secret.chmod(0o640)
+    files.open_to_readers(tmp_path)
+    assert secret.stat().st_mode & 0o777 == 0o640, "what somebody set is theirs"
 
 
 def test_a_link_to_a_folder_stays(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from trl_drcd.files import open_to_readers
 from trl_drcd.validation.saved_files import arguments_of, open_safetensors, read_json
 
 
@@ -239,6 +240,7 @@ class SpectralCodec(nn.Module):
         config: dict[str, Any] = {"codec_type": "spectral"} | {name: getattr(self, name) for name in names}
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_file({"codebooks": self.codebooks.contiguous()}, directory / "codec.safetensors")
+        open_to_readers(directory)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> SpectralCodec:

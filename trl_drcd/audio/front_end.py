@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from trl_drcd.compat.extras import require
+from trl_drcd.files import open_to_readers
 from trl_drcd.validation.saved_files import arguments_of, load_state, open_safetensors, read_json
 
 MINIMUM_RMS = 1e-3  # limits the gain of quiet audio to 60 dB, so that silence stays silent
@@ -183,6 +184,7 @@ class SavedModule(nn.Module, ModelHubMixin, library_name="trl-drcd", repo_url=No
                 shutil.copy(directory / "README.md", temporary)
             kwargs = {"repo_id": directory.name} | kwargs if kwargs.get("push_to_hub") else kwargs
             result = super().save_pretrained(temporary, **kwargs)
+            open_to_readers(temporary)
             for file in Path(temporary).iterdir():
                 os.replace(file, directory / file.name)
         return result

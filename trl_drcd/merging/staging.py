@@ -30,7 +30,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from trl_drcd.files import check_room, disk_errors
+from trl_drcd.files import check_room, disk_errors, open_to_readers
 
 try:
     import fcntl
@@ -122,6 +122,7 @@ def contents(folder: Path) -> Contents | None:
 
 def _publish(staging: Path, output: Path, before: Contents | None) -> None:
     """Move the result to `output`, provided that `output` has not changed since the start."""
+    open_to_readers(staging)
     _synchronise(staging)
     if contents(output) != before:
         _keep(staging, output)
