@@ -37,15 +37,8 @@ CITATION = {
 PROMPTS = {"text": "Write a short poem.", "dia": "[S1] Good morning."}  # of the example, by family
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
 SETTINGS = (
-    *(
-        "guidance_scale",
-        "early_steps",
-        "early_guidance_scale",
-        "negative_prompt",
-        "temperature",
-        "diversity_coef",
-        "diversity_warmup_steps",
-    ),
+    *("guidance_scale", "early_steps", "early_guidance_scale", "negative_prompt", "temperature"),
+    *("diversity_coef", "diversity_warmup_steps"),
     *("num_generations", "learning_rate", "max_completion_length", "bf16", "seed"),
 )
 Metrics = Mapping[str, Mapping[str, float]]

@@ -62,6 +62,7 @@ def guide_logits(cond: torch.Tensor, uncond: torch.Tensor, guidance_scale: float
     dtype = torch.promote_types(torch.promote_types(cond.dtype, uncond.dtype), torch.float32)
     cond, uncond = cond.to(dtype), uncond.to(dtype)
     if isinstance(guidance_scale, torch.Tensor):
+        guidance_scale = guidance_scale.to(dtype)
         guided = _guided(cond, uncond, guidance_scale)
         return torch.where(guidance_scale == 1, cond, torch.where(guidance_scale == 0, uncond, guided))
     if guidance_scale == 1:
@@ -136,16 +137,19 @@ def step_scales(
         like (`torch.Tensor`): Gives the device.
 
     Returns:
-        `float` or `torch.Tensor`: `guidance_scale` if there are no early steps, else shape `(S,)`, float32.
+        `float` or `torch.Tensor`: `guidance_scale` if there are no early steps, else shape `(S,)`, float64.
     """
     if early is None:
         return guidance_scale
-    return torch.tensor([early.scale_at(step, guidance_scale) for step in range(steps)], device=like.device)
+    scales = [early.scale_at(step, guidance_scale) for step in range(steps)]
+    return torch.tensor(scales, dtype=torch.float64, device=like.device)
 
 
 def scales_of_tokens(scales: float | torch.Tensor, scored: torch.Tensor) -> float | torch.Tensor:
     """[`step_scales`] for the scored tokens of a mask `(B, S)`: the number, or a tensor `(N, 1)`."""
-    return scales.expand(scored.shape)[scored][:, None] if isinstance(scales, torch.Tensor) else scales
+    if not isinstance(scales, torch.Tensor):
+        return scales
+    return scales.expand(scored.shape)[scored][:, None]
 
 
 class TeacherCFGLogitsProcessor(LogitsProcessor):

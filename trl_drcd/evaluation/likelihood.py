@@ -79,7 +79,8 @@ def _predictions(
             predictions.append((guide_hidden_states(states[0], states[1], scale), head))
         else:
             column = torch.as_tensor(scale, device=mask.device).expand(len(states[0]), 1)
-            both = torch.cat([*(state.float() for state in states), column.float()], -1)
+            dtype = torch.promote_types(states[0].dtype, torch.float32)  # bfloat16 would round gamma
+            both = torch.cat([part.to(dtype) for part in (*states, column)], -1)
             predictions.append((both, _GuidedHead(**vars(head))))
     return predictions
 

@@ -110,11 +110,8 @@ class Row:
     def slug(self) -> str:
         """A unique file name: the row's name in letters, digits and underscores, and a hash of all fields."""
         fields = asdict(self)
-        if self.early is None:
-            del (
-                fields["early_steps"],
-                fields["early_guidance_scale"],
-            )  # as in earlier versions, whose files keep their names
+        if self.early is None:  # as in earlier versions, whose files keep their names
+            del fields["early_steps"], fields["early_guidance_scale"]
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
         return f"{re.sub(r'[^A-Za-z0-9.]+', '_', self.name)[:60].strip('_')}_{digest}"
 

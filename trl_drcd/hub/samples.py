@@ -25,13 +25,8 @@ RESULTS, SOUNDS, TEXTS = "results.jsonl", "samples.parquet", "samples.jsonl"
 SHOWN = ("quality", "adherence", "diversity", "kl")
 """Metrics in the card's table."""
 MADE_BY = (
-    "guidance_scale",
-    "early_steps",
-    "early_guidance_scale",
-    "temperature",
-    "interpolation_weight",
-    "diversity_coef",
-)
+    "guidance_scale", "early_steps", "early_guidance_scale", "temperature", "interpolation_weight", "diversity_coef",
+)  # fmt: skip
 """What of a row of results says how its samples were made: numbers, or null."""
 
 

@@ -27,16 +27,8 @@ COMMON = {
     *("logging_steps", "eval_strategy", "eval_steps", "save_steps", "save_total_limit", "resume_from_checkpoint"),
     *("report_to", "on_bad_batch", "ddp_timeout", "reward_weights"),
     *("model_name_or_path", "dtype", "use_peft", "lora_r", "lora_alpha", "lora_target_modules", "guidance_scale"),
-    *(
-        "early_steps",
-        "early_guidance_scale",
-        "negative_prompt",
-        "allowed_token_ids",
-        "diversity_coef",
-        "diversity_warmup_steps",
-        "sample_steps",
-        "sample_prompts",
-    ),
+    *("early_steps", "early_guidance_scale", "negative_prompt", "allowed_token_ids", "diversity_coef"),
+    *("diversity_warmup_steps", "sample_steps", "sample_prompts"),
 }
 
 

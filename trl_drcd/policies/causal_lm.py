@@ -252,9 +252,8 @@ class CausalLMPolicy:
                 return generate(model, rows, max_new_tokens, guidance_scale, temperature, eos, token_ids, early)
             stream, fill = CausalStream(own.base_model, rows, max_new_tokens), (as_list(config.pad_token_id) or [0])[0]
             return decode(
-                stream, self.heads(model), max_new_tokens, guidance_scale, temperature, eos, fill,
-                early=early,
-            )  # fmt: skip
+                stream, self.heads(model), max_new_tokens, guidance_scale, temperature, eos, fill, early=early
+            )
 
     def sample(
         self,
@@ -268,9 +267,8 @@ class CausalLMPolicy:
     ) -> list[list[int]]:
         """The completions of [`rollout`], each up to and including its first eos."""
         return self.rollout(
-            model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens,
-            early=early,
-        ).completions()  # fmt: skip
+            model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens, early=early
+        ).completions()
 
 
 def as_list(token_ids: int | list[int] | None) -> list[int]:

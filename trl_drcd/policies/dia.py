@@ -318,6 +318,5 @@ class DiaPolicy:
     ) -> list[list[int]]:
         """The completions of [`rollout`]."""
         return self.rollout(
-            model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens,
-            early=early,
-        ).completions()  # fmt: skip
+            model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens, early=early
+        ).completions()

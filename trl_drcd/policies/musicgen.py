@@ -298,9 +298,8 @@ class MusicgenPolicy:
     ) -> list[list[int]]:
         """The completions of [`rollout`], `S * K` ids each."""
         return self.rollout(
-            model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens,
-            early=early,
-        ).completions()  # fmt: skip
+            model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens, early=early
+        ).completions()
 
 
 class MusicgenStream:

@@ -13,15 +13,8 @@ from peft import PeftModel
 SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "seed"),
     *("max_grad_norm_diversity", "allowed_token_ids"),
-    *(
-        "guidance_scale",
-        "early_steps",
-        "early_guidance_scale",
-        "negative_prompt",
-        "temperature",
-        "diversity_coef",
-        "diversity_warmup_steps",
-    ),
+    *("guidance_scale", "early_steps", "early_guidance_scale", "negative_prompt", "temperature"),
+    *("diversity_coef", "diversity_warmup_steps"),
     *("diversity_credit", "gae_lambda", "diversity_prefixes", "diversity_kernel", "num_generations", "num_iterations"),
     *("generation_batch_size", "max_completion_length", "reward_weights", "bf16", "fp16", "use_vllm"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "lr_scheduler_kwargs", "epsilon", "epsilon_high"),
