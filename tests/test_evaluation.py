@@ -58,6 +58,19 @@ def test_the_guided_base_has_no_kl_to_itself_and_batches_change_nothing(model, t
     torch.testing.assert_close(whole.kl, parts.kl, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("guidance", "forwards"), [(1.0, 2), (3.0, 2)])
+def test_the_base_reads_each_stream_once_where_it_is_the_teacher_too(model, tokenizer, guidance, forwards):
+    """Its copy reads them again, with equal terms."""
+    samples = sample_prompts(model, tokenizer, ["slow", "a fast tune for drum"], 3, guidance, max_new_tokens=6)
+    other, calls = type(model)(model.config).eval(), []
+    other.load_state_dict(model.state_dict())
+    model.base_model.register_forward_hook(lambda *_: calls.append(1))
+    shared = teacher_terms(model, model, tokenizer, samples, 3.0, model_guidance_scale=guidance)
+    assert len(calls) == forwards
+    apart = teacher_terms(model, other, tokenizer, samples, 3.0, model_guidance_scale=guidance)
+    assert torch.equal(shared.kl, apart.kl) and torch.equal(shared.entropy, apart.entropy)
+
+
 def test_sampling_is_reproducible_and_leaves_the_random_state(model, tokenizer):
     state = torch.get_rng_state()
     first, again, other = (

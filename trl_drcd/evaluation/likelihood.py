@@ -59,13 +59,23 @@ def _predictions(
     completion: Padded,
     guidance_scale: float,
     early: EarlySteps | None = None,
+    read: dict[object, torch.Tensor] | None = None,
 ) -> list[tuple[torch.Tensor, Head]]:
-    """For each codebook, the hidden states of its scored tokens and the head that maps them to (guided) logits."""
+    """
+    For each codebook, the hidden states of its scored tokens and the head that maps them to (guided) logits.
+
+    `read` keeps what a model has read of this completion: the base is often the teacher, too.
+    """
     streams = [prompts, negative_prompts] if guidance_scale != 1 else [prompts]
+    read = {} if read is None else read
     hidden = []
     for stream in streams:
-        ids, attention = left_pad(stream, 0)
-        hidden.append(policy.hidden_states(model, ids.to(model.device), attention.to(model.device), *completion))
+        key = id(model), tuple(map(tuple, stream))
+        if key not in read:
+            ids, attention = left_pad(stream, 0)
+            inputs = ids.to(model.device), attention.to(model.device), *completion
+            read[key] = policy.hidden_states(model, *inputs)
+        hidden.append(read[key])
     _, mask = policy.ids_and_mask(*completion)
     scales = step_scales(guidance_scale, early, mask.shape[1], mask)
     predictions = []
@@ -149,9 +159,10 @@ def teacher_terms(
     model.eval(), teacher.eval()
     parts = []
     for part, completion in _batches(samples, batch_size, model.device, description):
-        given = prompts[part], own_negatives[part], completion, model_guidance_scale, model_early
+        read: dict[object, torch.Tensor] = {}
+        given = prompts[part], own_negatives[part], completion, model_guidance_scale, model_early, read
         ours = _predictions(policy, model, *given)
-        theirs = _predictions(policy, teacher, taught[part], negatives[part], completion, guidance_scale)
+        theirs = _predictions(policy, teacher, taught[part], negatives[part], completion, guidance_scale, read=read)
         ids, mask = policy.ids_and_mask(*completion)
         sums = torch.zeros(2, len(ids), device=ids.device)
         for k, ((states, head), (guided, teacher_head)) in enumerate(zip(ours, theirs, strict=True)):
