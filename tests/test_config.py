@@ -82,7 +82,8 @@ def test_the_trainer_from_python_leaves_a_folder_that_says_what_it_is(tmp_path, 
     tokenizer.save_pretrained(base)
     (base / "README.md").write_text("---\nlicense: mit\nbase_model: someone/first\n---\n")
     trainer = make_trainer(
-        tmp_path / "out", tokenizer, model=str(base), max_steps=1, peft_config=LoraConfig(r=2),
+        tmp_path / "out", tokenizer, model=str(base), max_steps=1, peft_config=LoraConfig(r=2), early_steps=2,
+        early_guidance_scale=0.5,
     )  # fmt: skip
     trainer.train()
     trainer.save_model()
@@ -94,7 +95,10 @@ def test_the_trainer_from_python_leaves_a_folder_that_says_what_it_is(tmp_path, 
     card = (tmp_path / "out" / "README.md").read_text()
     header = card.split("---")[1]
     assert "license: mit\n" in header and "base_model: someone/first\n" in header
-    assert "base_model_relation: adapter\n" in header and "guidance 3 is in the weights" in card
+    assert (
+        "base_model_relation: adapter\n" in header
+        and "guidance 3 (0.5 in the first 2 steps) is in the weights" in card
+    )
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["do_sample"] and generation["top_k"] == 0 and str(tmp_path) not in card
 

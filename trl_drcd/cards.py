@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.files import local_name, write_text
+from trl_drcd.guidance import EarlySteps
 from trl_drcd.markdown import markdown_table, markdown_text
 from trl_drcd.policies import DiaPolicy, Policy
 from trl_drcd.validation.model_folders import is_hub_name
@@ -60,6 +61,7 @@ class TrainedModel:
             steps.
         conversational (`bool`): Whether prompts are chat turns.
         settings (`Mapping`): Rows of the table of settings.
+        early ([`~trl_drcd.guidance.EarlySteps`], *optional*): The teacher's early steps.
     """
 
     base: str
@@ -71,6 +73,7 @@ class TrainedModel:
     max_completion_length: int | None
     conversational: bool = False
     settings: Mapping[str, object] = field(default_factory=dict)
+    early: EarlySteps | None = None
 
 
 def trained_model(
@@ -119,6 +122,7 @@ def trained_model(
         max_completion_length=args.max_completion_length,
         conversational=tokenizer.chat_template is not None,
         settings=rows,
+        early=args.early,
     )
 
 
