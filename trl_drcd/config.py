@@ -49,10 +49,10 @@ class CFGDistillDiversityConfig(RLOOConfig):
             gamma of the teacher, Eq. (1). 1 distils the base model itself.
         early_steps (`int`, *optional*, defaults to 0):
             Number of first steps of a completion at which the teacher has the guidance scale `early_guidance_scale`.
-            Early tokens decide in what the completions of a prompt differ, and guidance there costs most of the
-            diversity ([`~trl_drcd.guidance.EarlySteps`]). 0 is the paper's.
+            Early tokens decide in what the completions of a prompt differ ([`~trl_drcd.guidance.EarlySteps`]). 0 is
+            the paper's.
         early_guidance_scale (`float`, *optional*, defaults to 1.0):
-            gamma of the early steps: 1 is the base model; below 1 they are more diverse than the base.
+            gamma of the early steps: 1 is the base model; below 1 they follow the prompt less than the base.
         negative_prompt (`str`, *optional*):
             x^- of Eq. (1) for rows without a `negative_prompt` of their own. `None` is the unconditional prompt.
         allowed_token_ids (`list[str]`, *optional*):
@@ -122,11 +122,11 @@ class CFGDistillDiversityConfig(RLOOConfig):
     early_steps: int = field(
         default=0,
         metadata={
-            "help": "First steps of a completion, with early_guidance_scale: keeps diversity. 0 is the paper's."
+            "help": "First steps of a completion, which are guided with early_guidance_scale. 0 is the paper's."
         },
     )
     early_guidance_scale: float = field(
-        default=1.0, metadata={"help": "gamma of the early steps: 1 is the base model, below 1 is more diverse."}
+        default=1.0, metadata={"help": "gamma of the early steps: 1 is the base model; below 1, less of the prompt."}
     )
     negative_prompt: str | None = field(
         default=None, metadata={"help": "Negative prompt of the teacher; None is the unconditional prompt."}

@@ -108,12 +108,12 @@ class EarlySteps:
     """
     The first steps of completions, which have a guidance scale of their own.
 
-    Early tokens decide in what the completions of a prompt differ, and guidance there costs most of the diversity.
+    Early tokens decide in what the completions of a prompt differ.
 
     Args:
         count (`int`): Number of these steps.
         guidance_scale (`float`, *optional*, defaults to 1.0): Their gamma. 1 is the conditional model; below 1 the
-            steps are more diverse, and 0 ignores the prompt.
+            steps follow the prompt less, and 0 ignores it.
     """
 
     count: int

@@ -41,7 +41,7 @@ KEYS = {
     "weights": "of `models`; equal if not given",
     "interpolation_weight": "lambda, in place of `weights`, for two `models`: (1 - lambda) first + lambda second",
     "guidance_scale": "gamma of classifier-free guidance; 1, the default, turns it off",
-    "early_steps": "first steps of a completion, with `early_guidance_scale`, which keeps diversity; 0 if not given",
+    "early_steps": "first steps of a completion, guided with `early_guidance_scale`; 0 if not given",
     "early_guidance_scale": "gamma of the early steps; 1 if not given, which is the conditional model",
     "negative_prompt": "x^- of guidance, for prompts without their own",
     "temperature": f"sampling temperature; {USUAL_TEMPERATURE} if not given",
