@@ -125,6 +125,13 @@ def test_the_merged_models_are_those_of_the_trained_ends():
     assert {p.strategy for p in first.pairs} == {"LERP"}
 
 
+def test_guidance_with_early_steps_is_no_part_of_the_curve_of_guidance():
+    """First, so that it would be taken for the teacher's guidance."""
+    early = line("early", 0.5, 0.5, guidance_scale=3.0, early_steps=4, point="early 3")
+    found = Evidence(pooled([early, *world()]), "adherence", "diversity")
+    assert found.cfg is not None and "early" not in {p.strategy for p in [found.cfg, *found.cfg_front]}
+
+
 def test_a_front_that_only_reaches_further_is_not_above():
     lines = world(quality_model=0.36)  # merged models on the straight line from (0.29, 0.36) to (0.6, 0.4)
     lines = [one for one in lines if one.strategy != "CFG"] + [

@@ -1,8 +1,9 @@
 """
 How far above the curve of constant guidance do the other strategies of an evaluation lie?
 
-The height of a point is its adherence minus that of the curve at its diversity. The curve is linear between the
-base and its rows with guidance in all steps, up to the teacher's scale; beyond its ends it is that of the nearest end.
+The height of a point is its adherence minus that of the curve at its diversity
+(`trl_drcd.evaluation.fronts.height_above`). The curve goes through the base and its rows with guidance in all steps,
+up to the teacher's scale; beyond its ends it is that of the nearest end.
 Intervals (95 %) are over prompts, and training seeds where there are several.
 
     python recipes/music/heights.py outputs/early_steps/results.jsonl
@@ -12,11 +13,11 @@ Intervals (95 %) are over prompts, and training seeds where there are several.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from trl_drcd.evaluation.fronts import height_above
 from trl_drcd.evaluation.points import Comparison, Point, by_strategy, pooled
 from trl_drcd.evaluation.results import USUAL_TEMPERATURE, read_results
 from trl_drcd.evaluation.tables import formatted, markdown_table
@@ -29,28 +30,6 @@ def is_constant_guidance(point: Point) -> bool:
     """Whether a point is the base with one guidance scale in all steps, from 1 to the teacher's."""
     usual = not point.weights and not point.early_steps and point.temperature == USUAL_TEMPERATURE
     return usual and 1 <= point.guidance_scale <= point.teacher_guidance_scale
-
-
-def heights(comparison: Comparison, point: Point, curve: Sequence[Point], diversity: str, metric: str) -> np.ndarray:
-    """
-    Height of a point above a curve.
-
-    Args:
-        comparison (`Comparison`): Of all points.
-        point (`Point`): The point.
-        curve (`Sequence[Point]`): Points of the curve, in any order.
-        diversity (`str`): Metric along which they are compared.
-        metric (`str`): Metric of the height.
-
-    Returns:
-        `np.ndarray`: The height, followed by its replicates, `(replicates,)`, in the unit of `metric`.
-    """
-    points = comparison.curve(curve, diversity, metric)  # (n, replicates, 2)
-    order = points[:, :, 0].argsort(0)
-    x, y = (np.take_along_axis(points[:, :, axis], order, 0) for axis in (0, 1))
-    at = comparison.means(point, diversity)
-    below = np.array([np.interp(at[i], x[:, i], y[:, i]) for i in range(len(at))])
-    return comparison.means(point, metric) - below
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,7 +49,9 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--differences: {args.results} has no {unknown}; it has {list(by_name)}")
     comparison, table = Comparison(points), {}
     of = {
-        (point.name, diversity): heights(comparison, point, curve, diversity, args.metric)
+        (point.name, diversity): height_above(
+            comparison.curve([point], diversity, args.metric)[0], comparison.curve(curve, diversity, args.metric)
+        )
         for point in points
         for diversity in DIVERSITIES
     }

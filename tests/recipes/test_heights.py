@@ -3,6 +3,7 @@
 import pytest
 
 from recipes.music import heights
+from trl_drcd.evaluation.fronts import height_above
 from trl_drcd.evaluation.points import Comparison, pooled
 from trl_drcd.evaluation.results import Result, ResultsFolder
 
@@ -45,8 +46,8 @@ def test_a_height_is_the_distance_to_the_curve_at_the_same_diversity(name, heigh
     assert [point.name for point in curve] == ["base", "CFG (gamma 3)", "CFG (gamma 1.5)"]
     (point,) = (point for point in points if point.name == name)
     for diversity in heights.DIVERSITIES:
-        found = heights.heights(Comparison(points), point, curve, diversity, "adherence")
-        assert found[0] == pytest.approx(height)
+        ours, theirs = (Comparison(points).curve(group, diversity, "adherence") for group in ([point], curve))
+        assert height_above(ours[0], theirs)[0] == pytest.approx(height)
 
 
 def test_the_table_has_means_of_strategies_and_differences(tmp_path, capsys):

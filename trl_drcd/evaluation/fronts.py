@@ -128,6 +128,21 @@ def curve_difference(ours: np.ndarray, theirs: np.ndarray, steps: int = 33) -> n
     return np.where(low <= high, (_heights(a, at) - _heights(b, at)).mean(1), np.nan)
 
 
+def height_above(points: np.ndarray, curve: np.ndarray) -> np.ndarray:
+    """
+    Height of single points above a curve at each point's own diversity; beyond the curve's ends, above the nearer end.
+
+    Args:
+        points (array): Diversity and quality, shape `(replicates, 2)`.
+        curve (array): Diversity and quality of the curve's points, in any order, shape `(n, replicates, 2)`; it
+            interpolates as in [`curve_difference`].
+
+    Returns:
+        `np.ndarray`: Shape `(replicates,)`, the unit of quality.
+    """
+    return points[:, 1] - _heights(_envelopes(curve), points[:, :1])[:, 0]
+
+
 def _envelopes(points: np.ndarray) -> np.ndarray:
     """`(n, draws, 2)` to `(draws, n, 2)` by increasing first coordinate, the second made non-increasing."""
     order = np.argsort(points[..., 0].T, axis=1, kind="stable")
