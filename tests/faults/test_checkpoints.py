@@ -14,6 +14,7 @@ from trl_drcd.reliability.checkpoints import (
     STAGING,
     checkpoints,
     commit,
+    earlier_run,
     find_checkpoint,
     rotate,
     why_incomplete,
@@ -45,6 +46,18 @@ DAMAGES = {
     "no list": (lambda c: (c / MANIFEST).write_text("[]"), "it cannot be read (TypeError"),
     "nothing": (lambda c: [shutil.rmtree(c), c.mkdir()], "it has no complete.json"),
 }
+
+
+def test_a_fresh_start_names_the_newest_complete_checkpoint(tmp_path, caplog):
+    (tmp_path / "checkpoint-3").mkdir()  # incomplete
+    assert earlier_run(tmp_path) is None and earlier_run(tmp_path / "none") is None
+    trainer = make_trainer("text_lora", tmp_path, max_steps=2, save_steps=1, eval_strategy="no")
+    trainer.train()
+    assert "starts afresh" not in caplog.text
+    problem = earlier_run(tmp_path)
+    assert problem.startswith(f"`output_dir={tmp_path}` holds checkpoint-2 of an earlier run")
+    trainer.train()
+    assert f"This training starts afresh: {problem}" in caplog.text
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

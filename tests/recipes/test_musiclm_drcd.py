@@ -24,7 +24,7 @@ from trl_drcd.audio import MusicEmbedder
 from trl_drcd.audio.codecs import SpectralCodec
 from trl_drcd.callbacks import Deadline
 from trl_drcd.prompts import load_prompts
-from trl_drcd.reliability.checkpoints import find_checkpoint
+from trl_drcd.reliability.checkpoints import commit, find_checkpoint
 
 PROMPTS = ["a slow tune", "a fast tune", "a tune", "slow", "fast tune", "a slow fast tune"]
 
@@ -144,6 +144,16 @@ def test_refusals_before_anything_is_loaded(world, tmp_path, monkeypatch, change
     monkeypatch.setattr("trl.trainer.rloo_trainer.create_model_from_path", None)
     with pytest.raises(SystemExit, match=message):
         musiclm_drcd.main(arguments(world, tmp_path / "none", **changed))
+
+
+def test_an_earlier_run_is_not_overwritten(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl.trainer.rloo_trainer.create_model_from_path", None)
+    (tmp_path / "staged").mkdir()
+    (tmp_path / "staged" / "model.safetensors").write_bytes(b"weights")
+    commit(tmp_path / "staged", tmp_path / "checkpoint-4")
+    with pytest.raises(SystemExit, match=r"holds checkpoint-4 of an earlier run.*`resume_from_checkpoint=True`, or"):
+        musiclm_drcd.main(arguments(world, tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4"}
 
 
 def test_prompt_files(tmp_path):

@@ -15,7 +15,7 @@ from trl import ModelConfig, TrlParser
 
 from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.launch.precision import has_fast_bfloat16
-from trl_drcd.reliability.checkpoints import find_checkpoint
+from trl_drcd.reliability.checkpoints import earlier_run, find_checkpoint
 from trl_drcd.validation.command_line import parse_command_line
 from trl_drcd.validation.field_types import check_types
 from trl_drcd.validation.ranges import Range, check_ranges
@@ -109,6 +109,7 @@ def parse_training_arguments(
         `tuple`: The arguments of the script, the trainer and the model; `args.model_init_kwargs` are set for loading.
 
     Raises:
+        FileExistsError: If a run is to start afresh in a folder with checkpoints of an earlier one.
         FileNotFoundError: If the YAML file or the checkpoint to resume from does not exist.
         TypeError, ValueError: If an argument is unknown, missing, of the wrong type, or out of range.
     """
@@ -128,6 +129,8 @@ def parse_training_arguments(
         raise ValueError("`model_name_or_path` is missing; give the model's folder or its name on the Hub")
     if args.resume_from_checkpoint:
         find_checkpoint(args.resume_from_checkpoint, args.output_dir, read=False)
+    elif problem := earlier_run(args.output_dir):
+        raise FileExistsError(problem)
     args.model_init_kwargs = model_init_kwargs(args, model)
     return script, args, model
 

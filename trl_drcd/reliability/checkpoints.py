@@ -126,6 +126,17 @@ def find_checkpoint(wanted: str | bool, output_dir: str | Path, read: bool = Tru
     )
 
 
+def earlier_run(output_dir: str | Path) -> str | None:
+    """A sentence, if a training that starts afresh would mix its checkpoints with complete ones in `output_dir`."""
+    complete = (found for found in checkpoints(output_dir) if why_incomplete(found, read=False) is None)
+    if (newest := next(complete, None)) is None:
+        return None
+    return (
+        f"`output_dir={output_dir}` holds {newest.name} of an earlier run: go on from it with "
+        "`resume_from_checkpoint=True`, or give another `output_dir`"
+    )
+
+
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """Folders `checkpoint-<step>`, latest step first."""
     if not Path(output_dir).is_dir():

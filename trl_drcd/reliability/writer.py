@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import traceback
 from collections.abc import Iterator
@@ -17,9 +18,19 @@ from transformers import TrainerState, TrainingArguments
 
 from trl_drcd.files import DiskError, disk_errors
 from trl_drcd.locks import only_process
-from trl_drcd.reliability.checkpoints import STAGING, checkpoints, commit, find_checkpoint, read_identity, rotate
+from trl_drcd.reliability.checkpoints import (
+    STAGING,
+    checkpoints,
+    commit,
+    earlier_run,
+    find_checkpoint,
+    read_identity,
+    rotate,
+)
 from trl_drcd.reliability.identity import identity_problem
 from trl_drcd.reliability.processes import report_status
+
+logger = logging.getLogger(__name__)
 
 
 class ForeignCheckpointError(ValueError):
@@ -121,6 +132,8 @@ class CheckpointWriter:
         """
         self.resumed_step = 0
         if not wanted:
+            if self.accelerator.is_main_process and (problem := earlier_run(str(self.args.output_dir))):
+                logger.warning(f"This training starts afresh: {problem}")
             return None
         found: list[Any] = [None, 0, None]
         if self.accelerator.is_main_process:
