@@ -413,7 +413,7 @@ def test_too_few_prompts(args):
     ("given", "message"),
     [
         ({"omega": "large"}, "`omega` must be a number or `equal`, got 'large'"),
-        ({"dtype": "int8"}, "`dtype` must be float32, bfloat16 or float16, got 'int8'"),
+        ({"dtype": "int8"}, "`dtype` must be auto, float32, bfloat16 or float16, got 'int8'"),
         ({"samples_per_prompt": 1}, "`samples_per_prompt` must be at least 2, got 1"),
         ({"num_processes": 0}, "`num_processes` must be at least 1, got 0"),
     ],

@@ -16,6 +16,7 @@ import trl_drcd
 PACKAGE = Path(trl_drcd.__file__).parent
 ORDER = [
     "compat",
+    "precision",
     "files",
     "markdown",
     "locks",

@@ -5,7 +5,8 @@ import time
 import pytest
 import torch
 
-from trl_drcd.launch import precision
+from trl_drcd import precision
+from trl_drcd.evaluation.arguments import EvaluateArguments
 
 
 @pytest.fixture
@@ -44,3 +45,11 @@ def test_it_measures_both_and_leaves_the_random_state():
     assert set(seconds) == {torch.float32, torch.bfloat16}
     assert min(seconds.values()) > 0 and sum(seconds.values()) < time.perf_counter() - start
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_an_evaluation_takes_bfloat16_where_it_is_native(cpu_with_bfloat16, monkeypatch, native, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert EvaluateArguments("model", "data", [{"name": "base"}], dtype="auto").dtype == dtype
+    assert EvaluateArguments("model", "data", [{"name": "base"}]).dtype == "float32"

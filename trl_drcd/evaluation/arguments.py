@@ -48,7 +48,13 @@ class EvaluateArguments:
     max_new_tokens: int = field(default=200, metadata={"help": "Largest length of a completion, in tokens or steps."})
     batch_size: int = field(default=64, metadata={"help": "Sequences per batch."})
     num_processes: int = field(default=1, metadata={"help": "Processes, each of which measures one row at a time."})
-    dtype: str = field(default="float32", metadata={"help": "Data type of models: float32, bfloat16 or float16."})
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Data type of models: float32, bfloat16, float16, or auto, which is bfloat16 where the machine "
+            "computes in it, else float32: emulated, it takes three times as long."
+        },
+    )
     guidance_scale: float = field(default=3.0, metadata={"help": "gamma of the teacher in the metric `kl`."})
     negative_prompt: str | None = field(
         default=None, metadata={"help": "x^- of the teacher, for prompts without their own."}
@@ -125,10 +131,14 @@ class EvaluateArguments:
                 raise ValueError(f"`{name}` must be at least {value}, got {getattr(self, name)}")
         if not 0 <= self.guidance_scale < math.inf:
             raise ValueError(f"`guidance_scale` must be finite and at least 0, got {self.guidance_scale}")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {short_repr(self.dtype)}")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"`dtype` must be auto, float32, bfloat16 or float16, got {short_repr(self.dtype)}")
         if self.omega != "equal" and not _is_finite(self.omega):
             raise ValueError(f"`omega` must be a number or `equal`, got {short_repr(self.omega)}")
+        if self.dtype == "auto":
+            from trl_drcd.precision import has_native_bfloat16
+
+            self.dtype = "bfloat16" if has_native_bfloat16() else "float32"
 
 
 def _is_finite(text: str) -> bool:

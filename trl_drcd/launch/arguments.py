@@ -14,7 +14,7 @@ import torch
 from trl import ModelConfig, TrlParser
 
 from trl_drcd.config import CFGDistillDiversityConfig
-from trl_drcd.launch.precision import has_fast_bfloat16
+from trl_drcd.precision import has_fast_bfloat16
 from trl_drcd.reliability.checkpoints import earlier_run, find_checkpoint
 from trl_drcd.validation.command_line import parse_command_line
 from trl_drcd.validation.field_types import check_types

@@ -11,6 +11,13 @@ from transformers import LlamaConfig, LlamaModel
 MARGIN = 0.9  # largest ratio of the time to float32's: a smaller gain does not justify the lower precision
 
 
+def has_native_bfloat16() -> bool:
+    """Whether this machine's GPU, or its CPU if it has none, computes in bfloat16 and does not only emulate it."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 @functools.cache
 def has_fast_bfloat16() -> bool:
     """
@@ -20,10 +27,8 @@ def has_fast_bfloat16() -> bool:
     them is measured, once per process for about a second, since on some of them casts and small matrices cost more
     than the faster products gain.
     """
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return False
+    if torch.cuda.is_available() or not has_native_bfloat16():
+        return has_native_bfloat16()
     seconds = training_seconds()
     return seconds[torch.bfloat16] < MARGIN * seconds[torch.float32]
 
