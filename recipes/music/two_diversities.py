@@ -23,7 +23,10 @@ from trl_drcd.evaluation.statistics import Interval, t_interval, variance_of
 from trl_drcd.evaluation.tables import formatted, markdown_table
 from trl_drcd.validation.messages import one_line_errors
 
-PAIRS = {"models": ("timbre", "harmony"), "merged with the quality model": ("half timbre", "half harmony")}
+PAIRS = {
+    "models": ("timbre", "harmony"),
+    "merged with the quality model": ("half timbre (lambda 0.5)", "half harmony (lambda 0.5)"),
+}
 
 
 def contrasts(timbre: Result, harmony: Result) -> dict[str, Interval]:
