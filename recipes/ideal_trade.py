@@ -39,8 +39,8 @@ def trade_moments(distances: np.ndarray, adherence: np.ndarray) -> np.ndarray:
     """
     Unbiased estimates of `D`, `E a`, `var(r)` and `cov(a, r)` from the samples of one prompt.
 
-    They are U-statistics: a sample's distances to others never meet those of the same pair, so that few samples do not
-    inflate `var(r)`.
+    They are U-statistics, means over all choices of different samples: `r` is known only from the other samples, and
+    the variance of its estimate is not part of `var(r)`.
 
     Args:
         distances (`np.ndarray`): Shape `(G, G)`, symmetric, the diagonal 0; at least four samples.

@@ -6,7 +6,8 @@ for their merges with the quality model,
 
     (timbre's - harmony's diversity of timbre) - (timbre's - harmony's diversity of harmony)
 
-and its two parts, with 95 % intervals over prompts. Above 0, each model is more diverse in what it was rewarded for.
+and its two parts, with 95 % intervals over prompts; above 0, each model is more diverse in what it was rewarded for.
+Beside them the difference in adherence, and the same of each model and the base.
 
     python recipes/music/two_diversities.py results/music/two_diversities/results.jsonl
 """
@@ -24,25 +25,27 @@ from trl_drcd.evaluation.tables import formatted, markdown_table
 from trl_drcd.validation.messages import one_line_errors
 
 PAIRS = {
-    "models": ("timbre", "harmony"),
+    "timbre - harmony": ("timbre", "harmony"),
     "merged with the quality model": ("half timbre (lambda 0.5)", "half harmony (lambda 0.5)"),
+    "timbre - base": ("timbre", "base"),
+    "harmony - base": ("harmony", "base"),
 }
 
 
-def contrasts(timbre: Result, harmony: Result) -> dict[str, Interval]:
+def contrasts(one: Result, other: Result) -> dict[str, Interval]:
     """
-    Differences of two rows in the diversity of timbre and of harmony, and the difference of these.
+    Differences of two rows in the diversity of timbre and of harmony, the difference of these, and that of adherence.
 
     Args:
-        timbre (`Result`): The row rewarded for timbre; `diversity` is that of timbre, `diversity_second` of harmony.
-        harmony (`Result`): The row rewarded for harmony, on the same prompts.
+        one (`Result`): A row; `diversity` is that of timbre, `diversity_second` that of harmony.
+        other (`Result`): Another, on the same prompts.
 
     Returns:
         `dict[str, Interval]`: Without unit, with Student's t intervals over prompts.
     """
 
     def difference(metric: str) -> np.ndarray:
-        return np.array(timbre.per_prompt[metric]) - np.array(harmony.per_prompt[metric])
+        return np.array(one.per_prompt[metric]) - np.array(other.per_prompt[metric])
 
     def interval(values: np.ndarray) -> Interval:
         return t_interval(float(values.mean()), [variance_of(values)], [len(values) - 1])
@@ -52,11 +55,12 @@ def contrasts(timbre: Result, harmony: Result) -> dict[str, Interval]:
         "diversity of timbre": interval(in_timbre),
         "diversity of harmony": interval(in_harmony),
         "difference": interval(in_timbre - in_harmony),
+        "adherence": interval(difference("adherence")),
     }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print a table with a row for the models and one for the merges."""
+    """Print a table with a row per pair."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="results.jsonl")
     args = parser.parse_args(argv)

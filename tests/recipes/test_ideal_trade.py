@@ -1,6 +1,7 @@
 """The trade of adherence for diversity of an ideal policy, against enumeration."""
 
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,7 +56,24 @@ def test_the_trade_is_that_of_a_small_tilt():
     assert found["ideal - guidance"]["mean"] == pytest.approx(moments[3] / (2 * moments[2]) - guidance)
 
 
-def test_bad_evaluations_are_refused(tmp_path):
-    (tmp_path / "a.yaml").write_text("model: none\ndataset: none.jsonl\nstrategies: [{name: base}]\n")
-    with pytest.raises(SystemExit, match="none"):
+@pytest.mark.parametrize(
+    ("strategies", "samples", "message"),
+    [
+        ("[{name: base}]", 8, "must be the base and one guidance scale, got 1 rows"),
+        ("[{name: base}, {name: CFG, guidance_scale: [2, 3]}]", 8, "one guidance scale, got 3 rows"),
+        ("[{name: base}, {name: CFG, guidance_scale: 3}]", 3, "`samples_per_prompt` must be at least 4, got 3"),
+    ],
+)
+def test_bad_evaluations_are_refused_before_a_model_is_loaded(tmp_path, monkeypatch, strategies, samples, message):
+    monkeypatch.setattr("recipes.ideal_trade.Worker", None)
+    world = Path(__file__).parents[2] / "recipes/tiny_music"
+    lines = [
+        f"model: {world}/models/musiclm",
+        f"dataset: {world}/data/test_prompts.jsonl",
+        f"strategies: {strategies}",
+    ]
+    (tmp_path / "a.yaml").write_text(
+        "\n".join([*lines, f"samples_per_prompt: {samples}", f"output_dir: {tmp_path}/out"])
+    )
+    with pytest.raises(SystemExit, match=message):
         main([str(tmp_path / "a.yaml")])
