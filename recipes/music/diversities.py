@@ -30,9 +30,9 @@ def _descriptors() -> MusicDescriptors:
 
 def timbre(audio: Sequence[tuple[Any, int]]) -> torch.Tensor:
     """Mean and deviation of mel-frequency cepstral coefficients of each clip, `(len(audio), 40)`, of unit norm."""
-    return _descriptors().blocks(audio)["timbre"]
+    return _descriptors().blocks(audio, ["timbre"])["timbre"]
 
 
 def harmony(audio: Sequence[tuple[Any, int]]) -> torch.Tensor:
     """Pitch classes and intervals of each clip, `(len(audio), 48)`, of unit norm."""
-    return _descriptors().blocks(audio)["harmony"]
+    return _descriptors().blocks(audio, ["harmony"])["harmony"]

@@ -45,7 +45,8 @@ class MusicDescriptors(SavedModule):
         self.cosines: torch.Tensor
         self.pitch_classes: torch.Tensor
         self.register_buffer("cosines", functional.create_dct(num_cepstra + 1, 64, "ortho")[:, 1:], persistent=False)
-        self.register_buffer("pitch_classes", _pitch_classes(sampling_rate, 4096), persistent=False)
+        self.audible, pitch_classes = _pitch_classes(sampling_rate, 4096)
+        self.register_buffer("pitch_classes", pitch_classes, persistent=False)
         ratios = torch.logspace(math.log10(0.1), math.log10(2.0), num_rhythm_lags)
         self.rhythm_lags = (ratios * sampling_rate / self.hop_length).round().long().tolist()
         self.block_sizes = [2 * num_cepstra, 12 * (1 + len(LAGS)), num_rhythm_lags]
@@ -70,9 +71,7 @@ class MusicDescriptors(SavedModule):
     @torch.no_grad()
     def descriptors(self, audio: Sequence[tuple[Any, int]]) -> torch.Tensor:
         """The descriptors before standardisation, shape `(len(audio), D)`; raises as [`forward`] does."""
-        rows = [
-            self._describe(clean_waveform(wave, rate, i, self.sampling_rate)) for i, (wave, rate) in enumerate(audio)
-        ]
+        rows = [torch.cat(self._describe(wave, rate, i, BLOCKS)) for i, (wave, rate) in enumerate(audio)]
         return torch.stack(rows) if rows else torch.zeros(0, len(self.mean))
 
     def forward(self, audio: Sequence[tuple[Any, int]]) -> torch.Tensor:
@@ -89,44 +88,60 @@ class MusicDescriptors(SavedModule):
             TypeError: If samples are not floating-point numbers.
             ValueError: If a waveform is not 1-D or not finite, or a rate is not a positive integer.
         """
-        blocks = [block / math.sqrt(block.shape[-1]) for block in self._standard(audio)]
+        blocks = [block / math.sqrt(block.shape[-1]) for block in self._standard(audio, BLOCKS)]
         return nn.functional.normalize(torch.cat(blocks, -1), dim=-1)
 
-    def blocks(self, audio: Sequence[tuple[Any, int]]) -> dict[str, torch.Tensor]:
+    def blocks(self, audio: Sequence[tuple[Any, int]], names: Sequence[str] = BLOCKS) -> dict[str, torch.Tensor]:
         """
         Each block of descriptors as an embedding of its own; raises as [`forward`] does.
 
+        Args:
+            names (`list[str]`): Of "timbre", "harmony" and "rhythm"; what is not named takes no time.
+
         Returns:
-            `dict[str, torch.Tensor]`: "timbre", "harmony" and "rhythm", each `(len(audio), D)` with its own `D`,
-            float32, on the CPU, rows of unit norm.
+            `dict[str, torch.Tensor]`: By name, each `(len(audio), D)` with its own `D`, float32, on the CPU, rows of
+            unit norm.
         """
-        normalised = (nn.functional.normalize(block, dim=-1) for block in self._standard(audio))
-        return dict(zip(BLOCKS, normalised, strict=True))
+        normalised = (nn.functional.normalize(block, dim=-1) for block in self._standard(audio, names))
+        return dict(zip(names, normalised, strict=True))
 
-    def _standard(self, audio: Sequence[tuple[Any, int]]) -> tuple[torch.Tensor, ...]:
+    def _standard(self, audio: Sequence[tuple[Any, int]], names: Sequence[str]) -> list[torch.Tensor]:
         """The standardised descriptors, a tensor `(len(audio), D)` for each block."""
-        standard = (self.descriptors(audio) - self.mean.cpu()) / self.std.cpu()
-        return standard.split(self.block_sizes, dim=-1)
+        means, stds = (dict(zip(BLOCKS, t.cpu().split(self.block_sizes), strict=True)) for t in (self.mean, self.std))
+        rows = [self._describe(wave, rate, i, names) for i, (wave, rate) in enumerate(audio)]
+        raw = [torch.stack(block) for block in zip(*rows, strict=True)] or [means[name][:0, None] for name in names]
+        return [(block - means[name]) / stds[name] for name, block in zip(names, raw, strict=True)]
 
-    def _describe(self, waveform: torch.Tensor) -> torch.Tensor:
+    def _describe(self, wave: Any, rate: int, index: int, names: Sequence[str]) -> list[torch.Tensor]:
+        """The named blocks of the clip at `index`, before standardisation."""
+        waveform = clean_waveform(wave, rate, index, self.sampling_rate)
         shortest = int(2.5 * self.sampling_rate)
         waveform = nn.functional.pad(waveform, (0, max(0, shortest - len(waveform)))).to(self.cosines.device)
         waveform = nn.functional.pad(waveform, (0, -len(waveform) % self.hop_length))
-        mel = self.log_mel(waveform[None])[0]  # (F, 64)
-        cepstra = mel @ self.cosines
-        timbre = torch.cat([cepstra.mean(0), cepstra.std(0)])
+        found = {}
+        if "harmony" in names:
+            found["harmony"] = self._harmony(waveform)
+        if "timbre" in names or "rhythm" in names:
+            mel = self.log_mel(waveform[None])[0]  # (F, 64)
+            found |= {"timbre": self._timbre(mel), "rhythm": self._rhythm(mel)}
+        return [found[name].float().cpu() for name in names]
 
+    def _timbre(self, mel: torch.Tensor) -> torch.Tensor:
+        cepstra = mel @ self.cosines
+        return torch.cat([cepstra.mean(0), cepstra.std(0)])
+
+    def _harmony(self, waveform: torch.Tensor) -> torch.Tensor:
         window = torch.hann_window(4096, device=waveform.device)
         spectrum = torch.stft(waveform, 4096, self.hop_length, window=window, pad_mode="constant", return_complex=True)
-        chroma = nn.functional.normalize(spectrum.abs().T @ self.pitch_classes, dim=-1)  # (F, 12)
+        chroma = nn.functional.normalize(spectrum[self.audible].abs().T @ self.pitch_classes, dim=-1)  # (F, 12)
         frames = [round(lag * self.sampling_rate / self.hop_length) for lag in LAGS]
-        harmony = torch.cat([chroma.mean(0), *(intervals(chroma, lag) for lag in frames)])
+        return torch.cat([chroma.mean(0), *(intervals(chroma, lag) for lag in frames)])
 
+    def _rhythm(self, mel: torch.Tensor) -> torch.Tensor:
         onsets = (mel[1:] - mel[:-1]).clamp(min=0).mean(1)
         onsets = onsets - onsets.mean()
         power = onsets.square().sum().clamp(min=1e-8)
-        rhythm = torch.stack([(onsets[lag:] * onsets[:-lag]).sum() / power for lag in self.rhythm_lags])
-        return torch.cat([timbre, harmony, rhythm]).float().cpu()
+        return torch.stack([(onsets[lag:] * onsets[:-lag]).sum() / power for lag in self.rhythm_lags])
 
 
 def intervals(chroma: torch.Tensor, lag: int) -> torch.Tensor:
@@ -146,9 +161,9 @@ def intervals(chroma: torch.Tensor, lag: int) -> torch.Tensor:
     return torch.stack([(now * later.roll(-i, dims=1)).sum(1).mean() for i in range(12)])
 
 
-def _pitch_classes(sampling_rate: int, n_fft: int) -> torch.Tensor:
-    """Assignment `(n_fft / 2 + 1, 12)` of each bin from 65 Hz to 2 kHz to its nearest pitch class."""
+def _pitch_classes(sampling_rate: int, n_fft: int) -> tuple[slice, torch.Tensor]:
+    """The bins from 65 Hz to 2 kHz, and the assignment `(bins, 12)` of each to its nearest pitch class."""
     frequencies = torch.arange(n_fft // 2 + 1) * sampling_rate / n_fft
-    audible = (frequencies >= 65) & (frequencies <= 2000)
-    pitch = 69 + 12 * torch.log2(frequencies.clamp(min=1) / 440)
-    return nn.functional.one_hot(pitch.round().long() % 12, 12) * audible[:, None].float()
+    audible = slice(int((frequencies < 65).sum()), int((frequencies <= 2000).sum()))
+    pitch = 69 + 12 * torch.log2(frequencies[audible] / 440)
+    return audible, nn.functional.one_hot(pitch.round().long() % 12, 12).float()
