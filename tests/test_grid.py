@@ -285,6 +285,26 @@ def test_evaluation_writes_everything_and_does_nothing_twice(args, judged, tmp_p
         evaluate(args)
 
 
+def test_likelihoods_of_some_samples_are_those_of_the_first_of_each_prompt(args, judged, monkeypatch):
+    monkeypatch.setattr(grid, "write_report", lambda *a: None)
+    args.only, scored = ["CFG"], []
+    plain = measuring.teacher_terms
+
+    def seen(*given, **more):
+        scored.append((given[3], plain(*given, **more)))
+        return scored[-1][1]
+
+    monkeypatch.setattr(measuring, "teacher_terms", seen)
+    whole = evaluate(args)[0]
+    args.likelihood_samples = 2
+    part = evaluate(args)[0]
+    samples, terms = scored[0]
+    assert [s.token_ids for s, _ in scored[2:3]] == [[ids for i, ids in enumerate(samples.token_ids) if i % 4 < 2]]
+    first = (terms.entropy / terms.tokens).view(3, 4)[:, :2].mean(1)
+    assert part.per_prompt["entropy_per_token"] == pytest.approx(first.tolist(), rel=1e-4)
+    assert part.settings != whole.settings and part.per_prompt["diversity"] == whole.per_prompt["diversity"]
+
+
 def test_what_changed_is_measured_anew_and_what_did_not_is_not_sampled_again(
     args, judged, tmp_path, monkeypatch, tokenizer
 ):

@@ -322,6 +322,14 @@ def test_kl_falls_and_every_promised_key_is_logged(tmp_path, tokenizer):
     assert "snr/diversity" not in train[-1], "there is no diversity term"
 
 
+def test_without_a_reward_no_beginnings_are_embedded(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, diversity_coef=0.0, diversity_credit="critic")
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "diversity" in entry][-1]
+    assert logged["diversity"] > 0 and not any(key.startswith("critic/") for key in logged)
+    assert logged["grad_norm/diversity"] == 0
+
+
 @pytest.mark.parametrize("credit", ["sequence", "critic"])
 def test_diversity_rises_when_it_is_rewarded(tmp_path, tokenizer, credit):
     """Without guidance, which pulls the other way. 512 samples; over six seeds 0.20 (± 0.01) became 0.30 to 0.40."""

@@ -74,7 +74,7 @@ class DiversityTerm:
         self.max_length = int(args.max_completion_length or 0)  # `check_before_loading` refuses 0
         self.steps: list[int] = []
         self.critic: PrefixCritic | None = None
-        if args.diversity_credit == "critic":
+        if args.diversity_credit == "critic" and args.diversity_coef:  # without a reward there is nothing to credit
             self.steps = prefix_steps(self.max_length, args.diversity_prefixes, policy.num_codebooks)
             self.critic = PrefixCritic(len(self.steps))
 

@@ -173,6 +173,8 @@ ROWS = [
     setting("a base that is not there", "/none", "give the folder", FileNotFoundError, model="/none"),
     setting("one prompt", "1", "at least 2", num_prompts=1),
     setting("one sample", "1", "at least 2", samples_per_prompt=1),
+    setting("likelihoods of no sample", "0", "from 1 to `samples_per_prompt=2`", likelihood_samples=0),
+    setting("likelihoods of too many samples", "3", "from 1 to `samples_per_prompt=2`", likelihood_samples=3),
     setting("prompts in words", "'all'", "a whole number", TypeError, num_prompts="all"),
     setting("batches of nothing", "0", "at least 1", batch_size=0),
     setting("more prompts than there are", "99", "has 8 distinct prompts", num_prompts=99),

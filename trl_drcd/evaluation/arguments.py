@@ -45,6 +45,13 @@ class EvaluateArguments:
         default=0, metadata={"help": "Leave out this many prompts first, such as those that settings were chosen on."}
     )
     samples_per_prompt: int = field(default=8, metadata={"help": "Samples of each prompt, at least 2."})
+    likelihood_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Samples of each prompt on which KL and entropy are measured, all if not given; measuring them "
+            "takes as long as sampling."
+        },
+    )
     max_new_tokens: int = field(default=200, metadata={"help": "Largest length of a completion, in tokens or steps."})
     batch_size: int = field(default=64, metadata={"help": "Sequences per batch."})
     num_processes: int = field(default=1, metadata={"help": "Processes, each of which measures one row at a time."})
@@ -129,6 +136,11 @@ class EvaluateArguments:
         for name, value in LEAST.items():
             if getattr(self, name) < value:
                 raise ValueError(f"`{name}` must be at least {value}, got {getattr(self, name)}")
+        if not 1 <= self.scored_samples <= self.samples_per_prompt:
+            raise ValueError(
+                f"`likelihood_samples` must be from 1 to `samples_per_prompt={self.samples_per_prompt}`, got "
+                f"{self.likelihood_samples}"
+            )
         if not 0 <= self.guidance_scale < math.inf:
             raise ValueError(f"`guidance_scale` must be finite and at least 0, got {self.guidance_scale}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -139,6 +151,11 @@ class EvaluateArguments:
             from trl_drcd.precision import has_native_bfloat16
 
             self.dtype = "bfloat16" if has_native_bfloat16() else "float32"
+
+    @property
+    def scored_samples(self) -> int:
+        """`likelihood_samples`, or all."""
+        return self.samples_per_prompt if self.likelihood_samples is None else self.likelihood_samples
 
 
 def _is_finite(text: str) -> bool:

@@ -122,14 +122,14 @@ class Worker:
 
     def score(self, row: Row, model: Any, samples: Samples) -> SequenceTerms:
         """
-        KL to the guided teacher and entropy of each sample.
+        KL to the guided teacher and entropy of each prompt's first `likelihood_samples` samples.
 
         Raises:
             ValueError: If a value is NaN.
         """
-        args = self.args
+        args, scored = self.args, samples.first(self.args.scored_samples)
         terms = teacher_terms(
-            model, self.models.base, self.tokenizer, samples, args.guidance_scale, args.negative_prompt,
+            model, self.models.base, self.tokenizer, scored, args.guidance_scale, args.negative_prompt,
             row.temperature, row.guidance_scale, args.batch_size, self._bar("KL"), row.negative_prompt,
             row.early,
         )  # fmt: skip

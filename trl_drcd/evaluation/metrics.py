@@ -38,7 +38,8 @@ class Drawn:
         completions (`list`): The same samples decoded to text or audio.
         judges ([`Judges`]): Models and functions that score them.
         seed (`int`, *optional*, defaults to 0): Random seed of bootstraps.
-        score (`Callable`, *optional*): Returns KL to the teacher and entropy of each sample.
+        score (`Callable`, *optional*): Returns KL to the teacher and entropy of each sample, or of the first of each
+            prompt.
         inform (`Callable`, *optional*): Returns the pointwise mutual information of each sample and its prompt under
             the base, nats, `(B,)`.
     """
@@ -58,7 +59,7 @@ class Drawn:
 
     @cached_property
     def terms(self) -> SequenceTerms | None:
-        """KL and entropy of each sample; `None` without `score`."""
+        """What `score` returns; `None` without it."""
         return self.score and self.score()
 
     @cached_property
@@ -78,8 +79,8 @@ class Drawn:
         return self._embeddings.get(name)
 
     def of_prompts(self, values: torch.Tensor | list[float]) -> np.ndarray:
-        """Average values of the samples, `(B,)`, over each prompt, `(P,)`."""
-        return per_prompt(values, self.samples.samples_per_prompt)
+        """Average values of as many samples of each prompt, `(P * n,)`, over each prompt, `(P,)`."""
+        return per_prompt(values, len(values) // len(self.samples.prompts))
 
 
 Measured = np.ndarray | Interval | None

@@ -124,6 +124,8 @@ def plan(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction]) -
     ]
     if held_out.teacher_prompts:
         judged.append(list(held_out.teacher_prompts))
+    if args.scored_samples != args.samples_per_prompt:
+        judged.append(["likelihood_samples", args.scored_samples])
     names = [args.model, *(name for row in rows for name in row.models if name != BASE)]
     suppressed = None if args.allowed_token_ids else suppressed_tokens(names)
     tasks = []

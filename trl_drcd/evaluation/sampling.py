@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,11 @@ class Samples:
     def repeated_prompts(self) -> list[Prompt]:
         """The prompt of each completion."""
         return [prompt for prompt in self.prompts for _ in range(self.samples_per_prompt)]
+
+    def first(self, count: int) -> Samples:
+        """The first `count` samples of each prompt."""
+        kept = [ids for i, ids in enumerate(self.token_ids) if i % self.samples_per_prompt < count]
+        return replace(self, token_ids=kept, samples_per_prompt=min(count, self.samples_per_prompt))
 
     @property
     def tokens_per_second(self) -> float:
