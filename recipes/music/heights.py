@@ -18,18 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from trl_drcd.evaluation.fronts import height_above
-from trl_drcd.evaluation.points import Comparison, Point, by_strategy, pooled
-from trl_drcd.evaluation.results import USUAL_TEMPERATURE, read_results
+from trl_drcd.evaluation.points import Comparison, by_strategy, pooled
+from trl_drcd.evaluation.results import read_results
 from trl_drcd.evaluation.tables import formatted, markdown_table
 from trl_drcd.validation.messages import one_line_errors
 
 DIVERSITIES = {"diversity": "height", "diversity_second": "height, not rewarded"}
-
-
-def is_constant_guidance(point: Point) -> bool:
-    """Whether a point is the base with one guidance scale in all steps, from 1 to the teacher's."""
-    usual = not point.weights and not point.early_steps and point.temperature == USUAL_TEMPERATURE
-    return usual and 1 <= point.guidance_scale <= point.teacher_guidance_scale
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_line_errors("heights.py"):
         points = pooled(read_results(args.results))
-        curve = [point for point in points if is_constant_guidance(point)]
+        curve = [point for point in points if point.is_constant_guidance()]
         if len(curve) < 2:
             raise ValueError(f"{args.results} needs rows of the base with two guidance scales, got {len(curve)}")
         by_name = {point.name: point for point in points}

@@ -42,7 +42,7 @@ ROWS = [
 )
 def test_a_height_is_the_distance_to_the_curve_at_the_same_diversity(name, height):
     points = pooled(ROWS)
-    curve = [point for point in points if heights.is_constant_guidance(point)]
+    curve = [point for point in points if point.is_constant_guidance()]
     assert [point.name for point in curve] == ["base", "CFG (gamma 3)", "CFG (gamma 1.5)"]
     (point,) = (point for point in points if point.name == name)
     for diversity in heights.DIVERSITIES:

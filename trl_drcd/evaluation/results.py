@@ -113,6 +113,11 @@ class Result:
         """Whether this is the base model without guidance at the default temperature."""
         return not self.weights and self.guidance_scale == 1 and self.temperature == USUAL_TEMPERATURE
 
+    def is_constant_guidance(self) -> bool:
+        """Whether this is the base with one guidance scale in all steps, from 1 to the teacher's."""
+        usual = not self.weights and not self.early_steps and self.temperature == USUAL_TEMPERATURE
+        return usual and 1 <= self.guidance_scale <= self.teacher_guidance_scale
+
     def is_trained(self) -> bool:
         """Whether this is a single trained model without guidance at the default temperature."""
         return len(self.weights) == 1 and self.guidance_scale == 1 and self.temperature == USUAL_TEMPERATURE

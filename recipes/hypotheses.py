@@ -1,0 +1,126 @@
+"""
+The hypotheses of the second studies (results/music/plan.md, results/text/plan.md), tested on their results.
+
+    python recipes/hypotheses.py outputs/study/evaluation/results.jsonl
+
+Height is adherence minus that of the curve of constant guidance at the same diversity, as in recipes/music/heights.py.
+Each line has the 95 % interval, over prompts and training seeds, with the diversity that was rewarded and with the
+other one; a hypothesis counts only if both agree in sign. The two main ones are decided by Holm's method.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from trl_drcd.evaluation.fronts import height_above
+from trl_drcd.evaluation.points import Comparison, Point, by_strategy, lambda_of, pooled
+from trl_drcd.evaluation.results import read_results
+from trl_drcd.evaluation.statistics import Interval
+from trl_drcd.evaluation.tables import formatted, markdown_table
+from trl_drcd.validation.messages import one_line_errors
+
+DIVERSITIES = ("diversity", "diversity_second")  # rewarded, and not
+MARGIN = 0.01  # of H3
+MERGES, BETWEEN, ENDS = "LERP", "between", ("quality", "rewarded")
+MAIN = ("H1: merges at the base's diversity - base", "H2: mean height of merges")
+
+
+class Study(Comparison):
+    """
+    The points of a study, and statistics of them by hypothesis.
+
+    Args:
+        points (`list[Point]`): With `base`, its guidance, and a sweep of lambda called `LERP`.
+        diversity (`str`): `"diversity"` or `"diversity_second"`.
+
+    Raises:
+        ValueError: If there are fewer than two points of guidance, or no merges.
+    """
+
+    def __init__(self, points: list[Point], diversity: str) -> None:
+        super().__init__(points)
+        self.metrics = diversity, "adherence"
+        self.guidance = [point for point in points if point.is_constant_guidance()]
+        self.merges = sorted(by_strategy(points).get(MERGES, []), key=lambda_of)
+        self.by_name = {point.name: point for point in points}
+        if len(self.guidance) < 2 or "base" not in self.by_name:
+            raise ValueError(f"the results need `base` and two guidance scales, got {list(self.by_name)}")
+        if not [point for point in self.merges if 0 < lambda_of(point) < 1]:
+            raise ValueError(f"the results need a sweep of lambda called `{MERGES}`, got {list(self.by_name)}")
+
+    def height(self, point: Point, above: list[Point] | None = None) -> np.ndarray:
+        """Height of a point above the curve of guidance, or of other points, `(replicates,)`."""
+        curve = self.curve(self.guidance if above is None else above, *self.metrics)
+        return height_above(self.curve([point], *self.metrics)[0], curve)
+
+    def statistics(self) -> dict[str, np.ndarray]:
+        """The statistic of each hypothesis that the points answer, `(replicates,)`; above 0 it holds."""
+        between = [point for point in self.merges if 0 < lambda_of(point) < 1]
+        found = {
+            MAIN[0]: -self.height(self.by_name["base"], self.merges),
+            MAIN[1]: np.mean([self.height(point) for point in between], 0),
+        }
+        if BETWEEN in self.by_name:
+            found[f"H3: merges - {BETWEEN}, at its diversity, + {MARGIN}"] = MARGIN - self.height(
+                self.by_name[BETWEEN], self.merges
+            )
+        for end in ENDS:
+            soup = self.by_name.get(f"soup of {end}")
+            if soup and end in self.by_name:
+                found[f"H4: height of {soup.name} - height of {end}"] = self.height(soup) - self.height(
+                    self.by_name[end]
+                )
+        return found
+
+
+def holm(study: Study, statistics: dict[str, np.ndarray], names: tuple[str, str] = MAIN) -> dict[str, bool]:
+    """
+    Whether each of two statistics is above 0 by Holm's method, at 5 % for both together, two-sided.
+
+    The one that is above 0 at 97.5 % counts; if one is, 95 % is enough for the other.
+    """
+    above = {name: study.resampling.interval(statistics[name], 0.975)["low"] > 0 for name in names}
+    if any(above.values()):
+        above = {name: study.resampling.interval(statistics[name], 0.95)["low"] > 0 for name in names}
+    return above
+
+
+def verdict(rewarded: Interval, other: Interval, significant: bool) -> str:
+    """`holds`, `fails` (below 0), or `undecided`; a hypothesis holds only if the other diversity agrees in sign."""
+    if rewarded["high"] < 0:
+        return "fails"
+    if not significant:
+        return "undecided"
+    return "holds" if other["mean"] > 0 else "undecided: the other diversity disagrees"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print a table with a row per hypothesis."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="results.jsonl")
+    args = parser.parse_args(argv)
+    with one_line_errors("hypotheses.py"):
+        points = pooled(read_results(args.results))
+        studies = {diversity: Study(points, diversity) for diversity in DIVERSITIES}
+    found = {diversity: study.statistics() for diversity, study in studies.items()}
+    main_ones = holm(studies["diversity"], found["diversity"])
+    table = {}
+    for name in found["diversity"]:
+        rewarded, other = (studies[key].interval(found[key][name]) for key in DIVERSITIES)
+        significant = main_ones.get(name, rewarded["low"] > 0)
+        table[name] = {
+            "rewarded diversity": formatted(rewarded),
+            "other diversity": formatted(other),
+            "verdict": verdict(rewarded, other, significant),
+        }
+    print(markdown_table(table))
+    most = max((studies["diversity"].means(p, "diversity")[0] for p in studies["diversity"].merges), default=0)
+    base = studies["diversity"].means(studies["diversity"].by_name["base"], "diversity")[0]
+    print(f"\nDiversity of the base {base:.3f}; of the most diverse merge {most:.3f}.")
+
+
+if __name__ == "__main__":
+    main()
