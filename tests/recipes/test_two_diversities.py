@@ -25,6 +25,16 @@ def test_the_contrast_is_the_difference_of_the_differences():
     assert found["difference"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_figure_has_a_point_per_row_and_the_lines_of_the_merges():
+    rows = {name: row(name, [0.5, 0.7, 0.6], [0.3, 0.2, 0.4]) for name in ("timbre", "harmony", "base")}
+    rows["quality"] = row("quality", [0.1, 0.2, 0.3], [0.3, 0.5, 0.7])
+    (axes,) = two_diversities.draw(rows).axes
+    assert {text.get_text() for text in axes.texts} == set(rows)
+    (at,) = (text.xy for text in axes.texts if text.get_text() == "quality")
+    assert list(at) == pytest.approx([0.2, 0.5])
+    assert axes.lines[0].get_xydata() == pytest.approx([[0.2, 0.5], [0.6, 0.3]])  # quality to timbre, without a merge
+
+
 def test_results_without_the_rows_are_refused(tmp_path):
     ResultsFolder(tmp_path).append(row("timbre", [0.5], [0.3]))
     with pytest.raises(SystemExit, match=r"lacks the rows base, half harmony .*half timbre .*harmony; it has timbre"):
