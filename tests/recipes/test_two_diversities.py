@@ -32,7 +32,8 @@ def test_the_figure_has_a_point_per_row_and_the_lines_of_the_merges():
     assert {text.get_text() for text in axes.texts} == set(rows)
     (at,) = (text.xy for text in axes.texts if text.get_text() == "quality")
     assert list(at) == pytest.approx([0.2, 0.5])
-    assert axes.lines[0].get_xydata().ravel() == pytest.approx([0.2, 0.5, 0.6, 0.3])  # quality to timbre, without a merge
+    # From quality to timbre, since the row of their merge is missing
+    assert axes.lines[0].get_xydata().ravel() == pytest.approx([0.2, 0.5, 0.6, 0.3])
 
 
 def test_results_without_the_rows_are_refused(tmp_path):
