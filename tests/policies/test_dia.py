@@ -17,6 +17,8 @@ from trl import RLOOTrainer
 from trl_drcd import CFGDistillDiversityTrainer
 from trl_drcd.compat.dia import keep_processor
 from trl_drcd.diversity import diversity_advantages
+from trl_drcd.evaluation.arguments import EvaluateArguments
+from trl_drcd.evaluation.grid import evaluate
 from trl_drcd.evaluation.sampling import Samples
 from trl_drcd.guidance import guide_logits, left_pad
 from trl_drcd.losses import reverse_kl
@@ -260,6 +262,18 @@ def test_a_voice_to_clone_is_refused_with_and_without_guidance(tokenizer, tmp_pa
         args = settings(tmp_path, max_completion_length=TINY.steps, guidance_scale=guidance_scale)
         with pytest.raises(ValueError, match=f"`{name}` has a column `{column}`: cloning a voice"):
             CFGDistillDiversityTrainer(make_dia(), None, args, train, evals, tokenizer)
+
+
+@pytest.mark.parametrize("column", ["audio", "audio_prompt"])
+def test_an_evaluation_refuses_a_voice_to_clone_before_it_samples(tokenizer, tmp_path, column):
+    make_dia().save_pretrained(tmp_path / "dia")
+    tokenizer.save_pretrained(tmp_path / "dia")
+    file = tmp_path / "voices.jsonl"
+    Dataset.from_dict({"prompt": PROMPTS, column: PROMPTS}).to_json(file)
+    given = EvaluateArguments(str(tmp_path / "dia"), str(file), num_prompts=2, output_dir=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=f"`dataset={file}` has a column `{column}`: cloning a voice"):
+        evaluate(given)
+    assert not (tmp_path / "out").exists()
 
 
 def test_prompts_longer_than_the_encoders_positions_are_refused(tokenizer, tmp_path):

@@ -18,7 +18,9 @@ from trl_drcd.evaluation.sampling import Prompt
 from trl_drcd.evaluation.strategies import Row, chosen, expand
 from trl_drcd.files import local_name
 from trl_drcd.merging.adapters import BASE
-from trl_drcd.prompts import load_prompts
+from trl_drcd.policies import policy_class
+from trl_drcd.prompts import read_prompts
+from trl_drcd.validation.rows import check_columns, check_rows
 
 JUDGES = (
     "codec", "embedder", "second_embedder", "judge", "reference", "clap", "cross_encoder", "reward_model",
@@ -141,9 +143,11 @@ def held_out_prompts(args: EvaluateArguments) -> HeldOut:
     teacher prompts if it has them.
 
     Raises:
-        ValueError: If there are too few.
+        ValueError: If there are too few, or there is a column that the base's family does not read.
     """
-    data = load_prompts("dataset", args.dataset, args.dataset_split)
+    data = read_prompts("dataset", args.dataset, args.dataset_split, keep_columns=True)
+    check_rows(data, where := f"`dataset={args.dataset}`")
+    check_columns(where, data.column_names, getattr(policy_class(args.model), "refused_columns", ()))
     first: dict[str, tuple[Prompt, Prompt | None, Prompt | None]] = {}
     others = (
         data[name] if name in data.column_names else [None] * len(data)

@@ -17,7 +17,7 @@ from trl_drcd.files import check_writable
 from trl_drcd.mixture import EmbedderMixture
 from trl_drcd.policies import CausalLMPolicy, Policy, policy_class
 from trl_drcd.validation.model_folders import check_adapter_folder, check_model, check_on_hub
-from trl_drcd.validation.rows import check_rows
+from trl_drcd.validation.rows import check_columns, check_rows
 from trl_drcd.validation.saved_files import INDEX, WEIGHTS
 
 Model: TypeAlias = str | PreTrainedModel | PeftModel
@@ -132,13 +132,8 @@ def _named(train_dataset: TrainData, eval_dataset: EvalData) -> dict[str, TrainD
 def _check_columns(family: type[Policy], train_dataset: TrainData, eval_dataset: EvalData) -> None:
     """Refuse columns of prompts that the family does not read, such as a voice to clone."""
     for name, dataset in _named(train_dataset, eval_dataset).items():
-        columns: list[str] = [] if dataset is None else dataset.column_names or list(next(iter(dataset), {}))
-        unread: set[str] = getattr(family, "refused_columns", set())
-        if found := unread.intersection(columns):
-            raise ValueError(
-                f"`{name}` has a column `{min(found)}`: cloning a voice from a prompt of audio is not supported; "
-                "remove the column"
-            )
+        columns = [] if dataset is None else dataset.column_names or list(next(iter(dataset), {}))
+        check_columns(f"`{name}`", columns, getattr(family, "refused_columns", ()))
 
 
 def _check_rollout_size(train_dataset: TrainData, args: CFGDistillDiversityConfig) -> None:

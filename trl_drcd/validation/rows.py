@@ -16,6 +16,20 @@ CONVERTED = (
 )
 
 
+def check_columns(where: str, columns: Iterable[str], refused: Iterable[str]) -> None:
+    """
+    Check that there is no column that a model family does not read, such as a voice to clone.
+
+    Raises:
+        ValueError: If one of `columns` is among those that are `refused`.
+    """
+    if found := set(refused).intersection(columns):
+        raise ValueError(
+            f"{where} has a column `{min(found)}`: cloning a voice from a prompt of audio is not supported; remove "
+            "the column"
+        )
+
+
 def check_rows(dataset: Dataset | IterableDataset, where: str) -> None:
     """
     Check that every row has a prompt, either a text or a list of turns.
