@@ -174,9 +174,9 @@ def timed(function: Callable[[], Any], device: torch.device) -> tuple[float, flo
     return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
-def peak(device: torch.device) -> float:
-    """Multiplications and additions a second of a large matrix product in float32, the best of ten."""
-    a = torch.randn(1024, 1024, device=device)
+def peak(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """Multiplications and additions a second of a large matrix product, the best of ten."""
+    a = torch.randn(1024, 1024, device=device, dtype=dtype)
     return 2 * 1024**3 / min(timed(lambda: a @ a, device)[0] for _ in range(10))
 
 

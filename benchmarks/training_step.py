@@ -14,7 +14,9 @@ Float32 on a CPU unless `--bf16`, bfloat16 autocast on a GPU; no gradient checkp
 Peak memory on a CPU is the peak resident set of the process (`VmHWM` of `/proc/self/status`, so Linux only) minus the
 resident set before the model was built; on a GPU it is `torch.cuda.max_memory_allocated`. Both include the weights,
 the teacher's copy, gradients, optimizer state and activations. `processor` is seconds of processor time, which is
-meaningful on a busy machine.
+meaningful on a busy machine. `of peak` is what teacher and update of ours reach of the throughput of one large matrix
+product with the same threads, counting only operations of linear weights on completion tokens: 2 per weight and token
+in a forward, 4 in a backward; prompts, attention and the optimizer are not counted.
 
     OMP_NUM_THREADS=1 python benchmarks/training_step.py --output benchmarks/results/training_step.json
 """
@@ -39,6 +41,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from datasets import Dataset
+from rollout import peak
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import (
@@ -274,6 +277,12 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
+def of_peak(model: torch.nn.Module, tokens: int, seconds: float, dtype: torch.dtype) -> float:
+    """Share of the peak of a guided teacher (two forwards) and an update (forward and backward) of `tokens` tokens."""
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    return (2 * 2 + 2 + 4) * weights * tokens / seconds / peak(next(model.parameters()).device, dtype)
+
+
 def measure(trainer: str, settings: argparse.Namespace) -> dict:
     """Seconds of the steps and MiB at the peak of one trainer, in this process, which has done nothing else."""
     torch.set_num_threads(settings.threads)
@@ -286,10 +295,15 @@ def measure(trainer: str, settings: argparse.Namespace) -> dict:
     lengths = set(clock.trainer._buffered_inputs[0]["completion_mask"].sum(1).tolist())
     if lengths != {settings.completion_length}:
         raise RuntimeError(f"completions of {lengths} tokens instead of {settings.completion_length}")
-    peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else resident("VmHWM") - before
+    memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else resident("VmHWM") - before
     timed, logging = clock.steps[1:-1], clock.steps[-1]
     median = {name: statistics.median(step[name] for step in timed) for name in timed[0]}
-    return median | {"logging step": logging["total"], "memory": peak}
+    figures = median | {"logging step": logging["total"], "memory": memory}
+    if trainer == "ours":
+        tokens = settings.batch * settings.accumulation * settings.completion_length
+        dtype = torch.bfloat16 if clock.trainer.args.bf16 else torch.float32
+        figures["of peak"] = of_peak(clock.trainer.model, tokens, median["teacher"] + median["update"], dtype)
+    return figures
 
 
 def table(rounds: list[dict[str, dict]]) -> str:
@@ -310,7 +324,8 @@ def table(rounds: list[dict[str, dict]]) -> str:
     lines = ["| seconds a step | " + " | ".join(columns[:-1]) + " | peak MiB |", "|---" * (len(columns) + 1) + "|"]
     lines += [row(names[t], {"memory": 0}, lambda r, column, t=t: r[t][column]) for t in TRAINERS]
     lines += [row(f"ours / {names[peer]}", {}, ratio(peer)) for peer in TRAINERS[1:]]
-    return "\n".join(lines)
+    share = statistics.median(r["ours"]["of peak"] for r in rounds)
+    return "\n".join([*lines, "", f"Teacher and update of ours: {share:.2f} of the peak."])
 
 
 def machine() -> dict[str, object]:
