@@ -56,11 +56,24 @@ class Study(Comparison):
         curve = self.curve(self.guidance if above is None else above, *self.metrics)
         return height_above(self.curve([point], *self.metrics)[0], curve)
 
+    def at(self, diversity: np.ndarray, points: list[Point]) -> np.ndarray:
+        """Adherence of the curve of points at a diversity of each replicate, `(replicates,)`."""
+        return -height_above(np.stack([diversity, np.zeros_like(diversity)], -1), self.curve(points, *self.metrics))
+
+    def at_base(self) -> np.ndarray:
+        """
+        Adherence of the merges minus that of the base, at its diversity; where no merge is as diverse, at that of the
+        most diverse one, minus that of guidance's curve there.
+        """
+        most = self.curve(self.merges, *self.metrics)[..., 0].max(0)
+        diversity = np.minimum(most, self.means(self.by_name["base"], self.metrics[0]))
+        return self.at(diversity, self.merges) - self.at(diversity, self.guidance)
+
     def statistics(self) -> dict[str, np.ndarray]:
         """The statistic of each hypothesis that the points answer, `(replicates,)`; above 0 it holds."""
         between = [point for point in self.merges if 0 < lambda_of(point) < 1]
         found = {
-            MAIN[0]: -self.height(self.by_name["base"], self.merges),
+            MAIN[0]: self.at_base(),
             MAIN[1]: np.mean([self.height(point) for point in between], 0),
         }
         if BETWEEN in self.by_name:

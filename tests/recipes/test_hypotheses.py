@@ -49,6 +49,12 @@ def test_each_statistic_is_the_distance_that_its_name_says(diversity):
     assert h4 == pytest.approx(0.01)
 
 
+def test_merges_that_are_less_diverse_than_the_base_are_compared_where_the_most_diverse_one_is():
+    rows = [row for row in results() if "lambda 1" not in row.name]  # the most diverse one has 0.4
+    h1 = hypotheses.Study(pooled(rows), "diversity").statistics()[hypotheses.MAIN[0]]
+    assert float(h1[0]) == pytest.approx(0.37 - 0.35)  # of the merges, and of guidance
+
+
 @pytest.mark.parametrize(
     ("low_1", "low_2", "expected"),
     [
