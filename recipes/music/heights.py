@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="results.jsonl")
     parser.add_argument("--metric", default="adherence", help="metric of the height (default: adherence)")
-    parser.add_argument("--differences", nargs=2, metavar="POINT", help="also the first point's height - the second's")
+    parser.add_argument("--differences", nargs=2, metavar="POINT", help="also the first point - the second")
     args = parser.parse_args(argv)
     with one_line_errors("heights.py"):
         points = pooled(read_results(args.results))
@@ -61,9 +61,12 @@ def main(argv: list[str] | None = None) -> None:
             }
     if args.differences:
         one, other = args.differences
-        table[f"{one} - {other}"] = {
-            name: formatted(comparison.interval(of[one, key] - of[other, key])) for key, name in DIVERSITIES.items()
+        row = {
+            key: comparison.interval(comparison.difference(by_name[one], by_name[other], key))
+            for key in (*DIVERSITIES, args.metric)
         }
+        row |= {name: comparison.interval(of[one, key] - of[other, key]) for key, name in DIVERSITIES.items()}
+        table[f"{one} - {other}"] = {key: formatted(value) for key, value in row.items()}
     print(markdown_table(table))
 
 

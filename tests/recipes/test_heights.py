@@ -58,6 +58,8 @@ def test_the_table_has_means_of_strategies_and_differences(tmp_path, capsys):
     heights.main([file, "--differences", "late (early 20)", "cold"])
     table = {line.split(" | ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert " 0.015 [" in table["| late, mean"] and " 0.080 [" in table["| late (early 20) - cold"]
+    cells = [cell.split(" [")[0] for cell in table["| late (early 20) - cold"].split(" | ")[1:4]]
+    assert cells == ["0.050", "0.050", "0.050"]  # 0.45 - 0.4, the same, 0.35 - 0.3
     assert "| base" not in table and "| CFG (gamma 7)" in table
     with pytest.raises(SystemExit, match=r"has no \['warm'\]; it has \['base'"):
         heights.main([file, "--differences", "warm", "cold"])
