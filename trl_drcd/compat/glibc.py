@@ -21,8 +21,8 @@ def keep_freed_memory() -> bool:
     967 tokens per second of CPU time without it, 1,950 and 1,822 with it; 3.7 million page faults against 0.18
     million; peak memory 721 against 768 MiB. The environment variables `MALLOC_MMAP_THRESHOLD_=4294967296
     MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456` have the same effect (1,774 and 1,791). A training
-    step of 32 sequences takes 9.9 s without and 7.9 s with such variables on one core of an Intel Xeon, one run of four
-    updates of `musiclm_quality.yaml` each (on an AMD EPYC there was no clear gain).
+    step of 32 sequences takes 9.9 s without and 7.9 s with such variables on one core of an Intel Xeon, one run of
+    four updates of `musiclm_quality.yaml` each (on an AMD EPYC there was no clear gain).
 
     Returns:
         `bool`: Whether the settings were applied.
