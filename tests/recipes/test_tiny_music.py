@@ -2,6 +2,7 @@
 
 import json
 import random
+import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -156,13 +157,20 @@ def test_no_tune_family_of_the_shipped_scores_is_in_two_splits():
 def test_shipped_test_prompts_are_held_out():
     shipped = {
         split: [json.loads(line) for line in (FOLDER / "data" / f"{split}_prompts.jsonl").read_text().splitlines()]
-        for split in ("train", "test")
+        for split in ("train", "test", "fresh")
     }
-    assert len(shipped["train"]) >= 2000 and len(shipped["test"]) >= 200
-    assert not {p["prompt"].lower() for p in shipped["train"]} & {p["prompt"].lower() for p in shipped["test"]}
-    for split, expected in (("train", False), ("test", True)):
+    assert [len(split) for split in shipped.values()] == [2000, 400, 208]
+    assert len({p["prompt"].lower() for split in shipped.values() for p in split}) == 2608
+    for split, expected in (("train", False), ("test", True), ("fresh", True)):
         full = [p for p in shipped[split] if p["instrument"] and p["tempo"] and p["kind"]]
         assert full and all(prompts.held_out(p) is expected for p in full)
+
+
+def test_the_shipped_prompts_are_made_again_by_their_script(tmp_path):
+    """From the list of scores alone: no clip is rendered."""
+    subprocess.run([sys.executable, str(FOLDER / "build" / "prompts.py"), "--output", str(tmp_path)], check=True)
+    for path in sorted((FOLDER / "data").glob("*_prompts.jsonl")):
+        assert (tmp_path / path.name).read_text() == path.read_text()
 
 
 def test_off_turn_penalty_knows_whose_turn_it_is():

@@ -43,7 +43,7 @@ STEPS = {
 MUSICGEN = ["train_encodec", "train_musicgen"]
 
 QUICK = {
-    "render": "--recordings 2000 100 300", "prompts": "--counts 300 60", "train_base": "--minutes 3",
+    "render": "--recordings 2000 100 300", "prompts": "--counts 300 60 30", "train_base": "--minutes 3",
     "export": "--count 50", "embedder": "--recordings 100 --steps 20 --batch-recordings 32",
     "descriptors": "--recordings 50", "train_judge": "--recordings 100 --steps 20",
     "train_preference": "--recordings 20 --steps 20",

@@ -3,7 +3,9 @@ The prompts for fine-tuning and for evaluation: captions of train and test clips
 
 A fifth of the combinations of instrument, tempo and kind is held out: training prompts are captions of clips of the
 other combinations, test prompts those of test clips of the held-out ones, in texts that no training prompt has.
-Columns: `prompt`, and `instrument`, `tempo`, `kind`, `key` where the prompt names them, else null.
+`fresh` prompts are drawn like test prompts and have none of their texts: for results on which nothing was chosen.
+Columns: `prompt`, and `instrument`, `tempo`, `kind`, `key` where the prompt names them, else null. The clips are those
+that `render.py` plans; they need not be rendered.
 
     python recipes/tiny_music/build/prompts.py
 """
@@ -18,8 +20,8 @@ import random
 from pathlib import Path
 
 from captions import NAMED, caption
-from render import OUTPUT, read_metadata
-from scores import HERE
+from render import RECORDINGS, plan_split
+from scores import HERE, read_scores
 
 
 def held_out(row: dict) -> bool:
@@ -50,22 +52,32 @@ def write(path: Path, prompts: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=Path, default=OUTPUT)
+    parser.add_argument("--scores", type=Path, default=HERE / "data" / "scores.jsonl.gz")
     parser.add_argument("--output", type=Path, default=HERE / "data")
-    parser.add_argument("--counts", type=int, nargs=2, default=[2000, 400], help="train, test")
+    parser.add_argument("--counts", type=int, nargs=3, default=[2000, 400, 208], help="train, test, fresh")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    paths = [args.output / f"{split}_prompts.jsonl" for split in ("train", "test")]
-    if all(path.exists() for path in paths):
-        print(f"{paths[0]} and {paths[1].name} exist: skipped")
+    paths = {split: args.output / f"{split}_prompts.jsonl" for split in ("train", "test", "fresh")}
+    if all(path.exists() for path in paths.values()):
+        print(f"{', '.join(map(str, paths.values()))} exist: skipped")
         return
-    rows = {split: read_metadata(args.clips / split) for split in ("train", "test")}
-    train = draw([row for row in rows["train"] if not held_out(row)], args.counts[0], set(), args.seed)
-    taken = {prompt["prompt"].lower() for prompt in train}
-    test = draw([row for row in rows["test"] if held_out(row)], args.counts[1], taken, args.seed + 1)
-    write(paths[0], train)
-    write(paths[1], test)
-    print(f"{len(train)} training and {len(test)} test prompts")
+    scores = read_scores(args.scores)
+    clips = {
+        split: [row for row in plan_split(split, scores, RECORDINGS[split], args.seed) for _ in row["starts"]]
+        for split in ("train", "test")
+    }
+    pools = {
+        "train": [row for row in clips["train"] if not held_out(row)],
+        "test": [row for row in clips["test"] if held_out(row)],
+    }
+    pools["fresh"] = pools["test"]
+    taken: set[str] = set()
+    for offset, ((split, path), count) in enumerate(zip(paths.items(), args.counts, strict=True)):
+        drawn = draw(pools[split], count, taken, args.seed + offset)
+        taken |= {prompt["prompt"].lower() for prompt in drawn}
+        if not path.exists():
+            write(path, drawn)
+            print(f"{path}: {count} prompts")
 
 
 if __name__ == "__main__":

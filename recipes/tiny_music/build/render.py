@@ -33,6 +33,7 @@ CHUNKS = 2
 OUTPUT = HERE.parents[1] / "outputs" / "tiny_music" / "clips"
 LOUDNESS, PEAK = 0.1, 0.95  # root mean square and largest absolute value after normalisation
 LONGEST_GAP = 1.6  # seconds without a new note within a clip
+RECORDINGS = {"train": 20000, "validation": 500, "test": 750}
 
 
 def onset_rate(score: dict) -> float:
@@ -88,6 +89,11 @@ def plan(scores: list[dict], recordings: int, seed: int) -> list[dict]:
             "seconds_per_quarter": seconds_per_quarter,
         })  # fmt: skip
     return rows
+
+
+def plan_split(split: str, scores: list[dict], recordings: int, seed: int) -> list[dict]:
+    """The recordings of a split, of its own scores and with its own seed."""
+    return plan([s for s in scores if s["split"] == split], recordings, seed + list(RECORDINGS).index(split))
 
 
 @cache
@@ -161,7 +167,7 @@ def render_split(split: str, scores: list[dict], recordings: int, args: argparse
         print(f"{folder} exists: skipped")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    rows = plan(scores, recordings, args.seed + ["train", "validation", "test"].index(split))
+    rows = plan_split(split, scores, recordings, args.seed)
     by_id = {s["id"]: s for s in scores}
     audio = np.lib.format.open_memmap(
         folder / "audio.tmp.npy", mode="w+", dtype=np.int16, shape=(CHUNKS * recordings, SAMPLES)
@@ -187,7 +193,7 @@ def main() -> None:
     parser.add_argument("--scores", type=Path, default=HERE / "data" / "scores.jsonl.gz")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--soundfont", default="/usr/share/sounds/sf2/FluidR3_GM.sf2")
-    parser.add_argument("--recordings", type=int, nargs=3, default=[20000, 500, 750], help="train, validation, test")
+    parser.add_argument("--recordings", type=int, nargs=3, default=[*RECORDINGS.values()], help=", ".join(RECORDINGS))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -196,10 +202,8 @@ def main() -> None:
             f"--soundfont {args.soundfont} does not exist: `apt-get install fluid-soundfont-gm`, or name another"
         )
     scores = read_scores(args.scores)
-    for split, recordings in zip(
-        ("validation", "test", "train"), args.recordings[1:] + args.recordings[:1], strict=True
-    ):
-        render_split(split, [s for s in scores if s["split"] == split], recordings, args)
+    for split, recordings in reversed(list(zip(RECORDINGS, args.recordings, strict=True))):  # short ones first
+        render_split(split, scores, recordings, args)
 
 
 if __name__ == "__main__":
