@@ -1,7 +1,8 @@
 """
 The whole method on the shipped text-to-music model, in minutes on two CPU cores: train a short quality run and a short
-run with a high diversity reward, merge the two, compare their front with guidance and temperature, and write a page to
-listen to. Everything is written to outputs/demo/.
+run with a high diversity reward, merge the two, compare them with guidance, with temperature, and with the front that
+longer training gives (`LERP of means`: the shipped means of four trainings of each, results/music/study), and write a
+page to listen to. Everything is written to outputs/demo/.
 
     make demo
     python recipes/demo.py --fresh      # discard the results of an earlier call
@@ -38,14 +39,16 @@ from trl_drcd.validation.yaml_files import read_yaml
 HERE = Path(__file__).resolve().parent
 RUNS = {"quality": "music/musiclm_quality.yaml", "diversity": "music/musiclm_diversity.yaml"}
 INTERPOLATION_WEIGHT = 0.5  # of the model that is written
+WORLD = HERE / "tiny_music"
+MEANS = HERE.parent / "results" / "music" / "study"  # models of WORLD
 
 
 def parse() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder of the results")
-    parser.add_argument("--world", type=Path, default=HERE / "tiny_music", help="folder with models/ and data/")
-    parser.add_argument("--steps", type=int, default=34, help="training steps of each run")
+    parser.add_argument("--world", type=Path, default=WORLD, help="folder with models/ and data/")
+    parser.add_argument("--steps", type=int, default=20, help="training steps of each run")
     parser.add_argument("--minutes", type=float, default=5.0, help="time limit of each training run, minutes")
     parser.add_argument("--prompts", type=int, default=20, help="held-out prompts to measure on")
     parser.add_argument("--samples", type=int, default=4, help="samples per prompt, at least 2")
@@ -132,15 +135,18 @@ def evaluation(args: argparse.Namespace) -> EvaluateArguments:
         {"name": "temperature", "temperature": [1.15]},
         {"name": "quality", "model": quality, "diversity_coef": 0},
         {"name": "diversity", "model": diversity, "diversity_coef": coefficient},
-        {"name": "LERP", "models": [quality, diversity], "interpolation_weight": [0, 0.25, 0.5, 0.75, 1]},
+        {"name": "LERP", "models": [quality, diversity], "interpolation_weight": [0, 0.5, 1]},
     ]
+    if args.world == WORLD:
+        means = [str(MEANS / name) for name in ("quality", "rewarded")]
+        strategies.append({"name": "LERP of means", "models": means, "interpolation_weight": [0, 0.25, 0.5, 0.75, 1]})
     return EvaluateArguments(
         str(models / "musiclm"), str(args.world / "data" / "test_prompts.jsonl"), strategies,
         output_dir=str(args.output), num_prompts=args.prompts, samples_per_prompt=args.samples,
         batch_size=args.prompts * args.samples, num_processes=2, codec=str(models / "codec"),
         embedder=str(models / "embedder"), second_embedder=str(models / "descriptors"), judge=str(models / "judge"),
         reference=str(models / "judge" / "reference.safetensors"), preference=str(models / "preference"),
-        omega="equal", listen=args.listen, listen_samples=args.samples,
+        omega="equal", likelihood_samples=2, listen=args.listen, listen_samples=args.samples,
     )  # fmt: skip
 
 
@@ -161,7 +167,7 @@ def main() -> None:
     study = DEMO_STUDY if usual else args.output.with_name(f"{args.output.name}_study")
     tabs = "--demo" if usual else f"--evaluation {args.output}"
     print(f"Play, slide, listen: trl-drcd app {tabs}   (extra `app`)")
-    models = "base 'CFG (gamma 3)' quality diversity 'LERP (lambda 0.5)'"
+    models = "base 'CFG (gamma 3)' quality diversity 'LERP of means (lambda 0.5)'"
     design = f"trl-drcd ratings design --evaluation {args.output} --out {study} --raters 6 --models {models}"
     print(f"Rate as the paper's raters did: {design}")
     print(f"  then trl-drcd app {tabs if usual else f'{tabs} --study {study}'} has a third tab")

@@ -39,9 +39,12 @@ def tiny(value: float) -> LlamaForCausalLM:
 def test_it_asks_for_a_front_in_two_processes(args):
     asked = demo.evaluation(args)
     names = [strategy["name"] for strategy in asked.strategies]
-    assert names == ["base", "CFG", "temperature", "quality", "diversity", "LERP"]
+    assert names == ["base", "CFG", "temperature", "quality", "diversity", "LERP", "LERP of means"]
+    assert all(Path(model).is_dir() for model in asked.strategies[6]["models"])
     assert asked.num_processes == 2 and asked.batch_size == 6
     assert asked.strategies[4]["diversity_coef"] == 100  # of musiclm_diversity.yaml
+    args.world = args.output  # the shipped means are models of the shipped world
+    assert [strategy["name"] for strategy in demo.evaluation(args).strategies] == names[:-1]
 
 
 def test_the_table_is_printed_and_written(args, monkeypatch, capsys):
