@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from trl_drcd.evaluation.fronts import height_above
-from trl_drcd.evaluation.points import Comparison, Point, by_strategy, lambda_of, pooled
+from trl_drcd.evaluation.points import Comparison, Point, by_strategy, lambda_of, of_training_seed, pooled
 from trl_drcd.evaluation.results import read_results
 from trl_drcd.evaluation.statistics import Interval
 from trl_drcd.evaluation.tables import formatted, markdown_table
@@ -114,9 +114,10 @@ def main(argv: list[str] | None = None) -> None:
     """Print a table with a row per hypothesis."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="results.jsonl")
+    parser.add_argument("--training_seed", type=int, help="this one alone, with intervals over prompts (default: all)")
     args = parser.parse_args(argv)
     with one_line_errors("hypotheses.py"):
-        points = pooled(read_results(args.results))
+        points = pooled(of_training_seed(read_results(args.results), args.training_seed))
         studies = {diversity: Study(points, diversity) for diversity in DIVERSITIES}
     found = {diversity: study.statistics() for diversity, study in studies.items()}
     main_ones = holm(studies["diversity"], found["diversity"])

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from trl_drcd.evaluation.fronts import height_above
-from trl_drcd.evaluation.points import Comparison, by_strategy, pooled
+from trl_drcd.evaluation.points import Comparison, by_strategy, of_training_seed, pooled
 from trl_drcd.evaluation.results import read_results
 from trl_drcd.evaluation.tables import formatted, markdown_table
 from trl_drcd.validation.messages import one_line_errors
@@ -30,11 +30,12 @@ def main(argv: list[str] | None = None) -> None:
     """Print a table with a row per point and, for a strategy of several, their mean."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="results.jsonl")
+    parser.add_argument("--training_seed", type=int, help="this one alone, with intervals over prompts (default: all)")
     parser.add_argument("--metric", default="adherence", help="metric of the height (default: adherence)")
     parser.add_argument("--differences", nargs=2, metavar="POINT", help="also the first point - the second")
     args = parser.parse_args(argv)
     with one_line_errors("heights.py"):
-        points = pooled(read_results(args.results))
+        points = pooled(of_training_seed(read_results(args.results), args.training_seed))
         curve = [point for point in points if point.is_constant_guidance()]
         if len(curve) < 2:
             raise ValueError(f"{args.results} needs rows of the base with two guidance scales, got {len(curve)}")

@@ -55,6 +55,16 @@ def test_merges_that_are_less_diverse_than_the_base_are_compared_where_the_most_
     assert float(h1[0]) == pytest.approx(0.37 - 0.35)  # of the merges, and of guidance
 
 
+def test_one_training_alone_is_tested_with_intervals_over_prompts(tmp_path, capsys):
+    folder = ResultsFolder(tmp_path)
+    for one in results(seeds=(0.0, 0.02)):
+        folder.append(one)
+    hypotheses.main([str(folder.file), "--training_seed", "1"])
+    assert f"| {hypotheses.MAIN[0]} | 0.040 [" in capsys.readouterr().out  # its own lift, not the mean of both
+    with pytest.raises(SystemExit, match=r"training_seed=2.*\[0, 1\]"):
+        hypotheses.main([str(folder.file), "--training_seed", "2"])
+
+
 @pytest.mark.parametrize(
     ("low_1", "low_2", "expected"),
     [

@@ -90,6 +90,20 @@ def pooled(results: Iterable[Result]) -> list[Point]:
     return [_pool(name, lines) for name, lines in groups.items()]
 
 
+def of_training_seed(results: Iterable[Result], seed: int | None) -> list[Result]:
+    """
+    Rows of one training seed, and those of strategies that have no training seeds; all rows if `seed` is `None`.
+
+    Raises:
+        ValueError: If no row is of that seed.
+    """
+    rows = list(results)
+    known = sorted({row.training_seed for row in rows if row.training_seed is not None})
+    if seed is not None and seed not in known:
+        raise ValueError(f"`training_seed={seed}` is not in the results; they have {known}")
+    return [row for row in rows if seed is None or row.training_seed in (None, seed)]
+
+
 def _pool(name: str, lines: Sequence[Result]) -> Point:
     first = lines[0]
     by_prompt = [key for key in first.per_prompt if all(key in line.per_prompt for line in lines)]
