@@ -349,10 +349,10 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         """
         Trains; see [`~transformers.Trainer.train`].
 
-        `resume_from_checkpoint=True` is the newest complete checkpoint of `output_dir`. A bad batch that stops the run
-        leaves a checkpoint of the state before it; a lost process is named. A run that was complete makes no more
-        updates. SIGTERM and Ctrl-C end it after the update under way, with a checkpoint (`SystemExit` with 143,
-        `KeyboardInterrupt`).
+        `resume_from_checkpoint=True` is the newest complete checkpoint of `output_dir`; `"auto"` is the same if there
+        is one, and else starts afresh. A bad batch that stops the run leaves a checkpoint of the state before it; a
+        lost process is named. A run that was complete makes no more updates. SIGTERM and Ctrl-C end it after the
+        update under way, with a checkpoint (`SystemExit` with 143, `KeyboardInterrupt`).
         """
         checkpoint = self._checkpoints.resolve(resume_from_checkpoint)
         explained = explained_failures(

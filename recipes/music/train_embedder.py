@@ -11,7 +11,7 @@ random. The small model that the project ships, or the paper's:
 
 As a reward, E hears what a codec decodes from tokens: with `--codec`, half of its training audio goes through that
 codec first. A folder is searched for audio files; a Hub data set needs a column of audio; an array of recordings
-(N, samples) in a `.npy` file at `--sampling_rate` is taken as well. `--resume_from_checkpoint true` continues an
+(N, samples) in a `.npy` file at `--sampling_rate` is taken as well. `--resume_from_checkpoint auto` continues an
 interrupted run.
 """
 
@@ -76,7 +76,9 @@ class Arguments:
     margin: float = field(default=0.2, metadata={"help": "Of the triplet loss, in cosine distance."})
     logging_steps: int = field(default=10, metadata={"help": "Log every so many steps."})
     save_steps: int = field(default=100, metadata={"help": "Checkpoint every so many steps; the last is kept."})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "`true`, or a checkpoint's folder."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "`true`, `auto`, or a checkpoint's folder."}
+    )
     num_workers: int = field(default=0, metadata={"help": "Processes that prepare audio where `versions` is 0."})
     bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast."})
     seed: int = field(default=0, metadata={"help": "Of weights, augmentation and batches."})
@@ -193,8 +195,8 @@ def train(recordings: Recordings, args: Arguments) -> MusicEmbedder:
     )
     model, optimizer = accelerator.prepare(Triplets(embedder), optimizer)
     step, log = 0, []
-    if args.resume_from_checkpoint:
-        checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    wanted = args.resume_from_checkpoint
+    if wanted and (checkpoint := find_checkpoint(wanted, args.output_dir)):
         accelerator.load_state(checkpoint)
         state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
         step, log = state["global_step"], state["log"]

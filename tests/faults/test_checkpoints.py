@@ -152,3 +152,13 @@ def test_a_file_cannot_grow(tmp_path, limit):
     assert "MiB were free" in str(raised.value) and raised.value.__cause__ is not None
     assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-2"]
     assert find_checkpoint(True, tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_auto_is_the_newest_checkpoint_or_none(tmp_path, caplog):
+    assert find_checkpoint("auto", tmp_path) is None and not caplog.records
+    incomplete = tmp_path / "checkpoint-1"
+    incomplete.mkdir()
+    assert find_checkpoint("auto", tmp_path) is None
+    assert "starts afresh" in caplog.text and "checkpoint-1" in caplog.text  # what is left out is named
+    write_checkpoint(tmp_path, 3)
+    assert find_checkpoint("auto", tmp_path) == str(tmp_path / "checkpoint-3")

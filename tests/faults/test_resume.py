@@ -46,6 +46,13 @@ def test_every_checkpoint_leads_to_the_same_weights(uninterrupted, tmp_path, ste
     assert run("text", tmp_path, resume=True) == expected
 
 
+def test_the_same_call_starts_and_continues_with_auto(uninterrupted, tmp_path):
+    folder, expected = uninterrupted
+    assert run("text", tmp_path / "new", resume="auto") == expected
+    shutil.copytree(folder / "checkpoint-8", tmp_path / "old" / "checkpoint-8")
+    assert run("text", tmp_path / "old", resume="auto") == expected
+
+
 @pytest.mark.parametrize("lost", ["rollout", "critic", "order"])
 def test_the_comparison_would_see(uninterrupted, tmp_path, monkeypatch, lost):
     """A rollout sampled anew; a critic that has forgotten; a second epoch in the order of the first, as in TRL."""

@@ -82,25 +82,26 @@ def why_incomplete(checkpoint: Path, read: bool = True) -> str | None:
     return None
 
 
-def find_checkpoint(wanted: str | bool, output_dir: str | Path, read: bool = True) -> str:
+def find_checkpoint(wanted: str | bool, output_dir: str | Path, read: bool = True) -> str | None:
     """
-    Resolve `resume_from_checkpoint` to a folder: `true` is the newest complete checkpoint of the output folder.
+    Resolve `resume_from_checkpoint` to a folder: `true` is the newest complete checkpoint of the output folder, and
+    `auto` too if there is one.
 
     A folder given by name may lack `complete.json`, as another program may have written it. With `read`, the chosen
     checkpoint and the skipped ones are logged.
 
     Args:
-        wanted (`str` or `bool`): `True`, `"true"`, `"last"`, or a folder.
+        wanted (`str` or `bool`): `True`, `"true"`, `"last"`, `"auto"`, or a folder.
         output_dir (`str` or `Path`): Output folder of the run.
         read (`bool`, *optional*, defaults to `True`): Compare checksums, not only file sizes.
 
     Returns:
-        `str`: The folder.
+        `str` or `None`: The folder; `None` for `"auto"` if there is no complete checkpoint.
 
     Raises:
         FileNotFoundError: If there is no checkpoint, or the given one is incomplete.
     """
-    if str(wanted).lower() not in ("true", "last"):
+    if str(wanted).lower() not in ("true", "last", "auto"):
         named = Path(str(wanted))
         problem = why_incomplete(named, read) if (named / MANIFEST).exists() else None
         if not (named / "trainer_state.json").is_file():
@@ -120,9 +121,13 @@ def find_checkpoint(wanted: str | bool, output_dir: str | Path, read: bool = Tru
             return str(checkpoint)
         skipped.append(f"{checkpoint.name}: {problem}")
     because = f" that is complete ({'; '.join(skipped)})" if skipped else ""
+    if str(wanted).lower() == "auto":
+        if read and skipped:
+            logger.warning(f"This training starts afresh: {output_dir} holds no checkpoint{because}")
+        return None
     raise FileNotFoundError(
         f"`resume_from_checkpoint={wanted}`: {output_dir} holds no checkpoint{because}; start without "
-        "`resume_from_checkpoint`"
+        "`resume_from_checkpoint`, or with `auto`"
     )
 
 

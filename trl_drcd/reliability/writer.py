@@ -138,12 +138,12 @@ class CheckpointWriter:
         found: list[Any] = [None, 0, None]
         if self.accelerator.is_main_process:
             try:
-                folder = find_checkpoint(wanted, str(self.args.output_dir))
-                state = TrainerState.load_from_json(str(Path(folder, "trainer_state.json")))
-                found = [folder, state.global_step, None]
-                if problem := identity_problem(read_identity(folder), self.identity):
-                    remedy = "use the settings that it was trained with, or another `output_dir`"
-                    found[2] = ForeignCheckpointError(f"{folder} cannot be resumed from: {problem}; {remedy}")
+                if folder := find_checkpoint(wanted, str(self.args.output_dir)):
+                    state = TrainerState.load_from_json(str(Path(folder, "trainer_state.json")))
+                    found = [folder, state.global_step, None]
+                    if problem := identity_problem(read_identity(folder), self.identity):
+                        remedy = "use the settings that it was trained with, or another `output_dir`"
+                        found[2] = ForeignCheckpointError(f"{folder} cannot be resumed from: {problem}; {remedy}")
             except FileNotFoundError as error:
                 found = [None, 0, error]
         checkpoint, self.resumed_step, problem = broadcast_object_list(found)

@@ -13,7 +13,7 @@ with a reward of your own, a function in rewards.py; resumed after an interrupti
     trl-drcd train text --config run.yaml --max_steps 300
     trl-drcd train text --config run.yaml --use_peft --lora_target_modules all-linear --lora_dropout 0
     trl-drcd train text --config run.yaml --reward_funcs rewards.rhymes --reward_weights 0.5
-    trl-drcd train text --config run.yaml --resume_from_checkpoint true
+    trl-drcd train text --config run.yaml --resume_from_checkpoint auto
 
 On several GPUs: `accelerate launch --config_file FILE -m trl_drcd.scripts.train_text`, with the same arguments.
 
