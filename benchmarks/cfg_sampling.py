@@ -25,6 +25,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from rollout import processor_name
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -107,7 +108,12 @@ def main() -> None:
     print(f"{device}, {model.dtype}, {args.batch} sequences x {args.tokens} tokens, {args.rounds} rounds\n")
     print(markdown_table(table))
     if args.output:
-        settings = {"device": str(device), "dtype": str(model.dtype), "threads": torch.get_num_threads()}
+        settings = {
+            "device": str(device),
+            "dtype": str(model.dtype),
+            "threads": torch.get_num_threads(),
+            "processor": processor_name(),
+        }
         settings |= {"torch": torch.__version__, "batch": args.batch, "tokens": args.tokens, "rounds": args.rounds}
         write_text(
             args.output, json.dumps({"settings": settings, "seconds": seconds, "table": table}, indent=1) + "\n"

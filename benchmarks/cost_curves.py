@@ -118,7 +118,13 @@ def main() -> None:
         return
     record = {"steps": args.steps, "defaults": DEFAULTS, "machine": training_step.machine(), "seconds": {}}
     if args.output.exists():
-        record |= json.loads(args.output.read_text())
+        before = json.loads(args.output.read_text())
+        asked = [args.steps, DEFAULTS, record["machine"]["device"]]
+        if [before["steps"], before["defaults"], before["machine"]["device"]] != asked:
+            parser.error(
+                f"--output {args.output} has points of other settings or of another machine; name another file"
+            )
+        record = before
     seconds: dict[str, dict[str, dict[str, float]]] = record["seconds"]
     waiting = [(name, value) for name, values in CURVES.items() for value in values]
     for name, value in (bar := tqdm(waiting, unit="point")):

@@ -98,9 +98,8 @@ class ProcessorTime(TrainerCallback):
 def train(name: str, seed: int, steps: int, folder: Path) -> tuple[Any, float, list[dict[str, Any]]]:
     """Trains to the end, from the newest checkpoint where there is one; model, seconds of an update, log."""
     settings = SAME | RUNS[name] | {"seed": seed, "max_steps": steps, "output_dir": folder}
+    settings["resume_from_checkpoint"] = "auto"
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    if list(folder.glob("checkpoint-*")):
-        words += ["--resume_from_checkpoint", "true"]
     recipe = str(ROOT / "recipes/music/musiclm_diversity.yaml")
     script, args, model = parse_training_arguments(
         ["--config", recipe, *words], MusicArguments, "learning_curves.py", str(folder)

@@ -164,6 +164,12 @@ def largest_difference(world: World, guidance_scale: float) -> float:
     return worst
 
 
+def processor_name() -> str:
+    """The processor's name, where Linux gives it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
 def timed(function: Callable[[], Any], device: torch.device) -> tuple[float, float]:
     """Seconds by the wall clock, and of the processor."""
     torch.manual_seed(0)
@@ -231,7 +237,7 @@ def main() -> None:
     if "smollm2" in names and not Path(args.smollm2).is_dir():
         raise SystemExit(f"{args.smollm2} is not there. Run: python recipes/text/get_smollm2.py")
     results: dict[str, Any] = {}
-    settings = {"device": str(device), "threads": torch.get_num_threads(), "processor": platform.processor()}
+    settings = {"device": str(device), "threads": torch.get_num_threads(), "processor": processor_name()}
     settings |= {"torch": torch.__version__, "rounds": args.rounds, "small": list(args.small)}
     bar = tqdm(total=len(names) * 4 * args.rounds, desc="samplings")
     for name in names:

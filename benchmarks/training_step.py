@@ -41,7 +41,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from datasets import Dataset
-from rollout import peak
+from rollout import peak, processor_name
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import (
@@ -330,10 +330,8 @@ def table(rounds: list[dict[str, dict]]) -> str:
 
 def machine() -> dict[str, object]:
     """What the numbers depend on besides the settings."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name(),
         "cores": os.cpu_count(),
         "load": os.getloadavg(),
         "torch": torch.__version__,

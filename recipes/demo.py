@@ -124,6 +124,11 @@ def merge(args: argparse.Namespace) -> None:
         interpolate_checkpoints([args.output / "quality", args.output / "diversity"], weights, args.output / "merged")
 
 
+def has_means(args: argparse.Namespace) -> bool:
+    """Whether the shipped means are models of the demo's world."""
+    return args.world.resolve() == WORLD and MEANS.is_dir()
+
+
 def evaluation(args: argparse.Namespace) -> EvaluateArguments:
     """Arguments of the evaluation: the front of Fig. 1 and 3 of the paper, with few points."""
     models = args.world / "models"
@@ -137,7 +142,7 @@ def evaluation(args: argparse.Namespace) -> EvaluateArguments:
         {"name": "diversity", "model": diversity, "diversity_coef": coefficient},
         {"name": "LERP", "models": [quality, diversity], "interpolation_weight": [0, 0.5, 1]},
     ]
-    if args.world == WORLD:
+    if has_means(args):
         means = [str(MEANS / name) for name in ("quality", "rewarded")]
         strategies.append({"name": "LERP of means", "models": means, "interpolation_weight": [0, 0.25, 0.5, 0.75, 1]})
     return EvaluateArguments(
@@ -167,7 +172,8 @@ def main() -> None:
     study = DEMO_STUDY if usual else args.output.with_name(f"{args.output.name}_study")
     tabs = "--demo" if usual else f"--evaluation {args.output}"
     print(f"Play, slide, listen: trl-drcd app {tabs}   (extra `app`)")
-    models = "base 'CFG (gamma 3)' quality diversity 'LERP of means (lambda 0.5)'"
+    merged = "LERP of means (lambda 0.5)" if has_means(args) else "LERP (lambda 0.5)"
+    models = f"base 'CFG (gamma 3)' quality diversity '{merged}'"
     design = f"trl-drcd ratings design --evaluation {args.output} --out {study} --raters 6 --models {models}"
     print(f"Rate as the paper's raters did: {design}")
     print(f"  then trl-drcd app {tabs if usual else f'{tabs} --study {study}'} has a third tab")

@@ -1,5 +1,6 @@
 """
-The hypotheses of the second studies (results/music/plan.md, results/text/plan.md), tested on their results.
+The hypotheses of the second and third studies (results/music/plan.md, results/music/means/plan.md,
+results/text/plan.md), tested on their results.
 
     python recipes/hypotheses.py outputs/study/evaluation/results.jsonl
 
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     """Print a table with a row per hypothesis."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="results.jsonl")
-    parser.add_argument("--training_seed", type=int, help="this one alone, with intervals over prompts (default: all)")
+    parser.add_argument("--training_seed", type=int, help="only the models at this place of their lists")
     args = parser.parse_args(argv)
     with one_line_errors("hypotheses.py"):
         points = pooled(of_training_seed(read_results(args.results), args.training_seed))

@@ -17,7 +17,7 @@ column `prompt` and optionally `negative_prompt`); the defaults are then the pap
 With LoRA (the teacher is then the same weights with the adapter off); resumed after an interruption:
 
     accelerate launch recipes/musiclm_drcd.py --use_peft --lora_target_modules all-linear --lora_dropout 0
-    accelerate launch recipes/musiclm_drcd.py --resume_from_checkpoint true
+    accelerate launch recipes/musiclm_drcd.py --resume_from_checkpoint auto
 
 `trl-drcd train music` does the same. To change more than the arguments allow, copy trl_drcd/scripts/train_music.py:
 everything that it calls is public.

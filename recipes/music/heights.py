@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     """Print a table with a row per point and, for a strategy of several, their mean."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="results.jsonl")
-    parser.add_argument("--training_seed", type=int, help="this one alone, with intervals over prompts (default: all)")
+    parser.add_argument("--training_seed", type=int, help="only the models at this place of their lists")
     parser.add_argument("--metric", default="adherence", help="metric of the height (default: adherence)")
     parser.add_argument("--differences", nargs=2, metavar="POINT", help="also the first point - the second")
     args = parser.parse_args(argv)

@@ -1,6 +1,7 @@
 """What the demo asks to be measured, its table, and how it watches its processes."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def test_it_asks_for_a_front_in_two_processes(args):
     assert all(Path(model).is_dir() for model in asked.strategies[6]["models"])
     assert asked.num_processes == 2 and asked.batch_size == 6
     assert asked.strategies[4]["diversity_coef"] == 100  # of musiclm_diversity.yaml
+    args.world = Path(os.path.relpath(args.world))
+    assert [strategy["name"] for strategy in demo.evaluation(args).strategies] == names
     args.world = args.output  # the shipped means are models of the shipped world
     assert [strategy["name"] for strategy in demo.evaluation(args).strategies] == names[:-1]
 

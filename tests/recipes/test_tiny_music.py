@@ -172,6 +172,14 @@ def test_the_shipped_prompts_are_made_again_by_their_script(tmp_path):
     for path in sorted((FOLDER / "data").glob("*_prompts.jsonl")):
         assert (tmp_path / path.name).read_text() == path.read_text()
 
+    # What is there is kept, and has no text of it drawn again
+    taken = (tmp_path / "fresh_prompts.jsonl").read_text()
+    (tmp_path / "test_prompts.jsonl").write_text(taken)
+    (tmp_path / "fresh_prompts.jsonl").unlink()
+    subprocess.run([sys.executable, str(FOLDER / "build" / "prompts.py"), "--output", str(tmp_path)], check=True)
+    assert (tmp_path / "test_prompts.jsonl").read_text() == taken
+    assert not set(taken.splitlines()) & set((tmp_path / "fresh_prompts.jsonl").read_text().splitlines())
+
 
 def test_off_turn_penalty_knows_whose_turn_it_is():
     """Codebooks of four entries, two frames and the end: silent where only allowed tokens have weight."""

@@ -54,11 +54,10 @@ def main() -> None:
     args = parser.parse_args()
     started = time.time()
     clips = Clips("train", half=0, recordings=args.recordings)
-    checkpoints = list(args.work.glob("checkpoint-*"))
     settings = Arguments(
         dataset=f"tiny music, {len(clips) // 2} recordings", output_dir=str(args.work), codec=str(CODEC), bf16=True,
         steps=args.steps, recordings_per_batch=args.batch_recordings, seed=args.seed,
-        resume_from_checkpoint="true" if checkpoints else None,
+        resume_from_checkpoint="auto",
     )  # fmt: skip
     embedder = train(ChunkPairs(clips), settings)
     embedder.save_pretrained(args.output)

@@ -5,7 +5,7 @@ A fifth of the combinations of instrument, tempo and kind is held out: training 
 other combinations, test prompts those of test clips of the held-out ones, in texts that no training prompt has.
 `fresh` prompts are drawn like test prompts and have none of their texts: for results on which nothing was chosen.
 Columns: `prompt`, and `instrument`, `tempo`, `kind`, `key` where the prompt names them, else null. The clips are those
-that `render.py` plans; they need not be rendered.
+that `render.py` plans by default; they need not be rendered. Existing files are kept, and their texts not drawn again.
 
     python recipes/tiny_music/build/prompts.py
 """
@@ -73,11 +73,13 @@ def main() -> None:
     pools["fresh"] = pools["test"]
     taken: set[str] = set()
     for offset, ((split, path), count) in enumerate(zip(paths.items(), args.counts, strict=True)):
-        drawn = draw(pools[split], count, taken, args.seed + offset)
-        taken |= {prompt["prompt"].lower() for prompt in drawn}
-        if not path.exists():
+        if path.exists():
+            drawn = [json.loads(line) for line in path.read_text().splitlines()]
+        else:
+            drawn = draw(pools[split], count, taken, args.seed + offset)
             write(path, drawn)
             print(f"{path}: {count} prompts")
+        taken |= {prompt["prompt"].lower() for prompt in drawn}
 
 
 if __name__ == "__main__":
