@@ -27,7 +27,9 @@ import training_step
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from trl_drcd.files import write_bytes, write_text
+from trl_drcd.evaluation.plots import save
+from trl_drcd.evaluation.tables import markdown_table
+from trl_drcd.files import write_text
 
 DEFAULTS = {"sequences": 16, "completion_length": 100, "vocab_size": 2048, "generations": 4, "ranks": 1}
 CURVES = {
@@ -82,7 +84,7 @@ def plot(seconds: dict[str, dict[str, dict[str, float]]]) -> Figure:
     panels = figure.subplots(1, len(seconds), sharey=True, squeeze=False)[0]
     for axes, (name, points) in zip(panels, seconds.items(), strict=True):
         values = [int(value) for value in points]
-        for part, colour in {"total": "#000000"} | PARTS.items():
+        for part, colour in ({"total": "#000000"} | PARTS).items():
             axes.plot(values, [one[part] for one in points.values()], "o-", color=colour, label=part)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
@@ -96,18 +98,11 @@ def plot(seconds: dict[str, dict[str, dict[str, float]]]) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG."""
-    with tempfile.TemporaryDirectory() as folder:
-        figure.savefig(Path(folder) / "figure.png", dpi=130)
-        write_bytes(path, (Path(folder) / "figure.png").read_bytes())
-
-
 def main() -> None:
-    """Measure what is missing; write the JSON file after each point, and the plot beside it."""
+    """Measure what is missing; write the JSON file after each point, and the plot (PNG and SVG) beside it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each point")
-    parser.add_argument("--output", type=Path, default=Path("outputs/cost_curves.json"), help="JSON; PNG beside it")
+    parser.add_argument("--output", type=Path, default=Path("outputs/cost_curves.json"), help="JSON; plot beside it")
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)  # one point, in this process
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -132,13 +127,12 @@ def main() -> None:
         if str(value) not in seconds.setdefault(name, {}):
             seconds[name][str(value)] = in_new_processes(DEFAULTS | {name: value}, args.steps)
             write_text(args.output, json.dumps(record, indent=1) + "\n")
-    save(plot(seconds), args.output.with_suffix(".png"))
-    rows = [
-        f"| {LABELS[name]} | {int(value):,} | " + " | ".join(f"{one[part]:.2f}" for part in ("total", *PARTS)) + " |"
-        for name, points in seconds.items()
-        for value, one in points.items()
-    ]
-    print("\n".join(["| | | step, s | rollout | teacher | update |", "|---" * 6 + "|", *rows]))
+    save(plot(seconds), args.output)
+    print(
+        markdown_table(
+            {f"{LABELS[n]} = {value}": one for n, points in seconds.items() for value, one in points.items()}
+        )
+    )
 
 
 if __name__ == "__main__":
