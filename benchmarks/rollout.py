@@ -11,7 +11,8 @@ sequence may end), and start from the same random state. The baseline is `genera
 `generate(guidance_scale=3)`; for MusicGen without the audio codec. Reported are medians over the rounds of wall
 clock and of processor time, which is meaningful on a busy machine, and the ratios theirs / ours.
 `of peak`: operations of ours (2 per decoder weight and new token) relative to the throughput of one large
-matrix product with the same threads. `difference`: largest difference between the log-probabilities that the loop
+matrix product with the same threads. With `--static`, ours has a static cache and compiled steps (CUDA graphs on a
+GPU), compiled before anything is timed. `difference`: largest difference between the log-probabilities that the loop
 sampled from and those of one forward over the finished sequences.
 
     OMP_NUM_THREADS=1 python benchmarks/rollout.py --output benchmarks/results/rollout.json
@@ -52,6 +53,8 @@ from trl_drcd.files import write_text
 from trl_drcd.guidance import ancestral_generation_config, guide_logits, left_pad
 from trl_drcd.policies import CausalLMPolicy, MusicgenPolicy
 from trl_drcd.prompts import load_prompts
+from trl_drcd.sampling import static_cache
+from trl_drcd.sampling.compiled import compiling
 
 ROOT = Path(__file__).parents[1]
 MUSICLM = ROOT / "recipes" / "tiny_music" / "models" / "musiclm"
@@ -190,8 +193,8 @@ def compare(world: World, guidance_scale: float, rounds: int, device: torch.devi
     """Medians of both, which take turns, and their ratios."""
     seconds: dict[str, list] = {"theirs": [], "ours": []}
     short = World(world.policy, world.model, world.prompts, world.negatives, 6)
-    for sample in (theirs, ours):
-        sample(short, guidance_scale)
+    theirs(short, guidance_scale)
+    ours(world if compiling() else short, guidance_scale)
     for _ in range(rounds):
         for name, sample in (("theirs", theirs), ("ours", ours)):
             seconds[name].append(timed(lambda sample=sample: sample(world, guidance_scale), device))
@@ -223,6 +226,7 @@ def main() -> None:
     parser.add_argument("--smollm2", default=str(ROOT / "outputs" / "smollm2"), help="its folder")
     parser.add_argument("--only", nargs="+", help="names of models")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--static", action="store_true", help="ours with a static cache and compiled steps")
     parser.add_argument("--small", type=int, nargs=2, default=(8, 32), help="musicgen-small's sequences and steps")
     parser.add_argument("--output", type=Path, help="JSON file of the result")
     args = parser.parse_args()
@@ -238,13 +242,14 @@ def main() -> None:
         raise SystemExit(f"{args.smollm2} is not there. Run: python recipes/text/get_smollm2.py")
     results: dict[str, Any] = {}
     settings = {"device": str(device), "threads": torch.get_num_threads(), "processor": processor_name()}
-    settings |= {"torch": torch.__version__, "rounds": args.rounds, "small": list(args.small)}
+    settings |= {"torch": torch.__version__, "rounds": args.rounds, "small": list(args.small), "static": args.static}
     bar = tqdm(total=len(names) * 4 * args.rounds, desc="samplings")
     for name in names:
         world = worlds[name]()
         for guidance_scale in (1.0, GUIDANCE):
             key = name if guidance_scale == 1 else f"{name}, guidance {guidance_scale:g}"
-            results[key] = compare(world, guidance_scale, args.rounds, device, bar)
+            with static_cache(args.static):
+                results[key] = compare(world, guidance_scale, args.rounds, device, bar)
             tqdm.write(f"{key}: {results[key]['row']}")
             if args.output:  # after each row, so that an interrupted run leaves what it has measured
                 write_text(args.output, json.dumps({"settings": settings, **in_columns(results)}, indent=1) + "\n")

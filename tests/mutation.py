@@ -231,6 +231,13 @@ MUTATIONS = [
         "tests/sampling",
     ),
     Mutation(
+        "a static cache goes on where the last rollout ended",
+        "sampling/compiled.py",
+        "layer.cumulative_length.fill_(filled)",
+        "layer.cumulative_length.add_(0 if int(layer.cumulative_length) else filled)",
+        "tests/sampling/test_compiled.py",
+    ),
+    Mutation(
         "every codebook ends with the eos of the first",
         "sampling/loop.py",
         "counts = counts & (step <= ended[:, None] + after)",

@@ -11,6 +11,7 @@ The command line.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -134,10 +135,13 @@ def train(argv: list[str]) -> None:
     if {"-h", "--help", "--help_all"} & set(words):
         import_module(f"trl_drcd.scripts.{script}").main(words)
         return
+    from trl_drcd.compat.threads import own_cores
     from trl_drcd.launch.processes import run_job
 
     # `--quiet`: without accelerate's traceback, the script's own error is the last output
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+    if "OMP_NUM_THREADS" not in os.environ:  # accelerate would set 1
+        launch += ["--num_cpu_threads_per_process", str(own_cores())]  # which the script divides by its processes
     if status := run_job([*launch, str(SCRIPTS / f"{script}.py"), *words]):
         raise SystemExit(status)
 
@@ -151,6 +155,7 @@ def evaluate(argv: list[str]) -> None:
     from trl import TrlParser
 
     from trl_drcd.compat.glibc import keep_freed_memory
+    from trl_drcd.compat.threads import use_own_cores
     from trl_drcd.evaluation.arguments import EvaluateArguments, HelpFormatter, help_on_strategies
     from trl_drcd.evaluation.grid import evaluate as run
 
@@ -162,6 +167,7 @@ def evaluate(argv: list[str]) -> None:
     )  # fmt: skip
     (arguments,) = parse_command_line(parser, argv)
     keep_freed_memory()
+    use_own_cores()
     run(arguments)
     print(f"Report: {arguments.output_dir}/report.html   (its tables: report.md; numbers: results.jsonl, summary.csv)")
 
@@ -213,6 +219,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(0 if words and words[0] in ("-h", "--help") else 2)
     from trl_drcd.launch.processes import end_on_signals
 
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in the scripts
     program = f"trl-drcd {words[0]}"
     with end_on_signals(program, REMEDIES.get(words[0], "")), one_line_errors(program):
         COMMANDS[words[0]](words[1:])

@@ -18,6 +18,8 @@ from trl_drcd.guidance import left_pad
 from trl_drcd.policies import Policy
 from trl_drcd.reliability.guard import BatchGuard
 from trl_drcd.reliability.processes import report_status
+from trl_drcd.sampling import static_cache
+from trl_drcd.validation.before_loading import leaves_sampling_to_trl
 from trl_drcd.validation.once_loaded import check_lengths
 from trl_drcd.validation.vllm import check_vllm_lengths
 
@@ -93,7 +95,7 @@ class StudentSampler:
     def sample(self, wrapped: Any, prompt_ids: list[list[int]]) -> list[list[int]]:
         """Token ids of one completion of each prompt, by the policy's own loop."""
         report_status("it samples")
-        with self.model(wrapped) as model:
+        with self.model(wrapped) as model, static_cache(self.args.cache_implementation == "static"):
             rollout = self.policy.rollout(
                 model,
                 prompt_ids,
@@ -122,9 +124,7 @@ class StudentSampler:
 
     def leaves_it_to_trl(self, multimodal: bool) -> bool:
         """Whether vLLM, continuous batching, settings of `generate`, or images ask for TRL's own way."""
-        args = self.args
-        asked = args.use_vllm or args.use_transformers_continuous_batching or args.cache_implementation
-        return self.policy.rolls_out_with_trl and bool(asked or args.generation_kwargs or multimodal)
+        return self.policy.rolls_out_with_trl and bool(leaves_sampling_to_trl(self.args) or multimodal)
 
     def precision(self) -> Any:
         """Autocast around a whole rollout casts the weights once, not per token; vLLM has a precision of its own."""

@@ -16,6 +16,7 @@ that has succeeded is not run again; one that failed or ran out of time does not
   LoRA, beside the memory that `musicgen_memory.py` computes;
 - `loss`: the fused loss against TRL's chunked loss and the dense one, at vocabularies of 49k and 256k;
 - `rollout`: the decode loop against transformers' `generate`;
+- `compiled`: the same with a static cache and compiled steps, as CUDA graphs (`cache_implementation: static`);
 - `rloo`: a step against TRL's RLOO step without a teacher;
 - `front`: the shipped music model, quality and diversity at 512 sequences an update, merged and evaluated.
 """
@@ -80,6 +81,9 @@ PARTS = (
     Part("rollout", 3, ("benchmarks/rollout.py --only musiclm musicgen-tiny musicgen-small --small 16 256 "
                         "--output {out}/result.json",),
          ("benchmarks/rollout.py --only musicgen-tiny --rounds 1 --output {out}/result.json",)),
+    Part("compiled", 4, ("benchmarks/rollout.py --static --only musiclm musicgen-tiny musicgen-small --small 16 256 "
+                         "--output {out}/result.json",),
+         ("benchmarks/rollout.py --static --only musicgen-tiny --rounds 1 --output {out}/result.json",)),
     Part("rloo", 3, ("benchmarks/training_step.py --batch 128 --rounds 2 --output {out}/result.json",),
          ("benchmarks/training_step.py --batch 8 --completion_length 16 --steps 1 --rounds 1 --vocab_size 64 "
           "--output {out}/result.json",)),

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, GenerationConfig, 
 
 import trl_drcd
 from trl_drcd import cli
+from trl_drcd.compat.threads import own_cores
 from trl_drcd.merging import interpolate_checkpoints, merge_with_mergekit, mergekit
 from trl_drcd.merging.cards import merge_recipe
 
@@ -190,12 +191,15 @@ def test_train_launches_the_packages_script(monkeypatch, capsys):
     monkeypatch.setattr(
         "trl_drcd.launch.processes.run_job", lambda command: (seen.append(command), statuses.pop(0))[1]
     )
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     cli.main(["train", "music", "--config", "x.yaml", "--max_steps", "1"])
     words = ["launch", "--quiet", str(cli.SCRIPTS / "train_music.py"), "--config", "x.yaml", "--max_steps", "1"]
     assert seen[0][-7:] == words
+    monkeypatch.delenv("OMP_NUM_THREADS")  # then a thread per core, where accelerate alone would set 1
     with pytest.raises(SystemExit) as end:
         cli.main(["train", "text"])
-    assert seen[1][-3:] == ["launch", "--quiet", str(cli.SCRIPTS / "train_text.py")] and end.value.code == 3
+    words = ["launch", "--quiet", "--num_cpu_threads_per_process", str(own_cores())]
+    assert seen[1][-5:] == [*words, str(cli.SCRIPTS / "train_text.py")] and end.value.code == 3
     assert all((cli.SCRIPTS / f"{script}.py").is_file() for script in cli.TRAINERS.values())
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])

@@ -8,6 +8,7 @@ A subclass says how to make a small random model, whose logits should be spread,
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from trl_drcd.guidance import EarlySteps, guide_logits, left_pad
 from trl_drcd.heads import stack_logits
 from trl_drcd.merging import hold_checkpoints, interpolate_checkpoints, set_interpolation_weight
 from trl_drcd.policies import policy_for
+from trl_drcd.sampling import static_cache
 from trl_drcd.validation.model_folders import load_model
 
 PROMPTS = ["a slow tune for flute", "harp"]
@@ -72,6 +74,20 @@ class PolicyContract:
         torch.manual_seed(1)
         prompts = self.prompts(policy)
         return policy.rollout(model, *prompts, scale, TEMPERATURE, self.steps, early=early)
+
+    def test_a_static_cache_draws_the_same(self, policy: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        graphs: list[Any] = []
+        traced = partial(torch.compile, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+        monkeypatch.setattr(torch, "compile", traced)
+        torch.compiler.reset()
+        plain, counts = self.drawn(policy, model, 3.0), []
+        with static_cache(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            for _ in range(3):
+                static = self.drawn(policy, model, 3.0)
+                assert torch.equal(plain.ids, static.ids)
+                torch.testing.assert_close(static.log_probs, plain.log_probs, rtol=0, atol=1e-5)
+                counts.append(len(graphs))
+        assert counts[0] == counts[-1]  # nothing is compiled again
 
     def own(self, policy: Any, model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
         """Logits `(S, K, V)` of the model's own forward."""

@@ -107,7 +107,7 @@ def test_nor_may_they_sample_a_model_that_suppresses_tokens_itself(tokenizer, tm
     model = make_model(tokenizer)
     model.generation_config.suppress_tokens = [3]
     with pytest.raises(ValueError, match="does not know the `suppress_tokens` of the model's generation config"):
-        make_trainer(tmp_path, tokenizer, model, cache_implementation="static")
+        make_trainer(tmp_path, tokenizer, model, cache_implementation="dynamic")
 
 
 # ---------------------------------------------------------------- sampling

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 
 from trl_drcd.audio.codecs import SpectralCodec
 from trl_drcd.compat.glibc import keep_freed_memory
+from trl_drcd.compat.threads import use_own_cores
 from trl_drcd.diversity import one_channel
 from trl_drcd.evaluation.allowed import allowed_in_rows
 from trl_drcd.evaluation.arguments import EvaluateArguments
@@ -177,7 +178,7 @@ def measure_tasks(
     # Slow rows first, so that none of them runs alone at the end; otherwise in order, which minimises model loading
     ordered = sorted(tasks, key=lambda task: task.row.guidance_scale == 1)
     others = set(active_children())
-    pool = ProcessPoolExecutor(args.num_processes, get_context("spawn"), initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(args.num_processes, get_context("spawn"), _start, (args.num_processes,))
     try:
         with _no_interrupts():  # submitting starts the processes, which inherit this
             futures = {pool.submit(_measure, task, partial(make, quiet=True)): task for task in ordered}
@@ -198,10 +199,16 @@ _WORKER: list[Worker] = []
 """The worker of this process, once created."""
 
 
+def _start(processes: int) -> None:
+    """Set up a new process, one of several."""
+    _end_with_parent()
+    keep_freed_memory()
+    use_own_cores(processes)
+
+
 def _measure(task: Task, make: partial[Worker]) -> Result:
     """Measure a row; models and judges stay loaded for the next."""
     if not _WORKER:
-        keep_freed_memory()
         _WORKER.append(make())
     return _WORKER[0](task)
 

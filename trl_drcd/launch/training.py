@@ -13,6 +13,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl_drcd.callbacks import Deadline, LogFile
 from trl_drcd.cards import final_metrics
 from trl_drcd.compat.glibc import keep_freed_memory
+from trl_drcd.compat.threads import use_own_cores
 from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.distributed import is_sharded
 from trl_drcd.evaluation.sampling import Samples, sample_prompts
@@ -97,6 +98,7 @@ def train_and_save(trainer: CFGDistillDiversityTrainer, script: PromptArguments)
 def _train_and_save(trainer: CFGDistillDiversityTrainer, script: PromptArguments) -> None:
     args, output = trainer.args, Path(str(trainer.args.output_dir))
     keep_freed_memory()
+    use_own_cores()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if not trainer.state.global_step:
         raise RuntimeError(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import get_logger
 
 from trl_drcd.compat.dropout import turn_off_dropout
+from trl_drcd.compat.threads import decoding_threads
 from trl_drcd.compat.trl_private import CausalLMInTRL
 from trl_drcd.guidance import EarlySteps, stacked_prompts
 from trl_drcd.heads import Head
@@ -245,8 +246,8 @@ class CausalLMPolicy:
         config = own.generation_config
         eos = as_list(config.eos_token_id) if eos_token_ids is None else eos_token_ids
         rows = stacked_prompts(prompt_ids, negative_prompt_ids, guidance_scale)
-        with evaluating(model), cast_once(own, own.device.type):
-            if (reason := refusal(own) or _head_refusal(own)) is not None:
+        with evaluating(model), decoding_threads(own), cast_once(own, own.device.type):
+            if (reason := loop_refusal(own)) is not None:
                 logger.warning_once(f"Sampling goes through `generate`, which is slower: {reason}.")
                 token_ids = self.heads(model)[0].token_ids
                 return generate(model, rows, max_new_tokens, guidance_scale, temperature, eos, token_ids, early)
@@ -286,8 +287,10 @@ def _before_head(model: Any) -> Any:
     return model.lm_head if model.config.model_type == "modernbert-decoder" else None
 
 
-def _head_refusal(model: Any) -> str | None:
-    """Why the decode loop cannot apply the head itself; `None` if it can."""
+def loop_refusal(model: Any) -> str | None:
+    """Why the decode loop cannot sample a causal LM without PEFT's wrapper; `None` if it can."""
+    if (reason := refusal(model)) is not None:
+        return reason
     if model.base_model is model:
         return f"`base_model` of {type(model).__name__} is itself"
     return None if _before_head(model) is None else f"{type(model).__name__} has layers before its output embeddings"

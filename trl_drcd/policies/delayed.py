@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trl_drcd.sampling import preallocated_cross_cache
+from trl_drcd.sampling import CrossAttentionStream
 
 
 class DelayedLayout:
@@ -90,9 +90,9 @@ class DelayedLayout:
         return read.where(frame >= 0, self.bos_id)
 
 
-class DiaStream:
+class DiaStream(CrossAttentionStream):
     """
-    Decoding stream of a Dia. Each distinct prompt is encoded once, and its cross-attention computed once.
+    Decoding stream of a Dia.
 
     Args:
         layout ([`DelayedLayout`]): Says what the decoder reads.
@@ -105,19 +105,15 @@ class DiaStream:
     def __init__(
         self, layout: DelayedLayout, decoder: Any, condition: dict[str, torch.Tensor], index: torch.Tensor, steps: int
     ):
-        self.layout, self.decoder, self.condition, self.index, self.steps = layout, decoder, condition, index, steps
-        self.cache: Any = preallocated_cross_cache(decoder.config, steps)
+        super().__init__(decoder, condition, index, steps)
+        self.layout, self.steps = layout, steps
         self.ends = torch.full((len(condition["encoder_hidden_states"]),), steps, device=index.device)
         self.number = 0
 
     def start(self) -> torch.Tensor:
-        """Hidden states `(R, H)` of the first step, computed once per distinct prompt: all rows start alike."""
-        begin = torch.full((len(self.ends), 1, len(self.layout.delays)), self.layout.bos_id, device=self.ends.device)
-        hidden = self._forward(begin)
-        if len(self.index) != len(hidden):
-            self.keep(self.index)
-            hidden = hidden[self.index]
-        return hidden
+        """Hidden states `(R, H)` that predict the first step."""
+        shape = len(self.ends), 1, len(self.layout.delays)
+        return self.begin(torch.full(shape, self.layout.bos_id, device=self.ends.device))
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states `(R, H)` after one step of `K` ids per row, int64 `(R, K)`."""
@@ -125,15 +121,9 @@ class DiaStream:
         self.ends = self.ends.where(~ended, self.number)
         read = self.layout.read(tokens[:, None], self.ends, self.number)
         self.number += 1
-        return self._forward(read)
+        return self.read(read)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Keep only the given rows, int64, in that order."""
-        self.cache.reorder_cache(rows)
-        self.condition = {name: tensor[rows] for name, tensor in self.condition.items()}
+        super().keep(rows)
         self.ends = self.ends[rows]
-
-    def _forward(self, ids: torch.Tensor) -> torch.Tensor:
-        output = self.decoder(input_ids=ids, past_key_values=self.cache, use_cache=True, **self.condition)
-        hidden: torch.Tensor = output.last_hidden_state[:, -1]
-        return hidden

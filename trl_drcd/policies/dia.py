@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl_drcd.audio.dac import DelayedCodec
 from trl_drcd.compat.dia import DiaInTRL, processor_of
 from trl_drcd.compat.dropout import turn_off_dropout
+from trl_drcd.compat.threads import decoding_threads
 from trl_drcd.compat.trl_private import forget_patched_forward
 from trl_drcd.guidance import EarlySteps, left_pad, stacked_prompts
 from trl_drcd.heads import Head
@@ -296,7 +297,7 @@ class DiaPolicy:
         different, index = distinct_rows(stacked)
         dia = unwrapped(model)
         device, steps = dia.device, max_new_tokens - 1
-        with torch.no_grad(), evaluating(model), cast_once(dia, device.type):
+        with torch.no_grad(), evaluating(model), decoding_threads(dia), cast_once(dia, device.type):
             ids, mask = left_pad(different, 0)
             condition = self._condition(dia, ids.to(device), mask.to(device))
             stream = DiaStream(self.layout, dia.model.decoder, condition, index.to(device), steps)

@@ -19,13 +19,14 @@ from transformers import EncodecFeatureExtractor, MusicgenProcessor, PreTrainedM
 from trl_drcd.audio.codecs import CodebookCodec, delays_of, is_coded
 from trl_drcd.compat.dropout import turn_off_dropout
 from trl_drcd.compat.musicgen import MusicgenInTRL
+from trl_drcd.compat.threads import decoding_threads
 from trl_drcd.compat.trl_private import forget_patched_forward
 from trl_drcd.guidance import EarlySteps, left_pad, stacked_prompts
 from trl_drcd.heads import Head
 from trl_drcd.policies.causal_lm import _full
 from trl_drcd.policies.causal_lm import without_peft as unwrapped
 from trl_drcd.prompts import Prompt, Row
-from trl_drcd.sampling import Rollout, cast_once, decode, distinct_rows, evaluating, preallocated_cross_cache
+from trl_drcd.sampling import CrossAttentionStream, Rollout, cast_once, decode, distinct_rows, evaluating
 
 # Attributes of the model that are always frozen. As in AudioCraft, the projection is part of the conditioning
 FROZEN = ("text_encoder", "audio_encoder", "enc_to_dec_proj")
@@ -275,7 +276,7 @@ class MusicgenPolicy:
         different, index = distinct_rows(stacked_prompts(prompt_ids, negative_prompt_ids, guidance_scale))
         musicgen = unwrapped(model)
         device = musicgen.device
-        with torch.no_grad(), evaluating(model), cast_once(musicgen, device.type):
+        with torch.no_grad(), evaluating(model), decoding_threads(musicgen), cast_once(musicgen, device.type):
             ids, mask = left_pad(different, self.tokenizer.pad_token_id or 0)
             condition = self._condition(musicgen, ids.to(device), mask.to(device))
             begin = torch.full((len(different), self.num_codebooks), self.mask_id, device=device)
@@ -302,41 +303,28 @@ class MusicgenPolicy:
         ).completions()
 
 
-class MusicgenStream:
+class MusicgenStream(CrossAttentionStream):
     """
-    Decoding stream of a MusicGen. Each distinct prompt is encoded once, and its cross-attention computed once.
+    Decoding stream of a MusicGen.
 
     Args:
         decoder (`MusicgenModel`): The decoder without its heads.
         condition (`dict`): Output of [`MusicgenPolicy._condition`] for the `U` distinct prompts.
-        begin (`torch.Tensor`): Start tokens of the decoder, int64, shape `(U, K)`.
+        first (`torch.Tensor`): Start tokens of the decoder, int64, shape `(U, K)`.
         index (`torch.Tensor`): Index of each row's prompt, int64, shape `(R,)`.
         steps (`int`): Number of decoder steps.
     """
 
     def __init__(
-        self, decoder: Any, condition: dict[str, torch.Tensor], begin: torch.Tensor, index: torch.Tensor, steps: int
+        self, decoder: Any, condition: dict[str, torch.Tensor], first: torch.Tensor, index: torch.Tensor, steps: int
     ):
-        self.decoder, self.condition, self.begin, self.index = decoder, condition, begin, index
-        self.cache: Any = preallocated_cross_cache(decoder.config, steps)
+        super().__init__(decoder, condition, index, steps)
+        self.first = first
 
     def start(self) -> torch.Tensor:
-        """Hidden states `(R, H)` of the first step, computed once per distinct prompt: all rows start alike."""
-        hidden = self.step(self.begin)
-        if len(self.index) != len(hidden):
-            self.keep(self.index)
-            hidden = hidden[self.index]
-        return hidden
+        """Hidden states `(R, H)` that predict the first step."""
+        return self.begin(self.first.flatten()[:, None])
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states `(R, H)` after one step of `K` codes per row, int64 `(R, K)`."""
-        output = self.decoder(
-            input_ids=tokens.flatten()[:, None], past_key_values=self.cache, use_cache=True, **self.condition
-        )
-        hidden: torch.Tensor = output.last_hidden_state[:, -1]
-        return hidden
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Keep only the given rows, int64, in that order."""
-        self.cache.reorder_cache(rows)
-        self.condition = {name: tensor[rows] for name, tensor in self.condition.items()}
+        return self.read(tokens.flatten()[:, None])

@@ -1,13 +1,23 @@
 """The decode loop for all model families: cache, guidance, and drawing of tokens."""
 
 from trl_drcd.sampling.cache import PreallocatedLayer, preallocated_cache, preallocated_cross_cache
+from trl_drcd.sampling.compiled import static_cache, static_cache_refusal
 from trl_drcd.sampling.drawing import Drawn, draw
 from trl_drcd.sampling.generate import DrawingProcessor, generate
 from trl_drcd.sampling.loop import Rollout, decode
-from trl_drcd.sampling.streams import CausalStream, Stream, cast_once, distinct_rows, evaluating, refusal
+from trl_drcd.sampling.streams import (
+    CausalStream,
+    CrossAttentionStream,
+    Stream,
+    cast_once,
+    distinct_rows,
+    evaluating,
+    refusal,
+)
 
 __all__ = [
     "CausalStream",
+    "CrossAttentionStream",
     "DrawingProcessor",
     "Drawn",
     "PreallocatedLayer",
@@ -22,4 +32,6 @@ __all__ = [
     "preallocated_cache",
     "preallocated_cross_cache",
     "refusal",
+    "static_cache",
+    "static_cache_refusal",
 ]

@@ -191,7 +191,7 @@ def decode(
                 left = int(running.sum())
                 if left == 0:
                     break
-                if len(rows) - left >= ENDED_SHARE * len(rows):
+                if not stream.fixed_rows and len(rows) - left >= ENDED_SHARE * len(rows):
                     kept = running.nonzero().squeeze(1)
                     stream.keep(torch.cat([kept, kept + len(rows)]) if guided else kept)
                     rows, tokens, ended = rows[kept], tokens[kept], ended[kept]

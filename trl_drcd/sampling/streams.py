@@ -7,8 +7,9 @@ Letters: `R` rows in the batch (twice the sequences with guidance), `P` longest 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,11 +17,15 @@ from transformers import GenerationMixin
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from trl_drcd.guidance import left_pad
-from trl_drcd.sampling.cache import preallocated_cache
+from trl_drcd.sampling.cache import preallocated_cache, preallocated_cross_cache
+from trl_drcd.sampling.compiled import compiled_step, compiling, last_hidden_states, padded, rounded_up
 
 
 class Stream(Protocol):
     """A batch of rows that are decoded together."""
+
+    fixed_rows: bool
+    """Whether all rows stay in the batch until the end: `keep` is not called by the loop."""
 
     def start(self) -> torch.Tensor:
         """Encode the prompts; returns the hidden states `(R, H)` that predict the first step."""
@@ -90,38 +95,83 @@ class CausalStream:
         different, index = distinct_rows(prompt_ids)
         ids, mask = left_pad(different, 0)
         self.ids, self.mask, self.index = (tensor.to(backbone.device) for tensor in (ids, mask, index))
-        self.cache: Any = preallocated_cache(backbone.config, ids.shape[1] + steps)
+        self.fixed_rows = compiling()
+        self.forward: Callable[..., torch.Tensor] = partial(last_hidden_states, backbone)
+        length = ids.shape[1] + steps
+        self.capacity = rounded_up(length) if self.fixed_rows else length
+        self.cache: Any = preallocated_cache(backbone.config, self.capacity)
         self.cache_argument = str(cache_argument(backbone))
         self.takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
-        self.steps, self.padded = steps, not bool(mask.all())
+        self.padded = self.fixed_rows or not bool(mask.all())
 
     def start(self) -> torch.Tensor:
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
         hidden = self._forward(self.ids, self.mask, positions)
-        self.positions, self.mask = positions[:, -1:], torch.nn.functional.pad(self.mask, (0, self.steps), value=1)
+        room = self.capacity - self.ids.shape[1]
+        self.positions, self.mask = positions[:, -1:], torch.nn.functional.pad(self.mask, (0, room), value=1)
         if len(self.index) != len(hidden):
             self.keep(self.index)
             hidden = hidden[self.index]
         self.length = self.ids.shape[1]
+        if self.fixed_rows:
+            self.forward, self.cache = compiled_step(self.backbone, self.cache)
         return hidden
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         self.length += 1
         self.positions = self.positions + 1
-        return self._forward(tokens, self.mask[:, : self.length], self.positions)
+        # A static cache has a mask of all its positions, of which causal attention leaves out those to come
+        return self._forward(tokens, self.mask if self.fixed_rows else self.mask[:, : self.length], self.positions)
 
     def keep(self, rows: torch.Tensor) -> None:
         self.cache.reorder_cache(rows)  # every cache layer has this, for beam search
         self.mask, self.positions = self.mask[rows], self.positions[rows]
-        self.padded = not bool(self.mask.all())
+        self.padded = self.fixed_rows or not bool(self.mask.all())
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": True, self.cache_argument: self.cache}
         inputs["attention_mask"] = mask if self.padded else None
         if self.takes_positions:
             inputs["position_ids"] = positions
-        hidden: torch.Tensor = self.backbone(**inputs).last_hidden_state[:, -1]
+        return self.forward(**inputs)
+
+
+class CrossAttentionStream:
+    """
+    Decoding stream of a decoder that reads its prompts by cross-attention, which is computed once per distinct prompt.
+
+    Args:
+        decoder (`PreTrainedModel`): The decoder without its heads.
+        condition (`dict`): Its `encoder_hidden_states` and `encoder_attention_mask` for the `U` distinct prompts.
+        index (`torch.Tensor`): Index of each row's prompt, int64, shape `(R,)`.
+        steps (`int`): Number of decoder steps.
+    """
+
+    def __init__(self, decoder: Any, condition: dict[str, torch.Tensor], index: torch.Tensor, steps: int):
+        self.fixed_rows, self.decoder, self.index = compiling(), decoder, index
+        self.condition = padded(condition) if self.fixed_rows else condition
+        length = rounded_up(steps) if self.fixed_rows else steps
+        self.cache: Any = preallocated_cross_cache(decoder.config, length)
+        self.forward: Callable[..., torch.Tensor] = partial(last_hidden_states, decoder)
+
+    def begin(self, ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states `(R, H)` of the first step, computed once per distinct prompt: all its rows start alike."""
+        hidden = self.read(ids)
+        if len(self.index) != len(hidden):
+            self.keep(self.index)
+            hidden = hidden[self.index]
+        if self.fixed_rows:
+            self.forward, self.cache = compiled_step(self.decoder, self.cache)
         return hidden
+
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states `(R, H)` after a step's ids, in the decoder's layout."""
+        return self.forward(input_ids=ids, past_key_values=self.cache, use_cache=True, **self.condition)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Keep only the given rows, int64, in that order."""
+        self.cache.reorder_cache(rows)
+        self.condition = {name: tensor[rows] for name, tensor in self.condition.items()}
 
 
 @contextmanager

@@ -31,8 +31,8 @@ from __future__ import annotations
 
 import os
 
-# One thread per process unless the caller sets another number: it was the fastest on two cores
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Threads that wait for others sleep soon: a spinning one keeps other processes waiting. torch reads this when imported
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import sys
 from collections.abc import Sequence

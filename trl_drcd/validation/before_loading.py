@@ -265,21 +265,31 @@ def _check_checkpointing(model: object, args: CFGDistillDiversityConfig, peft_co
         )
 
 
+def leaves_sampling_to_trl(args: CFGDistillDiversityConfig) -> dict[str, object]:
+    """The arguments with which TRL samples causal LMs; a static cache is one of this package's own loop."""
+    given = {name: value for name in TRL_SAMPLES if (value := getattr(args, name))}
+    return {name: value for name, value in given.items() if (name, value) != ("cache_implementation", "static")}
+
+
 def _check_family(family: type[Policy], args: CFGDistillDiversityConfig) -> None:
     """Refuse options of TRL's own sampling for other families than causal LMs, and with `allowed_token_ids`."""
     if args.allowed_token_ids:
         if not family.rolls_out_with_trl:
             raise ValueError("`allowed_token_ids` is for causal LMs: this model's ids are all codes; leave it out")
-        for name in TRL_SAMPLES:
-            if value := getattr(args, name):
-                raise ValueError(
-                    f"`{name}={value}` samples in TRL, which does not know `allowed_token_ids`; leave one of them out"
-                )
+        for name, value in leaves_sampling_to_trl(args).items():
+            raise ValueError(
+                f"`{name}={value}` samples in TRL, which does not know `allowed_token_ids`; leave one of them out"
+            )
     if family.rolls_out_with_trl:
         return
     for name in CAUSAL_LM_ONLY:
         if getattr(args, name):
             raise ValueError(f"`{name}=True` is not supported for this model family; set it to False")
+    if args.cache_implementation not in (None, "static"):
+        raise ValueError(
+            f"`cache_implementation={args.cache_implementation}` is not supported for this model family; leave it "
+            "out, or set static"
+        )
 
 
 # ---------------------------------------------------------------- rewards

@@ -26,6 +26,11 @@ def check_launch(
     check_sharding(accelerator, updates_per_rollout, keeps_parts_whole)
     check_skipping(args, getattr(accelerator.state, "deepspeed_plugin", None) is not None)
     check_clipping(args.max_grad_norm_diversity, accelerator)
+    if args.cache_implementation == "static" and is_sharded(accelerator):
+        raise ValueError(
+            "`cache_implementation=static` does not work with sharded weights, which a rollout gathers anew; leave it "
+            "out"
+        )
 
 
 def check_sharding(accelerator: Accelerator, updates_per_rollout: float, keeps_parts_whole: bool = False) -> None:

@@ -18,7 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl_drcd.audio.codecs import SpectralCodec
 from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.policies import Policy, teacher_prompt_ids
-from trl_drcd.validation.before_loading import TRL_SAMPLES
+from trl_drcd.policies.causal_lm import loop_refusal, without_peft
+from trl_drcd.sampling import static_cache_refusal
+from trl_drcd.validation.before_loading import leaves_sampling_to_trl
 from trl_drcd.validation.vllm import check_vllm
 
 logger = get_logger(__name__)
@@ -58,6 +60,7 @@ def check_once_loaded(
     _check_router_loss(student, args)
     check_vllm(student, args)
     _check_samplers(policy, args)
+    _check_static_cache(policy, student, args)
     with _template_errors():
         kwargs: Any = args.chat_template_kwargs or {}
         _check_template(train_dataset, tokenizer, kwargs)
@@ -163,12 +166,23 @@ def _check_samplers(policy: Policy, args: CFGDistillDiversityConfig) -> None:
     """Refuse sampling by TRL for a model whose own generation config suppresses tokens."""
     if getattr(policy, "allowed", None) is None:
         return
-    for name in TRL_SAMPLES:
-        if value := getattr(args, name):
-            raise ValueError(
-                f"`{name}={value}` samples in TRL, which does not know the `suppress_tokens` of the model's "
-                "generation config; leave it out, or remove `suppress_tokens` there"
-            )
+    for name, value in leaves_sampling_to_trl(args).items():
+        raise ValueError(
+            f"`{name}={value}` samples in TRL, which does not know the `suppress_tokens` of the model's "
+            "generation config; leave it out, or remove `suppress_tokens` there"
+        )
+
+
+def _check_static_cache(policy: Policy, model: PreTrainedModel, args: CFGDistillDiversityConfig) -> None:
+    """Refuse a static cache for a model whose layers keep less than all positions, or that `generate` samples."""
+    if args.cache_implementation != "static":
+        return
+    own: Any = without_peft(model)
+    reason = loop_refusal(own) if policy.rolls_out_with_trl else None
+    if reason := reason or static_cache_refusal(own.config):
+        raise ValueError(
+            f"`cache_implementation=static` is not supported for {type(own).__name__}: {reason}; leave it out"
+        )
 
 
 def _check_router_loss(model: PreTrainedModel, args: CFGDistillDiversityConfig) -> None:
