@@ -1,6 +1,8 @@
 """The decode loop with a static cache and compiled steps: the same samples, and steps that are compiled once."""
 
+import gc
 import shutil
+import weakref
 from functools import partial
 from unittest import mock
 
@@ -14,7 +16,7 @@ from test_trainer import make_model, make_trainer, rollout
 from transformers import MistralConfig, MistralForCausalLM
 
 from trl_drcd.policies import policy_for
-from trl_drcd.sampling import CausalStream, static_cache, static_cache_refusal
+from trl_drcd.sampling import CausalStream, compiled, static_cache, static_cache_refusal
 from trl_drcd.validation.launch import check_launch
 
 FULL = ["llama, grouped keys", "gpt2", "opt, no position_ids", "bloom, alibi", "qwen2"]
@@ -69,6 +71,19 @@ def test_weights_that_changed_are_the_ones_that_sample(traced):
             for weight in model.parameters():
                 weight.add_(0.3 * torch.randn_like(weight))
         check_scores(model)
+
+
+def test_a_model_that_is_gone_leaves_nothing_behind(traced):
+    model = make("qwen2")
+    gone = weakref.ref(model.base_model)
+    gc.collect()
+    before = len(compiled._steps)  # of models that other tests keep
+    with static_cache():
+        policy().rollout(model, PROMPTS, max_new_tokens=STEPS)
+    assert len(compiled._steps) == before + 1
+    del model
+    gc.collect()
+    assert gone() is None and len(compiled._steps) == before
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in FULL])

@@ -102,7 +102,8 @@ def compiled_step(decoder: Any, cache: Any) -> tuple[Callable[..., torch.Tensor]
     kept = _steps.setdefault(decoder, {})
     if shape not in kept:
         mode = "reduce-overhead" if first.keys.is_cuda else None  # CUDA graphs
-        compiled = torch.compile(decoder.forward, mode=mode, dynamic=False)
+        # The decoder is an argument: a compiled method would keep it, and with it this entry, for good
+        compiled = torch.compile(last_hidden_states, mode=mode, dynamic=False)
         kept[shape] = compiled, StaticCache(config=decoder.config, max_cache_len=first.length)
     forward, static = kept[shape]
     layers: list[Any] = static.layers
@@ -116,6 +117,6 @@ def compiled_step(decoder: Any, cache: Any) -> tuple[Callable[..., torch.Tensor]
 
     def step(**inputs: Any) -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        return last_hidden_states(forward, **inputs).clone()  # the next replay overwrites what it returns
+        return forward(decoder, **inputs).clone()  # the next replay overwrites what it returns
 
     return step, EncoderDecoderCache(static, cache.cross_attention_cache) if own is not cache else static
