@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in recipes/musiclm_drcd.py; two runs then share two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs share two cores
 
 import argparse
 import json

@@ -1,6 +1,8 @@
 """How many threads torch gets on a CPU."""
 
 import os
+import subprocess
+import sys
 from multiprocessing import get_context
 
 import psutil
@@ -8,8 +10,10 @@ import pytest
 import torch
 from conftest import make_model
 
+from trl_drcd.cli import evaluate
 from trl_drcd.compat.threads import decoding_threads, own_cores, use_own_cores
 from trl_drcd.evaluation.measuring import _start
+from trl_drcd.launch.training import make_trainer
 from trl_drcd.policies import CausalLMPolicy
 
 
@@ -87,3 +91,46 @@ def test_a_process_of_an_evaluation_takes_its_share(monkeypatch):
     with pool:
         assert pool.apply(torch.get_num_threads) == 1
     assert os.environ["OMP_NUM_THREADS"] == "64"
+
+
+ENVIRONMENT = """
+import os, sys
+from unittest import mock
+from trl_drcd import cli
+def push(words):
+    print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
+with mock.patch.dict(cli.COMMANDS, {"push": push}):
+    cli.main(["push"])
+"""
+SCRIPT = "import os, trl_drcd.scripts.train_text; print(os.environ.get('GOMP_SPINCOUNT'))"
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+@pytest.mark.parametrize("program", [ENVIRONMENT, SCRIPT])
+def test_waiting_threads_sleep_early_unless_told_otherwise(given, spins, program):
+    others = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=others | given, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() in ([spins], [spins, "False"])  # torch reads it when it is imported
+
+
+def test_training_and_evaluation_use_their_cores(monkeypatch, tmp_path):
+    class Reached(Exception):
+        pass
+
+    def use(processes=None):
+        raise Reached
+
+    monkeypatch.setattr("trl_drcd.launch.training.use_own_cores", use)
+    with pytest.raises(Reached):
+        make_trainer(None, None, None, None, None)
+    monkeypatch.setattr("trl_drcd.compat.threads.use_own_cores", use)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    words = ["--model", "m", "--dataset", str(tmp_path / "prompts.jsonl"), "--config", str(tmp_path / "config.yaml")]
+    (tmp_path / "config.yaml").write_text("strategies: [{name: base}]\n")
+    with pytest.raises(Reached):
+        evaluate(words)

@@ -219,7 +219,8 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(0 if words and words[0] in ("-h", "--help") else 2)
     from trl_drcd.launch.processes import end_on_signals
 
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in the scripts
+    if "OMP_WAIT_POLICY" not in os.environ:  # as in the scripts
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     program = f"trl-drcd {words[0]}"
     with end_on_signals(program, REMEDIES.get(words[0], "")), one_line_errors(program):
         COMMANDS[words[0]](words[1:])

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.distributed import DistributedBackend
 from trl.models import unwrap_model_for_generation
 
 from trl_drcd.config import CFGDistillDiversityConfig
@@ -80,14 +81,21 @@ class StudentSampler:
 
     @contextmanager
     def model(self, wrapped: Any) -> Iterator[PreTrainedModel]:
-        """The unwrapped student; sharded weights are gathered once, so call it on every process."""
-        checkpointing: Any = self.args.gradient_checkpointing_kwargs
-        generation = unwrap_model_for_generation(
-            wrapped,
-            self.accelerator,
-            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-            gradient_checkpointing_kwargs=checkpointing,
-        )
+        """
+        The unwrapped student; sharded weights are gathered once, so call it on every process.
+
+        Gradient checkpointing stays on: in evaluation mode, in which it samples, it does nothing. TRL turns it off and
+        on again, for which transformers adds one more hook to the embeddings each time.
+        """
+        generation: Any = nullcontext(self.accelerator.unwrap_model(wrapped))
+        if DistributedBackend(self.accelerator).is_zero3:
+            checkpointing: Any = self.args.gradient_checkpointing_kwargs
+            generation = unwrap_model_for_generation(
+                wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=checkpointing,
+            )
         with generation as model, whole_weights(model):
             # A compiled model's own: decoding has a shape for each step
             yield self.accelerator.unwrap_model(model, keep_torch_compile=False)

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in recipes/musiclm_drcd.py
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from accelerate import Accelerator

@@ -64,6 +64,12 @@ CONTRACT = {
     },
     "transformers.configuration_utils.PreTrainedConfig": {"_name_or_path": "attribute"},
     "transformers.generation.utils.GenerationMixin": {"_supports_default_dynamic_cache": "cls"},
+    "transformers.models.musicgen.modeling_musicgen": {
+        "MusicgenSinusoidalPositionalEmbedding": "num_positions, embedding_dim",
+    },
+    "transformers.models.musicgen.modeling_musicgen.MusicgenSinusoidalPositionalEmbedding": {
+        "forward": "self, input_ids, past_key_values_length=",
+    },
     "transformers.trainer.Trainer": {
         "_get_grad_norm": "self, model, grad_norm=",
         "_get_output_dir": "self, trial",

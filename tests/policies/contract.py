@@ -87,7 +87,7 @@ class PolicyContract:
                 assert torch.equal(plain.ids, static.ids)
                 torch.testing.assert_close(static.log_probs, plain.log_probs, rtol=0, atol=1e-5)
                 counts.append(len(graphs))
-        assert counts[0] == counts[-1]  # nothing is compiled again
+        assert counts[0] == counts[-1] <= 1  # one graph, which is not compiled again
 
     def own(self, policy: Any, model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
         """Logits `(S, K, V)` of the model's own forward."""

@@ -10,7 +10,8 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from families import CONFIGS, make, policy
-from test_loop import NEGATIVES, PROMPTS, STEPS, TEMPERATURE, check_scores
+from peft import LoraConfig
+from test_loop import NEGATIVES, PROMPTS, STEPS, TEMPERATURE, check_scores, scored
 from test_musicgen import make_musicgen, t5_tokenizer  # noqa: F401
 from test_trainer import make_model, make_trainer, rollout
 from transformers import MistralConfig, MistralForCausalLM
@@ -33,6 +34,7 @@ def traced(monkeypatch):
 
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr("trl_drcd.validation.once_loaded.shutil.which", lambda name: name)  # no compiler is needed
     yield graphs
     torch.compiler.reset()
 
@@ -71,6 +73,47 @@ def test_weights_that_changed_are_the_ones_that_sample(traced):
             for weight in model.parameters():
                 weight.add_(0.3 * torch.randn_like(weight))
         check_scores(model)
+
+
+def test_under_autocast_keys_and_values_have_different_types(traced):
+    model = make("llama, grouped keys")
+    with torch.autocast("cpu", torch.bfloat16), static_cache():
+        rollout = policy().rollout(model, PROMPTS, max_new_tokens=STEPS)
+    expected = scored(model, rollout, None, 1.0)
+    found = rollout.log_probs[..., 0] * TEMPERATURE  # bfloat16 rounds
+    assert (found.exp().sum() - (expected * TEMPERATURE).exp().sum()).abs() < 3 and rollout.finite.all()
+
+
+def test_prompts_of_other_lengths_compile_nothing_anew(traced):
+    model, counts = make("qwen2"), []
+    with static_cache():
+        for length in (1, 9, 30):
+            policy().rollout(model, [[1] * length] * 3, max_new_tokens=STEPS)
+            counts.append(len(traced))
+        policy().rollout(model, [[1] * 90] * 3, max_new_tokens=STEPS)  # beyond the next multiple of 64
+    assert counts[0] == counts[1] == counts[2] < len(traced)
+
+
+def test_more_sizes_than_dynamo_compiles_of_one_function(traced):
+    """Each has a function of its own; only the latest are kept."""
+    model = make("qwen2")
+    with static_cache(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for rows in range(1, 12):
+            policy().rollout(model, [[1, 5]] * rows, max_new_tokens=3)
+            assert len(traced) == rows and len(compiled._steps[model.base_model]) == min(rows, compiled.KEPT)
+        policy().rollout(model, [[1, 5]] * 11, max_new_tokens=3)
+    assert len(traced) == 11
+
+
+def test_a_rollout_that_is_not_finite_leaves_nothing_to_the_next(traced):
+    model = make("qwen2")
+    weights = model.base_model.layers[0].self_attn.k_proj.weight
+    before = weights.detach().clone()
+    with static_cache(), torch.no_grad():
+        weights.fill_(torch.nan)
+        assert not policy().rollout(model, PROMPTS, max_new_tokens=STEPS).finite.any()
+        weights.copy_(before)
+        assert policy().rollout(model, PROMPTS, max_new_tokens=3).finite.all()
 
 
 def test_a_model_that_is_gone_leaves_nothing_behind(traced):
@@ -141,11 +184,32 @@ def test_a_trainer_with_a_static_cache_samples_the_same(tmp_path, tokenizer, tra
     assert traced and all(map(torch.equal, plain, static))
 
 
-def test_a_trainer_refuses_it_for_other_layers_and_sharded_weights(tmp_path, tokenizer):
+@pytest.mark.parametrize("lora", [False, True])
+def test_checkpointing_compiles_nothing_anew(tmp_path, tokenizer, traced, lora):
+    """TRL turns it off and on around each rollout, and transformers adds a hook to the embeddings each time."""
+    options = {"peft_config": LoraConfig(target_modules="all-linear", lora_dropout=0.0)} if lora else {}
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        make_model(tokenizer),
+        cache_implementation="static",
+        gradient_checkpointing=True,
+        **options,
+    )
+    counts = []
+    for _ in range(10):
+        rollout(trainer)
+        counts.append(len(traced))
+    assert counts[1] == counts[-1]
+
+
+def test_a_trainer_refuses_it_where_it_cannot_work(tmp_path, tokenizer, traced):
     config = make_model(tokenizer).config.to_dict() | {"sliding_window": 3, "model_type": "mistral"}
     windows = MistralForCausalLM(MistralConfig(**config))
     with pytest.raises(ValueError, match="`cache_implementation=static` is not supported for MistralForCausalLM: it"):
         make_trainer(tmp_path, tokenizer, windows, cache_implementation="static")
+    with mock.patch("shutil.which", lambda name: None), pytest.raises(ValueError, match=r"with a C\+\+ compiler"):
+        make_trainer(tmp_path, tokenizer, cache_implementation="static")
     trainer = make_trainer(tmp_path, tokenizer, cache_implementation="static")
     sharded = mock.Mock(distributed_type=DistributedType.FSDP)
     with (

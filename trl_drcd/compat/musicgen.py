@@ -13,9 +13,34 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import torch
 from transformers import AutoTokenizer, GenerationConfig, MusicgenConfig, ProcessorMixin
+from transformers.models.musicgen.modeling_musicgen import MusicgenSinusoidalPositionalEmbedding
 
 from trl_drcd.compat.trl_private import get_config_model_id
+
+
+class StaticPositions(MusicgenSinusoidalPositionalEmbedding):
+    """
+    MusicGen's table of positions, which grows when it is too short: a comparison that the length of a static cache, a
+    tensor, makes anew in each step, on a GPU by waiting for it.
+    """
+
+    def forward(self, input_ids: torch.Tensor, past_key_values_length: Any = 0) -> torch.Tensor:
+        """The rows of the positions, `(S, H)`; with a tensor the table must be long enough."""
+        if not isinstance(past_key_values_length, torch.Tensor):
+            return super().forward(input_ids, past_key_values_length)
+        positions = torch.arange(input_ids.shape[-1], device=input_ids.device) + past_key_values_length
+        return self.weights.index_select(0, positions).detach()
+
+
+def hold_positions(decoder: Any, length: int) -> None:
+    """Make the table of a MusicGen's decoder long enough for a static cache, and a step without a comparison."""
+    table = decoder.embed_positions
+    if len(table.weights) < length:
+        table.make_weights(length, table.embedding_dim)
+    if type(table) is MusicgenSinusoidalPositionalEmbedding:
+        table.__class__ = StaticPositions
 
 
 class MusicgenInTRL:

@@ -51,6 +51,7 @@ def make_trainer(
     Raises:
         FileNotFoundError, TypeError, ValueError: If an argument, model or data set is invalid; before any sampling.
     """
+    use_own_cores()
     names = {
         "model": "model_name_or_path",
         "train_dataset": f"dataset={script.dataset}",
@@ -98,7 +99,6 @@ def train_and_save(trainer: CFGDistillDiversityTrainer, script: PromptArguments)
 def _train_and_save(trainer: CFGDistillDiversityTrainer, script: PromptArguments) -> None:
     args, output = trainer.args, Path(str(trainer.args.output_dir))
     keep_freed_memory()
-    use_own_cores()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if not trainer.state.global_step:
         raise RuntimeError(

@@ -18,7 +18,7 @@ from transformers import EncodecFeatureExtractor, MusicgenProcessor, PreTrainedM
 
 from trl_drcd.audio.codecs import CodebookCodec, delays_of, is_coded
 from trl_drcd.compat.dropout import turn_off_dropout
-from trl_drcd.compat.musicgen import MusicgenInTRL
+from trl_drcd.compat.musicgen import MusicgenInTRL, hold_positions
 from trl_drcd.compat.threads import decoding_threads
 from trl_drcd.compat.trl_private import forget_patched_forward
 from trl_drcd.guidance import EarlySteps, left_pad, stacked_prompts
@@ -320,6 +320,8 @@ class MusicgenStream(CrossAttentionStream):
     ):
         super().__init__(decoder, condition, index, steps)
         self.first = first
+        if self.fixed_rows:
+            hold_positions(decoder.decoder, self.length)
 
     def start(self) -> torch.Tensor:
         """Hidden states `(R, H)` that predict the first step."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,7 @@ from trl_drcd.sampling.cache import PreallocatedLayer, preallocated_cache
 # Lengths are rounded up to a multiple, so that prompts of other lengths compile nothing anew
 ROUNDED = 64  # positions of a static cache
 PROMPTS_ROUNDED = 16  # encoded prompts of cross-attention
+KEPT = 4  # compiled steps and caches of a decoder, for different sizes
 
 _compiling: ContextVar[bool] = ContextVar("compiling", default=False)
 _steps: WeakKeyDictionary[torch.nn.Module, dict[tuple, tuple[Callable, StaticCache]]] = WeakKeyDictionary()
@@ -62,6 +64,30 @@ def last_hidden_states(decoder: Callable[..., Any], **inputs: Any) -> torch.Tens
     return hidden
 
 
+def _copied(function: Any) -> FunctionType:
+    """A function with a code object of its own: dynamo compiles each only a few times, and then runs it as it is."""
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+
+
+def _fill(layer: Any, source: Any) -> None:
+    """
+    Copy what a preallocated layer holds into a static one.
+
+    What a longer rollout has left behind is cleared: attention gives it the weight 0, and 0 times NaN is NaN.
+    """
+    if not layer.is_initialized:
+        # It gives both the type of the first. Under autocast, rotary embeddings make the keys alone float32
+        layer.lazy_initialization(source.values, source.values)
+        values = layer.values
+        layer.lazy_initialization(source.keys, source.values)
+        layer.values = values
+    filled = source.get_seq_length()
+    for states, found in ((layer.keys, source.keys), (layer.values, source.values)):
+        states[:, :, :filled] = found
+        states[:, :, filled:] = 0
+    layer.cumulative_length.fill_(filled)
+
+
 def rounded_up(length: int) -> int:
     """The positions of a static cache for `length` positions."""
     return -(-length // ROUNDED) * ROUNDED
@@ -98,25 +124,22 @@ def compiled_step(decoder: Any, cache: Any) -> tuple[Callable[..., torch.Tensor]
     if reason := _refusal(own):
         raise ValueError(f"`cache_implementation=static` is not supported by {type(decoder).__name__}: {reason}")
     first: Any = own.layers[0]
-    shape = (len(first.keys), first.length, first.keys.dtype, first.keys.device)
+    read = 0 if own is cache else cache.cross_attention_cache.layers[0].keys.shape[2]
+    shape = (len(first.keys), first.length, read, first.keys.dtype, first.values.dtype, first.keys.device)
     kept = _steps.setdefault(decoder, {})
     if shape not in kept:
+        while len(kept) >= KEPT:
+            del kept[next(iter(kept))]
         mode = "reduce-overhead" if first.keys.is_cuda else None  # CUDA graphs
-        # The decoder is an argument: a compiled method would keep it, and with it this entry, for good
-        compiled = torch.compile(last_hidden_states, mode=mode, dynamic=False)
+        compiled = torch.compile(_copied(last_hidden_states), mode=mode, dynamic=False)
         kept[shape] = compiled, StaticCache(config=decoder.config, max_cache_len=first.length)
-    forward, static = kept[shape]
-    layers: list[Any] = static.layers
-    for layer, source in zip(layers, own.layers, strict=True):
-        if not layer.is_initialized:
-            layer.lazy_initialization(source.keys, source.values)
-        filled = source.get_seq_length()
-        layer.keys[:, :, :filled] = source.keys
-        layer.values[:, :, :filled] = source.values
-        layer.cumulative_length.fill_(filled)
+    forward, static = kept[shape] = kept.pop(shape)  # the latest comes last
+    for layer, source in zip(static.layers, own.layers, strict=True):
+        _fill(layer, source)
 
     def step(**inputs: Any) -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()
+        # The decoder is an argument: a compiled method would keep it, and with it its entry, for good
         return forward(decoder, **inputs).clone()  # the next replay overwrites what it returns
 
     return step, EncoderDecoderCache(static, cache.cross_attention_cache) if own is not cache else static

@@ -150,8 +150,8 @@ class CrossAttentionStream:
     def __init__(self, decoder: Any, condition: dict[str, torch.Tensor], index: torch.Tensor, steps: int):
         self.fixed_rows, self.decoder, self.index = compiling(), decoder, index
         self.condition = padded(condition) if self.fixed_rows else condition
-        length = rounded_up(steps) if self.fixed_rows else steps
-        self.cache: Any = preallocated_cross_cache(decoder.config, length)
+        self.length = rounded_up(steps) if self.fixed_rows else steps
+        self.cache: Any = preallocated_cross_cache(decoder.config, self.length)
         self.forward: Callable[..., torch.Tensor] = partial(last_hidden_states, decoder)
 
     def begin(self, ids: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,8 @@ from __future__ import annotations
 import os
 
 # Threads that wait for others sleep soon: a spinning one keeps other processes waiting. torch reads this when imported
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import sys
 from collections.abc import Sequence

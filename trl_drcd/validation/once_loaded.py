@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from heapq import nlargest
 from typing import Any
 
+import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
@@ -179,6 +182,8 @@ def _check_static_cache(policy: Policy, model: PreTrainedModel, args: CFGDistill
         return
     own: Any = without_peft(model)
     reason = loop_refusal(own) if policy.rolls_out_with_trl else None
+    if not torch.accelerator.is_available() and not shutil.which(os.environ.get("CXX", "g++")):
+        reason = reason or "torch compiles for a CPU with a C++ compiler (CXX, or g++), and there is none"
     if reason := reason or static_cache_refusal(own.config):
         raise ValueError(
             f"`cache_implementation=static` is not supported for {type(own).__name__}: {reason}; leave it out"
