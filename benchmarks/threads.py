@@ -21,6 +21,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from trl_drcd.files import write_text
+
 ROOT = Path(__file__).resolve().parents[1]
 MEASURE = """
 import json, sys
@@ -78,11 +80,8 @@ def main() -> None:
         figures = [f"{found[part]:.2f}" if found else f"over {settings.limit:.0f} in all" for part in PARTS]
         tqdm.write(f"| {load} | {threads} | {spins or 'default'} | " + " | ".join(figures) + " |", file=sys.stdout)
     if settings.output:
-        settings.output.parent.mkdir(parents=True, exist_ok=True)
         record = {"cores": os.cpu_count(), "load at the end": os.getloadavg(), "steps": settings.steps}
-        temporary = settings.output.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
-        os.replace(temporary, settings.output)
+        write_text(settings.output, json.dumps(record | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

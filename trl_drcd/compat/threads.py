@@ -53,7 +53,7 @@ def decoding_threads(model: Any) -> Iterator[None]:
     Let a small model sample on one thread: its products are so short that waiting for each other takes longer.
 
     Measured on two cores with threads that sleep early: a rollout of 5.7 million weights takes 2.20 s on one thread
-    and 2.43 s on two (beside another process 2.42 and 3.92), one of 135 million 4.1 and 2.8 s.
+    and 2.43 s on two (beside another process 2.42 and 3.92); in a short trial one of 135 million was faster on two.
 
     Args:
         model (`torch.nn.Module`): The model that samples.
