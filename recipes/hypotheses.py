@@ -17,7 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from trl_drcd.evaluation.fronts import height_above
-from trl_drcd.evaluation.points import Comparison, Point, by_strategy, lambda_of, of_training_seed, pooled
+from trl_drcd.evaluation.points import (
+    Comparison,
+    Point,
+    by_strategy,
+    guidance_curve,
+    lambda_of,
+    of_training_seed,
+    pooled,
+)
 from trl_drcd.evaluation.results import read_results
 from trl_drcd.evaluation.statistics import Interval
 from trl_drcd.evaluation.tables import formatted, markdown_table
@@ -44,7 +52,7 @@ class Study(Comparison):
     def __init__(self, points: list[Point], diversity: str) -> None:
         super().__init__(points)
         self.metrics = diversity, "adherence"
-        self.guidance = [point for point in points if point.is_constant_guidance()]
+        self.guidance = guidance_curve(points)
         self.merges = sorted(by_strategy(points).get(MERGES, []), key=lambda_of)
         self.by_name = {point.name: point for point in points}
         if len(self.guidance) < 2 or "base" not in self.by_name:

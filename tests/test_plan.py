@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import product
 
 import pytest
 import torch
@@ -123,6 +124,36 @@ def test_early_steps_change_the_samples_and_their_name_and_their_absence_nothing
     result = tasks[1].about(args)
     assert Result.from_json(result.to_json()) == result and result.early_steps == 2
     assert "early_steps" not in tasks[0].about(args).to_json()
+
+
+def test_rows_say_which_negative_prompts_they_and_the_teacher_have(args):
+    args.negative_prompt = "Bad quality."
+    args.strategies = [
+        {"name": "base", "negative_prompt": "unused"}, {"name": "CFG", "guidance_scale": 3, "negative_prompt": "fast"},
+    ]  # fmt: skip
+    base, guided = (Result.from_json(task.about(args).to_json()) for task in plan.plan(args, {})[1])
+    assert (base.negative_prompt, guided.negative_prompt) == (None, "fast")
+    assert guided.teacher_negative_prompt == "Bad quality."
+
+
+def test_checkpoints_of_a_training_are_a_sweep_and_their_absence_changes_nothing(args, folder, tmp_path):
+    for run, step in product(("a", "b"), (20, 100)):
+        shutil.copytree(folder, tmp_path / run / f"checkpoint-{step}")
+    runs = [str(tmp_path / run) for run in ("a", "b")]
+    args.strategies = [{"name": "base"}, {"name": "training", "model": runs, "checkpoint": [20, 100]}]
+    _, tasks = plan.plan(args, {})
+    assert [task.row.name for task in tasks[1:]] == [
+        f"training (step {step}) #{seed}" for seed in range(2) for step in (20, 100)
+    ]
+    assert tasks[2].row.models == (f"{runs[0]}/checkpoint-100",)
+    result = tasks[2].about(args)
+    assert Result.from_json(result.to_json()) == result and result.checkpoint == 100
+    assert not result.is_trained() and "checkpoint" not in tasks[0].about(args).to_json()
+    args.strategies[1]["checkpoint"] = [20, 60]
+    with pytest.raises(
+        FileNotFoundError, match=r"checkpoint=60.*has \['checkpoint-20', 'checkpoint-100'\].*save_steps"
+    ):
+        plan.plan(args, {})
 
 
 def test_negative_prompts_count_where_there_is_guidance_and_the_chat_template_everywhere(args, tmp_path):

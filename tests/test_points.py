@@ -8,8 +8,8 @@ import pytest
 from scipy.stats import t as student
 
 from trl_drcd.evaluation.claims import UNANSWERED, Evidence, claims, claims_tables
-from trl_drcd.evaluation.plots import agreement_plot, front_plot, lambda_plot
-from trl_drcd.evaluation.points import correlation, equal_omega, fronts_of, pooled, with_quality
+from trl_drcd.evaluation.plots import agreement_plot, front_plot, lambda_plot, training_plot
+from trl_drcd.evaluation.points import correlation, equal_omega, fronts_of, guidance_curve, pooled, with_quality
 from trl_drcd.evaluation.report_tables import agreement_table, fronts_table, lambda_table, points_table
 from trl_drcd.evaluation.results import Result
 
@@ -132,6 +132,24 @@ def test_guidance_with_early_steps_is_no_part_of_the_curve_of_guidance():
     assert found.cfg is not None and "early" not in {p.strategy for p in [found.cfg, *found.cfg_front]}
 
 
+@pytest.mark.parametrize("teacher", [None, "Bad quality."])
+def test_the_curve_of_guidance_is_that_of_one_negative_prompt(teacher):
+    """The teacher's if it was sampled, else that of the first row: guidance against other words is another curve."""
+    lines = [replace(one, teacher_negative_prompt=teacher) for one in world()]
+    (null,) = (one for one in lines if one.name == "CFG 3")
+    words = line(
+        "words", 0.6, 0.2, guidance_scale=2.0, negative_prompt="Bad quality.", teacher_negative_prompt=teacher
+    )
+    strong = replace(null, guidance_scale=5.0, name="CFG 5", point="CFG 5")
+    points = pooled([*lines, strong, words])
+    curve = [point.name for point in guidance_curve(points)]
+    assert curve == (["base", "words"] if teacher else ["base", "CFG 3"])
+    front = [point.name for point in Evidence(points, "adherence", "diversity").cfg_front]
+    assert front == (["words"] if teacher else ["CFG 3", "CFG 5"])
+    without = [point for point in points if point.name != "words"]
+    assert [point.name for point in guidance_curve(without)] == ["base", "CFG 3"]
+
+
 def test_a_front_that_only_reaches_further_is_not_above():
     lines = world(quality_model=0.36)  # merged models on the straight line from (0.29, 0.36) to (0.6, 0.4)
     lines = [one for one in lines if one.strategy != "CFG"] + [
@@ -187,6 +205,27 @@ def test_correlation_is_that_of_the_means():
         correlation(points[:2], "diversity", "entropy_per_token")
 
 
+def test_checkpoints_are_a_curve_from_the_base_and_no_trained_models():
+    steps = [
+        line("run", 0.3 + s / 400, 0.5 - s / 400, checkpoint=s, weights=[1.0], point=f"run {s}") for s in (40, 20)
+    ]
+    upper = {"mean": 0.7, "low": 0.6, "high": 0.8}
+    base = replace(world()[0], metrics=world()[0].metrics | {"diversity_between_prompts": upper})
+    points = pooled([*steps, base, *world()[1:]])
+    fronts = {name: [p.name for p in group] for name, group in fronts_of(points).items()}
+    assert fronts["run"] == ["base", "run 40", "run 20"]
+    assert fronts["trained models"] == ["beta 5", "quality", "diversity"]
+    adherence, diversity = training_plot(points, ["adherence", "diversity"]).axes
+    guided, bound, curve = diversity.lines
+    np.testing.assert_allclose(curve.get_xdata(), [0, 20, 40])
+    np.testing.assert_allclose(curve.get_ydata(), [0.5, 0.45, 0.4], atol=0.02)
+    assert (guided.get_label(), bound.get_label()) == ("guided base", "upper bound")
+    assert bound.get_ydata()[0] == 0.7 and len(adherence.lines) == 2
+    (axes,) = front_plot(points, y="adherence").axes
+    trajectory = next(one for one in axes.lines if one.get_label() == "run")
+    assert len(trajectory.get_xdata()) == 3
+
+
 def test_plots_join_sweeps():
     points = pooled(world(bulge=0.06))
     (axes,) = front_plot(points, y="adherence").axes
@@ -196,4 +235,5 @@ def test_plots_join_sweeps():
     np.testing.assert_allclose(panels[0].lines[0].get_xdata(), [0, 0.5, 1])
     assert panels[2].lines[0].get_ydata()[1] == pytest.approx(0.06, abs=1e-3)
     assert lambda_plot(points[:1]) is None
+    assert training_plot(points, ["diversity"]) is None
     assert "correlation" in agreement_plot(points, ["diversity"]).axes[0].get_title()

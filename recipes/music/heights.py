@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from trl_drcd.evaluation.fronts import height_above
-from trl_drcd.evaluation.points import Comparison, by_strategy, of_training_seed, pooled
+from trl_drcd.evaluation.points import Comparison, by_strategy, guidance_curve, of_training_seed, pooled
 from trl_drcd.evaluation.results import read_results
 from trl_drcd.evaluation.tables import formatted, markdown_table
 from trl_drcd.validation.messages import one_line_errors
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_line_errors("heights.py"):
         points = pooled(of_training_seed(read_results(args.results), args.training_seed))
-        curve = [point for point in points if point.is_constant_guidance()]
+        curve = guidance_curve(points)
         if len(curve) < 2:
             raise ValueError(f"{args.results} needs rows of the base with two guidance scales, got {len(curve)}")
         by_name = {point.name: point for point in points}

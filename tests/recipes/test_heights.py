@@ -4,7 +4,7 @@ import pytest
 
 from recipes.music import heights
 from trl_drcd.evaluation.fronts import height_above
-from trl_drcd.evaluation.points import Comparison, pooled
+from trl_drcd.evaluation.points import Comparison, guidance_curve, pooled
 from trl_drcd.evaluation.results import Result, ResultsFolder
 
 
@@ -42,7 +42,7 @@ ROWS = [
 )
 def test_a_height_is_the_distance_to_the_curve_at_the_same_diversity(name, height):
     points = pooled(ROWS)
-    curve = [point for point in points if point.is_constant_guidance()]
+    curve = guidance_curve(points)
     assert [point.name for point in curve] == ["base", "CFG (gamma 3)", "CFG (gamma 1.5)"]
     (point,) = (point for point in points if point.name == name)
     for diversity in heights.DIVERSITIES:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl_drcd.evaluation.strategies import KEYS
+from trl_drcd.evaluation.strategies import KEYS, SWEPT
 from trl_drcd.validation.field_types import check_types
 from trl_drcd.validation.messages import short_repr
 from trl_drcd.validation.token_ids import as_entries
@@ -191,8 +191,7 @@ def help_on_strategies() -> str:
         [
             "keys of a strategy:",
             *lines,
-            "One of guidance_scale, early_steps, early_guidance_scale, temperature and interpolation_weight may be a "
-            "list: one row per value, one curve.",
+            f"One of {', '.join(SWEPT)} may be a list: one row per value, one curve.",
             "",
             "--config FILE.yaml, for example:",
             "",
@@ -204,5 +203,6 @@ def help_on_strategies() -> str:
             "    - {name: temperature, temperature: [0.7, 1.3]}",
             "    - {name: trained, model: outputs/quality, diversity_coef: 0}",
             "    - {name: LERP, models: [outputs/quality, outputs/diversity], interpolation_weight: [0, 0.5, 1]}",
+            "    - {name: training, model: outputs/quality, checkpoint: [20, 60, 120]}",
         ]
     )

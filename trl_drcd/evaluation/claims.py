@@ -16,8 +16,7 @@ import numpy as np
 
 from trl_drcd.evaluation.fronts import above_diagonal, curve_difference, front_difference
 from trl_drcd.evaluation.metrics import metric
-from trl_drcd.evaluation.points import Comparison, Point, lambda_of, lambda_sweeps
-from trl_drcd.evaluation.results import USUAL_TEMPERATURE
+from trl_drcd.evaluation.points import Comparison, Point, guided_bases, lambda_of, lambda_sweeps
 from trl_drcd.evaluation.statistics import Interval
 from trl_drcd.evaluation.tables import Table, formatted, verdict
 
@@ -59,8 +58,7 @@ class Evidence(Comparison):
         plain = [p for p in points if not p.weights]
         teacher = points[0].teacher_guidance_scale
         self.base = next((p for p in points if p.is_base()), None)
-        guided = [p for p in plain if p.guidance_scale != 1 and p.early_steps == 0]
-        self.cfg_front = [p for p in guided if p.temperature == USUAL_TEMPERATURE]
+        self.cfg_front = guided_bases(points)
         self.cfg = next((p for p in self.cfg_front if p.guidance_scale == teacher), None)
         self.temperature_front = [p for p in plain if p.guidance_scale == 1]
         trained = [(p.diversity_coef, p) for p in points if p.is_trained() and p.diversity_coef is not None]

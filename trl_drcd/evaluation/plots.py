@@ -1,4 +1,4 @@
-"""Plots of an evaluation: the quality-diversity front, curves along lambda, embedding diversity against entropy."""
+"""Plots of an evaluation: the quality-diversity front, curves along lambda and training, diversity and entropy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ import numpy as np
 from trl_drcd.compat.extras import require
 from trl_drcd.evaluation.fronts import above_diagonal, pareto_front
 from trl_drcd.evaluation.metrics import metric
-from trl_drcd.evaluation.points import Comparison, Point, by_strategy, lambda_of, lambda_sweeps, sweeps_base
+from trl_drcd.evaluation.points import (
+    Comparison,
+    Point,
+    by_strategy,
+    guidance_curve,
+    lambda_of,
+    lambda_sweeps,
+    starts_at_base,
+    training_sweeps,
+)
 from trl_drcd.files import write_bytes
 
 # Types of matplotlib, an optional dependency
@@ -31,6 +40,7 @@ SWEPT = {
     "early_guidance_scale": "early γ",
     "temperature": "T",
     "interpolation_weight": "λ",
+    "checkpoint": "step",
 }
 
 
@@ -113,8 +123,9 @@ def front_plot(points: Sequence[Point], x: str = "diversity", y: str = "quality"
         style, parameter = _style(number), swept(group)
         joined = group
         if parameter:
-            # The line of a sweep of the base also passes through the base, which has its own marker
-            joined = sorted([*group, *(base if sweeps_base(group) else [])], key=lambda p: getattr(p, parameter))
+            # The line of a sweep of the base, or of a training, also passes through the base, which has its own marker
+            starts = base if starts_at_base(group) else []
+            joined = sorted([*group, *starts], key=lambda p: getattr(p, parameter) or 0)
             ends_first = [group[0], group[-1], *group[1:-1]]
             labels += [_Label(point, parameter, style["color"], sweeps) for point in ends_first]
             sweeps += 1
@@ -213,6 +224,44 @@ def lambda_plot(points: Sequence[Point], metrics: Sequence[str] = ("quality", "d
     return figure
 
 
+def training_plot(points: Sequence[Point], metrics: Sequence[str]) -> Figure | None:
+    """
+    Plot metrics along training with 95 % intervals, from the base at step 0: Fig. 2 of the paper. Lines across are the
+    guided base, and for a diversity its upper bound, the mean over samples of different prompts.
+
+    Args:
+        points (`list[Point]`): From [`~trl_drcd.evaluation.points.pooled`]; only sweeps of checkpoints are plotted.
+        metrics (`Sequence[str]`): Keys of the metrics, one panel each.
+
+    Returns:
+        `matplotlib.figure.Figure` or `None`: `None` if no strategy sweeps checkpoints.
+    """
+    sweeps = training_sweeps(points)
+    if not sweeps:
+        return None
+    base = [point for point in points if point.is_base()]
+    teacher = [p for p in guidance_curve(points) if p.guidance_scale == p.teacher_guidance_scale]
+    figure, (panels,) = _panels(1, len(metrics), (4.0 * len(metrics), 3.9))
+    for axes, key in zip(panels, metrics, strict=True):
+        across = [(teacher, key, "--", "guided base"), (base, f"{key}_between_prompts", ":", "upper bound")]
+        for at, name, line, label in across:
+            if at and name in at[0].metrics:
+                axes.axhline(at[0].metrics[name]["mean"], color="0.35", linestyle=line, linewidth=1.2, label=label)
+        for number, (strategy, group) in enumerate(sweeps.items(), 1):
+            curve, style = [*base, *group], _style(number)
+            steps, (mean, bars) = [point.checkpoint or 0 for point in curve], _interval(curve, key)
+            axes.plot(steps, mean, "-", markersize=5, label=_plain(strategy), **style)
+            axes.fill_between(steps, mean - bars[0], mean + bars[1], color=style["color"], alpha=0.13, linewidth=0)
+        axes.set(xlabel="training step", ylabel=metric(key).heading)
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(), handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8.5
+    )
+    return figure
+
+
 def agreement_plot(points: Sequence[Point], diversities: Sequence[str]) -> Figure:
     """
     Plot embedding diversity against entropy per token, one dot per point, with their correlation: Fig. 7 of the paper.
@@ -262,6 +311,9 @@ def write_plots(
             figures["_".join(["front", *names])] = heading, front_plot(points, diversity, quality)
     if diversities and qualities and (curves := lambda_plot(points, (*qualities, *diversities[:1]))):
         figures["lambda"] = "along lambda, from one model to the other", curves
+    along = [key for key in ("kl", *qualities[:1], *diversities[:1]) if all(key in point.metrics for point in points)]
+    if along and (curves := training_plot(points, along)):
+        figures["training"] = "along training, from the base", curves
     if diversities and len(points) > 2 and all("entropy_per_token" in point.values for point in points):
         figures["entropy"] = "embedding diversity and entropy", agreement_plot(points, diversities)
     return [

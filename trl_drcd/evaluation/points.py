@@ -213,14 +213,39 @@ def sweeps_base(group: Sequence[Point]) -> bool:
     return usual and not any(point.weights for point in group)
 
 
+def guided_bases(points: Sequence[Point]) -> list[Point]:
+    """The guided base at every scale, with the teacher's negative prompt or, if no point has it, the first point's."""
+    guided = [point for point in points if point.is_guided_base()]
+    as_teacher = [point for point in guided if point.negative_prompt == point.teacher_negative_prompt]
+    return as_teacher or [point for point in guided if point.negative_prompt == guided[0].negative_prompt]
+
+
+def guidance_curve(points: Sequence[Point]) -> list[Point]:
+    """The base and [`guided_bases`] up to the teacher's scale, in order."""
+    curve = [p for p in guided_bases(points) if 1 < p.guidance_scale <= p.teacher_guidance_scale]
+    return [point for point in points if point.is_base() or point in curve]
+
+
+def starts_at_base(group: Sequence[Point]) -> bool:
+    """Whether the base belongs to the curve of a strategy: a sweep of the base, or checkpoints of a training."""
+    return sweeps_base(group) or all(point.checkpoint is not None for point in group)
+
+
+def training_sweeps(points: Sequence[Point]) -> dict[str, list[Point]]:
+    """The points of each strategy that sweeps the checkpoints of a training, by increasing step."""
+    groups = by_strategy(point for point in points if point.checkpoint is not None)
+    sweeps = {name: sorted(group, key=lambda point: point.checkpoint or 0) for name, group in groups.items()}
+    return {name: group for name, group in sweeps.items() if len({point.checkpoint for point in group}) > 1}
+
+
 def fronts_of(points: Sequence[Point]) -> dict[str, list[Point]]:
     """
-    Fronts of at least two points: each sweep (a sweep of the base also contains the base), and all single trained
-    models together.
+    Fronts of at least two points: each sweep (one of the base, or along a training, also contains the base), and all
+    single trained models together.
     """
     base = [point for point in points if point.is_base()]
     groups = by_strategy(point for point in points if not point.is_base() and not point.is_trained())
-    fronts = {name: [*(base if sweeps_base(group) else []), *group] for name, group in groups.items()}
+    fronts = {name: [*(base if starts_at_base(group) else []), *group] for name, group in groups.items()}
     fronts["trained models"] = [point for point in points if point.is_trained()]
     return {name: group for name, group in fronts.items() if len(group) > 1}
 

@@ -25,6 +25,8 @@ from trl_drcd.files import remove_temporaries, write_text
 USUAL_TEMPERATURE = 0.99
 """Default sampling temperature, as in the paper."""
 FULL, FORBIDDEN = {errno.ENOSPC, errno.EDQUOT}, {errno.EROFS, errno.EACCES, errno.EPERM}
+LATER = ("checkpoint", "negative_prompt", "teacher_negative_prompt")
+"""Fields that earlier versions did not have; `None` is not written."""
 ROOM = 2**20
 """Approximate disk space of the results and kept samples of a row, bytes."""
 
@@ -42,9 +44,11 @@ class Result:
         weights (`tuple[float, ...]`): Interpolation weights of the models; empty for the base alone.
         guidance_scale, temperature (`float`): Sampling settings.
         early_steps, early_guidance_scale: First steps of completions, and their guidance scale.
-        diversity_coef, interpolation_weight, training_seed (*optional*): As given by the strategy.
+        diversity_coef, interpolation_weight, training_seed, checkpoint (*optional*): As given by the strategy.
         seed (`int`): Random seed of the samples.
         prompts, samples_per_prompt (`int`): Number of prompts, and of samples of each.
+        negative_prompt, teacher_negative_prompt (`str`, *optional*): x^- of the row's guidance, and of the teacher's;
+            `None` is the null prompt.
         teacher_guidance_scale (`float`): gamma of the teacher in the metric `kl`.
         passes_per_token (`int`): Forward passes per sampled token: 2 with guidance, else 1.
         kind (`str`): `"text"` or `"music"`.
@@ -68,6 +72,9 @@ class Result:
     diversity_coef: float | None = None
     interpolation_weight: float | None = None
     training_seed: int | None = None
+    checkpoint: int | None = None
+    negative_prompt: str | None = None
+    teacher_negative_prompt: str | None = None
     seed: int = 0
     prompts: int = 0
     samples_per_prompt: int = 0
@@ -107,20 +114,24 @@ class Result:
             del line["omega"]
         if not self.early_steps:
             del line["early_steps"], line["early_guidance_scale"]
+        for name in LATER:
+            if line[name] is None:
+                del line[name]
         return line | line.pop("more")
 
     def is_base(self) -> bool:
         """Whether this is the base model without guidance at the default temperature."""
         return not self.weights and self.guidance_scale == 1 and self.temperature == USUAL_TEMPERATURE
 
-    def is_constant_guidance(self) -> bool:
-        """Whether this is the base with one guidance scale in all steps, from 1 to the teacher's."""
+    def is_guided_base(self) -> bool:
+        """Whether this is the base with guidance of the same scale in all steps, at the default temperature."""
         usual = not self.weights and not self.early_steps and self.temperature == USUAL_TEMPERATURE
-        return usual and 1 <= self.guidance_scale <= self.teacher_guidance_scale
+        return usual and self.guidance_scale != 1
 
     def is_trained(self) -> bool:
-        """Whether this is a single trained model without guidance at the default temperature."""
-        return len(self.weights) == 1 and self.guidance_scale == 1 and self.temperature == USUAL_TEMPERATURE
+        """Whether this is a single model at the end of its training, without guidance at the default temperature."""
+        final = len(self.weights) == 1 and self.checkpoint is None
+        return final and self.guidance_scale == 1 and self.temperature == USUAL_TEMPERATURE
 
 
 # ---------------------------------------------------------------- the file

@@ -28,7 +28,7 @@ Given = Mapping[str, object]
 
 SWEPT = {
     "guidance_scale": "gamma", "early_steps": "early", "early_guidance_scale": "early gamma", "temperature": "T",
-    "interpolation_weight": "lambda",
+    "interpolation_weight": "lambda", "checkpoint": "step",
 }  # fmt: skip
 """Settings that can be swept with a list, and their symbols in names."""
 MAX_NAME, MAX_SWEEP = 100, 1000
@@ -46,6 +46,7 @@ KEYS = {
     "negative_prompt": "x^- of guidance, for prompts without their own",
     "temperature": f"sampling temperature; {USUAL_TEMPERATURE} if not given",
     "diversity_coef": "coefficient that the model was trained with, for the report only",
+    "checkpoint": "training step, in place of the final weights: the folder `checkpoint-<step>` of each model",
 }
 """The keys of a strategy."""
 
@@ -68,6 +69,7 @@ class Row:
         training_seed (`int`, *optional*): Number of the training among repetitions with other seeds; these rows are
             pooled into one point.
         early_steps, early_guidance_scale: First steps of completions, and their guidance scale.
+        checkpoint (`int`, *optional*): Training step of the models; `None` for their final weights.
     """
 
     strategy: str
@@ -81,6 +83,7 @@ class Row:
     training_seed: int | None = None
     early_steps: int = 0
     early_guidance_scale: float = 1.0
+    checkpoint: int | None = None
 
     @property
     def early(self) -> EarlySteps | None:
@@ -96,6 +99,7 @@ class Row:
             "early_guidance_scale": 1.0,
             "temperature": USUAL_TEMPERATURE,
             "interpolation_weight": None,
+            "checkpoint": None,
         }
         values = {mark: getattr(self, name) for name, mark in SWEPT.items() if getattr(self, name) != usual[name]}
         parts = [f"{mark} {value:g}" for mark, value in values.items()]
@@ -112,6 +116,8 @@ class Row:
         fields = asdict(self)
         if self.early is None:  # as in earlier versions, whose files keep their names
             del fields["early_steps"], fields["early_guidance_scale"]
+        if self.checkpoint is None:
+            del fields["checkpoint"]
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
         return f"{re.sub(r'[^A-Za-z0-9.]+', '_', self.name)[:60].strip('_')}_{digest}"
 
@@ -122,7 +128,8 @@ def expand(strategies: Sequence[Given]) -> list[Row]:
 
     Args:
         strategies (`list[dict]`): Each with `name` and optionally other [`KEYS`]. At most one of `guidance_scale`,
-            `early_steps`, `early_guidance_scale`, `temperature` and `interpolation_weight` may be a list, a sweep.
+            `early_steps`, `early_guidance_scale`, `temperature`, `interpolation_weight` and `checkpoint` may be a
+            list, a sweep.
 
     Returns:
         `list[Row]`: In order.
@@ -206,7 +213,8 @@ def _row(name: str, given: Given, training_seed: int | None, where: str) -> Row:
     negative = given.get("negative_prompt")
     if not isinstance(negative, str | None):
         raise ValueError(f"{where}: `negative_prompt` must be a string, got {short_repr(negative)}")
-    models = _ends(given, where)
+    step = _checkpoint(numbers["checkpoint"], given, where)
+    models = _ends(given, where, step)
     guidance, temperature = numbers["guidance_scale"], numbers["temperature"]
     row = Row(
         name,
@@ -219,6 +227,7 @@ def _row(name: str, given: Given, training_seed: int | None, where: str) -> Row:
         numbers["diversity_coef"],
         training_seed,
         *_early(numbers["early_steps"], numbers["early_guidance_scale"], guidance, where),
+        checkpoint=step,
     )
     if not row.guidance_scale >= 0 or not math.isfinite(row.guidance_scale):
         raise ValueError(f"{where}: `guidance_scale` must be finite and at least 0, got {row.guidance_scale}")
@@ -241,6 +250,17 @@ def _early(count: float | None, scale: float | None, guidance_scale: float | Non
     if not 0 <= scale < math.inf:
         raise ValueError(f"{where}: `early_guidance_scale` must be finite and at least 0, got {scale}")
     return int(count), scale
+
+
+def _checkpoint(step: float | None, given: Given, where: str) -> int | None:
+    """The training step of the models, if one is given."""
+    if step is None:
+        return None
+    if not math.isfinite(step) or step < 1 or int(step) != step:
+        raise ValueError(f"{where}: `checkpoint` must be a training step, a whole number of at least 1, got {step}")
+    if not given.get("model") and not given.get("models"):
+        raise ValueError(f"{where}: `checkpoint` needs a `model` whose training saved checkpoints")
+    return int(step)
 
 
 def _number(given: Given, part: str, where: str) -> float | None:
@@ -271,8 +291,8 @@ def _weights(models: list[str], given: object, at: float | None, where: str) -> 
         raise ValueError(f"{where}: {error}") from error
 
 
-def _ends(given: Given, where: str) -> list[str]:
-    """The models of a strategy, after checking those that are local folders."""
+def _ends(given: Given, where: str, step: int | None = None) -> list[str]:
+    """The models of a strategy, or their checkpoints of a step, after checking those that are local folders."""
     model, models = given.get("model"), given.get("models")
     if model and models:
         raise ValueError(f"{where} has both `model` and `models`; give only one of them")
@@ -282,7 +302,7 @@ def _ends(given: Given, where: str) -> list[str]:
     for end in [model] if model else list(models or []):
         if not isinstance(end, str):
             raise ValueError(f"{where}: `model` must be a folder or a Hub name, got {short_repr(end)}")
-        ends.append(end)
+        ends.append(end if step is None or end == BASE else _checkpoint_folder(end, step, where))
     trained = [end for end in ends if end != BASE]
     if len(ends) - len(trained) > (1 if trained else 0):
         raise ValueError(
@@ -306,6 +326,18 @@ def _ends(given: Given, where: str) -> list[str]:
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from error
     return ends
+
+
+def _checkpoint_folder(model: str, step: int, where: str) -> str:
+    """The folder of a model's checkpoint."""
+    folder = Path(model) / f"checkpoint-{step}"
+    if not folder.is_dir():
+        there = sorted((path.name for path in Path(model).glob("checkpoint-*")), key=lambda name: (len(name), name))
+        raise FileNotFoundError(
+            f"{where}: `checkpoint={step}` needs the folder {folder}, which does not exist; {model} has {there}. "
+            "Training keeps checkpoints of every `save_steps` steps, at most `save_total_limit` of them"
+        )
+    return str(folder)
 
 
 def is_adapter(name: str) -> bool:

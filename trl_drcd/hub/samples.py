@@ -26,6 +26,7 @@ SHOWN = ("quality", "adherence", "diversity", "kl")
 """Metrics in the card's table."""
 MADE_BY = (
     "guidance_scale", "early_steps", "early_guidance_scale", "temperature", "interpolation_weight", "diversity_coef",
+    "checkpoint",
 )  # fmt: skip
 """What of a row of results says how its samples were made: numbers, or null."""
 
