@@ -28,7 +28,7 @@ import demo
 
 if __name__ == "__main__":
     world = Path("recipes/tiny_music").resolve()
-    args = argparse.Namespace(output=Path(sys.argv[1]), world=world, prompts=20, samples=4, listen=4)
+    args = argparse.Namespace(output=Path(sys.argv[1]), world=world, prompts=20, samples=4, listen=4, full=False)
     asked = demo.evaluation(args)
     models = [str(args.output / name) for name in ("quality", "diversity")]
     merges = {"name": "LERP", "models": models, "interpolation_weight": [0, 0.25, 0.5, 0.75, 1]}

@@ -69,6 +69,10 @@ RUNS: dict[str, dict[str, Any]] = {  # what differs from the recipe
     "sequence_apart": {"diversity_credit": "sequence", "max_grad_norm_diversity": 1.0},
 }
 SAME = {
+    "diversity_coef": 100,
+    "diversity_warmup_steps": 20,
+    "diversity_prefixes": 9,
+    "gae_lambda": 0.95,
     "lr_scheduler_type": "constant",
     "bf16": "false",
     "eval_strategy": "no",

@@ -6,6 +6,7 @@ page to listen to. Everything is written to outputs/demo/.
 
     make demo
     python recipes/demo.py --fresh      # discard the results of an earlier call
+    python recipes/demo.py --full       # the recipes' own settings, 60 and 120 steps
 
 A second call continues after an interruption and keeps finished parts.
 """
@@ -39,6 +40,8 @@ from trl_drcd.validation.yaml_files import read_yaml
 HERE = Path(__file__).resolve().parent
 RUNS = {"quality": "music/musiclm_quality.yaml", "diversity": "music/musiclm_diversity.yaml"}
 INTERPOLATION_WEIGHT = 0.5  # of the model that is written
+# Of a short diversity run, in place of the recipe's: few updates bear less of the reward, which is noisy
+SHORT = {"diversity_coef": 100, "diversity_prefixes": 9, "gae_lambda": 0.95}
 WORLD = HERE / "tiny_music"
 MEANS = HERE.parent / "results" / "music" / "study"  # models of WORLD
 
@@ -46,15 +49,22 @@ MEANS = HERE.parent / "results" / "music" / "study"  # models of WORLD
 def parse() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder of the results")
+    parser.add_argument("--output", type=Path, help="folder of the results (outputs/demo, outputs/demo_full)")
     parser.add_argument("--world", type=Path, default=WORLD, help="folder with models/ and data/")
-    parser.add_argument("--steps", type=int, default=20, help="training steps of each run")
-    parser.add_argument("--minutes", type=float, default=5.0, help="time limit of each training run, minutes")
-    parser.add_argument("--prompts", type=int, default=20, help="held-out prompts to measure on")
-    parser.add_argument("--samples", type=int, default=4, help="samples per prompt, at least 2")
+    parser.add_argument(
+        "--full", action="store_true", help="train and measure as much as the studies do, in half an hour"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="training steps of each run, without --full")
+    parser.add_argument("--minutes", type=float, default=5.0, help="time limit of each training run, without --full")
+    parser.add_argument("--prompts", type=int, help="held-out prompts to measure on (20; with --full 64)")
+    parser.add_argument("--samples", type=int, help="samples per prompt, at least 2 (4; with --full 8)")
     parser.add_argument("--listen", type=int, default=4, help="prompts on the page")
     parser.add_argument("--fresh", action="store_true", help="start over")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.prompts, args.samples = args.prompts or (64 if args.full else 20), args.samples or (8 if args.full else 4)
+    if args.output is None:
+        args.output = Path("outputs/demo_full" if args.full else "outputs/demo")
+    return args
 
 
 def start(command: list[str], log: Path, **environment: str) -> subprocess.Popen:
@@ -86,8 +96,9 @@ def wait(processes: dict[str, subprocess.Popen], logs: Path, look: Any) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train both runs concurrently, each on one core."""
-    waiting = [name for name in RUNS if not (args.output / name / "README.md").exists()]
-    for name in [*waiting, "merged"] if waiting else []:
+    last = ("README.md", "model.safetensors")  # with checkpoints the card is there before the end
+    waiting = [name for name in RUNS if not all((args.output / name / file).exists() for file in last)]
+    for name in [*([] if args.full else waiting), "merged"] if waiting else []:
         shutil.rmtree(args.output / name, ignore_errors=True)
     world, data = args.world / "models", args.world / "data"
     processes, bars = {}, {}
@@ -96,12 +107,17 @@ def train(args: argparse.Namespace) -> None:
         command += ["--model_name_or_path", str(world / "musiclm"), "--codec", str(world / "codec")]
         command += ["--embedder", str(world / "embedder"), "--dataset", str(data / "train_prompts.jsonl")]
         command += ["--eval_dataset", str(data / "test_prompts.jsonl"), "--output_dir", str(args.output / name)]
-        command += ["--max_steps", str(args.steps), "--max_minutes", str(args.minutes), "--logging_steps", "4"]
-        command += ["--diversity_warmup_steps", str(args.steps // 3)]
-        # Evaluated below, on more prompts
-        command += ["--eval_strategy", "no", "--eval_on_start", "false", "--save_strategy", "no"]
+        command += ["--logging_steps", "4", "--eval_strategy", "no", "--eval_on_start", "false"]  # evaluated below
+        if args.full:
+            steps = read_yaml(HERE / RUNS[name])["max_steps"]
+            command += ["--save_steps", "20", "--resume_from_checkpoint", "auto"]
+        else:
+            steps = args.steps
+            command += f"--max_steps {steps} --max_minutes {args.minutes} --save_strategy no".split()
+            command += f"--diversity_warmup_steps {steps // 3}".split()
+            command += [f"--{key}={value}" for key, value in SHORT.items()] if name == "diversity" else []
         processes[name] = start(command, args.output / "logs" / f"{name}.txt")
-        bars[name] = tqdm(total=args.steps, desc=f"train {name:9s}", unit="step", position=len(bars))
+        bars[name] = tqdm(total=steps, desc=f"train {name:9s}", unit="step", position=len(bars))
 
     def look() -> None:
         for name, bar in bars.items():
@@ -133,7 +149,7 @@ def evaluation(args: argparse.Namespace) -> EvaluateArguments:
     """Arguments of the evaluation: the front of Fig. 1 and 3 of the paper, with few points."""
     models = args.world / "models"
     quality, diversity = (str(args.output / name) for name in RUNS)
-    coefficient = read_yaml(HERE / RUNS["diversity"])["diversity_coef"]
+    coefficient = (read_yaml(HERE / RUNS["diversity"]) | ({} if args.full else SHORT))["diversity_coef"]
     strategies = [
         {"name": "base"},
         {"name": "CFG", "guidance_scale": [2.0, 3.0]},

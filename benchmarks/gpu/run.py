@@ -60,7 +60,10 @@ FEW = (
     "--max_steps 1 --per_device_train_batch_size 8 --num_generations 4 --max_completion_length 24 --eval_strategy no "
     "--num_samples 1 --diversity_warmup_steps 0"
 )
-MANY = "--per_device_train_batch_size 128 --gradient_accumulation_steps 4 --max_steps 60 --eval_steps 60 --bf16 true"
+MANY = (
+    "--per_device_train_batch_size 128 --gradient_accumulation_steps 4 --max_steps 60 --eval_steps 60 --bf16 true "
+    "--diversity_warmup_steps 20"
+)
 SMALL_FRONT = f"{FEW} --output_dir {{out}}"
 FRONT = "recipes/music/evaluate_all_weights.yaml"
 

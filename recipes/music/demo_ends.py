@@ -26,7 +26,7 @@ def main() -> None:
     import demo
 
     world = tree / "recipes" / "tiny_music"
-    demo.train(argparse.Namespace(output=output, world=world, steps=given.updates, minutes=60.0))
+    demo.train(argparse.Namespace(output=output, world=world, steps=given.updates, minutes=60.0, full=False))
 
 
 if __name__ == "__main__":

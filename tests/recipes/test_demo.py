@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parents[2] / "results" / "music" / "results.jsonl"
 @pytest.fixture
 def args(tmp_path) -> argparse.Namespace:
     world = Path(demo.__file__).parent / "tiny_music"
-    return argparse.Namespace(output=tmp_path, world=world, prompts=3, samples=2, listen=1)
+    return argparse.Namespace(output=tmp_path, world=world, prompts=3, samples=2, listen=1, full=False)
 
 
 def tiny(value: float) -> LlamaForCausalLM:
@@ -43,7 +43,9 @@ def test_it_asks_for_a_front_in_two_processes(args):
     assert names == ["base", "CFG", "temperature", "quality", "diversity", "LERP", "LERP of means"]
     assert all(Path(model).is_dir() for model in asked.strategies[6]["models"])
     assert asked.num_processes == 2 and asked.batch_size == 6
-    assert asked.strategies[4]["diversity_coef"] == 100  # of musiclm_diversity.yaml
+    assert asked.strategies[4]["diversity_coef"] == demo.SHORT["diversity_coef"] == 100
+    args.full = True
+    assert demo.evaluation(args).strategies[4]["diversity_coef"] == 300  # of musiclm_diversity.yaml
     args.world = Path(os.path.relpath(args.world))
     assert [strategy["name"] for strategy in demo.evaluation(args).strategies] == names
     args.world = args.output  # the shipped means are models of the shipped world
@@ -81,6 +83,23 @@ def test_the_command_line_is_described(monkeypatch, capsys):
         demo.parse()
     text = capsys.readouterr().out
     assert "make demo" in text and "--fresh" in text
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_short_run_has_few_steps_and_a_full_one_those_of_its_recipe(args, monkeypatch, full):
+    commands = {}
+    monkeypatch.setattr(demo, "start", lambda command, log: commands.setdefault(log.stem, " ".join(command)))
+    monkeypatch.setattr(demo, "wait", lambda processes, logs, look: look())
+    args.full, args.steps, args.minutes = full, 20, 5.0
+    kept = args.output / "diversity" / "checkpoint-20"
+    kept.mkdir(parents=True)
+    (args.output / "diversity" / "README.md").touch()  # a run that was interrupted has its card already
+    demo.train(args)
+    short = "--max_steps 20 --max_minutes 5.0 --save_strategy no --diversity_warmup_steps 6"
+    assert all((short in command) is not full for command in commands.values()) and len(commands) == 2
+    assert all(("--resume_from_checkpoint auto" in command) is full for command in commands.values())
+    assert ("--diversity_coef=100" in commands["diversity"]) is not full
+    assert "--diversity_coef" not in commands["quality"] and kept.exists() is full
 
 
 def test_the_merged_model_is_half_way(args):
