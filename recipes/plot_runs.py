@@ -5,21 +5,25 @@ also text adherence, which is not measured in training.
     python recipes/plot_runs.py outputs/runs/beta0_s0 outputs/runs/beta300_s0
     python recipes/plot_runs.py outputs/runs/beta0_s0 outputs/runs/beta300_s0 \\
         --judged outputs/evaluation_training/results.jsonl
+    python recipes/plot_runs.py results/text/beta200_s?.jsonl results/text/study/beta200_s?.jsonl --last 10
 
-Each folder contains the `log.jsonl` of a training run. Lines are training batches, dots are held-out prompts: those of
-the log, or rows of a `results.jsonl` that are named after the folder and the step (`beta0_s0 40`).
+Each folder contains the `log.jsonl` of a training run; a log under another name is given as a file. Lines are training
+batches, dots are held-out prompts: those of the log, or rows of a `results.jsonl` that are named after the folder and
+the step (`beta0_s0 40`). `--last` prints means over the last steps, of the runs of each folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from trl_drcd.evaluation.results import Result, read_results
+from trl_drcd.evaluation.tables import markdown_table
 from trl_drcd.validation.messages import one_line_errors
 
 PANELS = {
@@ -30,8 +34,8 @@ PANELS = {
 }
 # Their keys in results.jsonl
 JUDGED = {"kl": "kl", "diversity": "diversity", "entropy": "entropy_per_token", "adherence": "adherence"}
-# Okabe and Ito's colour-blind-safe palette, without its black and yellow
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
+# Okabe and Ito's colour-blind-safe palette, without its yellow, and grey
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999"]
 
 
 def judged_entries(results: list[Result], run: str) -> list[dict]:
@@ -50,6 +54,24 @@ def smoothed(values: list[float], width: int) -> np.ndarray:
     """Running means of `width` values, or fewer at the ends."""
     window, ones = np.ones(width), np.ones(len(values))
     return np.convolve(values, window, "same") / np.convolve(ones, window, "same")
+
+
+def means_table(runs: dict[str, list[dict]], last: int) -> dict[str, dict[str, str]]:
+    """Means over the last steps of batches, `mean (lowest to highest run)`; runs `NAME_s<seed>` as one row."""
+    kinds: dict[str, list[list[dict]]] = {}
+    for name, log in runs.items():
+        kinds.setdefault(re.sub(r"_s\d+$", "", name), []).append(
+            [e for e in log if e["step"] > log[-1]["step"] - last]
+        )
+    rows = {}
+    for kind, logs in kinds.items():
+        rows[kind] = {"runs": str(len(logs))}
+        for key in PANELS:
+            values = [[entry[key] for entry in log if key in entry] for log in logs]
+            if all(values):
+                means = [float(np.mean(one)) for one in values]
+                rows[kind][key] = f"{np.mean(means):.3g} ({min(means):.3g} to {max(means):.3g})"
+    return rows
 
 
 def draw(runs: dict[str, list[dict]], smooth: int = 1) -> Figure:
@@ -79,23 +101,28 @@ def draw(runs: dict[str, list[dict]], smooth: int = 1) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="output folders of training runs")
+    parser.add_argument("runs", type=Path, nargs="+", help="output folders of training runs, or their logs")
     parser.add_argument("--judged", type=Path, help="results.jsonl with rows of the runs' checkpoints")
     parser.add_argument("--smooth", type=int, default=1, help="values per running mean of the log; 1 for none")
+    parser.add_argument("--last", type=int, help="print means over this many last steps")
     parser.add_argument("--output", type=Path, default=Path("outputs/curves.png"), help="PNG or SVG file")
     args = parser.parse_args()
-    if missing := [str(run) for run in args.runs if not (run / "log.jsonl").is_file()]:
+    logs = {run: run if run.is_file() else run / "log.jsonl" for run in args.runs}
+    if missing := [str(run) for run, log in logs.items() if not log.is_file()]:
         parser.error(f"no log.jsonl in {', '.join(missing)}")
     if len(args.runs) > len(COLOURS):
         parser.error(f"at most {len(COLOURS)} runs can be plotted, got {len(args.runs)}")
-    runs = {
-        run.resolve().name: [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        for run in args.runs
-    }
-    if len({run.resolve().name for run in args.runs}) < len(args.runs):
+    names = {run: run.stem if run.is_file() else run.resolve().name for run in args.runs}
+    if len(set(names.values())) < len(args.runs):  # of the same study in two places
+        names = {run: f"{run.resolve().parent.name}/{name}" for run, name in names.items()}
+    if len(set(names.values())) < len(args.runs):
         parser.error("two runs have folders of the same name; the plot labels runs by it")
-    if args.smooth < 1:
-        parser.error(f"--smooth must be at least 1, got {args.smooth}")
+    for name in ("smooth", "last"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    runs = {names[run]: [json.loads(line) for line in log.read_text().splitlines()] for run, log in logs.items()}
+    if args.last:
+        print(markdown_table(means_table(runs, args.last)))
     if args.judged:
         with one_line_errors("plot_runs.py"):
             judged = {name: judged_entries(read_results(args.judged), name) for name in runs}

@@ -28,6 +28,20 @@ def test_the_running_mean_has_fewer_values_at_the_ends():
     np.testing.assert_allclose(plot_runs.smoothed([1.0, 2.0], 1), [1.0, 2.0])
 
 
+def test_means_over_the_last_steps_are_of_the_runs_of_a_setting(tmp_path, monkeypatch, capsys):
+    other = [{"step": 4, "kl": 1.0, "diversity": 0.5}, {"step": 8, "kl": 14.0, "diversity": 0.4}]
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    for name, log in {"a/beta_s0": LOG, "b/beta_s0": LOG, "b/beta_s1": other}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    files = [str(file) for file in sorted(tmp_path.glob("*/*.jsonl"))]
+    monkeypatch.setattr("sys.argv", ["plot_runs.py", *files, "--last", "4", "--output", str(tmp_path / "c.png")])
+    plot_runs.main()
+    printed = capsys.readouterr().out
+    assert "| a/beta | 1 | 10 (10 to 10) | 0.3 (0.3 to 0.3) |" in printed
+    assert "| b/beta | 2 | 12 (10 to 14) | 0.35 (0.3 to 0.4) |" in printed
+
+
 def test_only_what_was_measured_is_drawn(tmp_path, monkeypatch, capsys):
     run, results = tmp_path / "run", tmp_path / "results.jsonl"
     run.mkdir()
@@ -48,6 +62,7 @@ def test_only_what_was_measured_is_drawn(tmp_path, monkeypatch, capsys):
         ([str(run), str(run)], "folders of the same name"),
         ([str(run), "--judged", str(results)], "has no row for run; rows are named `run STEP`"),
         ([str(run), "--smooth", "0"], "--smooth must be at least 1, got 0"),
+        ([str(run), "--last", "0"], "--last must be at least 1, got 0"),
     ):
         monkeypatch.setattr("sys.argv", ["plot_runs.py", *words])
         with pytest.raises(SystemExit):
