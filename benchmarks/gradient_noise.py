@@ -7,7 +7,8 @@ Measured over groups of different prompts:
 - signal: the squared norm of the mean, `mean over pairs p != q of g_p . g_q`, which is not inflated by noise;
 - noise: the trace of the covariance, `mean |g_p|^2 - signal`;
 - SNR: signal over the noise of the mean of the groups in 128 sequences;
-- cosine: between the means of this estimator and of the unbiased one with least noise, with `gae_lambda` 1.
+- cosine: between the means of this estimator and of the unbiased one with least noise, the critic with most
+  prefixes and `gae_lambda` 1.
 
 Standard errors are jackknife estimates over groups. Estimators: `sequence`, one advantage for all tokens of a
 completion; `critic M L`, from `trl_drcd.critic` with M prefixes and `gae_lambda` L, with a critic fitted, rollout by
@@ -60,7 +61,6 @@ from trl_drcd.text import SentenceEmbedder
 ROOT = Path(__file__).parents[1]
 ESTIMATORS = ["sequence", "critic 9 1", "critic 9 0.9", "critic 9 0.7", "critic 9 0.4", "critic 9 0", "critic 4 0.4"]
 KERNELS = ["logdet sequence", "logdet critic 9 0.4", "vendi sequence", "vendi critic 9 0.4"]
-PREFIXES = 9  # that are embedded; M may be 9, or 4 of these
 SKETCH = 2**16
 CHUNK = 8  # prompts that are sampled together
 FOLDS = 4
@@ -75,6 +75,7 @@ class World:
     tokenizer: Any
     policy: Policy
     embed: Callable[[list[list[int]]], torch.Tensor]
+    embed_prefixes: Callable[[list[list[int]], list[int], int], tuple[torch.Tensor, torch.Tensor]]
     prompts: list[dict[str, Any]]
     steps: int
     temperature: float = 0.99
@@ -117,9 +118,17 @@ def load_world(name: str, lora: bool, prompts: int) -> World:
             return torch.as_tensor(embedder(codec.decode(completions))).float()
         return torch.as_tensor(sentences(tokenizer.batch_decode(completions, skip_special_tokens=True))).float()
 
+    def prefixes(completions: list[list[int]], lengths: list[int], size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the trainer embeds them: those of music decoded in one pass."""
+        if name != "music":
+            return embed_prefixes(embed, completions, lengths, size)
+        return embed_prefixes(
+            lambda sounds: torch.as_tensor(embedder(sounds)), completions, lengths, size, 1, codec.draft
+        )
+
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).tolist()
-    return World(model, tokenizer, policy, embed, [rows[i] for i in order[:prompts]], steps)
+    return World(model, tokenizer, policy, embed, prefixes, [rows[i] for i in order[:prompts]], steps)
 
 
 # ---------------------------------------------------------------- samples
@@ -140,19 +149,19 @@ def sample_chunk(world: World, start: int, group: int) -> list[dict[str, Any]]:
     return groups
 
 
-def samples(world: World, folder: Path, group: int) -> list[dict[str, Any]]:
-    """All groups, from `folder` where they are there."""
+def samples(world: World, folder: Path, group: int, prefixes: int) -> list[dict[str, Any]]:
+    """All groups with their prefixes, from `folder` where they are there."""
     groups = []
     for start in tqdm(range(0, len(world.prompts), CHUNK), desc="samples", unit="chunk"):
         file = folder / f"samples_{group}_{start:04d}.safetensors"
         if not file.exists():
             save(sample_chunk(world, start, group), file)
         groups += load(file)
-    steps = prefix_steps(world.steps, PREFIXES)
+    steps = prefix_steps(world.steps, prefixes)
     for index, row in enumerate(tqdm(groups, desc="prefixes", unit="group")):
-        file = folder / f"prefixes_{group}_{index:04d}.safetensors"
+        file = folder / f"prefixes_{group}_{prefixes}_{index:04d}.safetensors"
         if not file.exists():
-            save(embed_prefixes(world.embed, row["completions"], steps, row["embeddings"].shape[1]), file)
+            save(world.embed_prefixes(row["completions"], steps, row["embeddings"].shape[1]), file)
         row["prefixes"], row["reached"] = load(file)
     return groups[: len(world.prompts)]
 
@@ -214,13 +223,13 @@ def cross_fitted(
 
 
 def all_advantages(
-    groups: list[dict[str, Any]], names: list[str], max_steps: int
+    groups: list[dict[str, Any]], names: list[str], max_steps: int, prefixes: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
     """Advantages `(P, G, S)` and metrics of the critic, by estimator."""
     data = {
         key: torch.stack([group[key] for group in groups]) for key in ("embeddings", "mask", "prefixes", "reached")
     }
-    all_steps, (count, size) = prefix_steps(max_steps, PREFIXES), data["mask"].shape[:2]
+    all_steps, (count, size) = prefix_steps(max_steps, prefixes), data["mask"].shape[:2]
     result, metrics = {}, {}
     for name in names:
         if name.endswith("sequence"):
@@ -285,6 +294,14 @@ def with_error(values: torch.Tensor) -> tuple[float, float]:
     return float(values[0]), float(((len(rest) - 1) * (rest - rest.mean()).square().mean()).sqrt())
 
 
+def unbiased_of(kernel: str, names: list[str]) -> str | None:
+    """The unbiased estimator with least noise: for `pairs` the critic of most prefixes with `gae_lambda` 1."""
+    if kernel != "pairs":
+        return f"{kernel} sequence" if f"{kernel} sequence" in names else None
+    critics = [name for name in names if name.startswith("critic ") and float(name.split()[2]) == 1]
+    return max(critics, key=lambda name: int(name.split()[1]), default=None)
+
+
 def statistics(found: list[dict[str, Any]], size: int) -> dict[str, dict[str, float]]:
     """Rows of the table by estimator."""
     rows = {}
@@ -299,7 +316,7 @@ def statistics(found: list[dict[str, Any]], size: int) -> dict[str, dict[str, fl
         row |= dict(zip(("signal", "signal se"), with_error(signal), strict=True))
         row |= dict(zip(("SNR", "SNR se"), with_error(signal / noise * 128 / size), strict=True))
         kernel = kernel_of(name)
-        if (unbiased := "critic 9 1" if kernel == "pairs" else f"{kernel} sequence") in found[0]:
+        if unbiased := unbiased_of(kernel, list(found[0])):
             other = torch.stack([f[unbiased]["sketch"] for f in found]).double()
             scale = (signal * pair_means(other, other)).clamp(min=1e-30).sqrt()
             row |= dict(zip(("cosine", "cosine se"), with_error(pair_means(sketches, other) / scale), strict=True))
@@ -357,6 +374,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=96, help="groups")
     parser.add_argument("--num-generations", type=int, default=8, help="completions of a group")
     parser.add_argument("--estimators", nargs="+", default=ESTIMATORS + KERNELS, metavar="NAME", help="as above")
+    parser.add_argument(
+        "--prefixes", type=int, default=9, help="that are embedded; those of each estimator are some of these"
+    )
     parser.add_argument("--coef", type=float, default=100.0, help="diversity_coef of the clipped updates")
     parser.add_argument("--update-groups", type=int, default=4, help="groups of an update")
     parser.add_argument("--folder", type=Path, help="of samples and sketches; outputs/gradient_noise/... by default")
@@ -367,9 +387,14 @@ def main() -> None:
     folder = args.folder or ROOT / "outputs/gradient_noise" / args.model
     folder.mkdir(parents=True, exist_ok=True)
 
+    numbers = sorted({int(name.split()[-2]) for name in args.estimators if "critic" in name})
+    if strange := [n for n in numbers if (args.prefixes + 1) % (n + 1)]:
+        parser.error(
+            f"--estimators: prefixes {strange} are not among the {args.prefixes} equally spaced of --prefixes"
+        )
     world = load_world(args.model, args.lora, args.prompts)
-    groups = samples(world, folder, args.num_generations)
-    advantages, metrics = all_advantages(groups, args.estimators, world.steps)
+    groups = samples(world, folder, args.num_generations, args.prefixes)
+    advantages, metrics = all_advantages(groups, args.estimators, world.steps, args.prefixes)
     found = []
     for i, group in enumerate(tqdm(groups, desc="gradients", unit="group")):
         file = folder / f"gradients{'_lora' * args.lora}_{args.num_generations}_{len(groups)}_{i:04d}.safetensors"
