@@ -30,7 +30,7 @@ from trl_drcd.evaluation.listening import kept_tokens
 from trl_drcd.evaluation.metrics import Drawn, measure
 from trl_drcd.evaluation.plan import HeldOut, held_out_prompts
 from trl_drcd.evaluation.points import with_quality
-from trl_drcd.evaluation.results import Result, read_results
+from trl_drcd.evaluation.results import Result, read_results, rounded
 from trl_drcd.files import write_text
 from trl_drcd.validation.messages import one_line_errors
 from trl_drcd.validation.yaml_files import read_yaml
@@ -58,8 +58,8 @@ def judged(row: Result, file: Path, held_out: HeldOut, judges: Judges, codec: Sp
     assert samples is not None  # `tokens_of` has found it
     completions = one_channel(list(codec.decode(samples.token_ids)))
     metrics, by_prompt = measure(Drawn(samples, completions, judges, row.seed))
-    rounded = {key: [float(f"{value:.6g}") for value in values] for key, values in by_prompt.items()}
-    return replace(row, metrics={**row.metrics, **metrics}, per_prompt={**row.per_prompt, **rounded})
+    per_prompt = {key: rounded(values) for key, values in by_prompt.items()}
+    return replace(row, metrics={**row.metrics, **metrics}, per_prompt={**row.per_prompt, **per_prompt})
 
 
 def judge(study: Path, args: EvaluateArguments, names: list[str] | None = None) -> list[Result]:

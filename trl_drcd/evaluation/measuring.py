@@ -37,7 +37,7 @@ from trl_drcd.evaluation.listening import keep_completions, keep_tokens, kept_to
 from trl_drcd.evaluation.metrics import Drawn, measure
 from trl_drcd.evaluation.models import Models
 from trl_drcd.evaluation.plan import HeldOut, Task
-from trl_drcd.evaluation.results import Result
+from trl_drcd.evaluation.results import Result, rounded
 from trl_drcd.evaluation.sampling import Completion, Samples, sample_prompts
 from trl_drcd.evaluation.strategies import Row
 from trl_drcd.merging.adapters import BASE
@@ -92,8 +92,8 @@ class Worker:
         folder = Path(args.output_dir) / "samples" / task.folder
         keep_completions(folder, samples, completions, args.listen, args.listen_samples)
         kind: Literal["text", "music"] = "music" if self.codec is not None else "text"
-        rounded = {key: [float(f"{value:.6g}") for value in values] for key, values in by_prompt.items()}
-        return replace(task.about(args), kind=kind, metrics=metrics, per_prompt=rounded, samples=task.folder)
+        per_prompt = {key: rounded(values) for key, values in by_prompt.items()}
+        return replace(task.about(args), kind=kind, metrics=metrics, per_prompt=per_prompt, samples=task.folder)
 
     def samples(self, task: Task, model: Any) -> Samples:
         """Sample the task, or reuse the samples of an earlier call with the same settings."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from trl_drcd.evaluation.results import USUAL_TEMPERATURE, Result, with_metrics
+from trl_drcd.evaluation.results import USUAL_TEMPERATURE, Result, rounded, with_metrics
 from trl_drcd.evaluation.statistics import Interval, Resampling, bootstrap_interval, t_interval, variance_of
 
 
@@ -58,8 +58,7 @@ def with_quality(results: Sequence[Result], omega: str | float = 5.0) -> list[Re
 def _with_quality(line: Result, omega: float | None) -> Result:
     adherence = np.array(line.per_prompt["adherence"])
     quality = adherence if omega is None else omega * adherence + np.array(line.per_prompt["preference"])
-    rounded = [float(f"{value:.6g}") for value in quality]
-    return with_metrics(line, {"quality": bootstrap_interval(quality)}, {"quality": rounded}, omega)
+    return with_metrics(line, {"quality": bootstrap_interval(quality)}, {"quality": rounded(quality)}, omega)
 
 
 def equal_omega(results: Sequence[Result]) -> float:

@@ -255,6 +255,11 @@ def _write(file: Path, results: Iterable[Result]) -> None:
     write_text(file, "".join(json.dumps(result.to_json()) + "\n" for result in results))
 
 
+def rounded(values: Iterable[float]) -> list[float]:
+    """Values per prompt as `results.jsonl` has them, to six significant digits."""
+    return [float(f"{value:.6g}") for value in values]
+
+
 def with_metrics(
     result: Result, metrics: Mapping[str, Interval], per_prompt: Mapping[str, list[float]], omega: float | None
 ) -> Result:
