@@ -17,6 +17,7 @@ import os
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -26,13 +27,15 @@ from tqdm import tqdm
 from training_step import machine
 from transformers import AutoTokenizer
 
+from trl_drcd.evaluation.allowed import allowed_in_rows
 from trl_drcd.evaluation.arguments import EvaluateArguments
+from trl_drcd.evaluation.measuring import sample_row
 from trl_drcd.evaluation.models import Models
 from trl_drcd.evaluation.plan import held_out_prompts
-from trl_drcd.evaluation.sampling import sample_prompts
 from trl_drcd.evaluation.strategies import Row, expand
 from trl_drcd.evaluation.tables import markdown_table
 from trl_drcd.files import write_text
+from trl_drcd.merging.adapters import BASE
 from trl_drcd.validation.messages import one_line_errors
 from trl_drcd.validation.yaml_files import read_yaml
 
@@ -56,19 +59,17 @@ def seconds(rows: list[Row], args: EvaluateArguments, rounds: int) -> dict[str, 
     """Wall clock, processor time, and tokens of each row in each round but the first."""
     held_out = held_out_prompts(args)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    models = {}
+    names = [args.model, *(name for row in rows for name in row.models if name != BASE)]
+    models: dict[str, Any] = {}
     for row in rows:
         model = Models(args.model, getattr(torch, args.dtype))(row)
+        allowed = allowed_in_rows(args.allowed_token_ids, names, model, tokenizer)
         models[row.name] = model.merge_and_unload() if isinstance(model, PeftModel) else model
     found: dict[str, list[tuple[float, float, int]]] = {row.name: [] for row in rows}
     for number in tqdm(range(rounds + 1), unit="round"):
         for row in rows:
             began, processor = time.perf_counter(), time.process_time()
-            samples = sample_prompts(
-                models[row.name], tokenizer, held_out.prompts, args.samples_per_prompt, row.guidance_scale,
-                row.negative_prompt, row.temperature, args.max_new_tokens, args.batch_size, args.seed,
-                chat_template_kwargs=args.chat_template_kwargs,
-            )  # fmt: skip
+            samples = sample_row(row, models[row.name], tokenizer, args, held_out, allowed)
             if number:
                 wall, used = time.perf_counter() - began, time.process_time() - processor
                 found[row.name].append((wall, used, sum(map(len, samples.token_ids))))
@@ -91,7 +92,7 @@ def table(found: dict[str, list[tuple[float, float, int]]], guided: str) -> dict
     return cells
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="YAML file of an evaluation; by default the shipped music model")
@@ -100,13 +101,17 @@ def main() -> None:
     parser.add_argument(
         "--samples", type=int, default=8, help="samples of a prompt, all in one batch with the others'"
     )
+    parser.add_argument("--tokens", type=int, help="tokens of a sample; by default those of the evaluation")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="JSON file")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
+    if given.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {given.rounds}")
     with one_line_errors("served.py"):
-        settings = read_yaml(given.config) if given.config else SHIPPED
+        settings = read_yaml(given.config) if given.config else dict(SHIPPED)
         settings |= {"num_prompts": given.prompts, "samples_per_prompt": given.samples}
         settings |= {"batch_size": given.prompts * given.samples}
+        settings |= {"max_new_tokens": given.tokens} if given.tokens else {}
         known = EvaluateArguments.__dataclass_fields__
         args = EvaluateArguments(
             **{key: str(v) if isinstance(v, Path) else v for key, v in settings.items() if key in known}

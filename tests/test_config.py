@@ -8,6 +8,8 @@ from peft import LoraConfig
 from test_trainer import make_trainer
 
 from trl_drcd.config import CFGDistillDiversityConfig, diversity_coef_at
+from trl_drcd.evaluation.allowed import suppressed_tokens
+from trl_drcd.evaluation.digests import content_digest
 
 
 def config(tmp_path, **changed) -> CFGDistillDiversityConfig:
@@ -101,6 +103,25 @@ def test_the_trainer_from_python_leaves_a_folder_that_says_what_it_is(tmp_path, 
     )
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["do_sample"] and generation["top_k"] == 0 and str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2)])
+def test_the_last_checkpoint_is_the_model_as_evaluations_read_it(tmp_path, tokenizer, model, peft_config):
+    """The same digest, so that a sweep that ends there is not sampled again; an adapter with its allowed tokens."""
+    model.generation_config.suppress_tokens = [7]
+    model.save_pretrained(tmp_path / "base")
+    trainer = make_trainer(
+        tmp_path / "out", tokenizer, model=str(tmp_path / "base"), max_steps=2, peft_config=peft_config,
+        save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    first, last = (str(tmp_path / "out" / f"checkpoint-{step}") for step in (1, 2))
+    assert content_digest(last) == content_digest(tmp_path / "out") != content_digest(first)
+    assert suppressed_tokens([first]) == [7]
+    if peft_config:  # as an earlier version left it
+        (tmp_path / "out" / "checkpoint-1" / "generation_config.json").unlink()
+        assert suppressed_tokens([first]) == [7]
 
 
 def test_a_card_of_no_update_says_so(tmp_path, tokenizer):

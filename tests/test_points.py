@@ -148,6 +148,8 @@ def test_the_curve_of_guidance_is_that_of_one_negative_prompt(teacher):
     assert front == (["words"] if teacher else ["CFG 3", "CFG 5"])
     without = [point for point in points if point.name != "words"]
     assert [point.name for point in guidance_curve(without)] == ["base", "CFG 3"]
+    strong_words = replace(words, guidance_scale=5.0)  # the teacher's words, but at no scale of the curve
+    assert [point.name for point in guidance_curve(pooled([*lines, strong, strong_words]))] == ["base", "CFG 3"]
 
 
 def test_a_front_that_only_reaches_further_is_not_above():
@@ -219,11 +221,48 @@ def test_checkpoints_are_a_curve_from_the_base_and_no_trained_models():
     guided, bound, curve = diversity.lines
     np.testing.assert_allclose(curve.get_xdata(), [0, 20, 40])
     np.testing.assert_allclose(curve.get_ydata(), [0.5, 0.45, 0.4], atol=0.02)
-    assert (guided.get_label(), bound.get_label()) == ("guided base", "upper bound")
+    assert (guided.get_label(), bound.get_label()) == ("base with guidance", "upper bound")
     assert bound.get_ydata()[0] == 0.7 and len(adherence.lines) == 2
     (axes,) = front_plot(points, y="adherence").axes
     trajectory = next(one for one in axes.lines if one.get_label() == "run")
     assert len(trajectory.get_xdata()) == 3
+
+
+def test_other_sweeps_of_checkpoints_do_not_begin_at_the_base():
+    """A sweep of lambda, of temperatures or with guidance at one step or several; and one checkpoint is no curve."""
+    at = {"weights": [1.0], "checkpoint": 60}
+    merged = [
+        line("LERP", 0.4, 0.4, weights=[1 - x, x], checkpoint=60, interpolation_weight=x, point=f"LERP {x}")
+        for x in (0.0, 1.0)
+    ]
+    cold = [line("cold", 0.3, 0.3, temperature=t, point=f"cold {t}", **at) for t in (0.7, 0.9)]
+    guided = [
+        line("guided", 0.3, 0.3, guidance_scale=2.0, weights=[1.0], checkpoint=s, point=f"guided {s}")
+        for s in (20, 60)
+    ]
+    points = pooled([line("base", 0.3, 0.5), *merged, *cold, *guided, line("one", 0.3, 0.3, **at)])
+    members = {name: [p.name for p in group] for name, group in fronts_of(points).items()}
+    assert members == {
+        "LERP": ["LERP 0.0", "LERP 1.0"], "cold": ["cold 0.7", "cold 0.9"], "guided": ["guided 20", "guided 60"],
+    }  # fmt: skip
+    assert training_plot(points, ["diversity"]) is None
+
+
+def test_sweeps_between_models_of_one_name_are_all_counted():
+    sweeps = [
+        line(name, 0.4, 0.4, weights=[1 - x, x], interpolation_weight=x, model="checkpoint-60 + checkpoint-60",
+             point=f"{name} {x}")
+        for name in ("a", "b") for x in (0.0, 0.5, 1.0)
+    ]  # fmt: skip
+    found = Evidence(pooled([line("base", 0.3, 0.5), *sweeps]), "adherence", "diversity")
+    assert [point.name for point in found.lerp] == ["a 0.0", "a 0.5", "a 1.0"]
+    ends = {"model": "quality + diversity"}
+    two = [
+        line("few", 0.4, 0.4, weights=[1 - x, x], interpolation_weight=x, point=f"few {x}", **ends) for x in (0.0, 1.0)
+    ]
+    again = [replace(one, name=f"{one.name} #1", training_seed=1) for one in world() if one.strategy == "LERP"]
+    found = Evidence(pooled([*two, *world(), *again]), "adherence", "diversity")
+    assert [point.name for point in found.lerp] == ["LERP 0.0", "LERP 0.5", "LERP 1.0"] and len(found.pairs) == 5
 
 
 def test_plots_join_sweeps():

@@ -391,9 +391,12 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
 
         It pushes nothing: [`push_to_hub`] does.
         """
-        if _internal_call:  # of a checkpoint
-            return super().save_model(output_dir, _internal_call=True)
         folder = Path(output_dir or self.args.output_dir)
+        if _internal_call:  # of a checkpoint
+            super().save_model(output_dir, _internal_call=True)
+            if self.args.should_save:
+                self._save_generation_config(folder)
+            return
         with self._checkpoints.finishing(folder, self.state.global_step):
             super().save_model(output_dir, _internal_call=True)
             if self.args.should_save:
@@ -402,12 +405,15 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
     def _finish(self, folder: Path) -> None:
         """Write the files of a saved model beside its weights and tokenizer."""
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the card says what matters of it
-        # An adapter's folder has none of its own, and the base's would be read in its place
-        self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(folder)
+        self._save_generation_config(folder)
         if not self.policy.has_own_codec and hasattr(self.codec, "save_pretrained"):
             self.codec.save_pretrained(folder / "codec")
         open_to_readers(folder)
         self.write_card(folder)
+
+    def _save_generation_config(self, folder: Path) -> None:
+        """Write `generation_config.json`, which an adapter has none of: the base's would be read in its place."""
+        self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(folder)
 
     def write_card(self, folder: str | Path, license: str | None = None, **settings):
         """Writes `README.md`: what the model is, how to sample from it; see [`~trl_drcd.cards.write_card`]."""

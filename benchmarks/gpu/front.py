@@ -14,6 +14,7 @@ from pathlib import Path
 
 from trl_drcd.evaluation.arguments import EvaluateArguments
 from trl_drcd.evaluation.grid import evaluate
+from trl_drcd.validation.yaml_files import read_yaml
 
 MODELS = Path("recipes/tiny_music/models")
 
@@ -26,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true", help="few prompts and short samples, for a CPU")
     args = parser.parse_args(argv)
     quality, diversity = args.ends
+    coefficient = read_yaml("recipes/music/musiclm_diversity.yaml")["diversity_coef"]
     arguments = EvaluateArguments(
         model=str(MODELS / "musiclm"),
         codec=str(MODELS / "codec"),
@@ -40,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
             {"name": "base"},
             {"name": "CFG", "guidance_scale": [1.5, 2, 3, 5]},
             {"name": "quality", "model": quality, "diversity_coef": 0},
-            {"name": "diversity", "model": diversity, "diversity_coef": 100},
+            {"name": "diversity", "model": diversity, "diversity_coef": coefficient},
             {"name": "LERP", "models": [quality, diversity], "interpolation_weight": [0.2, 0.4, 0.6, 0.8]},
         ],
     )

@@ -102,6 +102,21 @@ def test_a_short_run_has_few_steps_and_a_full_one_those_of_its_recipe(args, monk
     assert "--diversity_coef" not in commands["quality"] and kept.exists() is full
 
 
+def test_models_of_other_settings_are_not_taken_for_these(args, monkeypatch):
+    monkeypatch.setattr(demo, "start", lambda command, log: None)
+    monkeypatch.setattr(demo, "wait", lambda processes, logs, look: None)
+    args.steps, args.minutes = 20, 5.0
+    demo.train(args)
+    for name in demo.RUNS:
+        (args.output / name).mkdir()
+        for file in ("README.md", "model.safetensors"):
+            (args.output / name / file).touch()
+    demo.train(args)  # there already
+    args.full = True
+    with pytest.raises(SystemExit, match=r"has models of \{'full': False, 'steps': 20\}.*give --fresh"):
+        demo.train(args)
+
+
 def test_the_merged_model_is_half_way(args):
     for value, name in enumerate(("quality", "diversity")):
         tiny(1.0 + value).save_pretrained(args.output / name)

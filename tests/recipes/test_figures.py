@@ -1,11 +1,13 @@
 """The paper's figures, from rows of an evaluation and of checkpoints."""
 
+from dataclasses import replace
+
 import pytest
 from test_points import line, world
 
 from recipes import figures
-from trl_drcd.evaluation.points import pooled
-from trl_drcd.evaluation.results import Result, ResultsFolder
+from trl_drcd.evaluation.points import pooled, training_sweeps
+from trl_drcd.evaluation.results import Result, ResultsFolder, read_results
 
 
 def of_training():
@@ -30,14 +32,28 @@ def test_the_page_names_what_is_drawn_and_what_is_missing(tmp_path, capsys):
     folder = ResultsFolder(tmp_path / "evaluation")
     for row in world():
         folder.append(row)
-    figures.main(["--results", str(folder.file), "--output", str(tmp_path / "out")])
+    figures.main(["--results", str(folder.folder), "--output", str(tmp_path / "out")])
     page = (tmp_path / "out" / "README.md").read_text()
     shown = {path.stem for path in (tmp_path / "out").glob("*.png")}
     assert shown == {"figure_3", "figure_4_left", "figure_4_right", "figure_7"}
-    assert all(f"({name}.png)" in page for name in shown) and "for want of rows: Fig. 1; Fig. 2; Fig. 6." in page
-    with pytest.raises(ValueError, match=r"metric `diversity` of every row, which \['base'\]"):
-        figures.draw(pooled([Result(strategy="base", point="base", name="base", per_prompt={"adherence": [0.1]})]), [])
+    assert (
+        all(f"({name}.png)" in page for name in shown) and "want of rows or metrics: Fig. 1; Fig. 2; Fig. 6." in page
+    )
+    assert figures.draw(pooled([Result(strategy="a", point="a", name="a", per_prompt={"adherence": [0.1]})]), []) == {}
+    without = [
+        replace(row, per_prompt={k: v for k, v in row.per_prompt.items() if "entropy" not in k}) for row in world()
+    ]
+    assert "7" not in figures.draw(pooled(without), [])
     with pytest.raises(SystemExit):
         figures.main(["--training", "x"])
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(SystemExit, match=r"empty.jsonl has no rows"):
+        figures.main(["--results", str(tmp_path / "empty.jsonl")])
     with pytest.raises(SystemExit, match=r"nowhere.jsonl"):
         figures.main(["--results", str(tmp_path / "nowhere.jsonl")])
+
+
+def test_what_is_drawn_of_this_repository_is_there():
+    for results, training in figures.OURS.values():
+        assert pooled(read_results(figures.ROOT / results))
+        assert training is None or training_sweeps(pooled(read_results(figures.ROOT / training)))

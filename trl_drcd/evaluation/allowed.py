@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def suppressed_tokens(names: Iterable[str]) -> list[int] | None:
     found: dict[tuple[int, ...], str] = {}
     for name in dict.fromkeys(names):
         try:
-            suppressed = GenerationConfig.from_pretrained(name).suppress_tokens
+            suppressed = GenerationConfig.from_pretrained(_of_training(name)).suppress_tokens
         except OSError:  # it has no such file
             continue
         if suppressed:
@@ -40,6 +41,13 @@ def suppressed_tokens(names: Iterable[str]) -> list[int] | None:
             "`allowed_token_ids`, which then holds for all rows"
         )
     return list(next(iter(found))) if found else None
+
+
+def _of_training(name: str) -> str:
+    """The folder itself, or that of its training: adapters' checkpoints of earlier versions have no such file."""
+    folder = Path(name)
+    bare = folder.name.startswith("checkpoint-") and not (folder / "generation_config.json").is_file()
+    return str(folder.parent) if bare and (folder.parent / "generation_config.json").is_file() else name
 
 
 def allowed_in_rows(

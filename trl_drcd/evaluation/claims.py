@@ -66,11 +66,13 @@ class Evidence(Comparison):
         self.quality = next((p for coefficient, p in trained if coefficient == 0), None)
         self.rewarded = [p for coefficient, p in trained if coefficient > 0]
         self.diversity = self.rewarded[-1] if self.rewarded else None
-        sweeps = {group[0].model: group for group in lambda_sweeps(points).values()}
-        ends = [f"{self.quality.model} + {self.diversity.model}"] if self.quality and self.diversity else []
-        self.lerp = next((sweeps[end] for end in ends if end in sweeps), next(iter(sweeps.values()), []))
+        sweeps = list(lambda_sweeps(points).values())
+        ends = f"{self.quality.model} + {self.diversity.model}" if self.quality and self.diversity else None
+        of_ends = [group for group in sweeps if group[0].model == ends]
+        # Of several sweeps between the same models, that of most trainings
+        self.lerp = max(of_ends or sweeps[:1], key=lambda group: group[0].runs, default=[])
         names = {p.model for _, p in trained}
-        pairs = [point for model, group in sweeps.items() if set(model.split(" + ")) <= names for point in group]
+        pairs = [point for group in sweeps if set(group[0].model.split(" + ")) <= names for point in group]
         self.pairs = pairs or self.lerp
         self.uniform = next((p for p in points if len(p.weights) > 2 and len(set(p.weights)) == 1), None)
 

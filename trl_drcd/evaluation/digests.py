@@ -18,7 +18,10 @@ from trl_drcd.validation.model_folders import is_hub_name
 
 DIGITS = 12
 # Files in a model folder that are not read: reports, pictures, logs, pickles
-UNREAD = {"report.json", "trainer_state.json", "reference.safetensors", "all_results.json", "train_results.json"}
+UNREAD = {
+    *("report.json", "trainer_state.json", "reference.safetensors", "all_results.json", "train_results.json"),
+    "complete.json",  # of a checkpoint, with digests of its optimizer
+}
 UNREAD_SUFFIXES = {
     *(".md", ".png", ".svg", ".jpg", ".html", ".csv", ".log", ".jsonl", ".wav", ".tmp", ".lock"),
     *(".bin", ".pt", ".pth", ".pkl", ".h5", ".msgpack", ".onnx", ".ot"),

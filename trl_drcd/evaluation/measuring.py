@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trl_drcd.audio.codecs import SpectralCodec
 from trl_drcd.compat.glibc import keep_freed_memory
@@ -104,12 +104,7 @@ class Worker:
             samples.allowed_token_ids = self.allowed
         else:
             try:
-                samples = sample_prompts(
-                    model, self.tokenizer, held_out.prompts, args.samples_per_prompt, row.guidance_scale,
-                    row.negative_prompt, row.temperature, args.max_new_tokens, args.batch_size, args.seed,
-                    self._bar("sample"), held_out.negative_prompts, args.chat_template_kwargs,
-                    held_out.teacher_prompts, self.allowed, row.early,
-                )  # fmt: skip
+                samples = sample_row(row, model, self.tokenizer, args, held_out, self.allowed, self._bar("sample"))
             except RuntimeError as error:
                 raise RuntimeError(f"`{row.name}` cannot be sampled: {error}") from error
             keep_tokens(file, samples)
@@ -153,6 +148,23 @@ class Worker:
 
     def _bar(self, name: str) -> str | None:
         return None if self.quiet else f"  {name:6s}"
+
+
+def sample_row(
+    row: Row,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: EvaluateArguments,
+    held_out: HeldOut,
+    allowed: torch.Tensor | None,
+    description: str | None = None,
+) -> Samples:
+    """Sample a row; the arguments are those of [`~trl_drcd.evaluation.sampling.sample_prompts`]."""
+    return sample_prompts(
+        model, tokenizer, held_out.prompts, args.samples_per_prompt, row.guidance_scale, row.negative_prompt,
+        row.temperature, args.max_new_tokens, args.batch_size, args.seed, description, held_out.negative_prompts,
+        args.chat_template_kwargs, held_out.teacher_prompts, allowed, row.early,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- processes

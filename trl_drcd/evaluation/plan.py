@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from trl_drcd.evaluation.allowed import suppressed_tokens
 from trl_drcd.evaluation.arguments import EvaluateArguments
@@ -78,7 +79,7 @@ class Task:
             strategy=row.strategy,
             point=row.point,
             name=row.name,
-            model=" + ".join(map(local_name, row.models or (args.model,))),
+            model=" + ".join(_model_name(name, row.checkpoint) for name in row.models or (args.model,)),
             weights=row.weights,
             guidance_scale=row.guidance_scale,
             early_steps=row.early_steps,
@@ -97,6 +98,12 @@ class Task:
             passes_per_token=1 if row.guidance_scale == 1 else 2,
             settings=self.settings,
         )
+
+
+def _model_name(name: str, checkpoint: int | None) -> str:
+    """A model's name in results: for a checkpoint with its training's, `run/checkpoint-20`."""
+    short = local_name(name)
+    return short if checkpoint is None or name == BASE else f"{Path(name).resolve().parent.name}/{short}"
 
 
 def plan(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction]) -> tuple[HeldOut, list[Task]]:

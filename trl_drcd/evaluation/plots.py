@@ -241,9 +241,9 @@ def training_plot(points: Sequence[Point], metrics: Sequence[str]) -> Figure | N
         return None
     base = [point for point in points if point.is_base()]
     teacher = [p for p in guidance_curve(points) if p.guidance_scale == p.teacher_guidance_scale]
-    figure, (panels,) = _panels(1, len(metrics), (4.0 * len(metrics), 3.9))
+    figure, (panels,) = _panels(1, len(metrics), (4.0 * len(metrics) + 1.6, 3.7))
     for axes, key in zip(panels, metrics, strict=True):
-        across = [(teacher, key, "--", "guided base"), (base, f"{key}_between_prompts", ":", "upper bound")]
+        across = [(teacher, key, "--", "base with guidance"), (base, f"{key}_between_prompts", ":", "upper bound")]
         for at, name, line, label in across:
             if at and name in at[0].metrics:
                 axes.axhline(at[0].metrics[name]["mean"], color="0.35", linestyle=line, linewidth=1.2, label=label)
@@ -253,12 +253,9 @@ def training_plot(points: Sequence[Point], metrics: Sequence[str]) -> Figure | N
             axes.plot(steps, mean, "-", markersize=5, label=_plain(strategy), **style)
             axes.fill_between(steps, mean - bars[0], mean + bars[1], color=style["color"], alpha=0.13, linewidth=0)
         axes.set(xlabel="training step", ylabel=metric(key).heading)
-    handles = {
-        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        handles.values(), handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8.5
-    )
+    found = [pair for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    labels = {label: handle for handle, label in reversed(found)}
+    figure.legend(labels.values(), labels, loc="outside right upper", frameon=False, fontsize=8.5)
     return figure
 
 

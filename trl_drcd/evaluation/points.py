@@ -213,10 +213,15 @@ def sweeps_base(group: Sequence[Point]) -> bool:
 
 
 def guided_bases(points: Sequence[Point]) -> list[Point]:
-    """The guided base at every scale, with the teacher's negative prompt or, if no point has it, the first point's."""
+    """
+    The guided base at every scale, with one negative prompt: the teacher's or, if no scale up to the teacher's was
+    sampled with that, the first point's.
+    """
     guided = [point for point in points if point.is_guided_base()]
     as_teacher = [point for point in guided if point.negative_prompt == point.teacher_negative_prompt]
-    return as_teacher or [point for point in guided if point.negative_prompt == guided[0].negative_prompt]
+    if any(1 < point.guidance_scale <= point.teacher_guidance_scale for point in as_teacher):
+        return as_teacher
+    return [point for point in guided if point.negative_prompt == guided[0].negative_prompt]
 
 
 def guidance_curve(points: Sequence[Point]) -> list[Point]:
@@ -226,15 +231,21 @@ def guidance_curve(points: Sequence[Point]) -> list[Point]:
 
 
 def starts_at_base(group: Sequence[Point]) -> bool:
-    """Whether the base belongs to the curve of a strategy: a sweep of the base, or checkpoints of a training."""
-    return sweeps_base(group) or all(point.checkpoint is not None for point in group)
+    """Whether the base belongs to the curve of a strategy: a sweep of the base, or of a training's checkpoints."""
+    return sweeps_base(group) or sweeps_training(group)
+
+
+def sweeps_training(group: Sequence[Point]) -> bool:
+    """Whether the points of a strategy are checkpoints of a training, sampled as the base is without guidance."""
+    plain = all(point.guidance_scale == 1 and point.temperature == USUAL_TEMPERATURE for point in group)
+    steps = {point.checkpoint for point in group}
+    return plain and None not in steps and len(steps) > 1
 
 
 def training_sweeps(points: Sequence[Point]) -> dict[str, list[Point]]:
     """The points of each strategy that sweeps the checkpoints of a training, by increasing step."""
-    groups = by_strategy(point for point in points if point.checkpoint is not None)
-    sweeps = {name: sorted(group, key=lambda point: point.checkpoint or 0) for name, group in groups.items()}
-    return {name: group for name, group in sweeps.items() if len({point.checkpoint for point in group}) > 1}
+    sweeps = {name: group for name, group in by_strategy(points).items() if sweeps_training(group)}
+    return {name: sorted(group, key=lambda point: point.checkpoint or 0) for name, group in sweeps.items()}
 
 
 def fronts_of(points: Sequence[Point]) -> dict[str, list[Point]]:

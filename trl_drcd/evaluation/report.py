@@ -217,7 +217,7 @@ def about(points: Sequence[Point]) -> str:
 
 ABOUT_ROW = (
     "name", "strategy", "model", "guidance_scale", "early_steps", "early_guidance_scale", "temperature",
-    "interpolation_weight", "diversity_coef", "training_seed", "checkpoint", "omega",
+    "interpolation_weight", "diversity_coef", "training_seed", "checkpoint", "negative_prompt", "omega",
 )  # fmt: skip
 
 

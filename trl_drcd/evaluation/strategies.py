@@ -102,7 +102,7 @@ class Row:
             "checkpoint": None,
         }
         values = {mark: getattr(self, name) for name, mark in SWEPT.items() if getattr(self, name) != usual[name]}
-        parts = [f"{mark} {value:g}" for mark, value in values.items()]
+        parts = [f"{mark} {value}" if mark == "step" else f"{mark} {value:g}" for mark, value in values.items()]
         return " ".join([self.strategy, *([f"({', '.join(parts)})"] if parts else [])])
 
     @property
@@ -331,6 +331,8 @@ def _ends(given: Given, where: str, step: int | None = None) -> list[str]:
 def _checkpoint_folder(model: str, step: int, where: str) -> str:
     """The folder of a model's checkpoint."""
     folder = Path(model) / f"checkpoint-{step}"
+    if not Path(model).exists():
+        raise FileNotFoundError(f"{where}: `checkpoint` needs the local folder of a training, got {short_repr(model)}")
     if not folder.is_dir():
         there = sorted((path.name for path in Path(model).glob("checkpoint-*")), key=lambda name: (len(name), name))
         raise FileNotFoundError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult
 
 from trl_drcd.evaluation.results import Result, read_results
-from trl_drcd.markdown import markdown_table
+from trl_drcd.markdown import markdown_table, markdown_text
 
 TASKS = {"text": ("text-generation", "Text generation"), "music": ("text-to-audio", "Text to audio")}
 
@@ -68,6 +68,10 @@ def metrics_section(result: Result) -> str:
         f"{result.prompts} held-out prompts, {result.samples_per_prompt} samples each, temperature "
         f"{result.temperature:g}, guidance {result.guidance_scale:g}, seed {result.seed}; 95 % intervals."
     )
+    if result.checkpoint is not None:
+        about += f" Weights of training step {result.checkpoint}."
+    if result.negative_prompt is not None:
+        about += f" Negative prompt: {markdown_text(result.negative_prompt)}"
     rows = {
         name: {"mean": value["mean"], "low": value["low"], "high": value["high"]}
         for name, value in result.metrics.items()

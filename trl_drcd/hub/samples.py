@@ -28,7 +28,7 @@ MADE_BY = (
     "guidance_scale", "early_steps", "early_guidance_scale", "temperature", "interpolation_weight", "diversity_coef",
     "checkpoint",
 )  # fmt: skip
-"""What of a row of results says how its samples were made: numbers, or null."""
+"""What of a row of results says how its samples were made, besides `negative_prompt`: numbers, or null."""
 
 
 def is_evaluation(folder: Path) -> bool:
@@ -88,7 +88,9 @@ def prepare_samples(
 
 def _parquet(rows: Sequence[dict[str, Any]], sounds: Sequence[dict[str, Any]]) -> bytes:
     """A Parquet file of rows and their sounds; encoded as they are, since `Audio` encodes only with torchcodec."""
-    columns = dict.fromkeys(("prompt", "strategy"), Value("string")) | dict.fromkeys(MADE_BY, Value("float64"))
+    columns = dict.fromkeys(("prompt", "strategy", "negative_prompt"), Value("string")) | dict.fromkeys(
+        MADE_BY, Value("float64")
+    )
     stored = {"bytes": Value("binary"), "path": Value("string")}
     data = [row | {"audio": sound} for row, sound in zip(rows, sounds, strict=True)]
     table = Dataset.from_list(data, features=Features(columns | {"audio": stored})).cast_column("audio", Audio())
@@ -97,9 +99,10 @@ def _parquet(rows: Sequence[dict[str, Any]], sounds: Sequence[dict[str, Any]]) -
     return file.getvalue()
 
 
-def _made_by(result: Result) -> dict[str, float | None]:
-    """The values of `MADE_BY`; never integers, so that every row's columns have one type."""
-    return {name: None if (value := getattr(result, name)) is None else float(value) for name in MADE_BY}
+def _made_by(result: Result) -> dict[str, float | str | None]:
+    """`negative_prompt` and the values of `MADE_BY`; never integers, so that every row's columns have one type."""
+    numbers = {name: None if (value := getattr(result, name)) is None else float(value) for name in MADE_BY}
+    return {"negative_prompt": result.negative_prompt, **numbers}
 
 
 def _card(
