@@ -90,7 +90,7 @@ class Study(Comparison):
                 self.by_name[BETWEEN], self.merges
             )
         for end in ENDS:
-            soup = self.by_name.get(f"soup of {end}")
+            soup = self.by_name.get(f"soup of {end}") or self.by_name.get(f"mean of {end}")
             if soup and end in self.by_name:
                 found[f"H4: height of {soup.name} - height of {end}"] = self.height(soup) - self.height(
                     self.by_name[end]
