@@ -12,9 +12,13 @@ Measured over groups of different prompts:
 
 Standard errors are jackknife estimates over groups. Estimators: `sequence`, one advantage for all tokens of a
 completion; `critic M L`, from `trl_drcd.critic` with M prefixes and `gae_lambda` L, with a critic fitted, rollout by
-rollout, to the groups of three folds and used on the fourth; a word before these names the kernel. `distillation`
-is the gradient of the KL to the guided teacher, for the cosine between an update of `--update-groups` groups, its two
+rollout, to the groups of three folds and used on the fourth; a word before these names the kernel; `both M L`, whose
+value is a regression of the reward on what the prefix's embedding says and on what the base's hidden states say,
+fitted on the other folds at once. `distillation` is the gradient of the KL to the guided teacher, for the cosine between an update of `--update-groups` groups, its two
 terms clipped in different ways, and the mean distillation gradient of the groups that are not in it.
+
+The hidden states of a prefix are their mean over its tokens, less that of the group's others; ridge regression predicts
+from them the completion's unit embedding, less the mean of the others'.
 
 Inner products of gradients are computed from sketches (random signs, sums of every 65,536th entry), whose error is
 far below the noise. Samples and sketches are written to `--folder` one by one, and a second start continues where the
@@ -223,7 +227,7 @@ def cross_fitted(
 
 
 def all_advantages(
-    groups: list[dict[str, Any]], names: list[str], max_steps: int, prefixes: int
+    groups: list[dict[str, Any]], names: list[str], max_steps: int, prefixes: int, hidden: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
     """Advantages `(P, G, S)` and metrics of the critic, by estimator."""
     data = {
@@ -231,7 +235,7 @@ def all_advantages(
     }
     all_steps, (count, size) = prefix_steps(max_steps, prefixes), data["mask"].shape[:2]
     result, metrics = {}, {}
-    for name in names:
+    for name in tqdm(names, desc="advantages", unit="estimator"):
         if name.endswith("sequence"):
             plain = kernel_advantages(data["embeddings"].flatten(0, 1), size, kernel_of(name))
             result[name] = (plain.view(count, size, 1) * data["mask"]).float()
@@ -240,8 +244,67 @@ def all_advantages(
         steps = prefix_steps(max_steps, int(number))
         kept = [all_steps.index(step) for step in steps]
         part = data | {key: data[key][:, :, kept] for key in ("prefixes", "reached")}
+        if name.startswith("both"):
+            result[name], metrics[name] = with_hidden(part, steps, hidden[:, :, kept], float(gae_lambda))
+            continue
         result[name], metrics[name] = cross_fitted(part, steps, float(gae_lambda), kernel_of(name))
     return result, metrics
+
+
+@torch.no_grad()
+def hidden_means(world: World, groups: list[dict[str, Any]], steps: list[int], folder: Path) -> torch.Tensor:
+    """Mean hidden state of the base over each prefix, `(P, G, M, H)`; from `folder` where they are there."""
+    means = []
+    for index, group in enumerate(tqdm(groups, desc="hidden states", unit="group")):
+        file = folder / f"hidden_{len(group['completions'])}_{len(steps)}_{index:04d}.safetensors"
+        if not file.exists():
+            batch = world.batch(group["prompt"], group["completions"])
+            hidden = world.policy.hidden_states(world.model, *batch)  # at step n it has read the tokens before n
+            sums = hidden.cumsum(1)[:, steps] / (torch.tensor(steps)[:, None] + 1)
+            save([sums], file)
+        means += load(file)
+    return torch.stack(means)
+
+
+def less_others(values: torch.Tensor) -> torch.Tensor:
+    """Values `(P, G, ...)` less their mean over the others of the group."""
+    return values - (values.sum(1, keepdim=True) - values) / (values.shape[1] - 1)
+
+
+def with_hidden(
+    data: dict[str, torch.Tensor], steps: list[int], hidden: torch.Tensor, gae_lambda: float
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Advantages `(P, G, S)` of `both`, and the R2 of its values by quarter; all completions of one length."""
+    unit = torch.nn.functional.normalize(data["embeddings"].double(), dim=-1)
+    change = less_others(unit)
+    others = unit - change
+    reward = -(change * others).sum(-1)  # mean distance to the others, less what is the same for all
+    prefixes = torch.nn.functional.normalize(data["prefixes"].double(), dim=-1)
+    said = -((prefixes - others[:, :, None]) * others[:, :, None]).sum(-1)  # (P, G, M)
+    features, folds = less_others(hidden.double()), torch.arange(len(unit)) % FOLDS
+    told, values = torch.zeros_like(said), torch.zeros(*reward.shape, len(steps) + 2, dtype=torch.float64)
+    for m in range(len(steps)):
+        for fold in range(FOLDS):
+            x, y = features[folds != fold, :, m].flatten(0, 1), change[folds != fold].flatten(0, 1)
+            gram = x.T @ x
+            gram += 1e-2 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+            predicted = features[folds == fold, :, m] @ torch.linalg.solve(gram, x.T @ y)
+            told[folds == fold, :, m] = -(predicted * others[folds == fold]).sum(-1)
+        both = torch.stack([said[..., m], told[..., m], torch.ones_like(reward)], -1)
+        for fold in range(FOLDS):
+            x, y = both[folds != fold].flatten(0, 1), reward[folds != fold].flatten()[:, None]
+            values[folds == fold, :, m + 1] = (both[folds == fold] @ torch.linalg.lstsq(x, y).solution)[..., 0]
+    values[..., -1] = reward
+    advantages, running = torch.zeros_like(values[..., 1:]), torch.zeros_like(reward)
+    for m in reversed(range(len(steps) + 1)):
+        running = values[..., m + 1] - values[..., m] + gae_lambda * running
+        advantages[..., m] = running
+    errors = (reward[..., None] - values[..., 1:-1]).square().sum((0, 1)) / reward.square().sum()
+    quarters = {f"critic/r2_q{q + 1}": float(1 - part.mean()) for q, part in enumerate(errors.chunk(4))}
+    size = {"critic/squared_advantage": float(advantages.square().mean() / reward.square().mean())}
+    mask = data["mask"].flatten(0, 1)
+    spread = per_code(advantages.flatten(0, 1), steps, mask[..., None])
+    return spread.view(*reward.shape, -1).float(), quarters | size
 
 
 # ---------------------------------------------------------------- gradients
@@ -387,20 +450,27 @@ def main() -> None:
     folder = args.folder or ROOT / "outputs/gradient_noise" / args.model
     folder.mkdir(parents=True, exist_ok=True)
 
-    numbers = sorted({int(name.split()[-2]) for name in args.estimators if "critic" in name})
+    numbers = sorted({int(name.split()[-2]) for name in args.estimators if "sequence" not in name})
     if strange := [n for n in numbers if (args.prefixes + 1) % (n + 1)]:
         parser.error(
             f"--estimators: prefixes {strange} are not among the {args.prefixes} equally spaced of --prefixes"
         )
     world = load_world(args.model, args.lora, args.prompts)
     groups = samples(world, folder, args.num_generations, args.prefixes)
-    advantages, metrics = all_advantages(groups, args.estimators, world.steps, args.prefixes)
+    whole = all(bool(group["mask"].all()) for group in groups)
+    if not whole and any(name.startswith("both") for name in args.estimators):
+        parser.error("--estimators: `both` needs completions of one length, which these are not")
+    steps = prefix_steps(world.steps, args.prefixes)
+    hidden = hidden_means(world, groups, steps, folder) if whole else torch.zeros(0)
+    advantages, metrics = all_advantages(groups, args.estimators, world.steps, args.prefixes, hidden)
     found = []
     for i, group in enumerate(tqdm(groups, desc="gradients", unit="group")):
         file = folder / f"gradients{'_lora' * args.lora}_{args.num_generations}_{len(groups)}_{i:04d}.safetensors"
-        if not file.exists():
-            save(gradients(world, group, {name: a[i] for name, a in advantages.items()}), file)
-        found.append(load(file))
+        there = load(file) if file.exists() else {}
+        if new := {name: a[i] for name, a in advantages.items() if name not in there}:
+            there |= gradients(world, group, new)
+            save(there, file)
+        found.append({name: there[name] for name in [*args.estimators, "distillation"]})
     rows = statistics(found, args.num_generations)
     clips = {n: clippings(found, n, args.coef, args.update_groups) for n in args.estimators if n in ESTIMATORS}
     print(markdown_table(rows), markdown_table(clips), markdown_table(metrics), sep="\n\n")
