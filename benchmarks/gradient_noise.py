@@ -14,11 +14,10 @@ Standard errors are jackknife estimates over groups. Estimators: `sequence`, one
 completion; `critic M L`, from `trl_drcd.critic` with M prefixes and `gae_lambda` L, with a critic fitted, rollout by
 rollout, to the groups of three folds and used on the fourth; a word before these names the kernel; `both M L`, whose
 value is a regression of the reward on what the prefix's embedding says and on what the base's hidden states say,
-fitted on the other folds at once. `distillation` is the gradient of the KL to the guided teacher, for the cosine between an update of `--update-groups` groups, its two
-terms clipped in different ways, and the mean distillation gradient of the groups that are not in it.
-
-The hidden states of a prefix are their mean over its tokens, less that of the group's others; ridge regression predicts
-from them the completion's unit embedding, less the mean of the others'.
+fitted on the other folds at once. The hidden states of a prefix are their mean over its tokens, less that of the
+group's others; ridge regression predicts from them the completion's unit embedding, less the mean of the others'.
+`distillation` is the gradient of the KL to the guided teacher, for the cosine between an update of `--update-groups`
+groups, its two terms clipped in different ways, and the mean distillation gradient of the groups that are not in it.
 
 Inner products of gradients are computed from sketches (random signs, sums of every 65,536th entry), whose error is
 far below the noise. Samples and sketches are written to `--folder` one by one, and a second start continues where the
@@ -283,13 +282,17 @@ def with_hidden(
     said = -((prefixes - others[:, :, None]) * others[:, :, None]).sum(-1)  # (P, G, M)
     features, folds = less_others(hidden.double()), torch.arange(len(unit)) % FOLDS
     told, values = torch.zeros_like(said), torch.zeros(*reward.shape, len(steps) + 2, dtype=torch.float64)
-    for m in range(len(steps)):
+    for part in torch.arange(len(steps)).chunk(8):  # prefixes of about one length share a regression
         for fold in range(FOLDS):
-            x, y = features[folds != fold, :, m].flatten(0, 1), change[folds != fold].flatten(0, 1)
+            x = features[folds != fold][:, :, part].flatten(0, 2)
+            y = change[folds != fold][:, :, None].expand(-1, -1, len(part), -1).flatten(0, 2)
             gram = x.T @ x
             gram += 1e-2 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-            predicted = features[folds == fold, :, m] @ torch.linalg.solve(gram, x.T @ y)
-            told[folds == fold, :, m] = -(predicted * others[folds == fold]).sum(-1)
+            predicted = features[:, :, part] @ torch.linalg.solve(gram, x.T @ y)
+            told[:, :, part] = torch.where(
+                (folds == fold)[:, None, None], -(predicted * others[:, :, None]).sum(-1), told[:, :, part]
+            )
+    for m in range(len(steps)):
         both = torch.stack([said[..., m], told[..., m], torch.ones_like(reward)], -1)
         for fold in range(FOLDS):
             x, y = both[folds != fold].flatten(0, 1), reward[folds != fold].flatten()[:, None]
