@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from trl_drcd.audio.codecs import CodebookCodec, delay
 from trl_drcd.credit import generalized_advantages, per_code, predicted_cosines, subtract_other_prompts
-from trl_drcd.critic import PrefixCritic, critic_advantages, embed_prefixes, prefix_steps
+from trl_drcd.critic import PrefixCritic, critic_advantages, embed_prefixes, hidden_means, prefix_steps
 from trl_drcd.diversity import diversity_advantages
 
 STEPS, SIZE = 3, 4
@@ -38,6 +38,10 @@ class ToyPolicy:
         count = len(self.sequences)
         self.embeddings = torch.stack([vectors[index[s]] for s in self.sequences])
         self.prefixes = torch.full((count, steps - 1, SIZE), torch.nan, dtype=torch.float64)  # where none is, not read
+        states = torch.randn(len(prefixes), 3, dtype=torch.float64)  # of the teacher, after each prefix
+        self.means = torch.stack([
+            torch.stack([states[index[s[: min(n, len(s))]]] for n in range(1, steps)]) for s in self.sequences
+        ])  # fmt: skip
         self.peeking, self.reached = self.prefixes.clone(), torch.zeros(count, steps - 1, dtype=torch.bool)
         self.mask = torch.zeros(count, steps, codebooks, dtype=torch.bool)
         log_probs, rows = self.theta.log_softmax(-1), []
@@ -79,17 +83,32 @@ def wrong_critic(prefixes):
     critic = PrefixCritic(prefixes)
     factors = torch.linspace(0.9, 0.4, prefixes)
     critic.load_state_dict({"sums": torch.stack([factors, torch.ones(prefixes), torch.full((prefixes,), 1e12)])})
-    torch.testing.assert_close(critic.factors().float(), factors)
+    torch.testing.assert_close(critic.factors()[0].float(), factors)
     return critic
 
 
-def advantages_of(policy, group, gae_lambda=1.0, kernel="pairs", prefixes=None):
+def wrong_reader(prefixes):
+    """The same for hidden states, from which it has learnt nonsense."""
+    critic = PrefixCritic(prefixes, hidden_states=True)
+    generator = torch.Generator().manual_seed(3)
+    sums = torch.tensor([0.9, 0.8, 1.0, 0.3, 0.3, 1.0, 1e12]).repeat(prefixes, 1).T
+    random = [torch.randn(prefixes, size, generator=generator) for size in (3 * 3, 3 * SIZE)]
+    gram = random[0].view(-1, 3, 3) @ random[0].view(-1, 3, 3).mT + torch.eye(3)
+    rows = torch.full((prefixes,), 1e12)
+    critic.load_state_dict({"sums": sums, "gram": gram, "cross": random[1].view(-1, 3, SIZE), "rows": rows})
+    assert critic.told(torch.ones(1, prefixes, 3), SIZE).abs().max() > 0.5 and critic.factors().min() > 0.5
+    return critic
+
+
+def advantages_of(policy, group, gae_lambda=1.0, kernel="pairs", prefixes=None, hidden=False, means=None):
     prefixes = policy.prefixes if prefixes is None else prefixes
-    critic = wrong_critic(len(policy.starts))
+    critic = (wrong_reader if hidden else wrong_critic)(len(policy.starts))
+    means = policy.means if means is None else means
 
     def make(rows):
         found = prefixes[rows], policy.reached[rows], policy.embeddings[rows]
-        output = critic_advantages(critic, *found, group, gae_lambda, kernel, fit=False)
+        read = means[rows] if hidden else None
+        output = critic_advantages(critic, *found, group, gae_lambda, kernel, fit=False, means=read)
         return per_code(output.advantages, policy.starts, policy.mask[rows])
 
     return make
@@ -106,10 +125,11 @@ TOYS += [(2, True, 2), (2, True, 3), (2, True, 4), (3, True, 2), (3, True, 3), (
 
 
 @pytest.mark.parametrize(("tokens", "eos", "group"), TOYS)
-def test_unbiased_however_wrong(tokens, eos, group):
-    """At `gae_lambda` 1 the expected gradient is one half of the exact one, whatever the prefixes say."""
+@pytest.mark.parametrize("hidden", [False, True])
+def test_unbiased_however_wrong(tokens, eos, group, hidden):
+    """At `gae_lambda` 1 the expected gradient is one half of the exact one, whatever prefixes and states say."""
     policy = ToyPolicy(tokens, eos)
-    make = advantages_of(policy, group)
+    make = advantages_of(policy, group, hidden=hidden)
     expected = policy.expected(group, one_by_one(make, group) if group == 2 else make)
     torch.testing.assert_close(expected, policy.exact(), rtol=0, atol=1e-10)
 
@@ -136,6 +156,16 @@ def test_a_critic_that_peeks_is_found(group):
     make = advantages_of(policy, group, prefixes=policy.peeking)
     expected = policy.expected(group, one_by_one(make, group) if group == 2 else make)
     assert (expected - policy.exact()).abs().max() > 0.005
+
+
+@pytest.mark.parametrize("group", [2, 3])
+def test_hidden_states_that_know_the_end_are_found(group):
+    """Those of the whole completion: the enumeration must not pass."""
+    policy = ToyPolicy()
+    whole = policy.means[:, -1:].expand_as(policy.means) * 3  # it has read one step more than the first block's
+    make = advantages_of(policy, group, hidden=True, means=whole)
+    expected = policy.expected(group, one_by_one(make, group) if group == 2 else make)
+    assert (expected - policy.exact()).abs().max() > 1e-3
 
 
 def test_below_one_a_wrong_critic_is_biased():
@@ -171,7 +201,7 @@ def test_learns_and_explains_more_along_the_completion(group):
     critic = PrefixCritic(4)
     for seed in range(20):
         critic_advantages(critic, *rollout(group=group, seed=seed, shortest=4), group)
-    factors = critic.factors().tolist()
+    factors = critic.factors()[0].tolist()
     assert 1 >= factors[3] > factors[0] > 0.1
     held_out = rollout(64, group, seed=100, shortest=4)
     metrics = critic_advantages(critic, *held_out, group, fit=False).metrics
@@ -188,14 +218,67 @@ def test_blocks_past_the_end_have_no_advantage():
     assert (advantages[:, 1:][~reached] == 0).all() and (advantages[:, 0] != 0).all() and not reached.all()
 
 
-def test_a_rollout_is_never_used_for_its_own_advantages():
-    learning, frozen = PrefixCritic(4), PrefixCritic(4)
-    for seed in range(3):
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_rollout_is_never_used_for_its_own_advantages(hidden):
+    learning, frozen = (PrefixCritic(4, hidden_states=hidden) for _ in range(2))
+    for seed in range(4):
         frozen.load_state_dict(learning.state_dict())
-        before = critic_advantages(frozen, *rollout(seed=seed), 4, fit=False).advantages
-        after = critic_advantages(learning, *rollout(seed=seed), 4).advantages
+        found = rollout(seed=seed)
+        means = states_of(*found, seed) if hidden else None
+        before = critic_advantages(frozen, *found, 4, fit=False, means=means).advantages
+        after = critic_advantages(learning, *found, 4, means=means).advantages
         torch.testing.assert_close(after, before, rtol=0, atol=0)
         assert not torch.equal(frozen.factors(), learning.factors())
+
+
+def states_of(prefixes, reached, embeddings, seed, noise=0.3):
+    """Hidden states that know of the end what is not audible yet: another basis, with noise."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    basis = torch.randn(SIZE, 6, generator=torch.Generator().manual_seed(5))
+    known = torch.nn.functional.normalize(embeddings, dim=-1) @ basis
+    return (known + noise * torch.randn(known.shape, generator=generator))[:, None].expand(-1, reached.shape[1], -1)
+
+
+@pytest.mark.parametrize("kernel", ["pairs", "logdet"])
+def test_hidden_states_explain_what_prefixes_do_not(kernel):
+    blind, reader = PrefixCritic(4), PrefixCritic(4, hidden_states=True)
+    for seed in range(40):
+        found = rollout(8, seed=seed, shortest=4)
+        critic_advantages(blind, *found, 4, kernel=kernel)
+        critic_advantages(reader, *found, 4, kernel=kernel, means=states_of(*found, seed))
+    held_out = rollout(64, seed=100, shortest=4)
+    of_blind = critic_advantages(blind, *held_out, 4, kernel=kernel, fit=False).metrics
+    of_reader = critic_advantages(
+        reader, *held_out, 4, kernel=kernel, fit=False, means=states_of(*held_out, 9)
+    ).metrics
+    assert of_reader["critic/r2_q2"] > of_blind["critic/r2_q2"] + 0.15 and of_reader["critic/r2_q1"] > 0
+    # Of hidden states that say nothing it learns to believe nothing
+    deaf = PrefixCritic(4, hidden_states=True)
+    for seed in range(40):
+        found = rollout(8, seed=seed, shortest=4)
+        critic_advantages(deaf, *found, 4, kernel=kernel, means=states_of(*found, seed, noise=1e3))
+    of_deaf = critic_advantages(
+        deaf, *held_out, 4, kernel=kernel, fit=False, means=states_of(*held_out, 9, 1e3)
+    ).metrics
+    assert of_deaf["critic/r2_q2"] > of_blind["critic/r2_q2"] - 0.05
+
+
+def test_means_of_hidden_states_by_hand():
+    """State n has read the tokens before n; a short completion has the mean over all of it; NaN counts as 0."""
+    hidden = torch.arange(6.0)[None, :, None] + torch.tensor([0.0, 10.0])  # (1, 6, 2)
+    mask = torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
+    both = hidden.repeat(2, 1, 1)
+    both[1, 3:] = torch.nan
+    found = hidden_means(both, mask, [2, 4])
+    expected = torch.tensor([[[1.0, 11], [2, 12]], [[1, 11], [1, 11]]])
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(hidden_means(both[:, :, None].repeat(1, 1, 3, 1), mask, [2, 4]), expected)
+    wide = torch.randn(3, 6, 1000)
+    small = hidden_means(wide, mask[:1].expand(3, -1), [2, 4], size=400)
+    assert small.shape == (3, 2, 400) and torch.equal(small, hidden_means(wide, mask[:1].expand(3, -1), [2, 4], 400))
+    whole = hidden_means(wide, mask[:1].expand(3, -1), [2, 4], size=1000)
+    inner = [torch.einsum("amf,bmf->abm", x, x) / 1000 for x in (whole, small)]
+    assert (inner[0] - inner[1]).abs().max() < 0.05  # random signs keep inner products
 
 
 def test_generalized_advantages_by_hand():
@@ -301,18 +384,26 @@ def test_shards_give_the_same(shards):
         assert torch.equal(found, expected)
 
 
-def test_state_goes_through_a_file(tmp_path):
-    critic, resumed = PrefixCritic(4), PrefixCritic(4)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_state_goes_through_a_file(tmp_path, hidden):
+    critic, resumed = (PrefixCritic(4, hidden_states=hidden) for _ in range(2))
+
+    def read(seed):
+        return states_of(*rollout(seed=seed), seed) if hidden else None
+
     for seed in range(2):
-        critic_advantages(critic, *rollout(seed=seed), 4)
+        critic_advantages(critic, *rollout(seed=seed), 4, means=read(seed))
     save_file(critic.state_dict(), tmp_path / "critic.safetensors")
     resumed.load_state_dict(load_file(tmp_path / "critic.safetensors"))
     for seed in (2, 3):  # bit for bit, in what comes out and in what is learnt
-        outputs = [critic_advantages(c, *rollout(seed=seed), 4, 0.9) for c in (critic, resumed)]
+        outputs = [critic_advantages(c, *rollout(seed=seed), 4, 0.9, means=read(seed)) for c in (critic, resumed)]
         assert torch.equal(outputs[0].advantages, outputs[1].advantages) and outputs[0].metrics == outputs[1].metrics
-    for state, found in [(critic.state_dict(), r"\(3, 4\)"), ({}, "nothing")]:
+    shape = r"\(7, 4\)" if hidden else r"\(3, 4\)"
+    for state, found in [(critic.state_dict(), shape), ({}, "nothing")]:
         with pytest.raises(ValueError, match=rf"sums of shape {found}, this run's needs \(3, 7\)"):
             PrefixCritic(7).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"`diversity_hidden_states` that it was trained with"):
+        PrefixCritic(4, hidden_states=not hidden).load_state_dict(critic.state_dict())
 
 
 def test_a_prefix_without_direction_says_nothing_of_itself():
@@ -329,6 +420,14 @@ def test_what_cannot_be_right_is_refused():
         critic_advantages(PrefixCritic(4), prefixes, reached, embeddings, 4, gae_lambda=1.5)
     with pytest.raises(ValueError, match=r"the critic's M = 3, got \(16, 4, 4\) and \(16, 4\)"):
         critic_advantages(PrefixCritic(3), prefixes, reached, embeddings, 4)
+    reader = PrefixCritic(4, hidden_states=True)
+    with pytest.raises(ValueError, match=r"this critic needs `means` \(B, M, F\), of \(16, 4\), got None"):
+        critic_advantages(reader, prefixes, reached, embeddings, 4)
+    with pytest.raises(ValueError, match=r"this critic needs `means` None, got \(16, 4, 3\)"):
+        critic_advantages(PrefixCritic(4), prefixes, reached, embeddings, 4, means=torch.zeros(16, 4, 3))
+    critic_advantages(reader, prefixes, reached, embeddings, 4, means=torch.ones(16, 4, 3))
+    with pytest.raises(ValueError, match=r"sizes \(3, 4\), these have \(5, 4\)"):
+        critic_advantages(reader, prefixes, reached, embeddings, 4, means=torch.ones(16, 4, 5))
     with pytest.raises(ValueError, match="`diversity_kernel` must be one of"):
         critic_advantages(PrefixCritic(4), prefixes, reached, embeddings, 4, kernel="volume")
     for name, value in [("num_prefixes", 0), ("forget", 1.5), ("prior", 0.0)]:

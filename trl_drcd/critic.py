@@ -101,73 +101,165 @@ def embed_prefixes(
     return vectors, reached
 
 
+def hidden_means(hidden: torch.Tensor, mask: torch.Tensor, steps: Sequence[int], size: int = 256) -> torch.Tensor:
+    """
+    Mean hidden state over each prefix of completions, at most `size` numbers of it.
+
+    Args:
+        hidden (`torch.Tensor`): Of the teacher, which at each step has read the steps before; shape `(b, S, H)`, or
+            `(b, S, K, H)` for codebooks with states of their own, whose mean is taken.
+        mask (`torch.Tensor`): True for the steps of a completion, bool `(b, S)`.
+        steps (`Sequence[int]`): The `M` lengths of [`prefix_steps`].
+        size (`int`, *optional*, defaults to 256): Larger states are projected to this size by fixed random signs.
+
+    Returns:
+        `torch.Tensor`: Float32 `(b, M, min(H, size))`. Of a completion that is shorter than a prefix, the mean over
+        all of it; values that are not finite count as 0.
+    """
+    hidden, count = (hidden.mean(2) if hidden.ndim == 4 else hidden), mask.long().cumsum(1)
+    total, means, start = hidden.new_zeros(len(hidden), hidden.shape[-1], dtype=torch.float32), [], 0
+    for step in steps:
+        end = min(step, hidden.shape[1] - 1) + 1  # the state before the first step of the next block
+        part = torch.nan_to_num(hidden[:, start:end].float(), posinf=0.0, neginf=0.0)
+        total = total + (part * mask[:, start:end, None]).sum(1)
+        means.append(total / count[:, end - 1, None].clamp(min=1))
+        start = end
+    found = torch.stack(means, 1)
+    if found.shape[-1] <= size:
+        return found
+    signs = torch.randint(0, 2, (found.shape[-1], size), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return found @ (signs.to(found) / size**0.5)
+
+
 class PrefixCritic:
     """
-    How much of what a prefix predicts comes true: one factor per prefix length, by least squares over earlier
-    rollouts.
+    What a prefix tells of its completion, learnt from earlier rollouts.
 
-    The prediction is the reward that j would have if its prefix were all of it
-    ([`~trl_drcd.credit.predicted_cosines`]), less the reward that is expected without any prediction. Early prefixes
-    say little of the end; their factor is small.
+    Each prefix predicts the cosines of its completion to the others of its prompt, and with them the reward less that
+    expected without any prediction ([`~trl_drcd.credit.predicted_cosines`]), in one or two ways: as if it were all of
+    the completion; and, with `hidden_states`, by ridge regression of the completion's unit embedding on the mean
+    hidden states of the prefix, both less those of the group's others. A factor for each way and length, by least
+    squares, says how much of it comes true: early prefixes say little of the end.
 
     Args:
         num_prefixes (`int`): `M`.
-        forget (`float`, *optional*, defaults to 0.95): Factor on the sums of earlier rollouts at each new one, in (0,
-            1].
-        prior (`float`, *optional*, defaults to 64): Weight of the prior, no prediction, in completions.
+        forget (`float`, *optional*, defaults to 0.95): Factor on the factors' sums of earlier rollouts at each new
+            one, in (0, 1].
+        prior (`float`, *optional*, defaults to 64): Weight of the factors' prior, no prediction, in completions.
+        hidden_states (`bool`, *optional*, defaults to `False`): Whether it reads [`hidden_means`] too.
 
     Raises:
         ValueError: If an argument is out of its range.
     """
 
-    def __init__(self, num_prefixes: int, forget: float = 0.95, prior: float = 64.0):
+    FORGET_RIDGE, PRIOR_RIDGE, BINS = 0.99, 256.0, 8  # a regression has more to learn than a factor
+
+    def __init__(self, num_prefixes: int, forget: float = 0.95, prior: float = 64.0, hidden_states: bool = False):
         if num_prefixes < 1:
             raise ValueError(f"`num_prefixes` must be at least 1, got {num_prefixes}")
         if not 0 < forget <= 1:
             raise ValueError(f"`forget` must be above 0 and at most 1, got {forget}")
         if not prior > 0:
             raise ValueError(f"`prior` must be above 0, got {prior}")
-        self.forget, self.prior = forget, prior
-        # Of each prefix: sums of prediction times outcome, of squared predictions, of completions
-        self.sums = torch.zeros(3, num_prefixes, dtype=torch.float64)
+        self.forget, self.prior, self.hidden_states = forget, prior, hidden_states
+        self.ways = 2 if hidden_states else 1
+        # Of each prefix: sums of predictions times outcome, of products of predictions, of completions
+        self.sums = torch.zeros(self.ways + self.ways**2 + 1, num_prefixes, dtype=torch.float64)
+        # Prefixes of about one length share a regression: the bin of each, and of each bin the sums of products of
+        # features, of features with changes of the embedding, of rows; the first rollout tells the sizes
+        bins = min(num_prefixes, self.BINS)
+        self.bin_of = torch.arange(num_prefixes) * bins // num_prefixes
+        self.gram, self.cross = torch.zeros(2, bins, 0, 0, dtype=torch.float64)
+        self.rows = torch.zeros(bins, dtype=torch.float64)
 
     def factors(self) -> torch.Tensor:
-        """The factor of each prefix, shape `(M,)`, float64, in [0, 1]; 0 before the first rollout."""
-        products, squares, counts = self.sums
-        shrunk = squares * (1 + self.prior / counts.clamp(min=1))
-        return (products / shrunk.clamp(min=1e-30)).clamp(0, 1)
+        """The factor of each way and prefix, shape `(ways, M)`, float64, in [0, 1]; 0 before the first rollout."""
+        products, squares, counts = self.sums.split([self.ways, self.ways**2, 1])
+        squares = squares.T.unflatten(1, (self.ways, self.ways))
+        diagonal = squares.diagonal(dim1=1, dim2=2)
+        shrunk = squares + torch.diag_embed(diagonal * self.prior / counts.T.clamp(min=1) + 1e-30)
+        return torch.linalg.solve(shrunk, products.T).clamp(0, 1).T
 
-    def fit(self, predictions: torch.Tensor, outcomes: torch.Tensor, reached: torch.Tensor) -> None:
+    def told(self, means: torch.Tensor, size: int) -> torch.Tensor:
+        """
+        What hidden states say of the embedding: `(..., M, F)` to `(..., M, size)`, float64; 0 at the first rollout.
+
+        Raises:
+            ValueError: If it has learnt from hidden states or embeddings of another size.
+        """
+        if not self.cross.numel():
+            return means.new_zeros(*means.shape[:-1], size, dtype=torch.float64)
+        if self.cross.shape[1:] != (means.shape[-1], size):
+            raise ValueError(
+                f"the critic has learnt from hidden states and embeddings of sizes {tuple(self.cross.shape[1:])}, "
+                f"these have {(means.shape[-1], size)}"
+            )
+        scale = self.gram.diagonal(dim1=1, dim2=2).mean(1) / self.rows.clamp(min=1)
+        prior = self.PRIOR_RIDGE * self.bin_of.bincount() * scale + 1e-30
+        ridge = self.gram + torch.diag_embed(prior[:, None].expand(self.gram.shape[:2]))
+        weights = torch.linalg.solve(ridge, self.cross)[self.bin_of]
+        return torch.einsum("...mf,mfd->...md", means.double(), weights.to(means.device))
+
+    def fit(
+        self,
+        predictions: torch.Tensor,
+        outcomes: torch.Tensor,
+        reached: torch.Tensor,
+        means: torch.Tensor | None = None,
+        changes: torch.Tensor | None = None,
+    ) -> None:
         """
         Adds a rollout to the sums. Call it after the rollout's advantages are made, so that they never see themselves.
 
         Args:
-            predictions, outcomes (`torch.Tensor`): What each prefix said of the reward, and what the reward was, both
-                less the reward without prediction; shape `(B, M)`.
+            predictions (`torch.Tensor`): What each prefix said of the reward, by way, less the reward without
+                prediction; shape `(B, M, ways)`.
+            outcomes (`torch.Tensor`): What the reward was, less the same; shape `(B, M)`.
             reached (`torch.Tensor`): True where there is such a prefix, shape `(B, M)`.
+            means (`torch.Tensor`, *optional*): Of [`hidden_means`], less those of the group's others, `(B, M, F)`.
+            changes (`torch.Tensor`, *optional*): Unit embeddings, less the mean of the group's others, `(B, D)`.
         """
-        x, y = (values.double().masked_fill(~reached, 0.0) for values in (predictions, outcomes))
-        new = torch.stack([(x * y).sum(0), x.square().sum(0), reached.double().sum(0)])
+        x = predictions.double().masked_fill(~reached[..., None], 0.0)
+        y = outcomes.double().masked_fill(~reached, 0.0)
+        squares = torch.einsum("bmk,bml->klm", x, x).flatten(0, 1)
+        new = torch.cat([torch.einsum("bmk,bm->km", x, y), squares, reached.double().sum(0)[None]])
         self.sums = self.forget * self.sums + new.cpu()
+        if means is None or changes is None:
+            return
+        z, bins = means.double().masked_fill(~reached[..., None], 0.0), self.bin_of.to(means.device)
+        parts = [z[:, bins == number] for number in range(len(self.rows))]
+        gram = torch.stack([torch.einsum("bmf,bmg->fg", part, part) for part in parts])
+        cross = torch.stack([part.sum(1).T @ changes.double() for part in parts])
+        rows = torch.stack([reached[:, bins == number].double().sum() for number in range(len(self.rows))])
+        before = (self.gram, self.cross) if self.cross.numel() else (0.0, 0.0)
+        self.gram = self.FORGET_RIDGE * before[0] + gram.cpu()
+        self.cross = self.FORGET_RIDGE * before[1] + cross.cpu()
+        self.rows = self.FORGET_RIDGE * self.rows + rows.cpu()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint has to hold."""
-        return {"sums": self.sums}
+        if not self.hidden_states:
+            return {"sums": self.sums}
+        return {"sums": self.sums, "gram": self.gram, "cross": self.cross, "rows": self.rows}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """
         Takes the sums of a checkpoint.
 
         Raises:
-            ValueError: If they are of another number of prefixes.
+            ValueError: If they are of another number of prefixes, or of other hidden states.
         """
-        if "sums" not in state or state["sums"].shape != self.sums.shape:
-            found = tuple(state["sums"].shape) if "sums" in state else "nothing"
-            raise ValueError(
-                f"the checkpoint's critic has sums of shape {found}, this run's needs {tuple(self.sums.shape)}: "
-                "resume with the number of prefixes and the completion length that it was trained with"
-            )
-        self.sums = state["sums"].to(self.sums)
+        for name, own in self.state_dict().items():
+            size = own.shape[: 1 if name in ("gram", "cross") else None]  # of which the first rollout tells the rest
+            if name not in state or state[name].shape[: len(size)] != size:
+                found = tuple(state[name].shape) if name in state else "nothing"
+                raise ValueError(
+                    f"the checkpoint's critic has {name} of shape {found}, this run's needs {tuple(size)}: resume "
+                    "with the number of prefixes, the completion length and the `diversity_hidden_states` that it was "
+                    "trained with"
+                )
+        for name in self.state_dict():
+            setattr(self, name, state[name].to(torch.float64))
 
 
 def _unit_prefixes(prefixes: torch.Tensor, reached: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
@@ -187,6 +279,7 @@ def critic_advantages(
     gae_lambda: float = 1.0,
     kernel: str = "pairs",
     fit: bool = True,
+    means: torch.Tensor | None = None,
 ) -> CriticOutput:
     """
     Advantages of the blocks of a rollout; afterwards the critic learns from it.
@@ -204,6 +297,7 @@ def critic_advantages(
         gae_lambda (`float`): In [0, 1], per block.
         kernel (`str`): As in [`~trl_drcd.kernels.diversity_shares`].
         fit (`bool`): False in evaluation.
+        means (`torch.Tensor`, *optional*): Of [`hidden_means`], `(B, M, F)`; for a critic that reads hidden states.
 
     Returns:
         `CriticOutput`: Advantages `(B, M + 1)`, and metrics: `critic/r2_q1` to `_q4`, the part of the rewards'
@@ -223,12 +317,23 @@ def critic_advantages(
             f"`prefixes` (B, M, D) and `reached` (B, M) must agree with `embeddings` (B, D) {tuple(embeddings.shape)} "
             f"and the critic's M = {shape[1]}, got {tuple(prefixes.shape)} and {tuple(reached.shape)}"
         )
+    if critic.hidden_states is (means is None) or (means is not None and tuple(means.shape[:2]) != shape):
+        wanted = f"(B, M, F), of {shape}" if critic.hidden_states else "None"
+        raise ValueError(f"this critic needs `means` {wanted}, got {None if means is None else tuple(means.shape)}")
     cosines = unit @ unit.mT
-    raw = torch.einsum("pjmd,pid->pjmi", _unit_prefixes(prefixes, reached, unit), unit)
     plain = plain_reward(cosines, kernel)  # (P, G, 1)
-    predictions = (diversity_shares(cosines, predicted_cosines(raw, cosines), kernel) - plain).flatten(0, 1)
+    vectors = [_unit_prefixes(prefixes, reached, unit)]
+    if means is not None:
+        vectors.append(critic.told(means.unflatten(0, unit.shape[:2]), unit.shape[2]))
+
+    def predicted(vectors: torch.Tensor) -> torch.Tensor:
+        """The reward that prefixes with these embeddings `(P, G, M, D)` foretell, less `plain`, `(B, M)`."""
+        raw = torch.einsum("pjmd,pid->pjmi", vectors, unit)
+        return (diversity_shares(cosines, predicted_cosines(raw, cosines), kernel) - plain).flatten(0, 1)
+
+    predictions = torch.stack([predicted(each) for each in vectors], -1)  # (B, M, ways)
     rewards, plain = diversity_shares(cosines, kernel=kernel).flatten(), plain.flatten(0, 1)
-    values = torch.cat([plain, plain + critic.factors().to(plain) * predictions], dim=1)
+    values = torch.cat([plain, plain + (predictions * critic.factors().T.to(plain)).sum(-1)], dim=1)
     mask = torch.cat([torch.ones_like(reached[:, :1]), reached], dim=1)
 
     def levelled(advantages: torch.Tensor) -> torch.Tensor:
@@ -243,9 +348,19 @@ def critic_advantages(
     metrics = _metrics(advantages, errors, outcomes)
     if fit:
         start = torch.zeros_like(plain)
-        of_prefix = levelled(torch.cat([start, predictions], dim=1).masked_fill(~mask, 0.0))[:, 1:]
-        critic.fit(of_prefix, outcomes[:, 1:], reached)
+        ways = [torch.cat([start, each], dim=1).masked_fill(~mask, 0.0) for each in predictions.unbind(-1)]
+        of_prefix = torch.stack([levelled(each)[:, 1:] for each in ways], -1)
+        learnt = (
+            [None, None] if means is None else [_less_others(x, num_generations) for x in (means, unit.flatten(0, 1))]
+        )
+        critic.fit(of_prefix, outcomes[:, 1:], reached, *learnt)
     return CriticOutput(advantages.to(dtype), metrics)
+
+
+def _less_others(values: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """Values `(B, ...)` less their mean over the others of the group."""
+    groups = values.double().unflatten(0, (-1, num_generations))
+    return (groups - (groups.sum(1, keepdim=True) - groups) / (num_generations - 1)).flatten(0, 1)
 
 
 def _metrics(advantages: torch.Tensor, errors: torch.Tensor, outcomes: torch.Tensor) -> dict[str, float]:

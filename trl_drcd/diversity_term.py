@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.credit import per_code
-from trl_drcd.critic import PrefixCritic, critic_advantages, embed_prefixes, prefix_steps
+from trl_drcd.critic import PrefixCritic, critic_advantages, embed_prefixes, hidden_means, prefix_steps
 from trl_drcd.diversity import DiversityReward
 from trl_drcd.kernels import kernel_advantages
 from trl_drcd.mixture import EmbedderMixture
@@ -51,7 +51,7 @@ class DiversityTerm:
         reward ([`~trl_drcd.diversity.DiversityReward`]): With embedder and codec.
         decode (`Callable`): Texts of lists of token ids; used where there is no codec.
         args ([`~trl_drcd.config.CFGDistillDiversityConfig`]): `diversity_credit`, `gae_lambda`, `diversity_prefixes`,
-            `diversity_kernel`, the length of completions, and the sizes of groups.
+            `diversity_hidden_states`, `diversity_kernel`, the length of completions, and the sizes of groups.
         policy ([`~trl_drcd.policies.Policy`]): Of the model's family.
         accelerator (`Accelerator`): Of the launch.
 
@@ -76,9 +76,11 @@ class DiversityTerm:
         self.critic: PrefixCritic | None = None
         if args.diversity_credit == "critic" and args.diversity_coef:  # without a reward there is nothing to credit
             self.steps = prefix_steps(self.max_length, args.diversity_prefixes, policy.num_codebooks)
-            self.critic = PrefixCritic(len(self.steps))
+            self.critic = PrefixCritic(len(self.steps), hidden_states=args.diversity_hidden_states)
 
-    def score(self, rows: Sequence[Row], batch: dict[str, torch.Tensor], mode: str) -> ScoredDiversity:
+    def score(
+        self, rows: Sequence[Row], batch: dict[str, torch.Tensor], mode: str, hidden: torch.Tensor
+    ) -> ScoredDiversity:
         """
         Rewards and advantages of a rollout; then, in training, the critic learns from it.
 
@@ -86,6 +88,8 @@ class DiversityTerm:
             rows (`list[dict]`): Dataset rows of this process, `b` of them; `prompt` is for messages.
             batch (`dict`): Their `completion_ids` and `completion_mask`, right-padded.
             mode (`str`): `"train"` or `"eval"`.
+            hidden (`torch.Tensor`): The teacher's last hidden states on them, with the prompt, `(b, S, H)` or
+                `(b, S, K, H)`; the critic reads them.
 
         Raises:
             BadBatchError: In every process, if in any one the embedder raises, or a vector has no direction.
@@ -100,11 +104,14 @@ class DiversityTerm:
             advantages = kernel_advantages(scored.embeddings, num_generations, self.kernel)[own]
             return ScoredDiversity(rewards, scored.rewards, advantages, metrics)
         prefixes, reached = self._prefixes(completion_ids, scored.embeddings.shape[1])
-        fit = mode == "train"
-        blocks, learnt = critic_advantages(
-            self.critic, prefixes, reached, scored.embeddings, num_generations, self.gae_lambda, self.kernel, fit
-        )
         _, mask = self.policy.ids_and_mask(batch["completion_ids"], batch["completion_mask"])
+        means = None
+        if self.critic.hidden_states:
+            means = self.accelerator.gather(hidden_means(hidden, mask.any(-1), self.steps))
+        blocks, learnt = critic_advantages(
+            self.critic, prefixes, reached, scored.embeddings, num_generations, self.gae_lambda, self.kernel,
+            mode == "train", means,
+        )  # fmt: skip
         return ScoredDiversity(rewards, scored.rewards, per_code(blocks[own], self.steps, mask), metrics | learnt)
 
     def _of_each_embedder(self, embeddings: torch.Tensor, num_generations: int) -> dict[str, float]:

@@ -251,7 +251,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             output["old_log_probs"] = self.joint_objective.old_log_probs(self.model_wrapped, output, self._batch_size)
         if self._diversity is not None:
             with self._stopwatch.timed("reward"):
-                scored = self._diversity.score(inputs, output, mode)
+                scored = self._diversity.score(inputs, output, mode, states.cond)
             self._step_log.diversity(mode, scored)
             output["diversity_advantages"] = scored.advantages.to(output["advantages"])
         completions = output["completion_ids"], output["completion_mask"]
