@@ -41,6 +41,7 @@ SCENARIOS = {
     "full": Scenario(saves=True),
     "lora": Scenario(lora=True, saves=True),
     "critic": Scenario({"diversity_credit": "critic", "gae_lambda": 0.9}),
+    "critic_hidden": Scenario({"diversity_credit": "critic", "gae_lambda": 0.9, "diversity_hidden_states": True}),
     "accumulate": Scenario(accumulate=3, evaluates=False),
     "apart": Scenario({"max_grad_norm": 0.5, "max_grad_norm_diversity": 0.25}, accumulate=3, evaluates=False),
     "apart_lora": Scenario({"max_grad_norm": 0.5, "max_grad_norm_diversity": 0.25}, lora=True, evaluates=False),

@@ -131,6 +131,7 @@ def test_two_processes_train_as_one_does(alone, tmp_path):
         "full",
         "lora",
         "critic",
+        "critic_hidden",
         "accumulate",
         "apart",
         "apart_lora",

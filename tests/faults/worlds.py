@@ -68,7 +68,7 @@ def settings(output: Path, **changed: Any) -> CFGDistillDiversityConfig:
         "save_steps": 2, "save_total_limit": 2, "eval_strategy": "steps", "eval_steps": 5,
         "per_device_eval_batch_size": 4, "diversity_coef": 5.0, "diversity_warmup_steps": 20, "learning_rate": 3e-3,
         "lr_scheduler_type": "cosine", "logging_steps": 1, "report_to": "none", "bf16": False, "use_cpu": True,
-        "gradient_checkpointing": False, "disable_tqdm": True,
+        "gradient_checkpointing": False, "disable_tqdm": True, "diversity_hidden_states": True,
     }  # fmt: skip
     return CFGDistillDiversityConfig(str(output), **(defaults | changed))
 
