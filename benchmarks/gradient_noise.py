@@ -12,11 +12,8 @@ Measured over groups of different prompts:
 
 Standard errors are jackknife estimates over groups. Estimators: `sequence`, one advantage for all tokens of a
 completion; `critic M L`, from `trl_drcd.critic` with M prefixes and `gae_lambda` L, with a critic fitted, rollout by
-rollout, to the groups of three folds and used on the fourth; a word before these names the kernel; `both M L`, whose
-value is a regression of the reward on what the prefix's embedding says and on what the base's hidden states say,
-fitted on the other folds at once. The hidden states of a prefix are their mean over its tokens, less that of the
-group's others; ridge regression predicts from them the completion's unit embedding, less the mean of the others'.
-`distillation` is the gradient of the KL to the guided teacher, for the cosine between an update of `--update-groups`
+rollout, to the groups of three folds and used on the fourth; `hidden M L`, the same with a critic that also reads
+hidden states; a word before these names the kernel. `distillation` is the gradient of the KL to the guided teacher, for the cosine between an update of `--update-groups`
 groups, its two terms clipped in different ways, and the mean distillation gradient of the groups that are not in it.
 
 Inner products of gradients are computed from sketches (random signs, sums of every 65,536th entry), whose error is
@@ -51,7 +48,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_drcd.audio import MusicEmbedder, SpectralCodec
 from trl_drcd.compat.glibc import keep_freed_memory
 from trl_drcd.credit import per_code
-from trl_drcd.critic import PrefixCritic, critic_advantages, embed_prefixes, prefix_steps
+from trl_drcd.critic import PrefixCritic, critic_advantages, embed_prefixes, hidden_means, prefix_steps
 from trl_drcd.evaluation.tables import markdown_table
 from trl_drcd.files import write_bytes, write_text
 from trl_drcd.gradient_snr import sketch
@@ -214,11 +211,13 @@ def cross_fitted(
     groups, size, length = data["mask"].shape
     result, metrics = torch.zeros(groups, size, length), {}
     for fold in range(FOLDS):
-        held_out, critic = torch.arange(groups) % FOLDS == fold, PrefixCritic(len(steps))
+        held_out = torch.arange(groups) % FOLDS == fold
+        critic = PrefixCritic(len(steps), hidden_states="means" in data)
         rollouts = [(rows, True) for rows in (~held_out).nonzero().flatten().split(ROLLOUT)]
         for rows, fit in [*rollouts, (held_out.nonzero().flatten(), False)]:
             found = (data[key][rows].flatten(0, 1) for key in ("prefixes", "reached", "embeddings"))
-            output = critic_advantages(critic, *found, size, gae_lambda, kernel, fit)
+            means = data["means"][rows].flatten(0, 1) if "means" in data else None
+            output = critic_advantages(critic, *found, size, gae_lambda, kernel, fit, means)
         mask = data["mask"][held_out].flatten(0, 1)
         result[held_out] = per_code(output.advantages, steps, mask[..., None]).view(-1, size, length).float()
         metrics |= {key: metrics.get(key, 0.0) + value / FOLDS for key, value in output.metrics.items()}
@@ -243,71 +242,23 @@ def all_advantages(
         steps = prefix_steps(max_steps, int(number))
         kept = [all_steps.index(step) for step in steps]
         part = data | {key: data[key][:, :, kept] for key in ("prefixes", "reached")}
-        if name.startswith("both"):
-            result[name], metrics[name] = with_hidden(part, steps, hidden[:, :, kept], float(gae_lambda))
-            continue
+        if "hidden" in name.split():
+            part["means"] = hidden[:, :, kept]
         result[name], metrics[name] = cross_fitted(part, steps, float(gae_lambda), kernel_of(name))
     return result, metrics
 
 
 @torch.no_grad()
-def hidden_means(world: World, groups: list[dict[str, Any]], steps: list[int], folder: Path) -> torch.Tensor:
-    """Mean hidden state of the base over each prefix, `(P, G, M, H)`; from `folder` where they are there."""
+def read_hidden(world: World, groups: list[dict[str, Any]], steps: list[int], folder: Path) -> torch.Tensor:
+    """The base's [`~trl_drcd.critic.hidden_means`], `(P, G, M, F)`; from `folder` where they are there."""
     means = []
     for index, group in enumerate(tqdm(groups, desc="hidden states", unit="group")):
-        file = folder / f"hidden_{len(group['completions'])}_{len(steps)}_{index:04d}.safetensors"
+        file = folder / f"means_{len(group['completions'])}_{len(steps)}_{index:04d}.safetensors"
         if not file.exists():
-            batch = world.batch(group["prompt"], group["completions"])
-            hidden = world.policy.hidden_states(world.model, *batch)  # at step n it has read the tokens before n
-            sums = hidden.cumsum(1)[:, steps] / (torch.tensor(steps)[:, None] + 1)
-            save([sums], file)
+            hidden = world.policy.hidden_states(world.model, *world.batch(group["prompt"], group["completions"]))
+            save([hidden_means(hidden, group["mask"], steps)], file)
         means += load(file)
     return torch.stack(means)
-
-
-def less_others(values: torch.Tensor) -> torch.Tensor:
-    """Values `(P, G, ...)` less their mean over the others of the group."""
-    return values - (values.sum(1, keepdim=True) - values) / (values.shape[1] - 1)
-
-
-def with_hidden(
-    data: dict[str, torch.Tensor], steps: list[int], hidden: torch.Tensor, gae_lambda: float
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Advantages `(P, G, S)` of `both`, and the R2 of its values by quarter; all completions of one length."""
-    unit = torch.nn.functional.normalize(data["embeddings"].double(), dim=-1)
-    change = less_others(unit)
-    others = unit - change
-    reward = -(change * others).sum(-1)  # mean distance to the others, less what is the same for all
-    prefixes = torch.nn.functional.normalize(data["prefixes"].double(), dim=-1)
-    said = -((prefixes - others[:, :, None]) * others[:, :, None]).sum(-1)  # (P, G, M)
-    features, folds = less_others(hidden.double()), torch.arange(len(unit)) % FOLDS
-    told, values = torch.zeros_like(said), torch.zeros(*reward.shape, len(steps) + 2, dtype=torch.float64)
-    for part in torch.arange(len(steps)).chunk(8):  # prefixes of about one length share a regression
-        for fold in range(FOLDS):
-            x = features[folds != fold][:, :, part].flatten(0, 2)
-            y = change[folds != fold][:, :, None].expand(-1, -1, len(part), -1).flatten(0, 2)
-            gram = x.T @ x
-            gram += 1e-2 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-            predicted = features[:, :, part] @ torch.linalg.solve(gram, x.T @ y)
-            told[:, :, part] = torch.where(
-                (folds == fold)[:, None, None], -(predicted * others[:, :, None]).sum(-1), told[:, :, part]
-            )
-    for m in range(len(steps)):
-        both = torch.stack([said[..., m], told[..., m], torch.ones_like(reward)], -1)
-        for fold in range(FOLDS):
-            x, y = both[folds != fold].flatten(0, 1), reward[folds != fold].flatten()[:, None]
-            values[folds == fold, :, m + 1] = (both[folds == fold] @ torch.linalg.lstsq(x, y).solution)[..., 0]
-    values[..., -1] = reward
-    advantages, running = torch.zeros_like(values[..., 1:]), torch.zeros_like(reward)
-    for m in reversed(range(len(steps) + 1)):
-        running = values[..., m + 1] - values[..., m] + gae_lambda * running
-        advantages[..., m] = running
-    errors = (reward[..., None] - values[..., 1:-1]).square().sum((0, 1)) / reward.square().sum()
-    quarters = {f"critic/r2_q{q + 1}": float(1 - part.mean()) for q, part in enumerate(errors.chunk(4))}
-    size = {"critic/squared_advantage": float(advantages.square().mean() / reward.square().mean())}
-    mask = data["mask"].flatten(0, 1)
-    spread = per_code(advantages.flatten(0, 1), steps, mask[..., None])
-    return spread.view(*reward.shape, -1).float(), quarters | size
 
 
 # ---------------------------------------------------------------- gradients
@@ -460,11 +411,7 @@ def main() -> None:
         )
     world = load_world(args.model, args.lora, args.prompts)
     groups = samples(world, folder, args.num_generations, args.prefixes)
-    whole = all(bool(group["mask"].all()) for group in groups)
-    if not whole and any(name.startswith("both") for name in args.estimators):
-        parser.error("--estimators: `both` needs completions of one length, which these are not")
-    steps = prefix_steps(world.steps, args.prefixes)
-    hidden = hidden_means(world, groups, steps, folder) if whole else torch.zeros(0)
+    hidden = read_hidden(world, groups, prefix_steps(world.steps, args.prefixes), folder)
     advantages, metrics = all_advantages(groups, args.estimators, world.steps, args.prefixes, hidden)
     found = []
     for i, group in enumerate(tqdm(groups, desc="gradients", unit="group")):
