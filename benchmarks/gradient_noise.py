@@ -13,8 +13,9 @@ Measured over groups of different prompts:
 Standard errors are jackknife estimates over groups. Estimators: `sequence`, one advantage for all tokens of a
 completion; `critic M L`, from `trl_drcd.critic` with M prefixes and `gae_lambda` L, with a critic fitted, rollout by
 rollout, to the groups of three folds and used on the fourth; `hidden M L`, the same with a critic that also reads
-hidden states; a word before these names the kernel. `distillation` is the gradient of the KL to the guided teacher, for the cosine between an update of `--update-groups`
-groups, its two terms clipped in different ways, and the mean distillation gradient of the groups that are not in it.
+hidden states; a word before these names the kernel. `distillation` is the gradient of the KL to the guided teacher,
+for the cosine between an update of `--update-groups` groups, its two terms clipped in different ways, and the mean
+distillation gradient of the groups that are not in it.
 
 Inner products of gradients are computed from sketches (random signs, sums of every 65,536th entry), whose error is
 far below the noise. Samples and sketches are written to `--folder` one by one, and a second start continues where the
