@@ -17,10 +17,13 @@ import argparse
 import json
 import tarfile
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 from trl_drcd.audio.codecs import SpectralCodec
 from trl_drcd.diversity import one_channel
@@ -31,11 +34,14 @@ from trl_drcd.evaluation.metrics import Drawn, measure
 from trl_drcd.evaluation.plan import HeldOut, held_out_prompts
 from trl_drcd.evaluation.points import with_quality
 from trl_drcd.evaluation.results import Result, read_results, rounded
+from trl_drcd.evaluation.sampling import Completion
 from trl_drcd.files import write_text
 from trl_drcd.validation.messages import one_line_errors
 from trl_drcd.validation.yaml_files import read_yaml
 
-PARTS = ("embedder", "second_embedder", "judge", "clap", "preference", "reference")
+PARTS = (
+    "embedder", "second_embedder", "judge", "clap", "cross_encoder", "reward_model", "preference", "reference",
+)  # fmt: skip
 
 
 def tokens_of(row: Result, folder: Path) -> Path:
@@ -52,11 +58,20 @@ def tokens_of(row: Result, folder: Path) -> Path:
     return found[0]
 
 
-def judged(row: Result, file: Path, held_out: HeldOut, judges: Judges, codec: SpectralCodec) -> Result:
+def decoder(args: EvaluateArguments) -> Callable[[list[list[int]]], list[Completion]]:
+    """From token ids to sounds by the study's codec, or without one to texts by its tokenizer."""
+    if args.codec:
+        codec = SpectralCodec.from_pretrained(args.codec)
+        return lambda ids: one_channel(list(codec.decode(ids)))
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    return lambda ids: list(tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+
+def judged(row: Result, file: Path, held_out: HeldOut, judges: Judges, decode: Callable[..., Any]) -> Result:
     """The row with the metrics that these judges give."""
     samples = kept_tokens(file, held_out, row.samples_per_prompt, None)
     assert samples is not None  # `tokens_of` has found it
-    completions = one_channel(list(codec.decode(samples.token_ids)))
+    completions = decode(samples.token_ids)
     metrics, by_prompt = measure(Drawn(samples, completions, judges, row.seed))
     per_prompt = {key: rounded(values) for key, values in by_prompt.items()}
     return replace(row, metrics={**row.metrics, **metrics}, per_prompt={**row.per_prompt, **per_prompt})
@@ -79,12 +94,11 @@ def judge(study: Path, args: EvaluateArguments, names: list[str] | None = None) 
     if unknown := sorted(set(names or []) - {row.name for row in rows}):
         raise ValueError(f"`rows={unknown}` are not in {study / 'results.jsonl'}, which has {[r.name for r in rows]}")
     rows = [row for row in rows if names is None or row.name in names]
-    held_out, judges = held_out_prompts(args), Judges.load(args, {})
-    codec = SpectralCodec.from_pretrained(str(args.codec))
+    held_out, judges, decode = held_out_prompts(args), Judges.load(args, {}), decoder(args)
     with tempfile.TemporaryDirectory() as folder, tarfile.open(study / "tokens.tar.xz") as archive:
         archive.extractall(folder, filter="data")
         files = {row.name: tokens_of(row, Path(folder)) for row in rows}
-        done = [judged(row, files[row.name], held_out, judges, codec) for row in tqdm(rows, unit="row")]
+        done = [judged(row, files[row.name], held_out, judges, decode) for row in tqdm(rows, unit="row")]
     return with_quality(done, args.omega)
 
 

@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from recipes import judge_tokens
+from trl_drcd.evaluation.arguments import EvaluateArguments
 from trl_drcd.evaluation.results import read_results
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +59,13 @@ def test_another_embedder_measures_its_own_diversity(study, monkeypatch):
     )
     assert row.per_prompt["diversity"] == pytest.approx(before.per_prompt["diversity_second"][:PROMPTS], abs=2e-5)
     assert row.per_prompt["adherence"] == pytest.approx(before.per_prompt["adherence"][:PROMPTS], abs=2e-5)
+
+
+def test_texts_are_decoded_by_the_tokenizer(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    decode = judge_tokens.decoder(EvaluateArguments(str(tmp_path), "unused"))
+    ids = tokenizer("slow harp")["input_ids"]
+    assert decode([ids, [*ids, tokenizer.eos_token_id]]) == ["slow harp", "slow harp"]
 
 
 def test_rows_and_tokens_that_are_missing_are_named(study, monkeypatch, tmp_path):
