@@ -32,6 +32,9 @@ def line(strategy, adherence, diversity, entropy=1.0, preference=None, point=Non
     return Result.from_json(given | {"metrics": metrics, "per_prompt": {k: v.tolist() for k, v in values.items()}})
 
 
+ALL = "quality + beta 5 + diversity"
+
+
 def world(bulge=0.0, quality_model=0.5):
     """Every role that a claim asks for; along lambda quality rises above the straight line by `bulge`."""
     lines = [line("base", 0.3, 0.5, 2.0), line("trained", 0.3, 0.35, weights=[1.0], diversity_coef=5, point="beta 5")]
@@ -43,7 +46,7 @@ def world(bulge=0.0, quality_model=0.5):
         adherence = (1 - at) * quality_model + at * 0.4 + (bulge if at == 0.5 else 0)
         weights = {"weights": [1 - at, at], "interpolation_weight": at, "model": "quality + diversity"}
         lines.append(line("LERP", adherence, 0.29 + at * 0.31, point=f"LERP {at}", **weights))
-    return [*lines, line("uniform", 0.6, 0.4, weights=[1 / 3] * 3)]
+    return [*lines, line("uniform", 0.6, 0.4, weights=[1 / 3] * 3, model=ALL)]
 
 
 def test_quality_is_made_of_its_parts():
@@ -123,6 +126,14 @@ def test_the_merged_models_are_those_of_the_trained_ends():
     first = Evidence(pooled([*other, *lines]), "adherence", "diversity")
     assert [p.name for p in first.lerp] == ["LERP 0.0", "LERP 0.5", "LERP 1.0"]
     assert {p.strategy for p in first.pairs} == {"LERP"}
+
+
+def test_the_mean_of_the_seeds_of_one_end_is_no_average_of_all():
+    mean = line("mean of quality", 0.6, 0.2, weights=[1 / 3] * 3, model="quality + quality_s1 + quality_s2")
+    found = Evidence(pooled([mean, *world()]), "adherence", "diversity")
+    assert found.uniform is not None and found.uniform.name == "uniform"
+    alone = [one for one in world() if one.name != "uniform"]
+    assert Evidence(pooled([mean, *alone]), "adherence", "diversity").uniform is None
 
 
 def test_guidance_with_early_steps_is_no_part_of_the_curve_of_guidance():

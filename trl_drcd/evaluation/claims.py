@@ -74,7 +74,9 @@ class Evidence(Comparison):
         names = {p.model for _, p in trained}
         pairs = [point for group in sweeps if set(group[0].model.split(" + ")) <= names for point in group]
         self.pairs = pairs or self.lerp
-        self.uniform = next((p for p in points if len(p.weights) > 2 and len(set(p.weights)) == 1), None)
+        uniform = [p for p in points if len(p.weights) > 2 and len(set(p.weights)) == 1]
+        both = {p.model for p in (self.quality, self.diversity) if p}  # the mean of one end's seeds is none of all
+        self.uniform = next((p for p in uniform if both <= set(p.model.split(" + "))), None)
 
     def front(self, points: Sequence[Point]) -> np.ndarray:
         """Diversity and quality of points, `(n, replicates, 2)`."""
