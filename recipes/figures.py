@@ -12,6 +12,7 @@ figure whose rows or metrics are missing is left out. Fig. 5, and the middle of 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,8 @@ def write(results: Path, training: Path | None, folder: Path, quality: str) -> N
     """Write the figures of an evaluation and `README.md`, a page of them."""
     of_training = pooled(_read(training)) if training else []
     figures = draw(pooled(_read(results)), of_training, quality)
-    parts = [f"# Figures\n\nFrom `{results}`{f' and `{training}`' if training else ''}; 95 % intervals."]
+    files = " and ".join(f"`{os.path.relpath(file)}`" for file in (results, training) if file)
+    parts = [f"# Figures\n\nFrom {files}; 95 % intervals."]
     for number, figure in figures.items():
         save(figure, folder / f"figure_{number}")
         name = f"Fig. {number.replace('_', ', ')}"

@@ -321,18 +321,18 @@ def critic_advantages(
         wanted = f"(B, M, F), of {shape}" if critic.hidden_states else "None"
         raise ValueError(f"this critic needs `means` {wanted}, got {None if means is None else tuple(means.shape)}")
     cosines = unit @ unit.mT
-    plain = plain_reward(cosines, kernel)  # (P, G, 1)
+    expected = plain_reward(cosines, kernel)  # (P, G, 1)
     vectors = [_unit_prefixes(prefixes, reached, unit)]
     if means is not None:
         vectors.append(critic.told(means.unflatten(0, unit.shape[:2]), unit.shape[2]))
 
     def predicted(vectors: torch.Tensor) -> torch.Tensor:
-        """The reward that prefixes with these embeddings `(P, G, M, D)` foretell, less `plain`, `(B, M)`."""
+        """The reward that prefixes with these embeddings `(P, G, M, D)` foretell, less `expected`, `(B, M)`."""
         raw = torch.einsum("pjmd,pid->pjmi", vectors, unit)
-        return (diversity_shares(cosines, predicted_cosines(raw, cosines), kernel) - plain).flatten(0, 1)
+        return (diversity_shares(cosines, predicted_cosines(raw, cosines), kernel) - expected).flatten(0, 1)
 
     predictions = torch.stack([predicted(each) for each in vectors], -1)  # (B, M, ways)
-    rewards, plain = diversity_shares(cosines, kernel=kernel).flatten(), plain.flatten(0, 1)
+    rewards, plain = diversity_shares(cosines, kernel=kernel).flatten(), expected.flatten(0, 1)
     values = torch.cat([plain, plain + (predictions * critic.factors().T.to(plain)).sum(-1)], dim=1)
     mask = torch.cat([torch.ones_like(reached[:, :1]), reached], dim=1)
 
