@@ -1,4 +1,4 @@
-"""Cosines of LoRA updates, against the dense products."""
+"""Cosines of updates, against the dense products."""
 
 import pytest
 import torch
@@ -41,3 +41,26 @@ def test_one_adapter_is_not_enough_and_the_table_has_all(tokenizer, tmp_path, ca
     update_cosines.main([str(tmp_path / "a"), str(tmp_path / "b")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| | a | b | norm |" and lines[2].startswith("| a | 1.00 |")
+
+
+def test_whole_models_differ_from_their_base(tokenizer, tmp_path):
+    """As LoRA's, written into the base: the same cosines and norms."""
+    base = make_model(tokenizer)
+    base.save_pretrained(tmp_path / "base")
+    before, deltas = {name: p.detach().double() for name, p in base.named_parameters()}, []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = make_model(tokenizer)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(before[name] + 0.01 * torch.randn_like(parameter))
+        model.save_pretrained(tmp_path / str(seed))
+        deltas.append(torch.cat([(p.detach().double() - before[n]).flatten() for n, p in model.named_parameters()]))
+    cosines, norms = update_cosines.model_update_cosines([tmp_path / str(n) for n in range(3)], tmp_path / "base")
+    unit = torch.stack(deltas) / torch.stack(deltas).norm(dim=1, keepdim=True)
+    torch.testing.assert_close(cosines, unit @ unit.T, rtol=0, atol=1e-5)
+    torch.testing.assert_close(norms, torch.stack(deltas).norm(dim=1), rtol=1e-5, atol=0)
+    with pytest.raises(SystemExit, match="different tensors|different shapes"):
+        other = make_model(tokenizer, num_hidden_layers=1)
+        other.save_pretrained(tmp_path / "other")
+        update_cosines.main([str(tmp_path / "0"), str(tmp_path / "other"), "--base", str(tmp_path / "base")])
