@@ -272,7 +272,9 @@ def test_means_of_hidden_states_by_hand():
     found = hidden_means(both, mask, [2, 4])
     expected = torch.tensor([[[1.0, 11], [2, 12]], [[1, 11], [1, 11]]])
     torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(hidden_means(both[:, :, None].repeat(1, 1, 3, 1), mask, [2, 4]), expected)
+    of_codebooks = torch.stack([both, both + 5, both + 7], 2)  # the later ones may have read codes of their own step
+    torch.testing.assert_close(hidden_means(of_codebooks, mask, [2, 4]), expected)
+    assert not hidden_means(both[1:], torch.zeros(1, 6, dtype=torch.bool), [2, 4]).any()
     wide = torch.randn(3, 6, 1000)
     small = hidden_means(wide, mask[:1].expand(3, -1), [2, 4], size=400)
     assert small.shape == (3, 2, 400) and torch.equal(small, hidden_means(wide, mask[:1].expand(3, -1), [2, 4], 400))
@@ -433,3 +435,25 @@ def test_what_cannot_be_right_is_refused():
     for name, value in [("num_prefixes", 0), ("forget", 1.5), ("prior", 0.0)]:
         with pytest.raises(ValueError, match=f"`{name}` must be"):
             PrefixCritic(**({"num_prefixes": 2} | {name: value}))
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.0, 0.15), (0.25, 0.32), (0.5, 0.48)])
+def test_a_completion_of_which_nothing_was_read_teaches_nothing(share, most):
+    """
+    `mask_truncated_completions` hides whole rows from the teacher, whose states of them are zeros. Of those that were
+    read the critic still leaves only a part of the squared advantages.
+    """
+    torch.manual_seed(0)
+    direction, size, steps = torch.randn(6, 16, dtype=torch.float64), 4, 3
+    critic, left, plain = PrefixCritic(steps, hidden_states=True), 0.0, 0.0
+    for rollout in range(60):
+        states = torch.randn(32, 1, 6, dtype=torch.float64)
+        embeddings = states[:, 0] @ direction + 0.1 * torch.randn(32, 16, dtype=torch.float64)
+        read = torch.rand(32) >= share
+        means = (3 + states).expand(-1, steps, -1) * read[:, None, None]
+        prefixes, reached = torch.randn(32, steps, 16), torch.ones(32, steps, dtype=torch.bool)
+        found = critic_advantages(critic, prefixes, reached, embeddings, size, 1.0, "pairs", True, means)
+        if rollout >= 40:
+            left += found.advantages[read, 2].square().sum()
+            plain += diversity_advantages(embeddings, size)[read].square().sum()
+    assert left / plain < most

@@ -77,8 +77,8 @@ class CFGDistillDiversityConfig(RLOOConfig):
             cost as many embeddings per completion. `gae_lambda` applies per prefix.
         diversity_hidden_states (`bool`, *optional*, defaults to `False`):
             Whether the critic also reads the teacher's hidden states, which know more of what is to come than the
-            embedding of a prefix; they are computed anyway. The signal-to-noise ratio of the diversity's gradient is
-            higher, and its bias smaller (docs/gradient.md).
+            embedding of a prefix; they are computed anyway. On the shipped music model the diversity's gradient had a
+            higher signal-to-noise ratio with them (docs/gradient.md).
         diversity_kernel (`str`, *optional*, defaults to `"pairs"`):
             Measure of diversity. `"pairs"` is the mean cosine distance of Eq. (3); `"logdet"` and `"vendi"` reward the
             volume spanned by the completions of a prompt ([`~trl_drcd.kernels.diversity_shares`]).
@@ -156,7 +156,7 @@ class CFGDistillDiversityConfig(RLOOConfig):
     )
     diversity_prefixes: int = field(default=9, metadata={"help": "Prefixes of a completion that the critic embeds."})
     diversity_hidden_states: bool = field(
-        default=False, metadata={"help": "The critic also reads the teacher's hidden states: less noise and bias."}
+        default=False, metadata={"help": "The critic also reads the teacher's hidden states: more signal."}
     )
     diversity_kernel: str = field(
         default="pairs", metadata={"help": "Measure of diversity: pairs (mean distance), logdet or vendi (volume)."}

@@ -97,11 +97,11 @@ def per_code(advantages: torch.Tensor, steps: Sequence[int], mask: torch.Tensor)
     """
     The advantage of each code: that of the block containing the step at which it is drawn.
 
-    A step draws its `K` codes together, given the previous steps, so that `log p(step) = sum_k log p(code_k | previous
-    steps)`: one action with one advantage. With delayed codebooks, the codes of one frame are drawn at K different
-    steps. Using the value before the *frame* would also be unbiased, but that value is based on a shorter prefix.
-    Using the value after the other codes of the frame would be biased: for the first codebooks, it depends on codes
-    drawn later. Credit is therefore assigned by step, for any layout of the frames.
+    The `K` codes of a step, drawn together or one after another, are one action with one advantage: `log p(step)` is
+    the sum of their log-probabilities, given the previous steps. With delayed codebooks, the codes of one frame are
+    drawn at K different steps. Using the value before the *frame* would also be unbiased, but that value is based on a
+    shorter prefix. Using the value after the other codes of the frame would be biased: for the first codebooks, it
+    depends on codes drawn later. Credit is therefore assigned by step, for any layout of the frames.
 
     Args:
         advantages (`torch.Tensor`): Advantages of the blocks, shape `(B, M + 1)`.

@@ -44,8 +44,8 @@ def prefix_steps(max_steps: int, num_prefixes: int, least: int = 1) -> list[int]
     Args:
         max_steps (`int`): Longest completion.
         num_prefixes (`int`): `M`, at least 1.
-        least (`int`, *optional*, defaults to 1): Steps that the shortest prefix must have; with `K` delayed codebooks
-            `K`, for fewer steps hold no whole frame.
+        least (`int`, *optional*, defaults to 1): Steps that the shortest prefix must have: those of the first whole
+            frame, with delayed codebooks.
 
     Returns:
         `list[int]`: At most `num_prefixes` different lengths from `least` to `max_steps - 1`, rising.
@@ -107,16 +107,17 @@ def hidden_means(hidden: torch.Tensor, mask: torch.Tensor, steps: Sequence[int],
 
     Args:
         hidden (`torch.Tensor`): Of the teacher, which at each step has read the steps before; shape `(b, S, H)`, or
-            `(b, S, K, H)` for codebooks with states of their own, whose mean is taken.
+            `(b, S, K, H)` for codebooks with states of their own, of which the first is taken: the others may have
+            read codes of their own step.
         mask (`torch.Tensor`): True for the steps of a completion, bool `(b, S)`.
         steps (`Sequence[int]`): The `M` lengths of [`prefix_steps`].
         size (`int`, *optional*, defaults to 256): Larger states are projected to this size by fixed random signs.
 
     Returns:
         `torch.Tensor`: Float32 `(b, M, min(H, size))`. Of a completion that is shorter than a prefix, the mean over
-        all of it; values that are not finite count as 0.
+        all of it, and zeros where it has no step; values that are not finite count as 0.
     """
-    hidden, count = (hidden.mean(2) if hidden.ndim == 4 else hidden), mask.long().cumsum(1)
+    hidden, count = (hidden[:, :, 0] if hidden.ndim == 4 else hidden), mask.long().cumsum(1)
     total, means, start = hidden.new_zeros(len(hidden), hidden.shape[-1], dtype=torch.float32), [], 0
     for step in steps:
         end = min(step, hidden.shape[1] - 1) + 1  # the state before the first step of the next block
@@ -297,7 +298,9 @@ def critic_advantages(
         gae_lambda (`float`): In [0, 1], per block.
         kernel (`str`): As in [`~trl_drcd.kernels.diversity_shares`].
         fit (`bool`): False in evaluation.
-        means (`torch.Tensor`, *optional*): Of [`hidden_means`], `(B, M, F)`; for a critic that reads hidden states.
+        means (`torch.Tensor`, *optional*): Of [`hidden_means`], `(B, M, F)`; for a critic that reads hidden states. A
+            completion of which nothing was read, all zeros, takes the mean of its group, and the critic does not
+            learn from it.
 
     Returns:
         `CriticOutput`: Advantages `(B, M + 1)`, and metrics: `critic/r2_q1` to `_q4`, the part of the rewards'
@@ -320,6 +323,10 @@ def critic_advantages(
     if critic.hidden_states is (means is None) or (means is not None and tuple(means.shape[:2]) != shape):
         wanted = f"(B, M, F), of {shape}" if critic.hidden_states else "None"
         raise ValueError(f"this critic needs `means` {wanted}, got {None if means is None else tuple(means.shape)}")
+    learns = reached
+    if means is not None:
+        means, read = _filled(means, num_generations)
+        learns = reached & read[:, None]
     cosines = unit @ unit.mT
     expected = plain_reward(cosines, kernel)  # (P, G, 1)
     vectors = [_unit_prefixes(prefixes, reached, unit)]
@@ -353,8 +360,16 @@ def critic_advantages(
         learnt = (
             [None, None] if means is None else [_less_others(x, num_generations) for x in (means, unit.flatten(0, 1))]
         )
-        critic.fit(of_prefix, outcomes[:, 1:], reached, *learnt)
+        critic.fit(of_prefix, outcomes[:, 1:], learns, *learnt)
     return CriticOutput(advantages.to(dtype), metrics)
+
+
+def _filled(means: torch.Tensor, num_generations: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means `(B, M, F)`, all zeros replaced by the mean of the group's others, and which were not, bool `(B,)`."""
+    read = means.flatten(1).any(1)
+    groups, weight = means.unflatten(0, (-1, num_generations)), read.view(-1, num_generations, 1, 1).to(means)
+    level = (groups * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(weight > 0, groups, level).flatten(0, 1), read
 
 
 def _less_others(values: torch.Tensor, num_generations: int) -> torch.Tensor:

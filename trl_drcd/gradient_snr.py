@@ -37,22 +37,23 @@ def sketch(tensors: Sequence[torch.Tensor], size: int = 2**14, seed: int = 0) ->
     return total
 
 
-def signal_and_noise(sketches: torch.Tensor, squares: torch.Tensor) -> tuple[float, float]:
+def signal_and_noise(sketches: torch.Tensor, squares: torch.Tensor, rollouts: torch.Tensor) -> tuple[float, float]:
     """
     Squared norm of the mean gradient, and trace of its covariance.
 
-    `signal = mean over a != b of g_a . g_b` and `noise = mean |g_a|^2 - signal`. Both estimates are unbiased; a small
-    signal may have a negative estimate.
+    `signal = mean over a, b of different rollouts of g_a . g_b` and `noise = mean |g_a|^2 - signal`. Both estimates
+    are unbiased; a small signal may have a negative estimate.
 
     Args:
-        sketches (`torch.Tensor`): Sketches of gradients of different samples, shape `(N, size)`, N at least 2.
+        sketches (`torch.Tensor`): Sketches of gradients, shape `(N, size)`.
         squares (`torch.Tensor`): Squared norm of each gradient, shape `(N,)`.
+        rollouts (`torch.Tensor`): Number of the rollout that each gradient is of, `(N,)`; at least two different ones.
 
     Returns:
         `tuple[float, float]`: Signal and noise, in squared units of the gradient.
     """
-    count, sketches = len(sketches), sketches.double()
-    signal = (sketches.sum(0).square().sum() - sketches.square().sum()) / (count * (count - 1))
+    sketches, others = sketches.double(), rollouts[:, None] != rollouts
+    signal = (sketches @ sketches.T)[others].mean()
     return float(signal), float(squares.double().mean() - signal)
 
 
@@ -73,13 +74,15 @@ class GradientSNR:
         self.window, self.size = window, size
         self._sketches = torch.zeros(0, size)
         self._squares = torch.zeros(0, dtype=torch.float64)
+        self._rollouts = torch.zeros(0, dtype=torch.long)
 
-    def add(self, gradient: Sequence[torch.Tensor], scale: float = 1.0) -> None:
+    def add(self, gradient: Sequence[torch.Tensor], rollout: int, scale: float = 1.0) -> None:
         """
         Add the gradient of an update; ignored if it is not finite or `scale` is not above 0.
 
         Args:
             gradient (`Sequence[torch.Tensor]`): Gradient of all parameters, averaged over all processes.
+            rollout (`int`): Number of the rollout that it is of; updates that share one share its noise.
             scale (`float`, *optional*, defaults to 1.0): Divides the gradient: the term's coefficient, which changes
                 during training.
         """
@@ -90,18 +93,11 @@ class GradientSNR:
         if torch.isfinite(short).all():
             self._sketches = torch.cat([self._sketches, short])[-self.window :]
             self._squares = torch.cat([self._squares, torch.tensor([square], dtype=torch.float64)])[-self.window :]
+            self._rollouts = torch.cat([self._rollouts, torch.tensor([rollout])])[-self.window :]
 
     def value(self) -> float | None:
-        """The ratio (no unit); `None` with fewer than two gradients, or if the noise is not above 0."""
-        if len(self._sketches) < 2:
+        """The ratio (no unit); `None` with gradients of fewer than two rollouts, or if the noise is not above 0."""
+        if len(self._rollouts.unique()) < 2:
             return None
-        signal, noise = signal_and_noise(self._sketches, self._squares)
+        signal, noise = signal_and_noise(self._sketches, self._squares, self._rollouts)
         return signal / noise if noise > 0 else None
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The state to store in a checkpoint, so that a resumed run logs the same values."""
-        return {"sketches": self._sketches, "squares": self._squares}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore the state from a checkpoint."""
-        self._sketches, self._squares = state["sketches"], state["squares"]

@@ -31,7 +31,8 @@ class TermGradients:
     updates is [`~trl_drcd.gradient_snr.GradientSNR`].
 
     Args:
-        accelerator (`Accelerator`): Of the launch. Where it shards gradients, nothing is measured.
+        accelerator (`Accelerator`): Of the launch. Where it shards gradients, or scales them as `fp16` does, nothing
+            is measured.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -40,9 +41,13 @@ class TermGradients:
         self._parts: dict[str, _SummedGradient] = {}
         self._apart = False
 
+    @property
+    def _measurable(self) -> bool:
+        return not is_sharded(self.accelerator) and self.accelerator.scaler is None
+
     def needed(self, names: Iterable[str], logged: bool, apart: bool) -> list[str]:
         """Names of the terms whose gradients this forward has to take one by one."""
-        if logged and not is_sharded(self.accelerator):
+        if logged and self._measurable:
             return list(names)
         return ["diversity"] if apart else []
 
@@ -71,7 +76,7 @@ class TermGradients:
         """Start the next update."""
         self._parts, self._apart = {}, False
 
-    def measure(self, model: nn.Module, diversity_coef: float) -> dict[str, float]:
+    def measure(self, model: nn.Module, diversity_coef: float, rollout: int) -> dict[str, float]:
         """
         Compute the norms of the terms' gradients of the update, before clipping.
 
@@ -80,17 +85,18 @@ class TermGradients:
         Args:
             model (`nn.Module`): The student, with the gradient of the sum in `grad`.
             diversity_coef (`float`): Divides the diversity gradient, so that different updates can be compared.
+            rollout (`int`): Number of the rollout that the update is of.
 
         Returns:
             `dict[str, float]`: `grad_norm/...` for each term, and `snr/diversity` (no unit) once it is defined; empty
-            if the update was skipped or gradients are sharded.
+            if the update was skipped, or nothing is measured.
         """
         parts = self._parts
         if not self._apart:
             self.clear()
         parameters = _trained(model)
         skipped = all(parameter.grad is None for parameter in parameters)
-        if skipped or is_sharded(self.accelerator):
+        if skipped or not self._measurable:
             return {}
         rest = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         norms = {"grad_norm/diversity": 0.0}
@@ -100,7 +106,7 @@ class TermGradients:
             if not (self._apart and name == "diversity"):
                 rest = [a - b for a, b in zip(rest, mean, strict=True)]
             if name == "diversity":
-                self.snr.add(mean, diversity_coef)
+                self.snr.add(mean, rollout, diversity_coef)
         ratio = self.snr.value()
         return {"grad_norm/distillation": _norm(rest)} | norms | ({} if ratio is None else {"snr/diversity": ratio})
 

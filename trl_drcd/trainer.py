@@ -171,7 +171,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             decode = partial(self._tokenizer.batch_decode, skip_special_tokens=True)
             self._diversity = DiversityTerm(reward, decode, args, self.policy, self.accelerator)
         other = None if teacher is None else load_teacher(teacher, student, self.policy)
-        identity = run_identity(args, student, self.train_dataset, other)
+        identity = run_identity(args, student, self.train_dataset, other, embedder)
         self._other_teacher = None if other is None else base_of(other)
         taught_by = separate_teacher(student, other, self.accelerator, self.policy.frozen)
         self.teacher = GuidedTeacher(self.policy, taught_by, args.guidance_scale, self.accelerator, args.early)
@@ -247,11 +247,13 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             )
             states = self.teacher.read(self.model_wrapped, output, negative, self._batch_size, own)
             output |= self.teacher.stored(states, self.model_wrapped)
+            hidden = states.cond
+            del states  # those without the prompt, which nothing reads any more
         if mode == "train" and self._updates_per_rollout > 1:
             output["old_log_probs"] = self.joint_objective.old_log_probs(self.model_wrapped, output, self._batch_size)
         if self._diversity is not None:
             with self._stopwatch.timed("reward"):
-                scored = self._diversity.score(inputs, output, mode, states.cond)
+                scored = self._diversity.score(inputs, output, mode, hidden)
             self._step_log.diversity(mode, scored)
             output["diversity_advantages"] = scored.advantages.to(output["advantages"])
         completions = output["completion_ids"], output["completion_mask"]
@@ -321,7 +323,10 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             self._step += 1  # TRL's count of forwards
             loss = torch.zeros((), device=self.args.device)
         if self._step % self.current_gradient_accumulation_steps == 0:
-            norms = self._gradients.measure(self.model, self._diversity_coef) if self._is_logging_step() else {}
+            norms = {}
+            if self._is_logging_step():
+                rollout = (self._step - 1) // (self.args.steps_per_generation * self.num_iterations)
+                norms = self._gradients.measure(self.model, self._diversity_coef, rollout)
             self._step_log.add("train", norms | self._stopwatch.lap())
         return loss
 

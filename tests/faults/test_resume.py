@@ -11,12 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 from worlds import PROMPTS, make_trainer, model, weights
 
+from trl_drcd.mixture import EmbedderMixture
 from trl_drcd.reliability.checkpoints import MANIFEST, STAGING, checkpoints, commit, why_incomplete
 from trl_drcd.reliability.identity import run_identity
 from trl_drcd.reliability.sampler import EpochSampler
@@ -198,6 +200,35 @@ def test_a_row_in_the_middle_and_the_scale_of_an_adapter_are_compared():
     assert {name for name, value in identity(alpha=16).items() if value != first[name]} == {"adapter"}
     changed = identity(prompts=("x",) * 1000 + ("y",) + ("x",) * 999)
     assert {name for name, value in changed.items() if value != first[name]} == {"train_dataset"}
+
+
+def test_another_embedder_is_another_run():
+    """A network by its weights, also inside a mixture or an encoder; a function by its name."""
+
+    def network(seed):
+        torch.manual_seed(seed)
+        return torch.nn.Linear(2, 2)
+
+    def identity(embedder):
+        return run_identity(SimpleNamespace(), model(25), Dataset.from_dict({"prompt": ["x"]}), embedder=embedder)
+
+    def mixture(seed, **weights):
+        return EmbedderMixture({"a": network(seed), "b": len}, weights)
+
+    same = [(network(0), network(0)), (len, len), (mixture(0), mixture(0))]
+    other = [
+        (network(0), network(1)),
+        (len, max),
+        (len, None),
+        (mixture(0), mixture(1)),
+        (mixture(0), mixture(0, a=2)),
+    ]
+    other += [(SimpleNamespace(model=network(0)), SimpleNamespace(model=network(1)))]
+    for one, two in same:
+        assert identity(one) == identity(two)
+    for one, two in other:
+        first, second = identity(one), identity(two)
+        assert {name for name in first if first[name] != second[name]} == {"embedder"}
 
 
 def test_two_trainings_do_not_share_a_folder(tmp_path):

@@ -37,6 +37,8 @@ class PolicyContract:
 
     steps = 8
     """S of the completions."""
+    longest_delay = 0
+    """Of the codebooks, steps."""
     lora_targets = ["q_proj", "v_proj"]
     """Linear layers that may have an adapter."""
 
@@ -137,6 +139,28 @@ class PolicyContract:
             model.train(training)
             found, _ = self.scored(policy, model, completions)
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
+
+    def test_hidden_states_know_the_past_alone(self, policy, model):
+        """From a step on with other codes, those before stay, and with them the first codebook's of that step."""
+        rows = sorted(map(torch.tensor, self.drawn(policy, model).completions()), key=len, reverse=True)
+        step, one = 1, rows[0]
+        start = step * policy.num_codebooks
+        other = next(row for row in rows[1:] if not torch.equal(row[start:][:1], one[start:][:1]))
+        end = min(len(one), len(other)) // policy.num_codebooks * policy.num_codebooks
+        assert end > start + policy.num_codebooks
+        changed = torch.cat([one[:start], other[start:end]])
+        prompt = torch.tensor([self.prompts(policy)[0][0]])
+        hidden = [
+            policy.hidden_states(model, prompt, torch.ones_like(prompt), ids[None, :end], torch.ones(1, end).long())
+            for ids in (one, changed)
+        ]
+        first = [states if states.ndim == 3 else states[:, :, 0] for states in hidden]
+        torch.testing.assert_close(first[0][:, : step + 1], first[1][:, : step + 1], rtol=0, atol=1e-8)
+        torch.testing.assert_close(hidden[0][:, :step], hidden[1][:, :step], rtol=0, atol=1e-8)
+        assert not torch.allclose(first[0][:, step + 1 :], first[1][:, step + 1 :], atol=1e-4)
+
+    def test_the_first_whole_frame(self, policy):
+        assert policy.first_frame_steps == 1 + self.longest_delay
 
     def test_padding_changes_nothing(self, policy, model):
         completions = self.drawn(policy, model).completions()

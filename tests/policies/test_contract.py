@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from conftest import make_model, make_tokenizer
 from contract import PolicyContract
-from test_musicgen import make_musicgen, make_t5_tokenizer
+from test_musicgen import BOOKS, make_musicgen, make_t5_tokenizer
 from toy import ToyConfig, ToyModel
 
 from trl_drcd.policies import CausalLMPolicy, MusicgenPolicy, policy_class
@@ -22,6 +22,7 @@ class TestCausalLM(PolicyContract):
 
 class TestMusicgenMono(PolicyContract):
     steps = 9
+    longest_delay = BOOKS - 1
     lora_targets = LORA_TARGETS
     channels = 1
 

@@ -8,6 +8,7 @@ from trl_drcd.policies.dia import LORA_TARGETS
 
 class TestDia(PolicyContract):
     steps = TINY.steps
+    longest_delay = max(TINY.delays)
     lora_targets = LORA_TARGETS
 
     def make_tokenizer(self):

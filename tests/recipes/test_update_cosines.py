@@ -60,7 +60,7 @@ def test_whole_models_differ_from_their_base(tokenizer, tmp_path):
     unit = torch.stack(deltas) / torch.stack(deltas).norm(dim=1, keepdim=True)
     torch.testing.assert_close(cosines, unit @ unit.T, rtol=0, atol=1e-5)
     torch.testing.assert_close(norms, torch.stack(deltas).norm(dim=1), rtol=1e-5, atol=0)
-    with pytest.raises(SystemExit, match="different tensors|different shapes"):
+    with pytest.raises(SystemExit, match=r"different (tensors|shapes)"):
         other = make_model(tokenizer, num_hidden_layers=1)
         other.save_pretrained(tmp_path / "other")
         update_cosines.main([str(tmp_path / "0"), str(tmp_path / "other"), "--base", str(tmp_path / "base")])

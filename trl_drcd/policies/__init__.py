@@ -39,6 +39,8 @@ class Policy(Protocol):
     """Whether the model itself decodes completions to audio."""
     num_codebooks: int
     """K: number of ids per step."""
+    first_frame_steps: int
+    """Steps that hold the first whole frame: 1 more than the longest delay of a codebook; 1 for text."""
     in_trl: Any
     """A [`~trl_drcd.compat.trl_private.FamilyInTRL`]."""
     frozen: str | None
@@ -76,7 +78,11 @@ class Policy(Protocol):
         completion_ids: torch.Tensor,
         completion_mask: torch.Tensor,
     ) -> torch.Tensor:
-        """Last hidden states that predict each step, `(B, S, H)`; `(B, S, K, H)` if each codebook has its own."""
+        """
+        Last hidden states that predict each step, `(B, S, H)`; `(B, S, K, H)` if each codebook has its own.
+
+        They depend on no later step, and those of the first codebook not on the codes of their own step.
+        """
 
     def own_logits(self, model: Any, prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
         """Logits `(S, K, V)` of the model's own forward on one unpadded sequence; the model may be wrapped."""

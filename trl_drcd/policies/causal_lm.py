@@ -39,6 +39,7 @@ class CausalLMPolicy:
     rolls_out_with_trl = True
     has_own_codec = False
     num_codebooks = 1
+    first_frame_steps = 1
     in_trl = CausalLMInTRL
     frozen: str | None = None
 

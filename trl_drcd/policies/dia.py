@@ -72,6 +72,7 @@ class DiaPolicy:
         self.layout = DelayedLayout(
             config.delay_pattern, decoder.eos_token_id, decoder.pad_token_id, decoder.bos_token_id
         )
+        self.first_frame_steps = int(self.layout.delays.max()) + 1
 
     # ---------------------------------------------------------------- setting up
 

@@ -68,6 +68,7 @@ class MusicgenPolicy:
         self.tokenizer = tokenizer
         self.num_codebooks: int = config.decoder.num_codebooks
         self.channels: int = config.decoder.audio_channels
+        self.first_frame_steps = delays_of(self.num_codebooks, self.channels)[-1] + 1
         self.mask_id: int = config.decoder.vocab_size
 
     # ---------------------------------------------------------------- setting up

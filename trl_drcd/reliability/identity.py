@@ -8,6 +8,9 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
+from torch import nn
+
+from trl_drcd.mixture import EmbedderMixture
 
 # Arguments that must not change on resume; paths, logging, saving and lengths may
 SETTINGS = (
@@ -28,7 +31,9 @@ NOT_OF_THE_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "
 VALUES = 4  # number of values of each tensor of the base and of a separate teacher that are compared
 
 
-def run_identity(args: Any, model: Any, train_dataset: Any, teacher: Any = None) -> dict[str, str]:
+def run_identity(
+    args: Any, model: Any, train_dataset: Any, teacher: Any = None, embedder: Any = None
+) -> dict[str, str]:
     """
     The identity of a run, which a checkpoint must share with the run that resumes from it.
 
@@ -37,6 +42,7 @@ def run_identity(args: Any, model: Any, train_dataset: Any, teacher: Any = None)
         model (`PreTrainedModel`): The student, unwrapped.
         train_dataset (`Dataset` or `IterableDataset`): Training data; for a stream, only the columns are used.
         teacher (`PreTrainedModel`, *optional*): A teacher other than the initial model.
+        embedder (`Callable`, *optional*): Whose diversity is rewarded.
 
     Returns:
         `dict[str, str]`: Name to value.
@@ -48,6 +54,7 @@ def run_identity(args: Any, model: Any, train_dataset: Any, teacher: Any = None)
     if isinstance(model, PeftModel):
         values["adapter"] = _adapter(model)
     values["teacher"] = "the initial model" if teacher is None else f"{type(teacher).__name__} {_weights(teacher)}"
+    values["embedder"] = "none" if embedder is None else _embedder(embedder)
     if isinstance(train_dataset, Dataset):
         values["train_dataset"] = f"{len(train_dataset)} rows {_texts(train_dataset)}"
     else:
@@ -60,6 +67,16 @@ def _weights(model: Any) -> str:
     adapters = set(getattr(model, "peft_config", ()))
     own = [(n, p) for n, p in model.named_parameters() if not (p.is_meta or adapters & set(n.split(".")))]
     return _digest({name: p.detach().flatten()[:VALUES].tolist() for name, p in own})
+
+
+def _embedder(embedder: Any) -> str:
+    """Name of a function or class; of a network, or of what holds one as `model`, with a digest of its weights."""
+    if isinstance(embedder, EmbedderMixture):
+        parts = {name: [embedder.shares[name], _embedder(each)] for name, each in embedder.embedders.items()}
+        return f"a mixture of {', '.join(parts)} {_digest(parts)}"
+    name = getattr(embedder, "__qualname__", type(embedder).__qualname__)
+    network = embedder if isinstance(embedder, nn.Module) else getattr(embedder, "model", None)
+    return f"{name} {_weights(network)}" if isinstance(network, nn.Module) else str(name)
 
 
 def _adapter(model: PeftModel) -> str:
