@@ -487,7 +487,7 @@ def test_a_trained_folder_plays_without_guidance(tmp_path, lora):
         model=str(tmp_path / "base"),
         args=settings(
             tmp_path / "out", max_completion_length=shape.steps, max_steps=2, temperature=1.0, diversity_coef=5.0,
-            diversity_credit="critic", diversity_prefixes=2, learning_rate=1e-3,
+            diversity_credit="critic", diversity_prefixes=5, learning_rate=1e-3,
         ),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS * 4}),
         embedder=loudness,
