@@ -457,3 +457,8 @@ def test_a_completion_of_which_nothing_was_read_teaches_nothing(share, most):
             left += found.advantages[read, 2].square().sum()
             plain += diversity_advantages(embeddings, size)[read].square().sum()
     assert left / plain < most
+
+
+def test_an_embedder_whose_vectors_change_their_size_is_named():
+    with pytest.raises(ValueError, match=r"its vectors have shape \(2, 2\) instead of \(2, 5\)"):
+        embed_prefixes(lambda ids: torch.zeros(len(ids), len(ids[0])), [[1] * 5, [2] * 5], [2], 5)

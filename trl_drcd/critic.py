@@ -88,6 +88,9 @@ def embed_prefixes(
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Embeddings `(b, M, D)`, and where there are some, bool `(b, M)`: only of
         prefixes that are shorter than the completion.
+
+    Raises:
+        ValueError: If `embed` gives vectors of another shape.
     """
     lengths = [step * ids_per_step for step in steps]
     reached = torch.tensor([[len(ids) > length for length in lengths] for ids in completion_ids])
@@ -97,7 +100,10 @@ def embed_prefixes(
         rows = reached[:, m].nonzero().flatten().tolist()
         if rows:
             found = [completion_ids[row][:length] if drafts is None else drafts[m][row] for row in rows]
-            vectors[rows, m] = embed(found).to(vectors)
+            embedded = embed(found)
+            if tuple(embedded.shape) != (len(rows), size):
+                raise ValueError(f"its vectors have shape {tuple(embedded.shape)} instead of {(len(rows), size)}")
+            vectors[rows, m] = embedded.to(vectors)
     return vectors, reached
 
 

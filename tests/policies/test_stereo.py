@@ -86,7 +86,7 @@ def test_a_trained_folder_plays_both_channels(tokenizer, stereo, tmp_path):
 
     def embed(sounds):
         heard.extend(waveform.shape for waveform, _ in sounds)
-        return torch.stack([torch.cat([w[:16], torch.ones(1)]) for w, _ in sounds])
+        return torch.stack([torch.cat([w[:8], torch.ones(1)]) for w, _ in sounds])
 
     trainer = make_trainer(
         tmp_path, tokenizer, stereo, max_steps=1, diversity_coef=5.0, diversity_credit="critic", embedder=embed,
