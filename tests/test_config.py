@@ -145,8 +145,9 @@ def test_the_limit_of_the_diversitys_gradient_warms_up_with_its_coefficient(tmp_
         ({"max_grad_norm_diversity": 0.0}, r"`max_grad_norm_diversity` must be .* got 0.0"),
         ({"max_grad_norm_diversity": -1.0}, r"`max_grad_norm_diversity` must be .* got -1.0"),
         ({"max_grad_norm_diversity": 0.5, "fp16": True}, "does not work with the gradient scaler of `fp16=True`"),
+        ({"diversity_hidden_states": True, "diversity_credit": "sequence"}, "set `diversity_credit='critic'`"),
     ],
 )
-def test_limits_that_cannot_be_right_are_refused(tmp_path, given, message):
+def test_settings_that_cannot_be_right_are_refused(tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, diversity_coef=1.0, **given)

@@ -44,7 +44,9 @@ class MergeArguments:
     models: list[str] | None = field(
         default=None, metadata={"help": "Any number of models or adapters, in place of quality and diversity."}
     )
-    weights: list[float] | None = field(default=None, metadata={"help": "Their weights, which sum to 1."})
+    weights: list[float] | None = field(
+        default=None, metadata={"help": "Their weights, which sum to 1; equal ones by default."}
+    )
     dtype: str | None = field(
         default=None, metadata={"help": "Data type of the merged model, where the models differ in it."}
     )
@@ -62,20 +64,21 @@ class MergeArguments:
 
 def ends(arguments: MergeArguments) -> tuple[list[str], list[float]]:
     """
-    Models and weights, from `quality` and `diversity` or from `models` and `weights`.
+    Models and weights, from `quality` and `diversity` or from `models` and `weights`, by default equal ones.
 
     Raises:
-        ValueError: If neither pair is complete, or both are given.
+        ValueError: If neither is complete, or both are given.
     """
     from trl_drcd.merging.blend import check_weights, two_weights
 
     two = [model for model in (arguments.quality, arguments.diversity) if model]
     if arguments.models:
-        if two or not arguments.weights:
-            raise ValueError("`models` needs `weights`, one for each, and neither `quality` nor `diversity`")
-        return arguments.models, check_weights(arguments.weights, len(arguments.models))
+        if two:
+            raise ValueError("give `models`, with or without `weights`, or `quality` and `diversity`, not both")
+        count = len(arguments.models)
+        return arguments.models, check_weights(arguments.weights or [1 / count] * count, count)
     if len(two) != 2 or arguments.weights:
-        raise ValueError("give `quality` and `diversity`, with `interpolation_weight`; or `models` with `weights`")
+        raise ValueError("give `quality` and `diversity`, with `interpolation_weight`; or `models`, with `weights`")
     return two, two_weights(arguments.interpolation_weight)
 
 

@@ -145,9 +145,9 @@ def test_adapters_on_the_command_line(tmp_path, tokenizer, model, capsys):
         ([*ends, "--dtype", "float32"], "`dtype=float32` is for full checkpoints"),
         (
             ["--quality", "x"],
-            "give `quality` and `diversity`, with `interpolation_weight`; or `models` with `weights`",
+            "give `quality` and `diversity`, with `interpolation_weight`; or `models`, with `weights`",
         ),
-        ([*ends, "--models", "x", "--weights", "1"], "`models` needs `weights`, one for each, and neither"),
+        ([*ends, "--models", "x", "--weights", "1"], "give `models`, with or without `weights`, or"),
         (["--models", "x", "y", "--weights", "1", "1"], "sum to 1, got"),
         ([*ends, "--interpolation_weight", "2"], "`interpolation_weight` must lie between 0 and 1, got 2.0"),
     ):
@@ -164,6 +164,8 @@ def test_several_models_with_weights_and_a_yaml_file(tmp_path, monkeypatch):
     words = ["--models", *models, "--weights", "0.5", "0.25", "0.25", "--dtype", "float32", "--overwrite"]
     cli.main(["merge", *words, "--out", "m"])
     assert seen == {"args": (models, [0.5, 0.25, 0.25], "m", "float32", True), "verify": True}
+    cli.main(["merge", "--models", *models, "--out", "m"])
+    assert seen["args"] == (models, [1 / 3] * 3, "m", None, False)
     (tmp_path / "x.yaml").write_text(f"quality: {models[0]}\ndiversity: {models[1]}\ninterpolation_weight: 0.25\n")
     cli.main(["merge", "--config", str(tmp_path / "x.yaml"), "--out", "m"])
     assert seen["args"] == (models[:2], [0.75, 0.25], "m", None, False)

@@ -22,6 +22,8 @@ class Settings(Protocol):
     reward_weights: list[float] | None
     beta: float
     on_bad_batch: str
+    diversity_credit: str
+    diversity_hidden_states: bool
     gae_lambda: float
     max_grad_norm_diversity: float | None
     fp16: bool
@@ -152,6 +154,11 @@ def _check_reward(args: Settings) -> None:
     for name, choices in CHOICES.items():
         if (value := getattr(args, name)) not in choices:
             raise ValueError(f"`{name}` must be {' or '.join(map(repr, choices))}, got {value!r}")
+    if args.diversity_hidden_states and args.diversity_credit == "sequence":
+        raise ValueError(
+            "`diversity_hidden_states=True` is read by the critic, which `diversity_credit='sequence'` has not; set "
+            "`diversity_credit='critic'`"
+        )
     if not args.gae_lambda <= 1:
         raise ValueError(f"`gae_lambda` must be between 0 and 1, got {args.gae_lambda}")
     if args.max_grad_norm_diversity is not None and args.fp16:
