@@ -462,3 +462,24 @@ def test_a_completion_of_which_nothing_was_read_teaches_nothing(share, most):
 def test_an_embedder_whose_vectors_change_their_size_is_named():
     with pytest.raises(ValueError, match=r"its vectors have shape \(2, 2\) instead of \(2, 5\)"):
         embed_prefixes(lambda ids: torch.zeros(len(ids), len(ids[0])), [[1] * 5, [2] * 5], [2], 5)
+
+
+def test_a_hidden_state_that_is_far_larger_than_the_others_does_not_drown_them():
+    torch.manual_seed(0)
+    direction = torch.randn(6, 16, dtype=torch.float64)
+
+    def r2(scale):
+        critic = PrefixCritic(1, hidden_states=True)
+        for _ in range(30):
+            states = torch.randn(32, 1, 6, dtype=torch.float64)
+            embeddings = states[:, 0, 1:] @ direction[1:] + 0.1 * torch.randn(32, 16, dtype=torch.float64)
+            states[..., 0] *= scale  # says nothing
+            found = critic_advantages(
+                critic, torch.randn(32, 1, 16), torch.ones(32, 1, dtype=torch.bool), embeddings, 4, means=states
+            )
+        return found.metrics["critic/r2_q3"]
+
+    torch.manual_seed(1)
+    expected = r2(1.0)
+    torch.manual_seed(1)
+    assert r2(100.0) == pytest.approx(expected, abs=0.02) and expected > 0.5

@@ -201,9 +201,10 @@ class PrefixCritic:
                 f"the critic has learnt from hidden states and embeddings of sizes {tuple(self.cross.shape[1:])}, "
                 f"these have {(means.shape[-1], size)}"
             )
-        scale = self.gram.diagonal(dim1=1, dim2=2).mean(1) / self.rows.clamp(min=1)
-        prior = self.PRIOR_RIDGE * self.bin_of.bincount() * scale + 1e-30
-        ridge = self.gram + torch.diag_embed(prior[:, None].expand(self.gram.shape[:2]))
+        # The prior in units of each feature: a few of a language model's hidden states are far larger than the others
+        scale = self.gram.diagonal(dim1=1, dim2=2) / self.rows.clamp(min=1)[:, None]
+        prior = self.PRIOR_RIDGE * self.bin_of.bincount()[:, None] * scale + 1e-30
+        ridge = self.gram + torch.diag_embed(prior)
         weights = torch.linalg.solve(ridge, self.cross)[self.bin_of]
         return torch.einsum("...mf,mfd->...md", means.double(), weights.to(means.device))
 
