@@ -76,7 +76,8 @@ def ends(arguments: MergeArguments) -> tuple[list[str], list[float]]:
         if two:
             raise ValueError("give `models`, with or without `weights`, or `quality` and `diversity`, not both")
         count = len(arguments.models)
-        return arguments.models, check_weights(arguments.weights or [1 / count] * count, count)
+        weights = [1 / count] * count if arguments.weights is None else arguments.weights
+        return arguments.models, check_weights(weights, count)
     if len(two) != 2 or arguments.weights:
         raise ValueError("give `quality` and `diversity`, with `interpolation_weight`; or `models`, with `weights`")
     return two, two_weights(arguments.interpolation_weight)

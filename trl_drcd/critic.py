@@ -372,7 +372,7 @@ def critic_advantages(
 
 
 def _filled(means: torch.Tensor, num_generations: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means `(B, M, F)`, all zeros replaced by the mean of the group's others, and which were not, bool `(B,)`."""
+    """Means `(B, M, F)` with the mean of the group's others in place of all zeros, and which are their own, `(B,)`."""
     read = means.flatten(1).any(1)
     groups, weight = means.unflatten(0, (-1, num_generations)), read.view(-1, num_generations, 1, 1).to(means)
     level = (groups * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
