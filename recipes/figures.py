@@ -25,7 +25,7 @@ from trl_drcd.validation.messages import one_line_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {
-    "music": ("results/music/means/results.jsonl", None),
+    "music": ("results/music/means/results.jsonl", "results/music/trajectories/results.jsonl"),
     "text": ("results/text/study/results.jsonl", None),
 }
 """Of each world: the evaluation, and that of the checkpoints of trainings."""
