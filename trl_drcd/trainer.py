@@ -248,7 +248,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             states = self.teacher.read(self.model_wrapped, output, negative, self._batch_size, own)
             output |= self.teacher.stored(states, self.model_wrapped)
             hidden = states.cond
-            del states  # those without the prompt, which nothing reads any more
+            del states  # what is not stored, the largest part of a rollout, lives no longer
         if mode == "train" and self._updates_per_rollout > 1:
             output["old_log_probs"] = self.joint_objective.old_log_probs(self.model_wrapped, output, self._batch_size)
         if self._diversity is not None:
