@@ -11,9 +11,11 @@ sequence may end), and start from the same random state. The baseline is `genera
 `generate(guidance_scale=3)`; for MusicGen without the audio codec. Reported are medians over the rounds of wall
 clock and of processor time, which is meaningful on a busy machine, and the ratios theirs / ours.
 `of peak`: operations of ours (2 per decoder weight and new token) relative to the throughput of one large
-matrix product with the same threads. With `--static`, ours has a static cache and compiled steps (CUDA graphs on a
-GPU), compiled before anything is timed. `difference`: largest difference between the log-probabilities that the loop
-sampled from and those of one forward over the finished sequences.
+matrix product with the same threads. `limit / theirs`: tokens/s of the products of these steps, with packed weights,
+and of their attention to the completion and to a causal LM's prompt, without all else: what no loop of these kernels
+exceeds. With `--static`, ours has a static cache and compiled steps (CUDA graphs on a GPU), compiled before anything
+is timed. `difference`: largest difference between the log-probabilities that the loop sampled from and those of one
+forward over the finished sequences.
 
     OMP_NUM_THREADS=1 python benchmarks/rollout.py --output benchmarks/results/rollout.json
 """
@@ -28,6 +30,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,12 +58,14 @@ from trl_drcd.policies import CausalLMPolicy, MusicgenPolicy
 from trl_drcd.prompts import load_prompts
 from trl_drcd.sampling import static_cache
 from trl_drcd.sampling.compiled import compiling
+from trl_drcd.sampling.packed import PackedWeight, packable
 
 ROOT = Path(__file__).parents[1]
 MUSICLM = ROOT / "recipes" / "tiny_music" / "models" / "musiclm"
 MUSIC_PROMPTS = ROOT / "recipes" / "tiny_music" / "data" / "train_prompts.jsonl"
 TEXT_PROMPTS = ROOT / "recipes" / "text" / "prompts" / "validation.jsonl"
 GUIDANCE, TEMPERATURE, GROUP = 3.0, 0.99, 8
+PROMPTS_OWN = ("encoder_attn.k_proj", "encoder_attn.v_proj")  # layers that only the prompt goes through
 
 
 @dataclass
@@ -74,11 +79,15 @@ class World:
     steps: int
 
     @property
-    def weights(self) -> int:
-        """Weights that every new token is multiplied with."""
-        decoder = self.model.decoder if isinstance(self.policy, MusicgenPolicy) else self.model
-        linear = [module for module in decoder.modules() if isinstance(module, torch.nn.Linear)]
-        return sum(module.weight.numel() for module in linear)
+    def decoder(self) -> Any:
+        """What reads every new token."""
+        return self.model.decoder if isinstance(self.policy, MusicgenPolicy) else self.model
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The matrices that every new token is multiplied with; those for a prompt's keys and values are not."""
+        layers = {name: layer for name, layer in self.decoder.named_modules() if isinstance(layer, torch.nn.Linear)}
+        return {name: layer.weight for name, layer in layers.items() if not name.endswith(PROMPTS_OWN)}
 
 
 def causal_world(folder: str | Path, prompts: Path, steps: int, length: int | None, device: torch.device) -> World:
@@ -189,6 +198,28 @@ def peak(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
     return 2 * 1024**3 / min(timed(lambda: a @ a, device)[0] for _ in range(10))
 
 
+@torch.no_grad()
+def limit(world: World, guidance_scale: float) -> None:
+    """The products and the attention of all steps, with the kernels that the loop has for them."""
+    config, sequences, device = world.decoder.config, len(world.prompts), world.model.device
+    rows = sequences * (1 if guidance_scale == 1 else 2)
+    read = 0 if isinstance(world.policy, MusicgenPolicy) else len(world.prompts[0])
+    heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    products = []
+    for name, weight in world.weights.items():  # the head comes after the guidance
+        x = torch.randn(sequences if "lm_head" in name else rows, weight.shape[1], device=device)
+        pack = packable(weight, world.steps)
+        products.append((x, PackedWeight(weight) if pack else partial(torch.nn.functional.linear, weight=weight)))
+    cache = torch.randn(config.num_hidden_layers, 2, rows, kept, read + world.steps, size, device=device)
+    query = torch.randn(rows, kept, heads // kept, size, device=device)
+    for step in range(1, world.steps):
+        for x, product in products:
+            product(x)
+        for keys, values in cache[..., : read + step, :]:
+            torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+
+
 def compare(world: World, guidance_scale: float, rounds: int, device: torch.device, bar: tqdm) -> dict[str, Any]:
     """Medians of both, which take turns, and their ratios."""
     seconds: dict[str, list] = {"theirs": [], "ours": []}
@@ -202,11 +233,13 @@ def compare(world: World, guidance_scale: float, rounds: int, device: torch.devi
     (wall, processor) = ({name: statistics.median(t[i] for t in ts) for name, ts in seconds.items()} for i in (0, 1))
     books = getattr(world.policy, "num_codebooks", 1)
     tokens = len(world.prompts) * world.steps
-    done = 2 * world.weights * tokens * (1 if guidance_scale == 1 else 2)
+    done = 2 * sum(weight.numel() for weight in world.weights.values()) * tokens * (1 if guidance_scale == 1 else 2)
+    least = min(timed(lambda: limit(world, guidance_scale), device)[0] for _ in range(2))
     row = {
         "theirs, s": round(wall["theirs"], 2),
         "ours, s": round(wall["ours"], 2),
         "tokens/s / theirs": round(wall["theirs"] / wall["ours"], 2),
+        "limit / theirs": round(wall["theirs"] / least, 2),
         "processor time / theirs": round(processor["ours"] / processor["theirs"], 2),
         "ours, tokens/s": round(tokens * books / wall["ours"]),
         "of peak": round(done / wall["ours"] / peak(device), 2),
@@ -227,7 +260,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of models")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--static", action="store_true", help="ours with a static cache and compiled steps")
-    parser.add_argument("--small", type=int, nargs=2, default=(8, 32), help="musicgen-small's sequences and steps")
+    parser.add_argument("--small", type=int, nargs=2, default=(8, 128), help="musicgen-small's sequences and steps")
     parser.add_argument("--output", type=Path, help="JSON file of the result")
     args = parser.parse_args()
     device = torch.accelerator.current_accelerator() or torch.device("cpu")

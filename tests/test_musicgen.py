@@ -224,9 +224,11 @@ def test_log_probs_equal_those_of_generates_steps(t5_tokenizer, musicgen, guidan
     assert (cond - uncond).abs().max() > 0.5, "a null condition that changes nothing would test nothing"
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_what_is_sampled_is_what_is_scored(t5_tokenizer, musicgen, guidance_scale):
+def test_what_is_sampled_is_what_is_scored(t5_tokenizer, musicgen, guidance_scale, packed, monkeypatch):
     """Prompts that come more than once are encoded once; null conditions beside negative prompts."""
+    monkeypatch.setattr("trl_drcd.sampling.packed.LEAST_STEPS", STEPS if packed else STEPS + 1)
     policy = policy_for(musicgen, t5_tokenizer)
     texts = [PROMPTS[0]] * 3 + [PROMPTS[1]] + [PROMPTS[0]]
     rows = [{"prompt": text, "negative_prompt": "slow drum" if n % 2 else None} for n, text in enumerate(texts)]

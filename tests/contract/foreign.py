@@ -21,6 +21,8 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 # Offer their names at the top or one module deep; of others only an underscore says that a name is private
 WITH_PUBLIC_TOP = {"trl", "transformers", "accelerate", "peft", "huggingface_hub", "datasets"}
 LIBRARIES = {*WITH_PUBLIC_TOP, "torch", "safetensors"}
@@ -209,6 +211,9 @@ def signature(name: str) -> str:
         value = value.__func__
     if value is None and isinstance(holder, type) and last in names_of(holder):
         return "attribute"
+    if isinstance(holder, type(torch.ops.aten)):  # operators are looked up when they are asked for
+        given = getattr(holder, last).default._schema.arguments
+        return ", ".join(argument.name + "=" * argument.has_default_value() for argument in given)
     if value is None:
         raise AttributeError(name)
     if isinstance(value, property):

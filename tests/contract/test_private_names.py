@@ -91,6 +91,10 @@ CONTRACT = {
         "on_train_begin": "self, args, state, control, **kwargs",
     },
     "torch.cpu": {"_is_amx_tile_supported": "", "_is_avx512_bf16_supported": ""},
+    "torch.ops.mkl": {
+        "_mkl_linear": "X, MKL_W, ORI_W, B, batch_size",
+        "_mkl_reorder_linear_weight": "X, batch_size",
+    },
     "torch.distributed.distributed_c10d": {"_get_default_store": "", "_set_pg_timeout": "timeout, group="},
     "torch.distributed.fsdp.FSDPModule": {"_get_fsdp_state": "self"},
     "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState": {

@@ -12,14 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import get_logger
 
 from trl_drcd.compat.dropout import turn_off_dropout
-from trl_drcd.compat.threads import decoding_threads
 from trl_drcd.compat.trl_private import CausalLMInTRL
 from trl_drcd.guidance import EarlySteps, stacked_prompts
 from trl_drcd.heads import Head
 from trl_drcd.policies.allowed import AllowedTokens
 from trl_drcd.policies.shared_prompts import distinct_prompts, shared_hidden_states, shared_refusal
 from trl_drcd.prompts import Prompt, Row
-from trl_drcd.sampling import CausalStream, Rollout, cast_once, decode, evaluating, generate, refusal
+from trl_drcd.sampling import CausalStream, Rollout, decode, generate, refusal, sampling_mode
 
 logger = get_logger(__name__)
 
@@ -247,7 +246,7 @@ class CausalLMPolicy:
         config = own.generation_config
         eos = as_list(config.eos_token_id) if eos_token_ids is None else eos_token_ids
         rows = stacked_prompts(prompt_ids, negative_prompt_ids, guidance_scale)
-        with evaluating(model), decoding_threads(own), cast_once(own, own.device.type):
+        with sampling_mode(model, own, max_new_tokens):
             if (reason := loop_refusal(own)) is not None:
                 logger.warning_once(f"Sampling goes through `generate`, which is slower: {reason}.")
                 token_ids = self.heads(model)[0].token_ids

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl_drcd.audio.dac import DelayedCodec
 from trl_drcd.compat.dia import DiaInTRL, processor_of
 from trl_drcd.compat.dropout import turn_off_dropout
-from trl_drcd.compat.threads import decoding_threads
 from trl_drcd.compat.trl_private import forget_patched_forward
 from trl_drcd.guidance import EarlySteps, left_pad, stacked_prompts
 from trl_drcd.heads import Head
@@ -27,7 +26,7 @@ from trl_drcd.policies.causal_lm import _full
 from trl_drcd.policies.causal_lm import without_peft as unwrapped
 from trl_drcd.policies.delayed import DelayedLayout, DiaStream
 from trl_drcd.prompts import Prompt, Row
-from trl_drcd.sampling import Rollout, cast_once, decode, distinct_rows, evaluating
+from trl_drcd.sampling import Rollout, decode, distinct_rows, sampling_mode
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
 NONE = "(?!)"  # matches no name
@@ -298,7 +297,7 @@ class DiaPolicy:
         different, index = distinct_rows(stacked)
         dia = unwrapped(model)
         device, steps = dia.device, max_new_tokens - 1
-        with torch.no_grad(), evaluating(model), decoding_threads(dia), cast_once(dia, device.type):
+        with sampling_mode(model, dia, steps):
             ids, mask = left_pad(different, 0)
             condition = self._condition(dia, ids.to(device), mask.to(device))
             stream = DiaStream(self.layout, dia.model.decoder, condition, index.to(device), steps)

@@ -19,14 +19,13 @@ from transformers import EncodecFeatureExtractor, MusicgenProcessor, PreTrainedM
 from trl_drcd.audio.codecs import CodebookCodec, delays_of, is_coded
 from trl_drcd.compat.dropout import turn_off_dropout
 from trl_drcd.compat.musicgen import MusicgenInTRL, hold_positions
-from trl_drcd.compat.threads import decoding_threads
 from trl_drcd.compat.trl_private import forget_patched_forward
 from trl_drcd.guidance import EarlySteps, left_pad, stacked_prompts
 from trl_drcd.heads import Head
 from trl_drcd.policies.causal_lm import _full
 from trl_drcd.policies.causal_lm import without_peft as unwrapped
 from trl_drcd.prompts import Prompt, Row
-from trl_drcd.sampling import CrossAttentionStream, Rollout, cast_once, decode, distinct_rows, evaluating
+from trl_drcd.sampling import CrossAttentionStream, Rollout, decode, distinct_rows, sampling_mode
 
 # Attributes of the model that are always frozen. As in AudioCraft, the projection is part of the conditioning
 FROZEN = ("text_encoder", "audio_encoder", "enc_to_dec_proj")
@@ -277,7 +276,7 @@ class MusicgenPolicy:
         different, index = distinct_rows(stacked_prompts(prompt_ids, negative_prompt_ids, guidance_scale))
         musicgen = unwrapped(model)
         device = musicgen.device
-        with torch.no_grad(), evaluating(model), decoding_threads(musicgen), cast_once(musicgen, device.type):
+        with sampling_mode(model, musicgen, max_new_tokens):
             ids, mask = left_pad(different, self.tokenizer.pad_token_id or 0)
             condition = self._condition(musicgen, ids.to(device), mask.to(device))
             begin = torch.full((len(different), self.num_codebooks), self.mask_id, device=device)

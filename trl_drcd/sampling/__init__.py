@@ -5,13 +5,12 @@ from trl_drcd.sampling.compiled import static_cache, static_cache_refusal
 from trl_drcd.sampling.drawing import Drawn, draw
 from trl_drcd.sampling.generate import DrawingProcessor, generate
 from trl_drcd.sampling.loop import Rollout, decode
+from trl_drcd.sampling.modes import evaluating, sampling_mode
 from trl_drcd.sampling.streams import (
     CausalStream,
     CrossAttentionStream,
     Stream,
-    cast_once,
     distinct_rows,
-    evaluating,
     refusal,
 )
 
@@ -23,7 +22,6 @@ __all__ = [
     "PreallocatedLayer",
     "Rollout",
     "Stream",
-    "cast_once",
     "decode",
     "distinct_rows",
     "draw",
@@ -32,6 +30,7 @@ __all__ = [
     "preallocated_cache",
     "preallocated_cross_cache",
     "refusal",
+    "sampling_mode",
     "static_cache",
     "static_cache_refusal",
 ]

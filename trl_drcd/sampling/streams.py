@@ -7,8 +7,7 @@ Letters: `R` rows in the batch (twice the sequences with guidance), `P` longest 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -172,39 +171,3 @@ class CrossAttentionStream:
         """Keep only the given rows, int64, in that order."""
         self.cache.reorder_cache(rows)
         self.condition = {name: tensor[rows] for name, tensor in self.condition.items()}
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """
-    Put a model in evaluation mode; on exit restore the mode of each module.
-
-    In training mode, gradient checkpointing would disable the cache, and dropout would change the distribution.
-    """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def cast_once(model: torch.nn.Module, device_type: str) -> Iterator[None]:
-    """
-    Make autocast cache the casts of frozen weights, which it would otherwise repeat for every token.
-
-    Autocast caches the cast of a float32 weight until its context ends, but only if the weight requires a gradient, so
-    this sets `requires_grad` temporarily. Use it under `torch.no_grad()`.
-    """
-    frozen = []
-    if torch.is_autocast_enabled(device_type):
-        frozen = [p for p in model.parameters() if p.dtype == torch.float32 and not p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
