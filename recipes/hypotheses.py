@@ -85,10 +85,9 @@ class Study(Comparison):
             MAIN[0]: self.at_base(),
             MAIN[1]: np.mean([self.height(point) for point in between], 0),
         }
-        if BETWEEN in self.by_name:
-            found[f"H3: merges - {BETWEEN}, at its diversity, + {MARGIN}"] = MARGIN - self.height(
-                self.by_name[BETWEEN], self.merges
-            )
+        if trained := [point for name, point in self.by_name.items() if name.startswith(BETWEEN)]:
+            heights = [self.height(point, self.merges) for point in trained]
+            found[f"H3: merges - {BETWEEN}, at its diversity, + {MARGIN}"] = MARGIN - np.mean(heights, 0)
         for end in ENDS:
             soup = self.by_name.get(f"soup of {end}") or self.by_name.get(f"mean of {end}")
             if soup and end in self.by_name:

@@ -36,6 +36,7 @@ def results(lift=0.02, seeds=(-0.001, 0.0, 0.001)):
             )  # fmt: skip
         rows.append(row(f"quality #{i}", 0.3, 0.40 + seed, "quality", weights=(1.0,), training_seed=i))
     rows.append(row("between", 0.4, 0.36, weights=(1.0,)))
+    rows.append(row("between at 200", 0.5, 0.29, weights=(1.0,)))
     rows.append(row("soup of quality", 0.3, 0.41, weights=(0.3, 0.3, 0.4)))
     return rows
 
@@ -50,7 +51,7 @@ def test_each_statistic_is_the_distance_that_its_name_says(diversity, soup):
     # The merges' curve at the base's diversity of 0.5, half way between lambda 0.5 and 1: 0.4 - 0.1 + 0.02
     assert h1 == pytest.approx(0.32 - 0.30)
     assert h2 == pytest.approx(0.02)  # lambda 0.5 alone is between the ends
-    assert h3 == pytest.approx(0.37 - 0.36 + hypotheses.MARGIN)
+    assert h3 == pytest.approx((0.37 - 0.36 + 0.32 - 0.29) / 2 + hypotheses.MARGIN)  # each at its own diversity
     assert h4 == pytest.approx(0.01)
 
 
