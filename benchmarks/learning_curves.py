@@ -73,6 +73,7 @@ SAME = {
     "diversity_warmup_steps": 20,
     "diversity_prefixes": 9,
     "gae_lambda": 0.95,
+    "diversity_hidden_states": False,
     "lr_scheduler_type": "constant",
     "bf16": "false",
     "eval_strategy": "no",

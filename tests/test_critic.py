@@ -1,15 +1,18 @@
 """The critic's advantages against exact enumeration of all groups of a toy autoregressive policy."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from trl_drcd import CFGDistillDiversityConfig
 from trl_drcd.audio.codecs import CodebookCodec, delay
 from trl_drcd.credit import generalized_advantages, per_code, predicted_cosines, subtract_other_prompts
 from trl_drcd.critic import PrefixCritic, critic_advantages, embed_prefixes, hidden_means, prefix_steps
 from trl_drcd.diversity import diversity_advantages
+from trl_drcd.diversity_term import DiversityTerm
 
 STEPS, SIZE = 3, 4
 
@@ -483,3 +486,12 @@ def test_a_hidden_state_that_is_far_larger_than_the_others_does_not_drown_them()
     expected = r2(1.0)
     torch.manual_seed(1)
     assert r2(100.0) == pytest.approx(expected, abs=0.02) and expected > 0.5
+
+
+@pytest.mark.parametrize(("given", "reads"), [({}, True), ({"diversity_hidden_states": False}, False)])
+def test_the_critic_of_a_training_reads_hidden_states_unless_told_not_to(tmp_path, given, reads):
+    args = CFGDistillDiversityConfig(
+        str(tmp_path), diversity_coef=1.0, max_completion_length=20, use_cpu=True, **given
+    )
+    policy = SimpleNamespace(first_frame_steps=1)
+    assert DiversityTerm(None, None, args, policy, None).critic.hidden_states is reads

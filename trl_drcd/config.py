@@ -75,10 +75,11 @@ class CFGDistillDiversityConfig(RLOOConfig):
         diversity_prefixes (`int`, *optional*, defaults to 9):
             Number of equally spaced prefixes of each completion that the critic embeds. More give finer credit and
             cost as many embeddings per completion. `gae_lambda` applies per prefix.
-        diversity_hidden_states (`bool`, *optional*, defaults to `False`):
+        diversity_hidden_states (`bool`, *optional*):
             Whether the critic also reads the teacher's hidden states, which know more of what is to come than the
-            embedding of a prefix; they are computed anyway. On the shipped music model the diversity's gradient had a
-            higher signal-to-noise ratio with them (docs/gradient.md).
+            embedding of a prefix; they are computed anyway. `None`: a critic does. On the shipped music model the
+            diversity's gradient had a higher signal-to-noise ratio with them, and merged models lay above guidance
+            (docs/gradient.md).
         diversity_kernel (`str`, *optional*, defaults to `"pairs"`):
             Measure of diversity. `"pairs"` is the mean cosine distance of Eq. (3); `"logdet"` and `"vendi"` reward the
             volume spanned by the completions of a prompt ([`~trl_drcd.kernels.diversity_shares`]).
@@ -155,8 +156,8 @@ class CFGDistillDiversityConfig(RLOOConfig):
         metadata={"help": "lambda of the critic's advantages: 1 is unbiased; below 1, less noise and some bias."},
     )
     diversity_prefixes: int = field(default=9, metadata={"help": "Prefixes of a completion that the critic embeds."})
-    diversity_hidden_states: bool = field(
-        default=False, metadata={"help": "The critic also reads the teacher's hidden states: more signal."}
+    diversity_hidden_states: bool | None = field(
+        default=None, metadata={"help": "The critic also reads the teacher's hidden states; a critic does by default."}
     )
     diversity_kernel: str = field(
         default="pairs", metadata={"help": "Measure of diversity: pairs (mean distance), logdet or vendi (volume)."}

@@ -76,7 +76,7 @@ class DiversityTerm:
         self.critic: PrefixCritic | None = None
         if args.diversity_credit == "critic" and args.diversity_coef:  # without a reward there is nothing to credit
             self.steps = prefix_steps(self.max_length, args.diversity_prefixes, policy.first_frame_steps)
-            self.critic = PrefixCritic(len(self.steps), hidden_states=args.diversity_hidden_states)
+            self.critic = PrefixCritic(len(self.steps), hidden_states=args.diversity_hidden_states is not False)
 
     def score(
         self, rows: Sequence[Row], batch: dict[str, torch.Tensor], mode: str, hidden: torch.Tensor

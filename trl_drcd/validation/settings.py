@@ -23,7 +23,7 @@ class Settings(Protocol):
     beta: float
     on_bad_batch: str
     diversity_credit: str
-    diversity_hidden_states: bool
+    diversity_hidden_states: bool | None
     gae_lambda: float
     max_grad_norm_diversity: float | None
     fp16: bool
