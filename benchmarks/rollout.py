@@ -12,8 +12,8 @@ sequence may end), and start from the same random state. The baseline is `genera
 clock and of processor time, which is meaningful on a busy machine, and the ratios theirs / ours.
 `of peak`: operations of ours (2 per decoder weight and new token) relative to the throughput of one large
 matrix product with the same threads. `limit / theirs`: tokens/s of the products of these steps, with packed weights,
-and of their attention to the completion and to a causal LM's prompt, without all else: what no loop of these kernels
-exceeds. With `--static`, ours has a static cache and compiled steps (CUDA graphs on a GPU), compiled before anything
+and of their attention to the completion and to a causal LM's prompt, without all else: no loop of these kernels gets
+there. With `--static`, ours has a static cache and compiled steps (CUDA graphs on a GPU), compiled before anything
 is timed. `difference`: largest difference between the log-probabilities that the loop sampled from and those of one
 forward over the finished sequences.
 
@@ -50,6 +50,7 @@ from transformers import (
     T5Config,
 )
 
+from trl_drcd.compat.mkl import has_packed_products, pack, packed_product
 from trl_drcd.evaluation.sampling import tokenize_prompts
 from trl_drcd.evaluation.tables import markdown_table
 from trl_drcd.files import write_text
@@ -58,7 +59,6 @@ from trl_drcd.policies import CausalLMPolicy, MusicgenPolicy
 from trl_drcd.prompts import load_prompts
 from trl_drcd.sampling import static_cache
 from trl_drcd.sampling.compiled import compiling
-from trl_drcd.sampling.packed import PackedWeight, packable
 
 ROOT = Path(__file__).parents[1]
 MUSICLM = ROOT / "recipes" / "tiny_music" / "models" / "musiclm"
@@ -199,25 +199,33 @@ def peak(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
 
 
 @torch.no_grad()
-def limit(world: World, guidance_scale: float) -> None:
-    """The products and the attention of all steps, with the kernels that the loop has for them."""
+def limit(world: World, guidance_scale: float) -> Callable[[], None]:
+    """The products and the attention of all steps, with the kernels that the loop has for them, ready to be timed."""
     config, sequences, device = world.decoder.config, len(world.prompts), world.model.device
     rows = sequences * (1 if guidance_scale == 1 else 2)
     read = 0 if isinstance(world.policy, MusicgenPolicy) else len(world.prompts[0])
-    heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
     kept = getattr(config, "num_key_value_heads", None) or heads
-    products = []
-    for name, weight in world.weights.items():  # the head comes after the guidance
-        x = torch.randn(sequences if "lm_head" in name else rows, weight.shape[1], device=device)
-        pack = packable(weight, world.steps)
-        products.append((x, PackedWeight(weight) if pack else partial(torch.nn.functional.linear, weight=weight)))
+    products: list[Callable[[], Any]] = []
+    for name, weight in world.weights.items():
+        x = torch.randn(sequences if "lm_head" in name else rows, weight.shape[1], device=device)  # guided before it
+        if weight.device.type == "cpu" and has_packed_products():
+            products.append(partial(packed_product, x, pack(weight, len(x)), weight, None, len(x)))
+        else:
+            products.append(partial(torch.nn.functional.linear, x, weight))
     cache = torch.randn(config.num_hidden_layers, 2, rows, kept, read + world.steps, size, device=device)
     query = torch.randn(rows, kept, heads // kept, size, device=device)
-    for step in range(1, world.steps):
-        for x, product in products:
-            product(x)
-        for keys, values in cache[..., : read + step, :]:
-            torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+
+    @torch.no_grad()
+    def steps() -> None:
+        for step in range(1, world.steps):
+            for product in products:
+                product()
+            for keys, values in cache[..., : read + step, :]:
+                torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+
+    return steps
 
 
 def compare(world: World, guidance_scale: float, rounds: int, device: torch.device, bar: tqdm) -> dict[str, Any]:
@@ -234,7 +242,7 @@ def compare(world: World, guidance_scale: float, rounds: int, device: torch.devi
     books = getattr(world.policy, "num_codebooks", 1)
     tokens = len(world.prompts) * world.steps
     done = 2 * sum(weight.numel() for weight in world.weights.values()) * tokens * (1 if guidance_scale == 1 else 2)
-    least = min(timed(lambda: limit(world, guidance_scale), device)[0] for _ in range(2))
+    least = min(timed(limit(world, guidance_scale), device)[0] for _ in range(2))
     row = {
         "theirs, s": round(wall["theirs"], 2),
         "ours, s": round(wall["ours"], 2),

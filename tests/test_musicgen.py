@@ -228,7 +228,8 @@ def test_log_probs_equal_those_of_generates_steps(t5_tokenizer, musicgen, guidan
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_what_is_sampled_is_what_is_scored(t5_tokenizer, musicgen, guidance_scale, packed, monkeypatch):
     """Prompts that come more than once are encoded once; null conditions beside negative prompts."""
-    monkeypatch.setattr("trl_drcd.sampling.packed.LEAST_STEPS", STEPS if packed else STEPS + 1)
+    monkeypatch.setattr("trl_drcd.sampling.packed.LASTING", 0 if packed else STEPS)
+    monkeypatch.setattr("trl_drcd.sampling.packed.LEAST_ROWS", 1)
     policy = policy_for(musicgen, t5_tokenizer)
     texts = [PROMPTS[0]] * 3 + [PROMPTS[1]] + [PROMPTS[0]]
     rows = [{"prompt": text, "negative_prompt": "slow drum" if n % 2 else None} for n, text in enumerate(texts)]

@@ -6,7 +6,7 @@ Letters: `N` scored tokens, `V` vocabulary, `H` hidden size. KL, log-probabiliti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -50,7 +50,6 @@ class Head:
             On a CPU the projection is in float32.
         token_ids (`torch.Tensor`, *optional*): The tokens that are allowed, int64 `(V',)`: `V` is then `V'` in all
             that is computed from this head, and token ids are places among them. All by default.
-        product (`Callable`, *optional*): `hidden @ weight.T` on a CPU, with a packed weight and without gradients.
     """
 
     weight: torch.Tensor
@@ -59,7 +58,6 @@ class Head:
     softcap: float | None = None
     compute_dtype: torch.dtype | None = field(default_factory=_cuda_autocast_dtype)
     token_ids: torch.Tensor | None = None
-    product: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def sliced(self) -> Head:
         """The head with the rows of the allowed tokens alone; itself where all are allowed. Differentiable."""
@@ -77,13 +75,16 @@ class Head:
         else:
             dtype = torch.promote_types(hidden.dtype, torch.float32)
             with torch.autocast(hidden.device.type, enabled=False):
-                hidden = hidden.to(dtype)
-                logits = hidden @ own.weight.to(dtype).t() if own.product is None else own.product(hidden)
+                logits = own.product(hidden.to(dtype), own.weight.to(dtype))
         if own.bias is not None:
             logits = logits + own.bias.to(logits.dtype)
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def product(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """`hidden @ weight.T`, on a CPU."""
+        return hidden @ weight.t()
 
     def add_product(self, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
         """`total += left @ right` in the precision of the logits; `total` is float32 or float64."""

@@ -7,7 +7,8 @@ import torch
 
 def has_packed_products() -> bool:
     """Whether this build of torch has them: those for x86 processors on PyPI do."""
-    return torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+    names = "_mkl_linear", "_mkl_reorder_linear_weight"
+    return torch.backends.mkl.is_available() and all(hasattr(torch.ops.mkl, name) for name in names)
 
 
 def pack(weight: torch.Tensor, rows: int) -> torch.Tensor:

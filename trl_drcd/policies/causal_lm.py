@@ -246,7 +246,7 @@ class CausalLMPolicy:
         config = own.generation_config
         eos = as_list(config.eos_token_id) if eos_token_ids is None else eos_token_ids
         rows = stacked_prompts(prompt_ids, negative_prompt_ids, guidance_scale)
-        with sampling_mode(model, own, max_new_tokens):
+        with sampling_mode(model, own):
             if (reason := loop_refusal(own)) is not None:
                 logger.warning_once(f"Sampling goes through `generate`, which is slower: {reason}.")
                 token_ids = self.heads(model)[0].token_ids

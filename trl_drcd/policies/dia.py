@@ -297,7 +297,7 @@ class DiaPolicy:
         different, index = distinct_rows(stacked)
         dia = unwrapped(model)
         device, steps = dia.device, max_new_tokens - 1
-        with sampling_mode(model, dia, steps):
+        with sampling_mode(model, dia):
             ids, mask = left_pad(different, 0)
             condition = self._condition(dia, ids.to(device), mask.to(device))
             stream = DiaStream(self.layout, dia.model.decoder, condition, index.to(device), steps)

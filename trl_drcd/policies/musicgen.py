@@ -276,7 +276,7 @@ class MusicgenPolicy:
         different, index = distinct_rows(stacked_prompts(prompt_ids, negative_prompt_ids, guidance_scale))
         musicgen = unwrapped(model)
         device = musicgen.device
-        with sampling_mode(model, musicgen, max_new_tokens):
+        with sampling_mode(model, musicgen):
             ids, mask = left_pad(different, self.tokenizer.pad_token_id or 0)
             condition = self._condition(musicgen, ids.to(device), mask.to(device))
             begin = torch.full((len(different), self.num_codebooks), self.mask_id, device=device)

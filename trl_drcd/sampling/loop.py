@@ -15,7 +15,7 @@ import torch
 from trl_drcd.guidance import EarlySteps
 from trl_drcd.losses import Head, guided_logits
 from trl_drcd.sampling.drawing import draw
-from trl_drcd.sampling.packed import PackedWeight, packable
+from trl_drcd.sampling.packed import packed_head
 from trl_drcd.sampling.streams import Stream
 
 SYNCHRONISED = 8  # on an accelerator, steps between two checks for finished sequences, which synchronise with the CPU
@@ -151,9 +151,7 @@ def decode(
     """
     check_sampling(steps, temperature)
     token_ids = heads[0].token_ids if token_ids is None else token_ids
-    guided, books, head = guidance_scale != 1, len(heads), joined(heads, token_ids)
-    if packable(head.weight, steps) and not stream.fixed_rows:
-        head = replace(head, product=PackedWeight(head.weight))
+    guided, books, head = guidance_scale != 1, len(heads), packed_head(joined(heads, token_ids))
     hidden = stream.start()
     device, sequences = hidden.device, len(hidden) // (1 + guided)
     ids = torch.full((sequences, steps, books), fill, device=device)

@@ -49,19 +49,18 @@ def cast_once(model: torch.nn.Module, device_type: str) -> Iterator[None]:
 
 
 @contextmanager
-def sampling_mode(model: torch.nn.Module, own: torch.nn.Module, steps: int) -> Iterator[None]:
+def sampling_mode(model: torch.nn.Module, own: torch.nn.Module) -> Iterator[None]:
     """
-    All that makes a model ready to sample; on exit it is as it was.
+    All that makes a model ready to sample, without gradients; on exit it is as it was.
 
     Args:
         model (`torch.nn.Module`): With or without adapters.
         own (`torch.nn.Module`): The transformers model in it.
-        steps (`int`): Steps to sample.
     """
     device = next(own.parameters()).device.type
     with torch.no_grad(), evaluating(model), decoding_threads(own), cast_once(own, device):
         if compiling():  # a compiled step has its own way with weights
             yield
             return
-        with packed_weights(own, steps):
+        with packed_weights(own):
             yield

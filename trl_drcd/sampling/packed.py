@@ -2,102 +2,131 @@
 Products with weights that stay as they are, rearranged for the processor once.
 
 A step of sampling multiplies a few rows by each weight. MKL rearranges the weight for its kernel in every product,
-which with few rows takes as long as the product itself. Here it is rearranged once for all steps of a rollout.
+which with few rows takes as long as the product itself. Here it is rearranged once, and kept until the rollout ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
 from trl_drcd.compat.mkl import has_packed_products, pack, packed_product
+from trl_drcd.heads import Head
 
-# Weights of a model that are packed at most (2 GiB): each is held twice until the rollout ends
-MOST_WEIGHTS = 2**29
-LEAST_STEPS = 32  # packing takes as long as about 20 steps save
+# Packing a weight takes as long as 2 to 15 products. It pays from 8 rows, once their number lasts: in a batch whose
+# sequences end one after another it changes often
+LEAST_ROWS = 8
+LASTING = 12  # products with the same weight and number of rows, after which it is packed
+MOST_WEIGHTS = 2**29  # of a model's layers together, and of its head (2 GiB each): packed weights are held twice
 
 
-def packable(weight: torch.Tensor, steps: int) -> bool:
-    """
-    Whether packing a weight pays in `steps` products and MKL can do it: a float32 matrix of a CPU, in a build of torch
-    that has MKL, without autocast.
-    """
-    return (
-        steps >= LEAST_STEPS
-        and has_packed_products()
-        and type(weight) in (torch.Tensor, torch.nn.Parameter)  # a sharded or a quantised one is something else
-        and (weight.device.type, weight.dtype, weight.ndim) == ("cpu", torch.float32, 2)
-        and weight.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
+def _is_plain(weight: Any) -> bool:
+    """Whether a weight is a float32 matrix of a CPU: not sharded, not quantised, not on another device."""
+    return type(weight) in (torch.Tensor, torch.nn.Parameter) and (
+        (weight.device.type, weight.dtype, weight.ndim) == ("cpu", torch.float32, 2)
     )
 
 
-class PackedWeight:
+class PackedProduct:
     """
-    `x @ weight.T + bias` with a packed weight; without gradients.
+    `x @ weight.T + bias`, with a packed weight where that is faster; without gradients.
 
-    A packed weight is for one number of rows, so it is made in the second of two calls with the same number. Calls
-    with another number, such as that for the prompts, use the weight as it is.
-
-    Args:
-        weight (`torch.Tensor`): Shape `(out, in)`, [`packable`]; it must not change.
+    The weight is packed for a number of rows once that has been the same `LASTING` times, and anew if it has changed.
     """
 
-    def __init__(self, weight: torch.Tensor):
-        self.weight = weight.detach()
-        self._latest: tuple[int, torch.Tensor | None] = 0, None  # rows, and the weight packed for them
+    def __init__(self) -> None:
+        self._key: tuple[int, ...] = ()  # the latest product's
+        self._weight: torch.Tensor | None = None  # the latest one; kept, so that no other gets its id
+        self._calls = 0  # with this key
+        self._packed: tuple[tuple[int, ...], torch.Tensor] | None = None  # the key it is for, and the packed weight
 
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def __deepcopy__(self, memo: dict) -> PackedProduct:
+        return PackedProduct()
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
-            x (`torch.Tensor`): Shape `(..., in)`, float32.
+            x (`torch.Tensor`): Shape `(..., in)`.
+            weight (`torch.Tensor`): Shape `(out, in)`.
             bias (`torch.Tensor`, *optional*): Shape `(out,)`.
 
         Returns:
             `torch.Tensor`: Shape `(..., out)`.
         """
-        number, packed = self._latest
         rows = x.shape[:-1].numel()
-        if rows != number or not rows:
-            self._latest = rows, None
-            return torch.nn.functional.linear(x, self.weight, bias)
-        if packed is None:
-            packed = pack(self.weight, rows)
-            self._latest = rows, packed
-        return packed_product(x, packed, self.weight, bias, rows)
+        if (
+            rows < LEAST_ROWS
+            or x.dtype != torch.float32
+            or x.shape[-1] != weight.shape[1]
+            or not _is_plain(weight)
+            or (bias is not None and bias.shape != weight.shape[:1])
+            or torch.is_autocast_enabled("cpu")
+            or torch.is_grad_enabled()
+        ):
+            return torch.nn.functional.linear(x, weight, bias)
+        key = rows, id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        if key != self._key:
+            self._key, self._weight, self._calls, self._packed = key, weight, 0, None
+        self._calls += 1
+        packed = self._packed
+        if packed is None and self._calls > LASTING:
+            packed = self._packed = key, pack(weight, rows)
+        if packed is None or packed[0] != key:  # another thread may have packed it for other rows meanwhile
+            return torch.nn.functional.linear(x, weight, bias)
+        return packed_product(x, packed[1], weight, bias, rows)
 
 
-def _linear(product: PackedWeight, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    return product(x, bias)
+@dataclass
+class PackedHead(Head):
+    """A head for sampling, whose projection has a packed weight where that is faster."""
+
+    packed: PackedProduct = field(default_factory=PackedProduct, init=False, repr=False, compare=False)
+
+    def product(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if weight.numel() > MOST_WEIGHTS or not has_packed_products():
+            return super().product(hidden, weight)
+        return self.packed(hidden, weight)
+
+
+def packed_head(head: Head) -> Head:
+    """The same head as a [`PackedHead`]; one of another class stays as it is."""
+    given = {name: getattr(head, name) for name in Head.__dataclass_fields__}
+    return PackedHead(**given) if type(head) is Head else head
+
+
+def _forward(layer: torch.nn.Linear, product: PackedProduct, input: torch.Tensor) -> torch.Tensor:
+    if type(layer) is not torch.nn.Linear:  # parametrized meanwhile
+        return type(layer).forward(layer, input)
+    return product(input, layer.weight, layer.bias)
 
 
 @contextmanager
-def packed_weights(model: torch.nn.Module, steps: int) -> Iterator[None]:
+def packed_weights(model: torch.nn.Module) -> Iterator[None]:
     """
-    Let the linear layers of a model compute with packed weights. Use it under `torch.no_grad()`.
+    Let the linear layers of a model compute with packed weights, by a `forward` of each layer's own.
 
-    Layers whose weights MKL cannot pack stay as they are, and so does a model with more than `MOST_WEIGHTS` weights,
-    or one that is to make fewer than `LEAST_STEPS` steps.
+    Weights that change inside are packed anew; what MKL cannot pack is computed as before, as is all of a model with
+    more than `MOST_WEIGHTS` weights in these layers.
 
     Args:
-        model (`torch.nn.Module`): Its weights must not change inside.
-        steps (`int`): Forward passes to expect.
+        model (`torch.nn.Module`): Layers that have a `forward` of their own already keep it.
     """
     layers: list[Any] = [
         module
         for module in model.modules()
-        if type(module) is torch.nn.Linear and "forward" not in vars(module) and packable(module.weight, steps)
+        if type(module) is torch.nn.Linear and "forward" not in vars(module) and _is_plain(module.weight)
     ]
-    if sum(layer.weight.numel() for layer in layers) > MOST_WEIGHTS:
+    if not has_packed_products() or sum(layer.weight.numel() for layer in layers) > MOST_WEIGHTS:
         layers = []
-    for layer in layers:
-        layer.forward = partial(_linear, PackedWeight(layer.weight), layer.bias)
     try:
+        for layer in layers:
+            layer.forward = partial(_forward, layer, PackedProduct())
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            vars(layer).pop("forward", None)  # of two threads that sample at the same time, the first has done it
