@@ -42,6 +42,20 @@ def test_means_over_the_last_steps_are_of_the_runs_of_a_setting(tmp_path, monkey
     assert "| b/beta | 2 | 12 (10 to 14) | 0.35 (0.3 to 0.4) |" in printed
 
 
+def test_runs_of_one_kind_are_one_line_in_a_band():
+    other = [{"step": 4, "kl": 10.0, "diversity": 0.6}, {"step": 6, "kl": 5.0}, {"step": 8, "kl": 4.0}]
+    kinds = plot_runs.by_seed({"beta_s0": LOG, "beta_s1": other, "alone": LOG})
+    assert {kind: len(logs) for kind, logs in kinds.items()} == {"beta": 2, "alone": 1}
+    kl, diversity, _, path = plot_runs.draw_seeds(kinds).axes
+    assert [line.get_label() for line in kl.lines] == ["beta (2)", "alone (1)"]
+    assert list(kl.lines[0].get_xdata()) == [4, 8] and list(kl.lines[0].get_ydata()) == [15.0, 7.0]
+    assert list(diversity.lines[0].get_xdata()) == [4]  # the only step that both have
+    assert list(path.lines[0].get_xdata()) == [15.0] and list(path.lines[0].get_ydata()) == [0.5]
+    lowest_to_highest = kl.collections[0].get_paths()[0].vertices[:, 1]
+    assert lowest_to_highest.min() == 4.0 and lowest_to_highest.max() == 20.0
+    assert list(path.lines[-2].get_xdata()) == [20.0, 10.0]  # of the run that is alone
+
+
 def test_only_what_was_measured_is_drawn(tmp_path, monkeypatch, capsys):
     run, results = tmp_path / "run", tmp_path / "results.jsonl"
     run.mkdir()
@@ -62,6 +76,7 @@ def test_only_what_was_measured_is_drawn(tmp_path, monkeypatch, capsys):
         ([str(run), str(run)], "folders of the same name"),
         ([str(run), "--judged", str(results)], "has no row for run; rows are named `run STEP`"),
         ([str(run), "--smooth", "0"], "--smooth must be at least 1, got 0"),
+        ([str(run), "--seeds", "--judged", str(results)], "--judged has a row for each run; leave out --seeds"),
         ([str(run), "--last", "0"], "--last must be at least 1, got 0"),
     ):
         monkeypatch.setattr("sys.argv", ["plot_runs.py", *words])
