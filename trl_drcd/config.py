@@ -78,8 +78,7 @@ class CFGDistillDiversityConfig(RLOOConfig):
         diversity_hidden_states (`bool`, *optional*):
             Whether the critic also reads the teacher's hidden states, which know more of what is to come than the
             embedding of a prefix; they are computed anyway. `None`: a critic does. On the shipped music model the
-            diversity's gradient had a higher signal-to-noise ratio with them, and merged models lay above guidance
-            (docs/gradient.md).
+            diversity's gradient had a higher signal-to-noise ratio with them (docs/gradient.md).
         diversity_kernel (`str`, *optional*, defaults to `"pairs"`):
             Measure of diversity. `"pairs"` is the mean cosine distance of Eq. (3); `"logdet"` and `"vendi"` reward the
             volume spanned by the completions of a prompt ([`~trl_drcd.kernels.diversity_shares`]).
