@@ -117,7 +117,7 @@ def draw_seeds(kinds: dict[str, list[list[dict]]], smooth: int = 1) -> Figure:
                 curves.setdefault(kind, {})[key] = steps, values
     keys = [key for key in PANELS if any(key in curve for curve in curves.values())]
     figure = Figure(figsize=(3.5 * (len(keys) + 1), 3.6), layout="constrained")
-    *panels, last = figure.subplots(1, len(keys) + 1)
+    *panels, last = np.atleast_1d(figure.subplots(1, len(keys) + 1))
     for colour, (kind, curve) in zip(COLOURS, curves.items(), strict=False):
         for axes, key in zip(panels, keys, strict=True):
             if key in curve:
@@ -128,7 +128,7 @@ def draw_seeds(kinds: dict[str, list[list[dict]]], smooth: int = 1) -> Figure:
             means = [dict(zip(curve[key][0], curve[key][1].mean(0), strict=True)) for key in ("kl", "diversity")]
             line = [[mean[step] for step in sorted(means[0].keys() & means[1].keys())] for mean in means]
             last.plot(*line, color=colour, lw=1.2, marker="o", ms=2.5)
-            last.plot(*[values[-1] for values in line], color=colour, marker="D", ms=7)
+            last.plot(*[values[-1:] for values in line], color=colour, marker="D", ms=7)
     for axes, key in zip(panels, keys, strict=True):
         axes.set(xlabel="step", title=PANELS[key])
     last.set(xlabel="KL (nats per sequence)", title="diversity against KL\n(diamond: the last step)")

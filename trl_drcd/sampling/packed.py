@@ -62,8 +62,8 @@ class PackedProduct:
         if (
             rows < LEAST_ROWS
             or x.dtype != torch.float32
-            or x.shape[-1] != weight.shape[1]
             or not _is_plain(weight)
+            or x.shape[-1] != weight.shape[1]
             or (bias is not None and bias.shape != weight.shape[:1])
             or torch.is_autocast_enabled("cpu")
             or torch.is_grad_enabled()
