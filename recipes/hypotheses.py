@@ -1,5 +1,5 @@
 """
-The hypotheses of the studies (results/music/plan.md, results/music/means/plan.md,
+The hypotheses of the studies (results/music/plan.md, results/music/means/plan.md, results/gradient/plan.md,
 results/text/plan.md), tested on their results.
 
     python recipes/hypotheses.py outputs/study/evaluation/results.jsonl
