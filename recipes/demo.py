@@ -40,8 +40,7 @@ from trl_drcd.validation.yaml_files import read_yaml
 HERE = Path(__file__).resolve().parent
 RUNS = {"quality": "music/musiclm_quality.yaml", "diversity": "music/musiclm_diversity.yaml"}
 INTERPOLATION_WEIGHT = 0.5  # of the model that is written
-# Of a short diversity run, in place of the recipe's: few updates bear less of the reward, which is noisy. As measured in
-# results/music/demo_front
+# Of a short diversity run, in place of the recipe's (results/music/demo_front): few updates bear less of the reward
 SHORT = {"diversity_coef": 100, "diversity_prefixes": 9, "gae_lambda": 0.95, "diversity_hidden_states": False}
 WORLD = HERE / "tiny_music"
 MEANS = HERE.parent / "results" / "music" / "study"  # models of WORLD
