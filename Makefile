@@ -49,7 +49,7 @@ lock: $(STAMP)  ## Renew requirements.lock: the hashes of what constraints.txt p
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv
 	head -n 1 requirements.lock > requirements.lock.new
 	$(BIN)/uv pip compile -q constraints.txt --no-deps --generate-hashes --no-annotate --no-header --no-emit-find-links \
-		--python-version 3.11.9 --universal >> requirements.lock.new
+		--python-version 3.11.0 --universal >> requirements.lock.new
 	mv requirements.lock.new requirements.lock
 
 demo: $(STAMP)  ## Distil the shipped text-to-music model, listen to the results under outputs/
