@@ -2,7 +2,8 @@
 The whole method on the shipped text-to-music model, in minutes on two CPU cores: train a short quality run and a short
 run with a high diversity reward, merge the two, compare them with guidance, with temperature, and with the front that
 longer training gives (`LERP of means`: the shipped means of four trainings of each, results/music/study), and write a
-page to listen to. Everything is written to outputs/demo/, with --full to outputs/demo_full/.
+page to listen to. The diversity run learns from the first half of each clip: twice as many clips in the same time.
+Everything is written to outputs/demo/, with --full to outputs/demo_full/.
 
     make demo
     python recipes/demo.py --fresh      # discard the results of an earlier call
@@ -39,9 +40,17 @@ from trl_drcd.validation.yaml_files import read_yaml
 
 HERE = Path(__file__).resolve().parent
 RUNS = {"quality": "music/musiclm_quality.yaml", "diversity": "music/musiclm_diversity.yaml"}
-INTERPOLATION_WEIGHT = 0.5  # of the model that is written
-# Of a short diversity run, in place of the recipe's (results/music/demo_front): few updates bear less of the reward
-SHORT = {"diversity_coef": 100, "diversity_prefixes": 9, "gae_lambda": 0.95, "diversity_hidden_states": False}
+INTERPOLATION_WEIGHT = 0.7  # of the model that is written
+# What a short run has in place of its recipe's settings (results/music/demo_front)
+SHORT = {
+    "quality": {"max_steps": 20},
+    "diversity": {
+        "max_steps": 64,
+        "diversity_warmup_steps": 0,  # too few steps to distil first: merging with the quality run does it
+        "max_completion_length": 100,  # 2 s, with a prefix for every five tokens as in the recipe
+        "diversity_prefixes": 19,
+    },
+}
 WORLD = HERE / "tiny_music"
 MEANS = HERE.parent / "results" / "music" / "study"  # models of WORLD
 
@@ -54,7 +63,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--full", action="store_true", help="the recipes' own 60 and 120 steps, measured on 64 prompts x 8 samples"
     )
-    parser.add_argument("--steps", type=int, default=20, help="training steps of each run, without --full")
+    parser.add_argument("--steps", type=int, help="training steps of each run, without --full (20 and 64)")
+    parser.add_argument("--seed", type=int, default=42, help="seed of both training runs")
     parser.add_argument("--minutes", type=float, default=5.0, help="time limit of each training run, without --full")
     parser.add_argument("--prompts", type=int, help="held-out prompts to measure on (20; with --full 64)")
     parser.add_argument("--samples", type=int, help="samples per prompt, at least 2 (4; with --full 8)")
@@ -78,17 +88,25 @@ def start(command: list[str], log: Path, **environment: str) -> subprocess.Popen
         )
 
 
-def wait(processes: dict[str, subprocess.Popen], logs: Path, look: Any) -> None:
-    """Call `look()` every second until all processes have succeeded; end them all if one fails, or on Ctrl-C."""
+def wait(processes: dict[str, subprocess.Popen], logs: Path, look: Any, meanwhile: Any = None) -> None:
+    """
+    Call `look()` every second until all processes have succeeded, and `meanwhile()` once, when the first of several
+    has; end them all if one fails, or on Ctrl-C.
+    """
     try:
         while True:
             look()
-            for name, process in processes.items():
-                if process.poll():
+            codes = {name: process.poll() for name, process in processes.items()}
+            for name, code in codes.items():
+                if code:
                     tail = (logs / f"{name}.txt").read_text().splitlines()[-15:]
                     raise SystemExit("\n".join([f"{name} failed; the end of {logs / name}.txt:", *tail]))
-            if all(process.poll() == 0 for process in processes.values()):
+            running = [name for name, code in codes.items() if code is None]
+            if not running:
                 return
+            if meanwhile and len(running) < len(codes):
+                meanwhile()
+                meanwhile = None
             time.sleep(1)
     finally:
         for process in processes.values():
@@ -97,15 +115,16 @@ def wait(processes: dict[str, subprocess.Popen], logs: Path, look: Any) -> None:
 
 def check_same(args: argparse.Namespace) -> None:
     """End the program if the output folder has models of other settings, else note those of this call there."""
-    file, asked = args.output / "training.json", {"full": args.full} | ({} if args.full else {"steps": args.steps})
+    file = args.output / "training.json"
+    asked = {"full": args.full, "seed": args.seed} | ({} if args.full else {"steps": args.steps})
     there = any((args.output / name).exists() for name in RUNS)
     if there and file.exists() and (found := json.loads(file.read_text())) != asked:
         raise SystemExit(f"{args.output} has models of {found}, not {asked}; give --fresh, or another --output")
     write_text(file, json.dumps(asked) + "\n")
 
 
-def train(args: argparse.Namespace) -> None:
-    """Train both runs concurrently, each on one core."""
+def train(args: argparse.Namespace, meanwhile: Any = None) -> None:
+    """Train both runs, each on one core; when the shorter has ended, `meanwhile()` is called beside the longer."""
     check_same(args)
     last = ("README.md", "model.safetensors")  # with checkpoints the card is there before the end
     waiting = [name for name in RUNS if not all((args.output / name / file).exists() for file in last)]
@@ -118,15 +137,24 @@ def train(args: argparse.Namespace) -> None:
         command += ["--model_name_or_path", str(world / "musiclm"), "--codec", str(world / "codec")]
         command += ["--embedder", str(world / "embedder"), "--dataset", str(data / "train_prompts.jsonl")]
         command += ["--eval_dataset", str(data / "test_prompts.jsonl"), "--output_dir", str(args.output / name)]
-        command += ["--logging_steps", "4", "--eval_strategy", "no", "--eval_on_start", "false"]  # evaluated below
+        command += [
+            "--seed",
+            str(args.seed),
+            "--logging_steps",
+            "4",
+            "--eval_strategy",
+            "no",
+            "--eval_on_start",
+            "false",
+        ]  # evaluated below
         if args.full:
             steps = read_yaml(HERE / RUNS[name])["max_steps"]
             command += ["--save_steps", "20", "--resume_from_checkpoint", "auto"]
         else:
-            steps = args.steps
-            command += f"--max_steps {steps} --max_minutes {args.minutes} --save_strategy no".split()
-            command += f"--diversity_warmup_steps {steps // 3}".split()
-            command += [f"--{key}={value}" for key, value in SHORT.items()] if name == "diversity" else []
+            settings = SHORT[name] | ({"max_steps": args.steps} if args.steps else {})
+            steps = settings["max_steps"]
+            command += f"--max_minutes {args.minutes} --save_strategy no".split()
+            command += [f"--{key}={value}" for key, value in settings.items()]
         processes[name] = start(command, args.output / "logs" / f"{name}.txt")
         bars[name] = tqdm(total=steps, desc=f"train {name:9s}", unit="step", position=len(bars))
 
@@ -139,13 +167,13 @@ def train(args: argparse.Namespace) -> None:
                 bar.update(entries[-1]["step"] - bar.n)
             bar.refresh()
 
-    wait(processes, args.output / "logs", look)
+    wait(processes, args.output / "logs", look, meanwhile)
     for bar in bars.values():
         bar.close()
 
 
 def merge(args: argparse.Namespace) -> None:
-    """Merge the two runs half way."""
+    """Merge the two runs near the diversity of the base."""
     if not (args.output / "merged").exists():
         weights = [1 - INTERPOLATION_WEIGHT, INTERPOLATION_WEIGHT]
         interpolate_checkpoints([args.output / "quality", args.output / "diversity"], weights, args.output / "merged")
@@ -156,26 +184,33 @@ def has_means(args: argparse.Namespace) -> bool:
     return args.world.resolve() == WORLD and MEANS.is_dir()
 
 
-def evaluation(args: argparse.Namespace) -> EvaluateArguments:
-    """Arguments of the evaluation: the front of Fig. 1 and 3 of the paper, with few points."""
+def evaluation(args: argparse.Namespace, trained: bool = True) -> EvaluateArguments:
+    """Arguments of the evaluation, of `trained` models too: the front of Fig. 1 and 3 of the paper, few points."""
     models = args.world / "models"
     quality, diversity = (str(args.output / name) for name in RUNS)
-    coefficient = (read_yaml(HERE / RUNS["diversity"]) | ({} if args.full else SHORT))["diversity_coef"]
-    strategies = [
+    coefficient = read_yaml(HERE / RUNS["diversity"])["diversity_coef"]
+    strategies: list[dict[str, Any]] = [
         {"name": "base"},
         {"name": "CFG", "guidance_scale": [2.0, 3.0]},
         {"name": "temperature", "temperature": [1.15]},
-        {"name": "quality", "model": quality, "diversity_coef": 0},
-        {"name": "diversity", "model": diversity, "diversity_coef": coefficient},
-        {"name": "LERP", "models": [quality, diversity], "interpolation_weight": [0, 0.5, 1]},
     ]
+    if trained:
+        strategies += [
+            {"name": "quality", "model": quality, "diversity_coef": 0},
+            {"name": "diversity", "model": diversity, "diversity_coef": coefficient},
+            {
+                "name": "LERP",
+                "models": [quality, diversity],
+                "interpolation_weight": [0, 0.35, INTERPOLATION_WEIGHT, 1],
+            },
+        ]
     if has_means(args):
         means = [str(MEANS / name) for name in ("quality", "rewarded")]
-        strategies.append({"name": "LERP of means", "models": means, "interpolation_weight": [0, 0.25, 0.5, 0.75, 1]})
+        strategies.append({"name": "LERP of means", "models": means, "interpolation_weight": [0, 0.5, 1]})
     return EvaluateArguments(
         str(models / "musiclm"), str(args.world / "data" / "test_prompts.jsonl"), strategies,
         output_dir=str(args.output), num_prompts=args.prompts, samples_per_prompt=args.samples,
-        batch_size=args.prompts * args.samples, num_processes=2, codec=str(models / "codec"),
+        batch_size=args.prompts * args.samples, num_processes=1 + trained, codec=str(models / "codec"),
         embedder=str(models / "embedder"), second_embedder=str(models / "descriptors"), judge=str(models / "judge"),
         reference=str(models / "judge" / "reference.safetensors"), preference=str(models / "preference"),
         omega="equal", likelihood_samples=2, listen=args.listen, listen_samples=args.samples,
@@ -187,7 +222,7 @@ def main() -> None:
     args, began = parse(), time.time()
     if args.fresh:
         shutil.rmtree(args.output, ignore_errors=True)
-    train(args)
+    train(args, lambda: evaluate(evaluation(args, trained=False)))
     merge(args)
     table = markdown(points_table(pooled(evaluate(evaluation(args)))))
     write_text(args.output / "results.md", table + "\n")
@@ -199,8 +234,7 @@ def main() -> None:
     study = DEMO_STUDY if usual else args.output.with_name(f"{args.output.name}_study")
     tabs = "--demo" if usual else f"--evaluation {args.output}"
     print(f"Play, slide, listen: trl-drcd app {tabs}   (extra `app`)")
-    merged = "LERP of means (lambda 0.5)" if has_means(args) else "LERP (lambda 0.5)"
-    models = f"base 'CFG (gamma 3)' quality diversity '{merged}'"
+    models = f"base 'CFG (gamma 3)' quality diversity 'LERP (lambda {INTERPOLATION_WEIGHT})'"
     design = f"trl-drcd ratings design --evaluation {args.output} --out {study} --raters 6 --models {models}"
     print(f"Rate as the paper's raters did: {design}")
     print(f"  then trl-drcd app {tabs if usual else f'{tabs} --study {study}'} has a third tab")

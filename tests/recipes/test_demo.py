@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parents[2] / "results" / "music" / "results.jsonl"
 @pytest.fixture
 def args(tmp_path) -> argparse.Namespace:
     world = Path(demo.__file__).parent / "tiny_music"
-    return argparse.Namespace(output=tmp_path, world=world, prompts=3, samples=2, listen=1, full=False)
+    return argparse.Namespace(output=tmp_path, world=world, prompts=3, samples=2, listen=1, full=False, seed=1)
 
 
 def tiny(value: float) -> LlamaForCausalLM:
@@ -43,9 +43,9 @@ def test_it_asks_for_a_front_in_two_processes(args):
     assert names == ["base", "CFG", "temperature", "quality", "diversity", "LERP", "LERP of means"]
     assert all(Path(model).is_dir() for model in asked.strategies[6]["models"])
     assert asked.num_processes == 2 and asked.batch_size == 6
-    assert asked.strategies[4]["diversity_coef"] == demo.SHORT["diversity_coef"] == 100
-    args.full = True
-    assert demo.evaluation(args).strategies[4]["diversity_coef"] == 300  # of musiclm_diversity.yaml
+    assert asked.strategies[4]["diversity_coef"] == 300  # of musiclm_diversity.yaml
+    before = demo.evaluation(args, trained=False)  # a part of it, measured beside a training
+    assert before.strategies == asked.strategies[:3] + asked.strategies[6:] and before.num_processes == 1
     args.world = Path(os.path.relpath(args.world))
     assert [strategy["name"] for strategy in demo.evaluation(args).strategies] == names
     args.world = args.output  # the shipped means are models of the shipped world
@@ -55,7 +55,7 @@ def test_it_asks_for_a_front_in_two_processes(args):
 def test_the_table_is_printed_and_written(args, monkeypatch, capsys):
     results = read_results(RESULTS)
     for step in ("train", "merge"):
-        monkeypatch.setattr(demo, step, lambda args: None)
+        monkeypatch.setattr(demo, step, lambda *args: None)
     monkeypatch.setattr(demo, "parse", lambda: argparse.Namespace(**vars(args), fresh=False))
     monkeypatch.setattr(demo, "evaluate", lambda asked: results)
     demo.main()
@@ -77,6 +77,34 @@ def test_a_failed_process_ends_the_others_and_shows_its_last_words(tmp_path):
     demo.wait({"fine": demo.start(["-c", "pass"], tmp_path / "fine.txt")}, tmp_path, lambda: None)
 
 
+def test_what_needs_no_training_is_measured_once_beside_the_longer_run(tmp_path):
+    stop, running = tmp_path / "stop", []
+    code = f"import os, time\nwhile not os.path.exists({str(stop)!r}): time.sleep(0.05)"
+    processes = {name: demo.start(["-c", text], tmp_path / name) for name, text in (("short", ""), ("long", code))}
+
+    def meanwhile() -> None:
+        running.append([name for name, process in processes.items() if process.poll() is None])
+        stop.touch()
+
+    demo.wait(processes, tmp_path, lambda: None, meanwhile)
+    assert running == [["long"]]
+    demo.wait({"alone": demo.start([], tmp_path / "alone")}, tmp_path, lambda: None, meanwhile)
+    assert len(running) == 1  # one run that was left over: all rows are measured after it, in two processes
+
+
+def test_an_error_beside_a_training_ends_it(tmp_path):
+    processes = {
+        name: demo.start(["-c", f"import time; time.sleep({s})"], tmp_path / name) for name, s in (("a", 0), ("b", 60))
+    }
+
+    def meanwhile() -> None:
+        raise ValueError("no room")
+
+    with pytest.raises(ValueError, match="no room"):
+        demo.wait(processes, tmp_path, lambda: None, meanwhile)
+    assert processes["b"].wait(timeout=10) != 0
+
+
 def test_the_command_line_is_described(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["demo.py", "--help"])
     with pytest.raises(SystemExit):
@@ -85,26 +113,29 @@ def test_the_command_line_is_described(monkeypatch, capsys):
     assert "make demo" in text and "--fresh" in text
 
 
+@pytest.mark.parametrize("steps", [None, 3])
 @pytest.mark.parametrize("full", [False, True])
-def test_a_short_run_has_few_steps_and_a_full_one_those_of_its_recipe(args, monkeypatch, full):
+def test_a_short_run_has_few_steps_and_a_full_one_those_of_its_recipe(args, monkeypatch, full, steps):
     commands = {}
     monkeypatch.setattr(demo, "start", lambda command, log: commands.setdefault(log.stem, " ".join(command)))
-    monkeypatch.setattr(demo, "wait", lambda processes, logs, look: look())
-    args.full, args.steps, args.minutes = full, 20, 5.0
+    monkeypatch.setattr(demo, "wait", lambda processes, logs, look, meanwhile: look())
+    args.full, args.steps, args.minutes = full, steps, 5.0
     kept = args.output / "diversity" / "checkpoint-20"
     kept.mkdir(parents=True)
     (args.output / "diversity" / "README.md").touch()  # a run that was interrupted has its card already
     demo.train(args)
-    short = "--max_steps 20 --max_minutes 5.0 --save_strategy no --diversity_warmup_steps 6"
-    assert all((short in command) is not full for command in commands.values()) and len(commands) == 2
+    for name, usual in (("quality", 20), ("diversity", 64)):
+        short = f"--max_minutes 5.0 --save_strategy no --max_steps={steps or usual}"
+        assert (short in commands[name]) is not full and len(commands) == 2
+    assert all("--seed 1 " in command for command in commands.values())
     assert all(("--resume_from_checkpoint auto" in command) is full for command in commands.values())
-    assert ("--diversity_coef=100" in commands["diversity"]) is not full
-    assert "--diversity_coef" not in commands["quality"] and kept.exists() is full
+    assert ("--max_completion_length=100" in commands["diversity"]) is not full
+    assert "--max_completion_length" not in commands["quality"] and kept.exists() is full
 
 
 def test_models_of_other_settings_are_not_taken_for_these(args, monkeypatch):
     monkeypatch.setattr(demo, "start", lambda command, log: None)
-    monkeypatch.setattr(demo, "wait", lambda processes, logs, look: None)
+    monkeypatch.setattr(demo, "wait", lambda processes, logs, look, meanwhile: None)
     args.steps, args.minutes = 20, 5.0
     demo.train(args)
     for name in demo.RUNS:
@@ -117,10 +148,10 @@ def test_models_of_other_settings_are_not_taken_for_these(args, monkeypatch):
         demo.train(args)
 
 
-def test_the_merged_model_is_half_way(args):
+def test_the_merged_model_is_between_the_two(args):
     for value, name in enumerate(("quality", "diversity")):
         tiny(1.0 + value).save_pretrained(args.output / name)
     demo.merge(args)
     merged = LlamaForCausalLM.from_pretrained(args.output / "merged")
-    assert torch.equal(merged.lm_head.weight, torch.full((8, 8), 1.5))
+    assert torch.allclose(merged.lm_head.weight, torch.full((8, 8), 1.7))
     demo.merge(args)  # there already
