@@ -144,7 +144,7 @@ def test_models_of_other_settings_are_not_taken_for_these(args, monkeypatch):
             (args.output / name / file).touch()
     demo.train(args)  # there already
     args.full = True
-    with pytest.raises(SystemExit, match=r"has models of \{'full': False, 'steps': 20\}.*give --fresh"):
+    with pytest.raises(SystemExit, match=r"has models of \{'full': False, 'seed': 1, 'steps': 20\}.*give --fresh"):
         demo.train(args)
 
 
