@@ -8,6 +8,7 @@ come out again. KL and entropy, for which the models are needed, are left as the
 
     python recipes/judge_tokens.py results/music/means recipes/music/evaluate_means.yaml
     python recipes/judge_tokens.py results/music/means recipes/music/evaluate_means.yaml --judge outputs/my_judge
+    python recipes/judge_tokens.py results/music/hidden recipes/music/evaluate_hidden.yaml --also results/music/study
     python recipes/hypotheses.py outputs/judged/results.jsonl
 """
 
@@ -17,7 +18,7 @@ import argparse
 import json
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,9 @@ def judged(row: Result, file: Path, held_out: HeldOut, judges: Judges, decode: C
     return replace(row, metrics={**row.metrics, **metrics}, per_prompt={**row.per_prompt, **per_prompt})
 
 
-def judge(study: Path, args: EvaluateArguments, names: list[str] | None = None) -> list[Result]:
+def judge(
+    study: Path, args: EvaluateArguments, names: list[str] | None = None, also: Sequence[Path] = ()
+) -> list[Result]:
     """
     Judge the rows of a study whose tokens are kept.
 
@@ -85,6 +88,7 @@ def judge(study: Path, args: EvaluateArguments, names: list[str] | None = None) 
         study (`Path`): Folder with `results.jsonl` and `tokens.tar.xz`.
         args ([`EvaluateArguments`]): The study's settings, with the parts to judge with.
         names (`list[str]`, *optional*): Rows; all by default.
+        also (`Sequence[Path]`, *optional*): Studies whose rows stand in this one too; their tokens are read.
 
     Raises:
         FileNotFoundError: If a file, or the tokens of a row, are missing.
@@ -95,8 +99,10 @@ def judge(study: Path, args: EvaluateArguments, names: list[str] | None = None) 
         raise ValueError(f"`rows={unknown}` are not in {study / 'results.jsonl'}, which has {[r.name for r in rows]}")
     rows = [row for row in rows if names is None or row.name in names]
     held_out, judges, decode = held_out_prompts(args), Judges.load(args, {}), decoder(args)
-    with tempfile.TemporaryDirectory() as folder, tarfile.open(study / "tokens.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
+    with tempfile.TemporaryDirectory() as folder:
+        for part in (*also, study):
+            with tarfile.open(part / "tokens.tar.xz") as archive:
+                archive.extractall(folder, filter="data")
         files = {row.name: tokens_of(row, Path(folder)) for row in rows}
         done = [judged(row, files[row.name], held_out, judges, decode) for row in tqdm(rows, unit="row")]
     return with_quality(done, args.omega)
@@ -109,6 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("config", help="YAML file of its evaluation")
     for part in PARTS:
         parser.add_argument(f"--{part}", help="in place of the study's own")
+    parser.add_argument("--also", nargs="+", type=Path, default=[], help="studies whose rows stand in this one too")
     parser.add_argument("--rows", nargs="+", help="names of rows; all by default")
     parser.add_argument("--output", type=Path, default=Path("outputs/judged"), help="folder to write results.jsonl to")
     given = parser.parse_args(argv)
@@ -116,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         parts = {part: value for part in PARTS if (value := getattr(given, part)) is not None}
         args = EvaluateArguments(**{**read_yaml(given.config), **parts})
         before = {row.name: row.metrics for row in read_results(given.study / "results.jsonl")}
-        rows = judge(given.study, args, given.rows)
+        rows = judge(given.study, args, given.rows, given.also)
         write_text(given.output / "results.jsonl", "".join(json.dumps(row.to_json()) + "\n" for row in rows))
     for key in rows[0].metrics:
         moved = [abs(r.metrics[key]["mean"] - before[r.name][key]["mean"]) for r in rows if key in before[r.name]]

@@ -85,3 +85,14 @@ def test_every_row_of_the_study_has_its_tokens(tmp_path):
         (tmp_path / name).touch()
     rows = read_results(STUDY / "results.jsonl")
     assert {judge_tokens.tokens_of(row, tmp_path).name for row in rows} == set(names) and len(names) == 39
+
+
+def test_rows_of_another_study_have_their_tokens_there(study, monkeypatch, tmp_path):
+    (tmp_path / "results.jsonl").write_text((study / "results.jsonl").read_text())
+    with tarfile.open(tmp_path / "tokens.tar.xz", "w:xz") as archive:
+        archive.addfile(tarfile.TarInfo("other.safetensors"), io.BytesIO())
+    rows = judge_tokens.judge(
+        tmp_path, EvaluateArguments(**yaml.safe_load((study / "config.yaml").read_text())), also=[study]
+    )
+    before = read_results(study / "results.jsonl")[0]
+    assert rows[0].per_prompt["adherence"] == pytest.approx(before.per_prompt["adherence"][:PROMPTS], abs=2e-5)
