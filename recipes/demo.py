@@ -40,7 +40,7 @@ from trl_drcd.validation.yaml_files import read_yaml
 
 HERE = Path(__file__).resolve().parent
 RUNS = {"quality": "music/musiclm_quality.yaml", "diversity": "music/musiclm_diversity.yaml"}
-INTERPOLATION_WEIGHT = 0.7  # of the model that is written
+INTERPOLATION_WEIGHT = 0.6  # of the model that is written
 # What a short run has in place of its recipe's settings (results/music/demo_front)
 SHORT = {
     "quality": {"max_steps": 20},
@@ -71,6 +71,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--listen", type=int, default=4, help="prompts on the page")
     parser.add_argument("--fresh", action="store_true", help="start over")
     args = parser.parse_args()
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps must be at least 1, got {args.steps}")
     usual = (64, 8, Path("outputs/demo_full")) if args.full else (20, 4, Path("outputs/demo"))
     for name, value in zip(("prompts", "samples", "output"), usual, strict=True):
         if getattr(args, name) is None:
@@ -91,7 +93,7 @@ def start(command: list[str], log: Path, **environment: str) -> subprocess.Popen
 def wait(processes: dict[str, subprocess.Popen], logs: Path, look: Any, meanwhile: Any = None) -> None:
     """
     Call `look()` every second until all processes have succeeded, and `meanwhile()` once, when the first of several
-    has; end them all if one fails, or on Ctrl-C.
+    has; end them all if one fails (which is seen after `meanwhile`), or on Ctrl-C.
     """
     try:
         while True:
@@ -113,10 +115,16 @@ def wait(processes: dict[str, subprocess.Popen], logs: Path, look: Any, meanwhil
             process.terminate()
 
 
+def settings_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What a run has in place of its recipe's settings."""
+    steps = {} if args.steps is None else {"max_steps": args.steps}
+    return {"seed": args.seed} | ({} if args.full else SHORT[name] | steps)
+
+
 def check_same(args: argparse.Namespace) -> None:
     """End the program if the output folder has models of other settings, else note those of this call there."""
     file = args.output / "training.json"
-    asked = {"full": args.full, "seed": args.seed} | ({} if args.full else {"steps": args.steps})
+    asked = {name: settings_of(name, args) for name in RUNS}
     there = any((args.output / name).exists() for name in RUNS)
     if there and file.exists() and (found := json.loads(file.read_text())) != asked:
         raise SystemExit(f"{args.output} has models of {found}, not {asked}; give --fresh, or another --output")
@@ -137,24 +145,14 @@ def train(args: argparse.Namespace, meanwhile: Any = None) -> None:
         command += ["--model_name_or_path", str(world / "musiclm"), "--codec", str(world / "codec")]
         command += ["--embedder", str(world / "embedder"), "--dataset", str(data / "train_prompts.jsonl")]
         command += ["--eval_dataset", str(data / "test_prompts.jsonl"), "--output_dir", str(args.output / name)]
-        command += [
-            "--seed",
-            str(args.seed),
-            "--logging_steps",
-            "4",
-            "--eval_strategy",
-            "no",
-            "--eval_on_start",
-            "false",
-        ]  # evaluated below
+        command += ["--logging_steps", "4", "--eval_strategy", "no", "--eval_on_start", "false"]  # evaluated below
         if args.full:
-            steps = read_yaml(HERE / RUNS[name])["max_steps"]
             command += ["--save_steps", "20", "--resume_from_checkpoint", "auto"]
         else:
-            settings = SHORT[name] | ({"max_steps": args.steps} if args.steps else {})
-            steps = settings["max_steps"]
             command += f"--max_minutes {args.minutes} --save_strategy no".split()
-            command += [f"--{key}={value}" for key, value in settings.items()]
+        settings = settings_of(name, args)
+        command += [f"--{key}={value}" for key, value in settings.items()]
+        steps = settings.get("max_steps") or read_yaml(HERE / RUNS[name])["max_steps"]
         processes[name] = start(command, args.output / "logs" / f"{name}.txt")
         bars[name] = tqdm(total=steps, desc=f"train {name:9s}", unit="step", position=len(bars))
 
@@ -201,7 +199,7 @@ def evaluation(args: argparse.Namespace, trained: bool = True) -> EvaluateArgume
             {
                 "name": "LERP",
                 "models": [quality, diversity],
-                "interpolation_weight": [0, 0.35, INTERPOLATION_WEIGHT, 1],
+                "interpolation_weight": [0, 0.3, INTERPOLATION_WEIGHT, 1],
             },
         ]
     if has_means(args):

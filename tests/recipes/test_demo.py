@@ -53,12 +53,13 @@ def test_it_asks_for_a_front_in_two_processes(args):
 
 
 def test_the_table_is_printed_and_written(args, monkeypatch, capsys):
-    results = read_results(RESULTS)
-    for step in ("train", "merge"):
-        monkeypatch.setattr(demo, step, lambda *args: None)
+    results, asked = read_results(RESULTS), []
+    monkeypatch.setattr(demo, "train", lambda args, meanwhile: meanwhile())
+    monkeypatch.setattr(demo, "merge", lambda args: None)
     monkeypatch.setattr(demo, "parse", lambda: argparse.Namespace(**vars(args), fresh=False))
-    monkeypatch.setattr(demo, "evaluate", lambda asked: results)
+    monkeypatch.setattr(demo, "evaluate", lambda arguments: asked.append(arguments) or results)
     demo.main()
+    assert [arguments.num_processes for arguments in asked] == [1, 2]  # beside a training, then after both
     printed = capsys.readouterr().out
     assert "report.html" in printed and " minutes" in printed
     table = (args.output / "results.md").read_text()
@@ -116,18 +117,21 @@ def test_the_command_line_is_described(monkeypatch, capsys):
 @pytest.mark.parametrize("steps", [None, 3])
 @pytest.mark.parametrize("full", [False, True])
 def test_a_short_run_has_few_steps_and_a_full_one_those_of_its_recipe(args, monkeypatch, full, steps):
-    commands = {}
+    commands, given = {}, []
     monkeypatch.setattr(demo, "start", lambda command, log: commands.setdefault(log.stem, " ".join(command)))
-    monkeypatch.setattr(demo, "wait", lambda processes, logs, look, meanwhile: look())
+    monkeypatch.setattr(demo, "wait", lambda processes, logs, look, meanwhile: (look(), given.append(meanwhile)))
     args.full, args.steps, args.minutes = full, steps, 5.0
     kept = args.output / "diversity" / "checkpoint-20"
     kept.mkdir(parents=True)
     (args.output / "diversity" / "README.md").touch()  # a run that was interrupted has its card already
-    demo.train(args)
+    demo.train(args, meanwhile=print)
+    assert given == [print]
     for name, usual in (("quality", 20), ("diversity", 64)):
-        short = f"--max_minutes 5.0 --save_strategy no --max_steps={steps or usual}"
-        assert (short in commands[name]) is not full and len(commands) == 2
-    assert all("--seed 1 " in command for command in commands.values())
+        assert (
+            f"--max_minutes 5.0 --save_strategy no --seed=1 --max_steps={steps or usual}" in commands[name]
+        ) is not full
+    assert len(commands) == 2
+    assert all("--seed=1" in command for command in commands.values())
     assert all(("--resume_from_checkpoint auto" in command) is full for command in commands.values())
     assert ("--max_completion_length=100" in commands["diversity"]) is not full
     assert "--max_completion_length" not in commands["quality"] and kept.exists() is full
@@ -144,7 +148,7 @@ def test_models_of_other_settings_are_not_taken_for_these(args, monkeypatch):
             (args.output / name / file).touch()
     demo.train(args)  # there already
     args.full = True
-    with pytest.raises(SystemExit, match=r"has models of \{'full': False, 'seed': 1, 'steps': 20\}.*give --fresh"):
+    with pytest.raises(SystemExit, match=r"has models of \{'quality': \{'seed': 1, 'max_steps': 20\}.*give --fresh"):
         demo.train(args)
 
 
@@ -153,5 +157,5 @@ def test_the_merged_model_is_between_the_two(args):
         tiny(1.0 + value).save_pretrained(args.output / name)
     demo.merge(args)
     merged = LlamaForCausalLM.from_pretrained(args.output / "merged")
-    assert torch.allclose(merged.lm_head.weight, torch.full((8, 8), 1.7))
+    assert torch.allclose(merged.lm_head.weight, torch.full((8, 8), 1.6))
     demo.merge(args)  # there already

@@ -67,10 +67,12 @@ class Evidence(Comparison):
         self.rewarded = [p for coefficient, p in trained if coefficient > 0]
         self.diversity = self.rewarded[-1] if self.rewarded else None
         sweeps = list(lambda_sweeps(points).values())
+        most: dict[str, int] = {}  # of several sweeps between the same models, those of most trainings count
+        for group in sweeps:
+            most[group[0].model] = max(group[0].runs, most.get(group[0].model, 0))
+        sweeps = [group for group in sweeps if group[0].runs == most[group[0].model]]
         ends = f"{self.quality.model} + {self.diversity.model}" if self.quality and self.diversity else None
-        of_ends = [group for group in sweeps if group[0].model == ends]
-        # Of several sweeps between the same models, that of most trainings
-        self.lerp = max(of_ends or sweeps[:1], key=lambda group: group[0].runs, default=[])
+        self.lerp = next((group for group in sweeps if group[0].model == ends), next(iter(sweeps), []))
         names = {p.model for _, p in trained}
         pairs = [point for group in sweeps if set(group[0].model.split(" + ")) <= names for point in group]
         self.pairs = pairs or self.lerp

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from trl_drcd.markdown import markdown_cell, markdown_table, markdown_text
@@ -31,9 +32,9 @@ class Table:
 
 
 def formatted(interval: Interval, digits: int = 3) -> str:
-    """`mean [low, high]`; a value that rounds to zero has no sign."""
+    """`mean [low, high]`, or the mean alone if its interval has no ends; a value that rounds to zero has no sign."""
     mean, low, high = (f"{end:z.{digits}f}" for end in (interval["mean"], interval["low"], interval["high"]))
-    return f"{mean} [{low}, {high}]"
+    return f"{mean} [{low}, {high}]" if isfinite(interval["low"]) else f"{mean} (no interval)"
 
 
 def verdict(interval: Interval, above: str, below: str) -> str:
