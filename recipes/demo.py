@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,8 @@ def start(command: list[str], log: Path, **environment: str) -> subprocess.Popen
 
 def wait(processes: dict[str, subprocess.Popen], logs: Path, look: Any, meanwhile: Any = None) -> None:
     """
-    Call `look()` every second until all processes have succeeded, and `meanwhile()` once, when the first of several
-    has; end them all if one fails (which is seen after `meanwhile`), or on Ctrl-C.
+    Call `look()` every second until all processes have succeeded, and `meanwhile(running)` once with the names of the
+    others when the first has; end them all if one fails (which is seen after `meanwhile`), or on Ctrl-C.
     """
     try:
         while True:
@@ -107,7 +108,7 @@ def wait(processes: dict[str, subprocess.Popen], logs: Path, look: Any, meanwhil
             if not running:
                 return
             if meanwhile and len(running) < len(codes):
-                meanwhile()
+                meanwhile(running)
                 meanwhile = None
             time.sleep(1)
     finally:
@@ -132,7 +133,7 @@ def check_same(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace, meanwhile: Any = None) -> None:
-    """Train both runs, each on one core; when the shorter has ended, `meanwhile()` is called beside the longer."""
+    """Train both runs, each on one core; when one has ended, `meanwhile([name of the other])` is called beside it."""
     check_same(args)
     last = ("README.md", "model.safetensors")  # with checkpoints the card is there before the end
     waiting = [name for name in RUNS if not all((args.output / name / file).exists() for file in last)]
@@ -182,8 +183,8 @@ def has_means(args: argparse.Namespace) -> bool:
     return args.world.resolve() == WORLD and MEANS.is_dir()
 
 
-def evaluation(args: argparse.Namespace, trained: bool = True) -> EvaluateArguments:
-    """Arguments of the evaluation, of `trained` models too: the front of Fig. 1 and 3 of the paper, few points."""
+def evaluation(args: argparse.Namespace, running: Sequence[str] = ()) -> EvaluateArguments:
+    """Arguments of the evaluation, but for runs that are still `running`: Fig. 1 and 3 of the paper, few points."""
     models = args.world / "models"
     quality, diversity = (str(args.output / name) for name in RUNS)
     coefficient = read_yaml(HERE / RUNS["diversity"])["diversity_coef"]
@@ -191,24 +192,19 @@ def evaluation(args: argparse.Namespace, trained: bool = True) -> EvaluateArgume
         {"name": "base"},
         {"name": "CFG", "guidance_scale": [2.0, 3.0]},
         {"name": "temperature", "temperature": [1.15]},
+        {"name": "quality", "model": quality, "diversity_coef": 0},
+        {"name": "diversity", "model": diversity, "diversity_coef": coefficient},
+        {"name": "LERP", "models": [quality, diversity], "interpolation_weight": [0, 0.3, INTERPOLATION_WEIGHT, 1]},
     ]
-    if trained:
-        strategies += [
-            {"name": "quality", "model": quality, "diversity_coef": 0},
-            {"name": "diversity", "model": diversity, "diversity_coef": coefficient},
-            {
-                "name": "LERP",
-                "models": [quality, diversity],
-                "interpolation_weight": [0, 0.3, INTERPOLATION_WEIGHT, 1],
-            },
-        ]
     if has_means(args):
         means = [str(MEANS / name) for name in ("quality", "rewarded")]
         strategies.append({"name": "LERP of means", "models": means, "interpolation_weight": [0, 0.5, 1]})
+    missing = {str(args.output / name) for name in running}
+    strategies = [one for one in strategies if missing.isdisjoint([one.get("model"), *one.get("models", [])])]
     return EvaluateArguments(
         str(models / "musiclm"), str(args.world / "data" / "test_prompts.jsonl"), strategies,
         output_dir=str(args.output), num_prompts=args.prompts, samples_per_prompt=args.samples,
-        batch_size=args.prompts * args.samples, num_processes=1 + trained, codec=str(models / "codec"),
+        batch_size=args.prompts * args.samples, num_processes=1 if running else 2, codec=str(models / "codec"),
         embedder=str(models / "embedder"), second_embedder=str(models / "descriptors"), judge=str(models / "judge"),
         reference=str(models / "judge" / "reference.safetensors"), preference=str(models / "preference"),
         omega="equal", likelihood_samples=2, listen=args.listen, listen_samples=args.samples,
@@ -220,7 +216,7 @@ def main() -> None:
     args, began = parse(), time.time()
     if args.fresh:
         shutil.rmtree(args.output, ignore_errors=True)
-    train(args, lambda: evaluate(evaluation(args, trained=False)))
+    train(args, lambda running: evaluate(evaluation(args, running)))
     merge(args)
     table = markdown(points_table(pooled(evaluate(evaluation(args)))))
     write_text(args.output / "results.md", table + "\n")

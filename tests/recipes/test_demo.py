@@ -44,8 +44,10 @@ def test_it_asks_for_a_front_in_two_processes(args):
     assert all(Path(model).is_dir() for model in asked.strategies[6]["models"])
     assert asked.num_processes == 2 and asked.batch_size == 6
     assert asked.strategies[4]["diversity_coef"] == 300  # of musiclm_diversity.yaml
-    before = demo.evaluation(args, trained=False)  # a part of it, measured beside a training
-    assert before.strategies == asked.strategies[:3] + asked.strategies[6:] and before.num_processes == 1
+    before = demo.evaluation(args, running=["diversity"])  # a part of it, measured beside a training
+    assert before.strategies == asked.strategies[:4] + asked.strategies[6:] and before.num_processes == 1
+    other = demo.evaluation(args, running=["quality"])
+    assert other.strategies == [*asked.strategies[:3], asked.strategies[4], asked.strategies[6]]
     args.world = Path(os.path.relpath(args.world))
     assert [strategy["name"] for strategy in demo.evaluation(args).strategies] == names
     args.world = args.output  # the shipped means are models of the shipped world
@@ -54,7 +56,7 @@ def test_it_asks_for_a_front_in_two_processes(args):
 
 def test_the_table_is_printed_and_written(args, monkeypatch, capsys):
     results, asked = read_results(RESULTS), []
-    monkeypatch.setattr(demo, "train", lambda args, meanwhile: meanwhile())
+    monkeypatch.setattr(demo, "train", lambda args, meanwhile: meanwhile(["diversity"]))
     monkeypatch.setattr(demo, "merge", lambda args: None)
     monkeypatch.setattr(demo, "parse", lambda: argparse.Namespace(**vars(args), fresh=False))
     monkeypatch.setattr(demo, "evaluate", lambda arguments: asked.append(arguments) or results)
@@ -83,8 +85,8 @@ def test_what_needs_no_training_is_measured_once_beside_the_longer_run(tmp_path)
     code = f"import os, time\nwhile not os.path.exists({str(stop)!r}): time.sleep(0.05)"
     processes = {name: demo.start(["-c", text], tmp_path / name) for name, text in (("short", ""), ("long", code))}
 
-    def meanwhile() -> None:
-        running.append([name for name, process in processes.items() if process.poll() is None])
+    def meanwhile(names: list[str]) -> None:
+        running.append(names)
         stop.touch()
 
     demo.wait(processes, tmp_path, lambda: None, meanwhile)
@@ -98,7 +100,7 @@ def test_an_error_beside_a_training_ends_it(tmp_path):
         name: demo.start(["-c", f"import time; time.sleep({s})"], tmp_path / name) for name, s in (("a", 0), ("b", 60))
     }
 
-    def meanwhile() -> None:
+    def meanwhile(names: list[str]) -> None:
         raise ValueError("no room")
 
     with pytest.raises(ValueError, match="no room"):
