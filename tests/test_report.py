@@ -13,7 +13,7 @@ from trl_drcd.evaluation.plots import Plot
 from trl_drcd.evaluation.report import Item, Page, PromptItems, Sample, kept_samples, summary, write_report
 from trl_drcd.evaluation.results import Result
 from trl_drcd.evaluation.sampling import Samples
-from trl_drcd.evaluation.tables import Table, markdown, markdown_text
+from trl_drcd.evaluation.tables import Table, formatted, markdown, markdown_text
 
 PROMPTS = ["harp", "flute", "drum", "tune", "oboe"]
 
@@ -175,3 +175,9 @@ def test_a_report_of_one_strategy_without_judges(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "KL to the guided teacher (nats)" in page and "not measured" not in page and "do not answer" not in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md", "summary.csv"]
+
+
+def test_an_interval_without_ends_is_not_written_as_one():
+    ends = {"low": float("-inf"), "high": float("inf")}
+    assert formatted({"mean": -0.0081, **ends}) == "-0.008 (no interval)"
+    assert formatted({"mean": -0.0001, "low": -0.5, "high": 0.25}) == "0.000 [-0.500, 0.250]"

@@ -91,6 +91,7 @@ def test_rows_of_another_study_have_their_tokens_there(study, monkeypatch, tmp_p
     (tmp_path / "results.jsonl").write_text((study / "results.jsonl").read_text())
     with tarfile.open(tmp_path / "tokens.tar.xz", "w:xz") as archive:
         archive.addfile(tarfile.TarInfo("other.safetensors"), io.BytesIO())
+    monkeypatch.chdir(ROOT)
     rows = judge_tokens.judge(
         tmp_path, EvaluateArguments(**yaml.safe_load((study / "config.yaml").read_text())), also=[study]
     )
