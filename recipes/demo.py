@@ -194,7 +194,7 @@ def evaluation(args: argparse.Namespace, running: Sequence[str] = ()) -> Evaluat
         {"name": "temperature", "temperature": [1.15]},
         {"name": "quality", "model": quality, "diversity_coef": 0},
         {"name": "diversity", "model": diversity, "diversity_coef": coefficient},
-        {"name": "LERP", "models": [quality, diversity], "interpolation_weight": [0, 0.3, INTERPOLATION_WEIGHT, 1]},
+        {"name": "LERP", "models": [quality, diversity], "interpolation_weight": [0, INTERPOLATION_WEIGHT, 1]},
     ]
     if has_means(args):
         means = [str(MEANS / name) for name in ("quality", "rewarded")]
