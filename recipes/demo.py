@@ -24,7 +24,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from trl_drcd.app.arguments import DEMO_STUDY
 from trl_drcd.evaluation.grid import EvaluateArguments, evaluate
 from trl_drcd.evaluation.points import pooled
 from trl_drcd.evaluation.report_tables import points_table
+from trl_drcd.evaluation.strategies import expand
 from trl_drcd.evaluation.tables import markdown
 from trl_drcd.files import write_text
 from trl_drcd.merging import interpolate_checkpoints
@@ -41,6 +43,7 @@ from trl_drcd.validation.yaml_files import read_yaml
 
 HERE = Path(__file__).resolve().parent
 RUNS = {"quality": "music/musiclm_quality.yaml", "diversity": "music/musiclm_diversity.yaml"}
+MEASURE = "measure"  # the process that measures beside the longer run
 INTERPOLATION_WEIGHT = 0.6  # of the model that is written
 # What a short run has in place of its recipe's settings (results/music/demo_front)
 SHORT = {
@@ -91,10 +94,10 @@ def start(command: list[str], log: Path, **environment: str) -> subprocess.Popen
         )
 
 
-def wait(processes: dict[str, subprocess.Popen], logs: Path, look: Any, meanwhile: Any = None) -> None:
+def wait(processes: dict[str, subprocess.Popen], logs: Path, look: Callable[[], None]) -> None:
     """
-    Call `look()` every second until all processes have succeeded, and `meanwhile(running)` once with the names of the
-    others when the first has; end them all if one fails (which is seen after `meanwhile`), or on Ctrl-C.
+    Call `look()`, which may start further processes, every second until all have succeeded; end them all if one
+    fails, or on Ctrl-C.
     """
     try:
         while True:
@@ -104,12 +107,8 @@ def wait(processes: dict[str, subprocess.Popen], logs: Path, look: Any, meanwhil
                 if code:
                     tail = (logs / f"{name}.txt").read_text().splitlines()[-15:]
                     raise SystemExit("\n".join([f"{name} failed; the end of {logs / name}.txt:", *tail]))
-            running = [name for name, code in codes.items() if code is None]
-            if not running:
+            if all(code == 0 for code in codes.values()):
                 return
-            if meanwhile and len(running) < len(codes):
-                meanwhile(running)
-                meanwhile = None
             time.sleep(1)
     finally:
         for process in processes.values():
@@ -132,8 +131,8 @@ def check_same(args: argparse.Namespace) -> None:
     write_text(file, json.dumps(asked) + "\n")
 
 
-def train(args: argparse.Namespace, meanwhile: Any = None) -> None:
-    """Train both runs, each on one core; when one has ended, `meanwhile([name of the other])` is called beside it."""
+def train(args: argparse.Namespace) -> None:
+    """Train both runs, each on one core; when one has ended, what does not need the other is measured beside it."""
     check_same(args)
     last = ("README.md", "model.safetensors")  # with checkpoints the card is there before the end
     waiting = [name for name in RUNS if not all((args.output / name / file).exists() for file in last)]
@@ -141,6 +140,11 @@ def train(args: argparse.Namespace, meanwhile: Any = None) -> None:
         shutil.rmtree(args.output / name, ignore_errors=True)
     world, data = args.world / "models", args.world / "data"
     processes, bars = {}, {}
+
+    def add(name: str, command: list[str], total: int, unit: str) -> None:
+        processes[name] = start(command, args.output / "logs" / f"{name}.txt")
+        bars[name] = tqdm(total=total, desc=f"{name:9s}", unit=unit, position=len(bars))
+
     for name in waiting:
         command = [str(HERE / "musiclm_drcd.py"), "--config", str(HERE / RUNS[name])]
         command += ["--model_name_or_path", str(world / "musiclm"), "--codec", str(world / "codec")]
@@ -154,19 +158,27 @@ def train(args: argparse.Namespace, meanwhile: Any = None) -> None:
         settings = settings_of(name, args)
         command += [f"--{key}={value}" for key, value in settings.items()]
         steps = settings.get("max_steps") or read_yaml(HERE / RUNS[name])["max_steps"]
-        processes[name] = start(command, args.output / "logs" / f"{name}.txt")
-        bars[name] = tqdm(total=steps, desc=f"train {name:9s}", unit="step", position=len(bars))
+        add(name, command, steps, "step")
 
     def look() -> None:
+        codes = {name: processes[name].poll() for name in waiting}
+        if 0 in codes.values() and None in codes.values() and MEASURE not in processes:
+            arguments = evaluation(args, running=[name for name, code in codes.items() if code is None])
+            file = args.output / "logs" / f"{MEASURE}.yaml"
+            write_text(file, json.dumps(asdict(arguments)) + "\n")  # JSON is YAML too
+            rows = len(expand(arguments.strategies))
+            add(MEASURE, ["-m", "trl_drcd.cli", "evaluate", "--config", str(file)], rows, "row")
         for name, bar in bars.items():
-            log = args.output / name / "log.jsonl"
+            log = args.output / ("results.jsonl" if name == MEASURE else f"{name}/log.jsonl")
             entries = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-            if entries := [entry for entry in entries if "kl" in entry]:
+            if name == MEASURE:
+                bar.update(len(entries) - bar.n)
+            elif entries := [entry for entry in entries if "kl" in entry]:
                 bar.set_postfix(kl=f"{entries[-1]['kl']:.1f}", diversity=f"{entries[-1].get('diversity', 0):.3f}")
                 bar.update(entries[-1]["step"] - bar.n)
             bar.refresh()
 
-    wait(processes, args.output / "logs", look, meanwhile)
+    wait(processes, args.output / "logs", look)
     for bar in bars.values():
         bar.close()
 
@@ -216,7 +228,7 @@ def main() -> None:
     args, began = parse(), time.time()
     if args.fresh:
         shutil.rmtree(args.output, ignore_errors=True)
-    train(args, lambda running: evaluate(evaluation(args, running)))
+    train(args)
     merge(args)
     table = markdown(points_table(pooled(evaluate(evaluation(args)))))
     write_text(args.output / "results.md", table + "\n")

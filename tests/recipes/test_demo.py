@@ -2,12 +2,15 @@
 
 import argparse
 import os
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from trl import TrlParser
 
 pytest.importorskip("torchaudio")
 pytest.importorskip("soundfile")
@@ -17,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 import demo
 
+from trl_drcd.evaluation.grid import EvaluateArguments
 from trl_drcd.evaluation.points import pooled
 from trl_drcd.evaluation.results import read_results
 
@@ -56,12 +60,12 @@ def test_it_asks_for_a_front_in_two_processes(args):
 
 def test_the_table_is_printed_and_written(args, monkeypatch, capsys):
     results, asked = read_results(RESULTS), []
-    monkeypatch.setattr(demo, "train", lambda args, meanwhile: meanwhile(["diversity"]))
+    monkeypatch.setattr(demo, "train", lambda args: None)
     monkeypatch.setattr(demo, "merge", lambda args: None)
     monkeypatch.setattr(demo, "parse", lambda: argparse.Namespace(**vars(args), fresh=False))
     monkeypatch.setattr(demo, "evaluate", lambda arguments: asked.append(arguments) or results)
     demo.main()
-    assert [arguments.num_processes for arguments in asked] == [1, 2]  # beside a training, then after both
+    assert [arguments.num_processes for arguments in asked] == [2]
     printed = capsys.readouterr().out
     assert "report.html" in printed and " minutes" in printed
     table = (args.output / "results.md").read_text()
@@ -80,32 +84,53 @@ def test_a_failed_process_ends_the_others_and_shows_its_last_words(tmp_path):
     demo.wait({"fine": demo.start(["-c", "pass"], tmp_path / "fine.txt")}, tmp_path, lambda: None)
 
 
-def test_what_needs_no_training_is_measured_once_beside_the_longer_run(tmp_path):
-    stop, running = tmp_path / "stop", []
-    code = f"import os, time\nwhile not os.path.exists({str(stop)!r}): time.sleep(0.05)"
-    processes = {name: demo.start(["-c", text], tmp_path / name) for name, text in (("short", ""), ("long", code))}
+def test_what_needs_no_training_is_measured_beside_the_longer_run(args, monkeypatch):
+    class Run:
+        """A process that has ended, or not."""
 
-    def meanwhile(names: list[str]) -> None:
-        running.append(names)
-        stop.touch()
+        def __init__(self, code: int | None) -> None:
+            self.code = code
 
-    demo.wait(processes, tmp_path, lambda: None, meanwhile)
-    assert running == [["long"]]
-    demo.wait({"alone": demo.start([], tmp_path / "alone")}, tmp_path, lambda: None, meanwhile)
-    assert len(running) == 1  # one run that was left over: all rows are measured after it, in two processes
+        def poll(self) -> int | None:
+            return self.code
+
+    commands, looked = {}, []
+    monkeypatch.setattr(demo, "start", lambda command, log: commands.setdefault(log.stem, command) and Run(None))
+
+    def wait(processes: dict[str, Run], logs: Path, look: Callable[[], None]) -> None:
+        look()
+        assert set(processes) == {"quality", "diversity"}  # both are at work
+        processes["quality"].code = 1
+        look()
+        assert len(processes) == 2
+        tiny(1.0).save_pretrained(args.output / "quality")
+        processes["quality"].code = 0
+        look()
+        look()
+        looked.append(list(processes))
+        processes["diversity"].code = 0
+        look()
+
+    monkeypatch.setattr(demo, "wait", wait)
+    args.steps, args.minutes = None, 5.0
+    demo.train(args)
+    assert looked == [["quality", "diversity", "measure"]]
+    assert commands["measure"][:4] == ["-m", "trl_drcd.cli", "evaluate", "--config"]
+    (parsed,) = TrlParser(EvaluateArguments).parse_args_and_config(commands["measure"][3:])
+    assert parsed == demo.evaluation(args, running=["diversity"])
 
 
-def test_an_error_beside_a_training_ends_it(tmp_path):
-    processes = {
-        name: demo.start(["-c", f"import time; time.sleep({s})"], tmp_path / name) for name, s in (("a", 0), ("b", 60))
-    }
-
-    def meanwhile(names: list[str]) -> None:
-        raise ValueError("no room")
-
-    with pytest.raises(ValueError, match="no room"):
-        demo.wait(processes, tmp_path, lambda: None, meanwhile)
-    assert processes["b"].wait(timeout=10) != 0
+def test_with_one_run_left_over_all_is_measured_after_it(args, monkeypatch):
+    commands = {}
+    monkeypatch.setattr(demo, "start", lambda command, log: commands.setdefault(log.stem, command) and subprocess)
+    monkeypatch.setattr(subprocess, "poll", lambda: None, raising=False)
+    monkeypatch.setattr(demo, "wait", lambda processes, logs, look: look())
+    args.steps, args.minutes = None, 5.0
+    (args.output / "quality").mkdir()
+    for file in ("README.md", "model.safetensors"):
+        (args.output / "quality" / file).touch()
+    demo.train(args)
+    assert list(commands) == ["diversity"]
 
 
 def test_the_command_line_is_described(monkeypatch, capsys):
@@ -119,15 +144,14 @@ def test_the_command_line_is_described(monkeypatch, capsys):
 @pytest.mark.parametrize("steps", [None, 3])
 @pytest.mark.parametrize("full", [False, True])
 def test_a_short_run_has_few_steps_and_a_full_one_those_of_its_recipe(args, monkeypatch, full, steps):
-    commands, given = {}, []
+    commands = {}
     monkeypatch.setattr(demo, "start", lambda command, log: commands.setdefault(log.stem, " ".join(command)))
-    monkeypatch.setattr(demo, "wait", lambda processes, logs, look, meanwhile: (look(), given.append(meanwhile)))
+    monkeypatch.setattr(demo, "wait", lambda processes, logs, look: None)
     args.full, args.steps, args.minutes = full, steps, 5.0
     kept = args.output / "diversity" / "checkpoint-20"
     kept.mkdir(parents=True)
     (args.output / "diversity" / "README.md").touch()  # a run that was interrupted has its card already
-    demo.train(args, meanwhile=print)
-    assert given == [print]
+    demo.train(args)
     for name, usual in (("quality", 20), ("diversity", 64)):
         assert (
             f"--max_minutes 5.0 --save_strategy no --seed=1 --max_steps={steps or usual}" in commands[name]
@@ -141,7 +165,7 @@ def test_a_short_run_has_few_steps_and_a_full_one_those_of_its_recipe(args, monk
 
 def test_models_of_other_settings_are_not_taken_for_these(args, monkeypatch):
     monkeypatch.setattr(demo, "start", lambda command, log: None)
-    monkeypatch.setattr(demo, "wait", lambda processes, logs, look, meanwhile: None)
+    monkeypatch.setattr(demo, "wait", lambda processes, logs, look: None)
     args.steps, args.minutes = 20, 5.0
     demo.train(args)
     for name in demo.RUNS:
