@@ -2,12 +2,14 @@
 How far above the curve of constant guidance do the other strategies of an evaluation lie?
 
 The height of a point is its adherence minus that of the curve at its diversity
-(`trl_drcd.evaluation.fronts.height_above`). The curve goes through the base and its rows with guidance in all steps,
+(`trl_drcd.evaluation.fronts.height_above`); with `--metric kl` and others of which less is better, how much less it
+has. The curve goes through the base and its rows with guidance in all steps,
 up to the teacher's scale; beyond its ends it is that of the nearest end.
 Intervals (95 %) are over prompts, and training seeds where there are several.
 
     python recipes/music/heights.py outputs/early_steps/results.jsonl
     python recipes/music/heights.py results/early_steps/results.jsonl --differences "LERP (lambda 0.5)" rewarded
+    python recipes/music/heights.py results/text/study/results.jsonl --metric kl
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from trl_drcd.evaluation.fronts import height_above
+from trl_drcd.evaluation.metrics import metric
 from trl_drcd.evaluation.points import Comparison, by_strategy, guidance_curve, of_training_seed, pooled
 from trl_drcd.evaluation.results import read_results
 from trl_drcd.evaluation.tables import formatted, markdown_table
@@ -43,9 +46,11 @@ def main(argv: list[str] | None = None) -> None:
         if unknown := sorted(set(args.differences or []) - set(by_name)):
             raise ValueError(f"--differences: {args.results} has no {unknown}; it has {list(by_name)}")
     comparison, table = Comparison(points), {}
+    signs = np.array([1, -1 if metric(args.metric).better == "lower" else 1])
     of = {
         (point.name, diversity): height_above(
-            comparison.curve([point], diversity, args.metric)[0], comparison.curve(curve, diversity, args.metric)
+            signs * comparison.curve([point], diversity, args.metric)[0],
+            signs * comparison.curve(curve, diversity, args.metric),
         )
         for point in points
         for diversity in DIVERSITIES

@@ -11,6 +11,7 @@ from trl_drcd.evaluation.results import Result, ResultsFolder
 def row(name, diversity, adherence, **settings):
     """A row whose two prompts lie around the means that are given."""
     values = {"diversity": diversity, "diversity_second": diversity + 0.2, "adherence": adherence}
+    values["kl"] = 10 * (1 - adherence)
     per_prompt = {key: [value - 0.01, value + 0.01] for key, value in values.items()}
     metrics = {key: {"mean": value, "low": value, "high": value} for key, value in values.items()}
     return Result(
@@ -66,3 +67,12 @@ def test_the_table_has_means_of_strategies_and_differences(tmp_path, capsys):
     (tmp_path / "results.jsonl").write_text((tmp_path / "results.jsonl").read_text().splitlines()[0])
     with pytest.raises(SystemExit, match="needs rows of the base with two guidance scales, got 1"):
         heights.main([file])
+
+
+def test_of_a_metric_of_which_less_is_better_less_is_above(tmp_path, capsys):
+    folder = ResultsFolder(tmp_path)
+    for result in ROWS:
+        folder.append(result)
+    heights.main([str(tmp_path / "results.jsonl"), "--metric", "kl"])
+    table = {line.split(" | ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert " 0.150 [" in table["| late, mean"] and " -0.600 [" in table["| cold"]
