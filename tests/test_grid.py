@@ -56,6 +56,11 @@ def test_a_list_is_a_sweep():
         ([{"guidance_scale": 3}], r"`strategies\[0\]` must be a mapping with a `name`"),
         ([{"name": "a", "gamma": 3}], r"has unknown keys \['gamma'\]; known are"),
         ([{"name": "a"}, {"name": "a"}], "repeats the name of an earlier strategy"),
+        # Rows of one point are pooled as trainings with other seeds
+        ([{"name": "a (gamma 3)"}, {"name": "a", "guidance_scale": 3}], r"a second row called `a \(gamma 3\)`"),
+        ([{"name": "a", "guidance_scale": [2, 3]}, {"name": "a (gamma 3)"}], r"a second row called `a \(gamma 3\)`"),
+        ([{"name": "a", "temperature": [0.7, 0.7]}], r"a second row called `a \(T 0.7\)`"),
+        ([{"name": "a", "temperature": [1.0000001, 1.0000002]}], r"a second row called `a \(T 1\)`"),
         ([{"name": "a", "guidance_scale": [1], "temperature": [1]}], "at most one setting can be swept"),
         ([{"name": "a", "model": "x", "models": ["y"]}], "give only one of them"),
         ([{"name": "a", "models": ["x"], "interpolation_weight": 0.5}], "needs exactly two `models`"),

@@ -126,6 +126,14 @@ def test_early_steps_change_the_samples_and_their_name_and_their_absence_nothing
     assert "early_steps" not in tasks[0].about(args).to_json()
 
 
+def test_an_empty_negative_prompt_is_one_of_its_own(args, tmp_path):
+    """As in training: the null prompt, whatever the settings have for prompts without one."""
+    lines = [{"prompt": "slow", "negative_prompt": ""}, {"prompt": "harp"}]
+    (tmp_path / "null.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    args.dataset = str(tmp_path / "null.jsonl")
+    assert plan.held_out_prompts(args).negative_prompts == ["", None]
+
+
 def test_rows_say_which_negative_prompts_they_and_the_teacher_have(args):
     args.negative_prompt = "Bad quality."
     args.strategies = [
@@ -181,6 +189,13 @@ def test_settings_change_with_the_source_of_a_metric_and_with_extra_metrics(args
     (tmp_path / "other.py").write_text("def length(**kwargs):\n    return []\n")
     with pytest.raises(ValueError, match=r"`metrics` has two functions called `length`"):
         plan.plan(args, {})
+    (tmp_path / "third.py").write_text("def diversity(**kwargs):\n    return []\n")
+    args.metrics = ["third.diversity"]
+    with pytest.raises(ValueError, match=r"`metrics` has a function called `diversity`, which is a metric of this"):
+        plan.plan(args, {})
+    args.metrics = []
+    with pytest.raises(ValueError, match=r"`metrics` has a function called `kl`, which is a metric of this package"):
+        plan.plan(args, {"kl": lambda prompts, completions: [0.0]})
 
 
 # ---------------------------------------------------------------- a user's own embedder

@@ -1,13 +1,15 @@
 """What the check before the first update refuses, and that a right model passes it unnoticed."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_model
 from datasets import Dataset
-from peft import LoraConfig, PolyConfig, get_peft_model
+from peft import LilyConfig, LoraConfig, PolyConfig, PveraConfig, get_peft_model
+from peft.tuners.lora.config import KasaConfig, MontecloraConfig
 from test_trainer import make_trainer, rollout, rows
 from torch._dynamo import OptimizedModule
 from transformers import AutoModelForCausalLM
@@ -34,7 +36,7 @@ def test_a_right_model_passes_and_nothing_is_drawn(tmp_path, tokenizer, monkeypa
         self_check._Check, "distance", staticmethod(lambda *a: (distances.append(own(*a)), distances[-1])[1])
     )
     checked = first_update(tmp_path, tokenizer, peft_config=peft_config)
-    assert len(distances) == 2 and max(map(abs, distances)) < 1e-5
+    assert len(distances) == (2 if peft_config is None else 4) and max(map(abs, distances)) < 1e-5
     monkeypatch.setattr("trl_drcd.trainer.check_scoring", lambda *args: True)
     unchecked = first_update(tmp_path / "unchecked", tokenizer, peft_config=peft_config)
     for ours, theirs in zip(checked.model.parameters(), unchecked.model.parameters(), strict=True):
@@ -111,6 +113,49 @@ def test_rows_of_a_tied_embedding_and_other_kinds_of_adapters_are_refused_by_nam
         make_trainer(tmp_path, tokenizer, model=tied, peft_config=LoraConfig(r=2, trainable_token_indices=[5, 6]))
     with pytest.raises(ValueError, match="`peft_config` of type PolyConfig needs task ids"):
         make_trainer(tmp_path, tokenizer, peft_config=PolyConfig(r=2, target_modules=["q_proj"]))
+
+
+IN_Q = {"r": 2, "target_modules": ["q_proj"]}
+UNSEEN_AT_FIRST = {
+    "alora_invocation_tokens": (
+        LoraConfig(**IN_Q, task_type="CAUSAL_LM", alora_invocation_tokens=[5]),
+        "turns the adapter on at a token",
+    ),
+    "PveraConfig": (PveraConfig(**IN_Q), "draws noise in training"),
+    "LilyConfig": (LilyConfig(**IN_Q), "mixes positions and sequences"),
+    "kasa_config": (LoraConfig(**IN_Q, kasa_config=KasaConfig()), "changes the base, and with it the teacher"),
+    "monteclora_config": (LoraConfig(**IN_Q, monteclora_config=MontecloraConfig()), "draws noise in training"),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN_AT_FIRST)
+def test_adapters_with_no_effect_at_first_that_are_scored_wrong_later_are_refused_by_name(tmp_path, tokenizer, name):
+    config, reason = UNSEEN_AT_FIRST[name]
+    with pytest.raises(ValueError, match=f"`peft_config` .*{name}.* {reason}"):
+        make_trainer(tmp_path, tokenizer, peft_config=config)
+
+
+@pytest.mark.parametrize("name", ["alora_invocation_tokens", "PveraConfig", "LilyConfig"])
+def test_the_check_finds_what_an_adapter_does_once_it_is_trained(tmp_path, tokenizer, monkeypatch, name):
+    """Whatever its kind, with other values than those it starts with; its weights get these back."""
+    for names in ("OTHER_PEFT", "OTHER_LORA"):
+        monkeypatch.setattr(f"trl_drcd.validation.before_loading.{names}", {})
+    monkeypatch.setattr(self_check, "SPREAD", 0.5)
+    config, _ = UNSEEN_AT_FIRST[name]
+    if name == "alora_invocation_tokens":
+        config.alora_invocation_tokens = tokenizer(rows()["prompt"][0])["input_ids"][:1]  # of every prompt
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, embedder=None, peft_config=config)
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"`model`: the training scores are .* nats per token away from the"):
+        trainer.train()
+    assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
+
+
+def test_a_teacher_that_moves_with_the_adapter_is_refused(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(self_check, "use_adapter", lambda model, name: nullcontext())  # it stays on
+    monkeypatch.setattr(self_check, "SPREAD", 0.5)
+    with pytest.raises(ValueError, match=r"the base with its adapter off, moves by .* with the adapter's"):
+        first_update(tmp_path, tokenizer, peft_config=LoraConfig(r=2))
 
 
 def test_a_base_that_would_be_trained_with_its_adapter_is_refused(tmp_path, tokenizer):

@@ -1,6 +1,7 @@
 """The trainer on a tiny Llama: its loss against a dense reference, what it refuses, and that it learns."""
 
 import copy
+import json
 import sys
 from types import SimpleNamespace
 
@@ -290,6 +291,21 @@ def test_a_teacher_that_cannot_be_one_is_refused(tmp_path, tokenizer):
         make_trainer(tmp_path, tokenizer, teacher=other)
 
 
+def test_a_teacher_with_another_tokenizer_is_refused_even_of_the_same_size(tmp_path, tokenizer):
+    folder = tmp_path / "other"
+    make_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    make_trainer(tmp_path / "out", tokenizer, teacher=str(folder))
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    words = content["model"]["vocab"]
+    one, other = sorted(words)[-2:]
+    words[one], words[other] = words[other], words[one]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"`teacher={folder}` has another tokenizer than the student \('{one}' is"):
+        make_trainer(tmp_path / "out", tokenizer, teacher=str(folder))
+
+
 def test_a_checkpoint_of_another_teacher_is_refused(tmp_path, tokenizer):
     make_trainer(tmp_path, tokenizer, teacher=moved(make_model(tokenizer)), max_steps=1, save_strategy="steps").train()
     trainer = make_trainer(tmp_path, tokenizer, max_steps=2, save_strategy="steps")
@@ -473,6 +489,33 @@ def test_one_update_per_rollout_needs_no_pass_for_old_logps(tmp_path, tokenizer,
     assert not calls
     make_trainer(tmp_path, tokenizer, num_iterations=2, diversity_coef=1.0).train()
     assert calls
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "steps", "iterations", "stored"),
+    [(2, 2, 1, False), (4, 2, 1, False), (4, 2, 2, False), (3, 2, 1, True), (1, 2, 1, True), (2, 2, 2, True)],
+)
+def test_a_batch_that_is_trained_on_after_an_update_has_old_log_probs(
+    tmp_path, tokenizer, accumulation, steps, iterations, stored
+):
+    """Else a term of policy gradient would weigh samples of an earlier model as its own."""
+    kwargs = {"steps_per_generation": steps, "num_iterations": iterations, "max_steps": 4, "diversity_coef": 1.0}
+    trainer = make_trainer(tmp_path, tokenizer, gradient_accumulation_steps=accumulation, **kwargs)
+    sampled, late = [], []
+    generate, loss = trainer._generate_and_score_completions, trainer._compute_loss
+    trainer._generate_and_score_completions = lambda inputs: (
+        sampled.append(trainer.state.global_step),
+        generate(inputs),
+    )[1]
+
+    def watched(model, inputs):
+        late.append(trainer.state.global_step > sampled[-1])
+        assert ("old_log_probs" in inputs) == stored
+        return loss(model, inputs)
+
+    trainer._compute_loss = watched
+    trainer.train()
+    assert any(late) == stored
 
 
 def test_extra_rewards_add_with_their_weights(tmp_path, tokenizer):

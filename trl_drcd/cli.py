@@ -38,8 +38,9 @@ class MergeArguments:
     diversity: str | None = field(
         default=None, metadata={"help": "Model, or LoRA adapter, at lambda 1; for adapters `base` is the base model."}
     )
-    interpolation_weight: float = field(
-        default=0.5, metadata={"help": "lambda: (1 - lambda) quality + lambda diversity."}
+    interpolation_weight: float | None = field(
+        default=None,
+        metadata={"help": "lambda: (1 - lambda) quality + lambda diversity, or of two models; 0.5 by default."},
     )
     models: list[str] | None = field(
         default=None, metadata={"help": "Any number of models or adapters, in place of quality and diversity."}
@@ -67,7 +68,7 @@ def ends(arguments: MergeArguments) -> tuple[list[str], list[float]]:
     Models and weights, from `quality` and `diversity` or from `models` and `weights`, by default equal ones.
 
     Raises:
-        ValueError: If neither is complete, or both are given.
+        ValueError: If neither is complete, both are given, or weights and a lambda that is not of two models.
     """
     from trl_drcd.merging.blend import check_weights, two_weights
 
@@ -75,12 +76,19 @@ def ends(arguments: MergeArguments) -> tuple[list[str], list[float]]:
     if arguments.models:
         if two:
             raise ValueError("give `models`, with or without `weights`, or `quality` and `diversity`, not both")
-        count = len(arguments.models)
+        count, weight = len(arguments.models), arguments.interpolation_weight
+        if weight is not None:
+            if count != 2 or arguments.weights is not None:
+                raise ValueError(
+                    f"`interpolation_weight={weight}` is lambda of two models without `weights`; give `weights`, one "
+                    f"for each of the {count} models, or leave it out"
+                )
+            return arguments.models, two_weights(weight)
         weights = [1 / count] * count if arguments.weights is None else arguments.weights
         return arguments.models, check_weights(weights, count)
     if len(two) != 2 or arguments.weights:
         raise ValueError("give `quality` and `diversity`, with `interpolation_weight`; or `models`, with `weights`")
-    return two, two_weights(arguments.interpolation_weight)
+    return two, two_weights(0.5 if arguments.interpolation_weight is None else arguments.interpolation_weight)
 
 
 def merge(argv: list[str]) -> None:

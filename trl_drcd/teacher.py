@@ -23,6 +23,7 @@ from trl_drcd.distributed import InsideForward
 from trl_drcd.guidance import EarlySteps, guide_hidden_states, scales_of_tokens, step_scales
 from trl_drcd.heads import Head
 from trl_drcd.losses import guided_logits
+from trl_drcd.merging.folders import find_folder, load_vocabulary
 from trl_drcd.merging.loading import load_adapter_model
 from trl_drcd.policies import Policy, policy_class, teacher_prompt_ids
 from trl_drcd.prompts import Prompt, Row
@@ -210,9 +211,10 @@ def load_teacher(teacher: str | PreTrainedModel | PeftModel, student: PreTrained
         `PreTrainedModel`: The teacher, not yet frozen or wrapped.
 
     Raises:
-        ValueError: If the teacher's family or vocabulary size differs from the student's.
+        ValueError: If the teacher's family or vocabulary differs from the student's.
     """
     if isinstance(teacher, str):
+        _check_same_tokens(teacher, policy.tokenizer)
         dtype = next(p.dtype for p in student.parameters() if p.is_floating_point())
         teacher = _load_model_or_adapter(teacher, dtype)
     else:
@@ -230,6 +232,24 @@ def load_teacher(teacher: str | PreTrainedModel | PeftModel, student: PreTrained
         )
     policy.prepare(model)
     return model.to(student.device)
+
+
+def _check_same_tokens(teacher: str, tokenizer: Any) -> None:
+    """The KL compares tokens by id: those that the tokenizers of teacher and student share must have the same ids."""
+    theirs = load_vocabulary(find_folder(teacher, "teacher"))
+    if theirs is None or tokenizer is None:
+        return
+    ours: dict[str, int] = tokenizer.get_vocab()
+    shared = theirs.keys() & ours.keys()
+    moved = next((token for token in sorted(shared) if theirs[token] != ours[token]), None)
+    if moved is not None or len(shared) < min(len(theirs), len(ours)) / 2:
+        example = (
+            f"{moved!r} is {theirs[moved]} and not {ours[moved]}" if moved else f"they share {len(shared)} tokens"
+        )
+        raise ValueError(
+            f"`teacher={teacher}` has another tokenizer than the student ({example}): the KL needs the same tokens; "
+            "give a model with the student's tokenizer"
+        )
 
 
 def _load_model_or_adapter(name: str, dtype: torch.dtype) -> PreTrainedModel | PeftModel:

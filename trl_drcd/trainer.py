@@ -139,8 +139,11 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
                 processing_class=family.in_trl.processing_class(model, processing_class, revision),
                 **kwargs,
             )
-        self._updates_per_rollout = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
-        check_launch(args, self.accelerator, self._updates_per_rollout, family.frozen is not None)
+        # Whether an update lies between two batches of one rollout
+        self._reuses_rollouts = (
+            args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) > 0
+        )
+        check_launch(args, self.accelerator, self._reuses_rollouts, family.frozen is not None)
         set_group_timeout(args.ddp_timeout)
         seed_colocated_vllm(args, self.accelerator)
         student = self.accelerator.unwrap_model(self.model)
@@ -171,7 +174,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             decode = partial(self._tokenizer.batch_decode, skip_special_tokens=True)
             self._diversity = DiversityTerm(reward, decode, args, self.policy, self.accelerator)
         other = None if teacher is None else load_teacher(teacher, student, self.policy)
-        identity = run_identity(args, student, self.train_dataset, other, embedder)
+        identity = run_identity(args, student, self.train_dataset, other, embedder, self.reward_funcs)
         self._other_teacher = None if other is None else base_of(other)
         taught_by = separate_teacher(student, other, self.accelerator, self.policy.frozen)
         self.teacher = GuidedTeacher(self.policy, taught_by, args.guidance_scale, self.accelerator, args.early)
@@ -249,7 +252,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             output |= self.teacher.stored(states, self.model_wrapped)
             hidden = states.cond
             del states  # what is not stored, the largest part of a rollout, lives no longer
-        if mode == "train" and self._updates_per_rollout > 1:
+        if mode == "train" and self._reuses_rollouts:
             output["old_log_probs"] = self.joint_objective.old_log_probs(self.model_wrapped, output, self._batch_size)
         if self._diversity is not None:
             with self._stopwatch.timed("reward"):

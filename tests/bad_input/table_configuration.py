@@ -21,6 +21,13 @@ ROWS = [
     row("guidance none", "None", "must be a number", TypeError, guidance_scale=None),
     row("steps that are all early", "4", "must be below `max_completion_length=4`", early_steps=4),
     row("early steps without guidance", "2", "a `guidance_scale` other than 1", early_steps=2, guidance_scale=1),
+    row(
+        "a negative prompt without guidance",
+        "bad",
+        "a `guidance_scale` other than 1",
+        negative_prompt="bad",
+        guidance_scale=1,
+    ),
     row("early steps below 0", "-1", "at least 0 (0 guides every step", early_steps=-1),
     row("half an early step", "0.5", "must be a whole number", TypeError, early_steps=0.5),
     row("an early scale without early steps", "0.5", "needs `early_steps`", early_guidance_scale=0.5),

@@ -202,6 +202,19 @@ def test_a_row_in_the_middle_and_the_scale_of_an_adapter_are_compared():
     assert {name for name, value in changed.items() if value != first[name]} == {"train_dataset"}
 
 
+def test_other_prompts_of_the_teacher_and_other_rewards_are_another_run():
+    def identity(taught="y", rewards=(len,)):
+        data = Dataset.from_dict({"prompt": ["x"], "negative_prompt": ["n"], "teacher_prompt": [taught]})
+        return run_identity(SimpleNamespace(), model(25), data, rewards=rewards)
+
+    def different(**changed):
+        return {name for name, value in identity(**changed).items() if value != identity()[name]}
+
+    assert not different()
+    assert different(taught="z") == {"train_dataset"}
+    assert different(rewards=(max,)) == different(rewards=(len, max)) == {"reward_funcs"}
+
+
 def test_another_embedder_is_another_run():
     """A network by its weights, also inside a mixture or an encoder; a function by its name."""
 

@@ -149,10 +149,24 @@ def test_adapters_on_the_command_line(tmp_path, tokenizer, model, capsys):
         ),
         ([*ends, "--models", "x", "--weights", "1"], "give `models`, with or without `weights`, or"),
         (["--models", "x", "y", "--weights", "1", "1"], "sum to 1, got"),
+        (["--models", "x", "y", "z", "--interpolation_weight", "0.1"], "`interpolation_weight=0.1` is lambda of two"),
+        (
+            ["--models", "x", "y", "--weights", "0", "1", "--interpolation_weight", "0.1"],
+            "lambda of two models without `weights`; give `weights`, one for each of the 2 models, or leave it out",
+        ),
         ([*ends, "--interpolation_weight", "2"], "`interpolation_weight` must lie between 0 and 1, got 2.0"),
     ):
         with pytest.raises(SystemExit, match=f"trl-drcd merge: error: .*{message}"):
             cli.main(["merge", *words, "--out", str(tmp_path / "p")])
+
+
+def test_lambda_is_of_two_models_however_they_are_named():
+    models = {"models": ["a", "b"]}
+    two = {"quality": "a", "diversity": "b"}
+    for given in (models, two):
+        assert cli.ends(cli.MergeArguments("out", **given)) == (["a", "b"], [0.5, 0.5])
+        assert cli.ends(cli.MergeArguments("out", **given, interpolation_weight=0.25)) == (["a", "b"], [0.75, 0.25])
+        assert cli.ends(cli.MergeArguments("out", **given, interpolation_weight=0)) == (["a", "b"], [1.0, 0.0])
 
 
 def test_several_models_with_weights_and_a_yaml_file(tmp_path, monkeypatch):

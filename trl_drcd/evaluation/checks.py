@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from trl_drcd.audio.codecs import SpectralCodec
 from trl_drcd.evaluation.arguments import EvaluateArguments
 from trl_drcd.evaluation.frechet import Reference
 from trl_drcd.evaluation.judging import import_function, is_function
+from trl_drcd.evaluation.metrics import METRICS
 from trl_drcd.evaluation.strategies import Row, is_adapter
 from trl_drcd.merging.adapters import BASE
 from trl_drcd.merging.folders import find_folder
@@ -61,10 +62,22 @@ def check_parts(args: EvaluateArguments, digest: Callable[[str], str]) -> None:
         import_function("metrics", name)
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"`metrics` has two functions called `{repeated}`, the name of the metric; rename one")
+    check_metric_names(names)
     if args.reference:
         if not (args.judge and audio):
             raise ValueError(f"`reference={args.reference}` needs a `judge` of audio, got {args.judge}")
         Reference.load(args.reference, digest(args.judge))
+
+
+def check_metric_names(names: Iterable[str]) -> None:
+    """
+    Refuse a metric of the caller's that would replace one of this package.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if own := next((name for name in names if name in {metric.key for metric in METRICS}), None):
+        raise ValueError(f"`metrics` has a function called `{own}`, which is a metric of this package; rename it")
 
 
 def _check_judge(argument: str, folder: str, audio: bool) -> None:

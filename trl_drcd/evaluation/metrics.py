@@ -141,7 +141,11 @@ def _preference(drawn: Drawn) -> Measured:
 
 
 def _reward(drawn: Drawn, function: RewardFunction) -> Measured:
-    return drawn.of_prompts(function(prompts=drawn.samples.repeated_prompts, completions=drawn.completions))
+    values = function(prompts=drawn.samples.repeated_prompts, completions=drawn.completions)
+    if len(values) != len(drawn.completions):
+        name = getattr(function, "__name__", repr(function))
+        raise ValueError(f"metric `{name}` gave {len(values)} values for {len(drawn.completions)} completions")
+    return drawn.of_prompts(values)
 
 
 def _information(drawn: Drawn) -> Measured:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trl_drcd.evaluation.allowed import suppressed_tokens
 from trl_drcd.evaluation.arguments import EvaluateArguments
-from trl_drcd.evaluation.checks import check_parts
+from trl_drcd.evaluation.checks import check_metric_names, check_parts
 from trl_drcd.evaluation.digests import content_digest, settings_digest
 from trl_drcd.evaluation.judging import RewardFunction, is_function, source_file
 from trl_drcd.evaluation.results import Result
@@ -126,6 +126,7 @@ def plan(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction]) -
         raise ValueError(f"`omega=equal` needs at least 2 points, got only `{rows[0].point}`; give a number")
     digest = functools.cache(content_digest)
     check_parts(args, digest)
+    check_metric_names(extra_metrics)
     held_out = held_out_prompts(args)
     judged = [
         [_judge_digest(name, digest) if (name := getattr(args, judge)) else None for judge in JUDGES],
@@ -175,7 +176,8 @@ def held_out_prompts(args: EvaluateArguments) -> HeldOut:
         )
     kept = list(first.values())[args.skip_prompts :]
     prompts, own, taught = (list(column) for column in zip(*kept, strict=True))
-    return HeldOut(prompts, own if any(own) else None, taught if any(taught) else None)
+    # An empty text is a prompt of its own, the null prompt
+    return HeldOut(prompts, *(column if any(x is not None for x in column) else None for column in (own, taught)))
 
 
 def sampling_digest(

@@ -151,7 +151,9 @@ def expand(strategies: Sequence[Given]) -> list[Row]:
             raise ValueError(
                 f"{where} repeats the name of an earlier strategy; write a sweep as one strategy with a list"
             )
-        rows += [_row(name, one, seed, where) for seed, run in _training_seeds(strategy) for one in _sweep(run, where)]
+        own = [_row(name, one, seed, where) for seed, run in _training_seeds(strategy) for one in _sweep(run, where)]
+        _check_names(own, rows, where)
+        rows += own
     if not rows:
         raise ValueError("`strategies` is empty; give at least one, e.g. `- {name: base}`")
     return rows
@@ -190,6 +192,17 @@ def _training_seeds(strategy: Given) -> list[tuple[int | None, Given]]:
         if isinstance(runs, list) and runs and all(isinstance(run, kind) for run in runs):
             return [(seed, {**strategy, key: run}) for seed, run in enumerate(runs)]
     return [(None, strategy)]
+
+
+def _check_names(rows: Sequence[Row], earlier: Sequence[Row], where: str) -> None:
+    """Rows of one point are repetitions with other seeds, and pooled: no other row may have the point's name."""
+    points, names = {row.point for row in earlier}, set()
+    for row in rows:
+        if row.point in points or row.name in names:
+            raise ValueError(
+                f"{where} has a second row called `{row.name}`; leave a repeated value out, or rename a strategy"
+            )
+        names.add(row.name)
 
 
 def _sweep(strategy: Given, where: str) -> Iterator[Given]:

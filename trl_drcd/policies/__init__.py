@@ -33,6 +33,8 @@ class Policy(Protocol):
     Letters: `B` sequences, `P` prompt tokens, `S` steps, `K` codebooks, `V` vocabulary, `H` hidden size.
     """
 
+    tokenizer: Any
+    """Of the prompts; for text, of the completions too."""
     rolls_out_with_trl: bool
     """Whether TRL can sample the rollouts (vLLM, continuous batching) on request."""
     has_own_codec: bool

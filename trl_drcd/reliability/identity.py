@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -26,13 +27,13 @@ SETTINGS = (
     *("chat_template_kwargs", "data_seed", "shuffle_dataset"),
 )
 
-TEXTS = ("prompt", "negative_prompt")  # columns of the data that are compared
+TEXTS = ("prompt", "negative_prompt", "teacher_prompt")  # columns of the data that are compared
 NOT_OF_THE_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
 VALUES = 4  # number of values of each tensor of the base and of a separate teacher that are compared
 
 
 def run_identity(
-    args: Any, model: Any, train_dataset: Any, teacher: Any = None, embedder: Any = None
+    args: Any, model: Any, train_dataset: Any, teacher: Any = None, embedder: Any = None, rewards: Sequence[Any] = ()
 ) -> dict[str, str]:
     """
     The identity of a run, which a checkpoint must share with the run that resumes from it.
@@ -43,6 +44,7 @@ def run_identity(
         train_dataset (`Dataset` or `IterableDataset`): Training data; for a stream, only the columns are used.
         teacher (`PreTrainedModel`, *optional*): A teacher other than the initial model.
         embedder (`Callable`, *optional*): Whose diversity is rewarded.
+        rewards (`Sequence`, *optional*): Further reward functions and models.
 
     Returns:
         `dict[str, str]`: Name to value.
@@ -55,6 +57,7 @@ def run_identity(
         values["adapter"] = _adapter(model)
     values["teacher"] = "the initial model" if teacher is None else f"{type(teacher).__name__} {_weights(teacher)}"
     values["embedder"] = "none" if embedder is None else _embedder(embedder)
+    values["reward_funcs"] = [_embedder(reward) for reward in rewards]
     if isinstance(train_dataset, Dataset):
         values["train_dataset"] = f"{len(train_dataset)} rows {_texts(train_dataset)}"
     else:
@@ -87,7 +90,7 @@ def _adapter(model: PeftModel) -> str:
 
 
 def _texts(dataset: Dataset) -> str:
-    """Digest of all prompts and negative prompts."""
+    """Digest of all prompts, those of guidance and of the teacher too."""
     digest = hashlib.sha256()
     columns = dataset.select_columns([name for name in TEXTS if name in dataset.column_names])
     for batch in columns.iter(batch_size=1000):

@@ -37,7 +37,15 @@ NEUTRAL_INITS = ("gaussian", "eva", "orthogonal", "mica")
 OTHER_PEFT = {
     PeftType.POLY: "needs task ids in every forward", PeftType.XLORA: "mixes adapters that are already trained",
     PeftType.SHADOW: "adds a second network to the forward",
+    PeftType.PVERA: "draws noise in training, so that it scores another distribution than it samples from",
+    PeftType.LILY: "mixes positions and sequences of a batch, so that no token has a probability of its own",
 }  # fmt: skip
+# Options of LoRA with which it is one of these kinds
+OTHER_LORA = {
+    "alora_invocation_tokens": "turns the adapter on at a token, which the loss cannot see",
+    "kasa_config": "changes the base, and with it the teacher",
+    "monteclora_config": "draws noise in training, so that it scores another distribution than it samples from",
+}
 IMAGES = {"image", "images", "video", "videos"}
 
 
@@ -236,6 +244,9 @@ def _check_base_is_kept(config: object, new: bool) -> None:
     """With the adapter off, the model must stay equal to the given model during the whole of training."""
     if isinstance(config, PeftConfig) and (reason := OTHER_PEFT.get(PeftType(config.peft_type))):
         raise ValueError(f"`peft_config` of type {type(config).__name__} {reason}, which is not supported; use LoRA")
+    for option, reason in OTHER_LORA.items():
+        if getattr(config, option, None):
+            raise ValueError(f"`peft_config` has `{option}`, which {reason}; leave it out")
     if (layers := getattr(config, "layer_replication", None)) is not None:
         raise ValueError(
             f"`peft_config` has `layer_replication={layers}`, which makes another model of the base: the teacher "

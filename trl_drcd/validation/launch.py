@@ -9,7 +9,7 @@ from trl_drcd.distributed import is_sharded
 
 
 def check_launch(
-    args: CFGDistillDiversityConfig, accelerator: Accelerator, updates_per_rollout: float, keeps_parts_whole: bool
+    args: CFGDistillDiversityConfig, accelerator: Accelerator, reuses_rollouts: bool, keeps_parts_whole: bool
 ) -> None:
     """
     Refuse what a launch cannot do.
@@ -17,13 +17,13 @@ def check_launch(
     Args:
         args ([`CFGDistillDiversityConfig`]): The trainer's arguments.
         accelerator (`Accelerator`): Of the launch.
-        updates_per_rollout (`float`): Number of updates per rollout.
+        reuses_rollouts (`bool`): Whether an update lies between two batches of one rollout.
         keeps_parts_whole (`bool`): Whether the model family has modules that are not sharded.
 
     Raises:
         ValueError: If the launch shards in a way, or with a setting, that is not supported.
     """
-    check_sharding(accelerator, updates_per_rollout, keeps_parts_whole)
+    check_sharding(accelerator, reuses_rollouts, keeps_parts_whole)
     check_skipping(args, getattr(accelerator.state, "deepspeed_plugin", None) is not None)
     check_clipping(args.max_grad_norm_diversity, accelerator)
     if args.cache_implementation == "static" and is_sharded(accelerator):
@@ -33,7 +33,7 @@ def check_launch(
         )
 
 
-def check_sharding(accelerator: Accelerator, updates_per_rollout: float, keeps_parts_whole: bool = False) -> None:
+def check_sharding(accelerator: Accelerator, reuses_rollouts: bool, keeps_parts_whole: bool = False) -> None:
     """
     Raise an error for unsupported kinds of sharding.
 
@@ -43,7 +43,7 @@ def check_sharding(accelerator: Accelerator, updates_per_rollout: float, keeps_p
 
     Args:
         accelerator (`Accelerator`): The trainer's accelerator.
-        updates_per_rollout (`float`): Number of updates per rollout.
+        reuses_rollouts (`bool`): Whether an update lies between two batches of one rollout.
         keeps_parts_whole (`bool`, *optional*): Whether the model family has modules that are not sharded.
 
     Raises:
@@ -65,10 +65,10 @@ def check_sharding(accelerator: Accelerator, updates_per_rollout: float, keeps_p
         return
     if keeps_parts_whole:
         raise ValueError("`zero_stage=3` of DeepSpeed does not work with MusicGen and Dia; use FSDP2, ZeRO-2, or DDP")
-    if updates_per_rollout > 1:
+    if reuses_rollouts:
         raise ValueError(
-            f"{updates_per_rollout:g} updates per rollout do not work with DeepSpeed ZeRO-3; set `num_iterations=1` "
-            "and leave out `steps_per_generation`, or use FSDP2 or ZeRO-2"
+            "several updates per rollout do not work with DeepSpeed ZeRO-3; set `num_iterations=1` and leave out "
+            "`steps_per_generation`, or use FSDP2 or ZeRO-2"
         )
 
 

@@ -4,7 +4,8 @@ Check, before the first update, that the loss scores the model's own distributio
 The loss calls the model's backbone and applies the head itself, in training mode, on padded rows, with the adapter on
 or off. On a few tokens of the first rollout, this is compared with the model's own forward in evaluation mode on each
 unpadded row. A family with an unsupported head, padding or dropout then raises an error instead of being trained on a
-different objective.
+different objective. An adapter has no effect before its first update, so this is done again with other values of its
+weights.
 
 Letters: `B` sequences, `S` steps, `K` codebooks, `V` vocabulary, `N` scored tokens.
 """
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from trl_drcd.compat.trl_private import use_adapter
 from trl_drcd.distributed import whole_heads
@@ -29,6 +31,7 @@ STEPS = 8  # completion steps that are compared
 # wrong head or a shifted position gives 0.1 to 5
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 HALF_TOLERANCE = 0.05
+SPREAD = 0.02  # standard deviation of what is added to an adapter's weights for the second comparison
 PARTS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 
 Rows = dict[str, torch.Tensor]
@@ -40,7 +43,9 @@ def check_scoring(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: R
 
     (a) The log-probabilities used by the loss, in training mode, must equal those of the model's own forward in
     evaluation mode. (b) With guidance scale 1, the KL of the untrained student to its teacher must be 0, whether the
-    teacher is (b1) a frozen copy or (b2) the base with the adapter off. If one process fails, all raise.
+    teacher is (b1) a frozen copy or (b2) the base with the adapter off. Of a student with an adapter, (a) must also
+    hold, and its teacher (b2) stay the same, with noise added to the adapter's weights, which get their own values
+    back; this is left out where weights are sharded. If one process fails, all raise.
 
     Args:
         policy ([`Policy`]): The policy of the model's family.
@@ -68,20 +73,27 @@ def check_scoring(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: R
 
 def _check(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: Rows, untouched: bool) -> None:
     rows, check = _few_rows(batch, policy), _Check(policy, teacher, wrapped)
-    own = check.own(rows)
-    found = [check.distance(own, check.scored(rows, training=True))]
-    found.append(check.distance(check.scored(rows, training=False), check.taught(rows)) if untouched else 0.0)
-    of_all = teacher.accelerator.gather(torch.tensor([found], device=teacher.accelerator.device)).amax(0)
-    scoring, teaching = of_all.tolist()
-    if not scoring <= check.tolerance:
-        raise ValueError(check.blame(rows, own, scoring))
-    if not teaching <= check.tolerance:
-        what = "the base with its adapter off" if teacher.copy is None else "the frozen copy"
-        raise ValueError(
-            f"`model`: the teacher, {what}, is {teaching:.2g} nats per token away from the student before its first "
-            "update, which should be 0: the adapter changes the base, or was trained before. Merge it into the model "
-            "first, and use a new adapter that starts at zero (`init_lora_weights=True`)"
-        )
+    what = "the base with its adapter off" if teacher.copy is None else "the frozen copy"
+    check.scores(rows)
+    taught = check.taught(rows)
+    if untouched:
+        away = check.of_all(check.distance(check.scored(rows, training=False), taught))
+        if not away <= check.tolerance:
+            raise ValueError(
+                f"`model`: the teacher, {what}, is {away:.2g} nats per token away from the student before its first "
+                "update, which should be 0: the adapter changes the base, or was trained before. Merge it into the "
+                "model first, and use a new adapter that starts at zero (`init_lora_weights=True`)"
+            )
+    with _other_adapter(check.student) as changed:
+        if not changed:
+            return
+        check.scores(rows)
+        away = check.of_all(check.distance(taught, check.taught(rows))) if teacher.copy is None else 0.0
+        if not away <= check.tolerance:
+            raise ValueError(
+                f"`model`: the teacher, {what}, moves by {away:.2g} nats per token with the adapter's weights, so it "
+                "would change in training. Use another kind of adapter, such as LoRA"
+            )
 
 
 def _few_rows(batch: Rows, policy: Policy) -> Rows:
@@ -106,6 +118,22 @@ class _Check:
         dtype = next(p.dtype for p in self.student.parameters() if p.is_floating_point())
         half = self.accelerator.mixed_precision in ("fp16", "bf16")
         self.tolerance = HALF_TOLERANCE if half else TOLERANCE.get(dtype, HALF_TOLERANCE)
+
+    def scores(self, rows: Rows) -> None:
+        """
+        Compare the training scores with the model's own forward.
+
+        Raises:
+            ValueError: If they differ on any process.
+        """
+        own = self.own(rows)
+        away = self.of_all(self.distance(own, self.scored(rows, training=True)))
+        if not away <= self.tolerance:
+            raise ValueError(self.blame(rows, own, away))
+
+    def of_all(self, distance: float) -> float:
+        """The largest value of all processes; NaN if one is."""
+        return float(self.accelerator.gather(torch.tensor([distance], device=self.accelerator.device)).amax())
 
     @torch.no_grad()
     def own(self, rows: Rows) -> torch.Tensor:
@@ -184,8 +212,7 @@ class _Check:
         )
 
     def _agree(self, one: torch.Tensor, other: torch.Tensor) -> bool:
-        distance = torch.tensor([self.distance(one, other)], device=self.accelerator.device)
-        return bool(self.accelerator.gather(distance).amax() <= self.tolerance)
+        return self.of_all(self.distance(one, other)) <= self.tolerance
 
 
 def _each(rows: Rows) -> Iterator[Rows]:
@@ -194,6 +221,33 @@ def _each(rows: Rows) -> Iterator[Rows]:
         kept = rows["prompt_mask"][row].bool()
         one = {name: value[row : row + 1] for name, value in rows.items()}
         yield one | {name: one[name][:, kept] for name in ("prompt_ids", "prompt_mask")}
+
+
+@contextmanager
+def _other_adapter(model: Any) -> Iterator[bool]:
+    """
+    Add noise to the weights of a model's adapter, and give whether that was done; on exit all are as before.
+
+    Modules that are trained as a whole beside the adapter stay as they are. Nothing is done to a model without an
+    adapter, or with sharded weights.
+    """
+    weights = [
+        (p, p.detach().clone())
+        for name, p in model.named_parameters()
+        if isinstance(model, PeftModel) and p.requires_grad and "modules_to_save" not in name
+    ]
+    if not weights or any(type(p) is not torch.nn.Parameter or hasattr(p, "ds_id") for p, _ in weights):
+        yield False
+        return
+    try:
+        with torch.no_grad():
+            for p, _ in weights:
+                p.add_(SPREAD * torch.randn_like(p))
+        yield True
+    finally:
+        with torch.no_grad():
+            for p, before in weights:
+                p.copy_(before)
 
 
 @contextmanager

@@ -111,10 +111,15 @@ def _check_sampling(args: Settings) -> None:
 
 
 def _check_guidance(args: Settings) -> None:
-    """Refuse early steps that are all steps, or steps of no guidance, and a scale of no early steps."""
+    """Refuse what has no effect without guidance or early steps, and early steps that are all steps."""
     if args.early_steps and args.guidance_scale == 1:
         raise ValueError(
             f"`early_steps={args.early_steps}` needs a `guidance_scale` other than 1, which turns guidance off"
+        )
+    if args.negative_prompt is not None and args.guidance_scale == 1:
+        raise ValueError(
+            f"`negative_prompt={short_repr(args.negative_prompt)}` needs a `guidance_scale` other than 1, which turns "
+            "guidance off; leave it out"
         )
     if args.early_guidance_scale != 1 and not args.early_steps:
         raise ValueError(f"`early_guidance_scale={args.early_guidance_scale}` needs `early_steps`, which is 0")
