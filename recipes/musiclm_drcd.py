@@ -12,7 +12,8 @@ With any causal LM over words and audio tokens, and any prompts (Hub name, or a 
 column `prompt` and optionally `negative_prompt`); the defaults are then the paper's:
 
     accelerate launch recipes/musiclm_drcd.py --model_name_or_path my/musiclm --codec my/codec \\
-        --embedder my/embedder --dataset prompts.jsonl --diversity_coef 5 --output_dir outputs/mine
+        --embedder my/embedder --dataset prompts.jsonl --diversity_coef 10 --diversity_warmup_steps 0.3 \\
+        --output_dir outputs/mine
 
 With LoRA (the teacher is then the same weights with the adapter off); resumed after an interruption:
 

@@ -12,7 +12,8 @@ recipes/text/prompts. With another YAML file, and one value overridden:
 With any causal LM and any prompts (Hub name, or a JSONL, CSV or Parquet file); the defaults are then the paper's:
 
     accelerate launch recipes/text_drcd.py --model_name_or_path Qwen/Qwen3-0.6B --dataset prompts.jsonl \\
-        --embedder sentence-transformers/all-MiniLM-L6-v2 --diversity_coef 5 --output_dir outputs/mine
+        --embedder sentence-transformers/all-MiniLM-L6-v2 --diversity_coef 10 --diversity_warmup_steps 0.3 \\
+        --output_dir outputs/mine
 
 `trl-drcd train text` does the same. To change more than the arguments allow, copy trl_drcd/scripts/train_text.py:
 everything that it calls is public.

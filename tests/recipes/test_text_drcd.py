@@ -88,6 +88,14 @@ def test_one_step_and_what_it_leaves(world, changed, monkeypatch, capsys):
         assert all([turn["role"] for turn in row["prompt"]] == ["system", "user"] for row in rows)
 
 
+def test_no_samples_where_none_are_asked_for(world, capsys):
+    for count in (1, 0):  # those of an earlier run are not this model's
+        text_drcd.main(arguments(world, num_samples=count))
+        assert (world / "out" / "samples").exists() == bool(count)
+        assert (world / "out" / "README.md").is_file()
+    assert "Model, model card, log are in" in capsys.readouterr().out
+
+
 def test_the_final_samples_read_the_prompts_that_training_read(world, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
     tokenizer.chat_template = "{{ mood | default('fast') }} " + tokenizer.chat_template

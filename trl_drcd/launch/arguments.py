@@ -60,7 +60,9 @@ class PromptArguments:
             "the same vocabulary."
         },
     )
-    num_samples: int = field(default=4, metadata={"help": "Number of held-out prompts to sample after training."})
+    num_samples: int = field(
+        default=4, metadata={"help": "Number of held-out prompts to sample after training; 0 for none."}
+    )
     max_minutes: float | None = field(
         default=None, metadata={"help": "Stop training after this many minutes, even before max_steps."}
     )

@@ -110,16 +110,17 @@ def _train_and_save(trainer: CFGDistillDiversityTrainer, script: PromptArguments
     if evaluates and trainer.state.global_step not in evaluated[-1:]:
         trainer.evaluate()
     trainer.save_model(str(output))
-    samples = _held_out_samples(trainer, script.num_samples)
-    if samples is None:  # not the main process
+    samples = _held_out_samples(trainer, script.num_samples) if script.num_samples else None
+    if not trainer.accelerator.is_main_process:
         return
     shutil.rmtree(output / "samples", ignore_errors=True)
-    tokenizer: Any = trainer.processing_class
-    write_samples(samples, output / "samples", tokenizer, trainer.codec)
+    if samples is not None:
+        tokenizer: Any = trainer.processing_class
+        write_samples(samples, output / "samples", tokenizer, trainer.codec)
     trainer.write_card(output, script.license, prompts=local_name(str(script.dataset)))
     for which, row in final_metrics(trainer.state.log_history, evaluates).items():
         print(f"  {which:18s}" + "  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-    print(f"Model, model card, log and samples are in {args.output_dir}")
+    print(f"Model, model card, log{' and samples' if samples else ''} are in {args.output_dir}")
     if args.push_to_hub:
         print(f"Pushed to {trainer.push_to_hub()}")
 

@@ -6,7 +6,7 @@ Works with any causal LM over words and audio tokens, and any prompts (Hub name,
 a column `prompt` and optionally `negative_prompt`); the defaults are the paper's:
 
     trl-drcd train music --model_name_or_path my/musiclm --codec my/codec --embedder my/embedder \\
-        --dataset prompts.jsonl --diversity_coef 5 --output_dir outputs/mine
+        --dataset prompts.jsonl --diversity_coef 10 --diversity_warmup_steps 0.3 --output_dir outputs/mine
 
 MusicGen has its own codec, and its completion length is in decoder steps (50 per second, plus 3 for the delays):
 

@@ -5,7 +5,8 @@ Distil classifier-free guidance into a language model, with or without the diver
 Works with any causal LM and any prompts (Hub name, or a JSONL, CSV or Parquet file); the defaults are the paper's:
 
     trl-drcd train text --model_name_or_path Qwen/Qwen3-0.6B --dataset prompts.jsonl \\
-        --embedder sentence-transformers/all-MiniLM-L6-v2 --diversity_coef 5 --output_dir outputs/mine
+        --embedder sentence-transformers/all-MiniLM-L6-v2 --diversity_coef 10 --diversity_warmup_steps 0.3 \\
+        --output_dir outputs/mine
 
 From a YAML file, with one value overridden; with LoRA (the teacher is then the same weights with the adapter off);
 with a reward of your own, a function in rewards.py; resumed after an interruption:
