@@ -128,6 +128,19 @@ def test_tied_weights(tmp_path, tokenizer):
         interpolate_checkpoints(parents, [0.5, 0.5], tmp_path / "o")
 
 
+def test_a_scale_that_is_missing_is_no_tied_one_though_others_have_its_values(tmp_path, tokenizer):
+    for seed, name in enumerate("ab"):
+        make_model(tokenizer, seed).save_pretrained(tmp_path / name)
+    tensors = tensors_of(tmp_path / "a")
+    assert torch.equal(tensors.pop("model.norm.weight"), tensors["model.layers.0.input_layernorm.weight"])  # ones
+    save_file(tensors, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    for name in "ab":
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(ValueError, match=r"different tensors: .*/b has model.norm.weight, .*/a does not"):
+        interpolate_checkpoints([tmp_path / "a", tmp_path / "b"], [0.5, 0.5], tmp_path / "m")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -213,6 +213,8 @@ def common_tensors(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 def _is_copy_of_another(checkpoint: Checkpoint, name: str, names: Sequence[str]) -> bool:
     spec, tensor = checkpoint.spec(name), checkpoint[name]
+    if tensor.ndim < 2:  # vectors are often equal without being tied: the scales of norms
+        return False
     tied = read_json(checkpoint.folder / "config.json").get("tie_word_embeddings", True)
     return bool(tied) and any(checkpoint.spec(n) == spec and torch.equal(checkpoint[n], tensor) for n in names)
 
