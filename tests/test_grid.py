@@ -173,6 +173,18 @@ def test_distinct_n():
     assert distinct_n(["a", ""], 2) == 0.0
 
 
+def test_a_metric_of_ones_own_has_a_value_for_each_sample_or_none():
+    """`None` is "not judged", as in TRL: the prompt has the mean of its other samples."""
+
+    def measured(values):
+        judges = Judges(rewards={"mine": lambda prompts, completions: values})
+        return measure(Drawn(Samples(["a", "b"], [[1]] * 4, 2, 1.0), ["x"] * 4, judges))[1]["mine"].tolist()
+
+    assert measured([1.0, 3.0, None, 5.0]) == measured(torch.tensor([2.0, 2.0, 5.0, 5.0])) == [2.0, 5.0]
+    with pytest.raises(ValueError, match="gave 2 values for 4 completions"):
+        measured([1.0, 2.0])
+
+
 def test_self_bleu_of_equal_and_of_different_texts():
     pytest.importorskip("sacrebleu")
     samples = Samples(["p", "q"], [[1]] * 4, 2, seconds=1.0)

@@ -145,7 +145,10 @@ def _reward(drawn: Drawn, function: RewardFunction) -> Measured:
     if len(values) != len(drawn.completions):
         name = getattr(function, "__name__", repr(function))
         raise ValueError(f"metric `{name}` gave {len(values)} values for {len(drawn.completions)} completions")
-    return drawn.of_prompts(values)
+    judged = np.array([np.nan if value is None else float(value) for value in values])  # `None`: not judged, as in TRL
+    grouped = judged.reshape(len(drawn.samples.prompts), -1)
+    counts = (~np.isnan(grouped)).sum(1)
+    return np.where(counts > 0, np.nansum(grouped, 1) / np.maximum(counts, 1), np.nan)
 
 
 def _information(drawn: Drawn) -> Measured:
