@@ -170,7 +170,8 @@ def train(args: argparse.Namespace) -> None:
             add(MEASURE, ["-m", "trl_drcd.cli", "evaluate", "--config", str(file)], rows, "row")
         for name, bar in bars.items():
             log = args.output / ("results.jsonl" if name == MEASURE else f"{name}/log.jsonl")
-            entries = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+            text = log.read_text() if log.exists() else ""
+            entries = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # whole lines
             if name == MEASURE:
                 bar.update(len(entries) - bar.n)
             elif entries := [entry for entry in entries if "kl" in entry]:

@@ -59,6 +59,7 @@ def test_a_list_is_a_sweep():
         # Rows of one point are pooled as trainings with other seeds
         ([{"name": "a (gamma 3)"}, {"name": "a", "guidance_scale": 3}], r"a second row called `a \(gamma 3\)`"),
         ([{"name": "a", "guidance_scale": [2, 3]}, {"name": "a (gamma 3)"}], r"a second row called `a \(gamma 3\)`"),
+        ([{"name": "a #0"}, {"name": "a", "model": ["x", "y"]}], r"a second row called `a #0`"),
         ([{"name": "a", "temperature": [0.7, 0.7]}], r"a second row called `a \(T 0.7\)`"),
         ([{"name": "a", "temperature": [1.0000001, 1.0000002]}], r"a second row called `a \(T 1\)`"),
         ([{"name": "a", "guidance_scale": [1], "temperature": [1]}], "at most one setting can be swept"),

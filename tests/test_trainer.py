@@ -291,7 +291,7 @@ def test_a_teacher_that_cannot_be_one_is_refused(tmp_path, tokenizer):
         make_trainer(tmp_path, tokenizer, teacher=other)
 
 
-def test_a_teacher_with_another_tokenizer_is_refused_even_of_the_same_size(tmp_path, tokenizer):
+def test_a_teacher_with_another_tokenizer_is_refused_even_of_the_same_size(tmp_path, tokenizer, caplog):
     folder = tmp_path / "other"
     make_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -301,6 +301,10 @@ def test_a_teacher_with_another_tokenizer_is_refused_even_of_the_same_size(tmp_p
     words = content["model"]["vocab"]
     one, other = sorted(words)[-2:]
     words[one], words[other] = words[other], words[one]
+    file.write_text(json.dumps(content))
+    (folder / "tokenizer.json").write_text("{")  # as one whose package is missing
+    make_trainer(tmp_path / "out", tokenizer, teacher=str(folder))
+    assert "its tokenizer cannot be loaded" in caplog.text
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=rf"`teacher={folder}` has another tokenizer than the student \('{one}' is"):
         make_trainer(tmp_path / "out", tokenizer, teacher=str(folder))

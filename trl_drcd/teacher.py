@@ -8,6 +8,7 @@ Letters: `B` sequences, `S` steps, `K` codebooks, `V` vocabulary, `H` hidden siz
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,20 +17,20 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from trl_drcd.compat.trl_private import use_adapter
 from trl_drcd.distributed import InsideForward
 from trl_drcd.guidance import EarlySteps, guide_hidden_states, scales_of_tokens, step_scales
 from trl_drcd.heads import Head
 from trl_drcd.losses import guided_logits
-from trl_drcd.merging.folders import find_folder, load_vocabulary
 from trl_drcd.merging.loading import load_adapter_model
 from trl_drcd.policies import Policy, policy_class, teacher_prompt_ids
 from trl_drcd.prompts import Prompt, Row
 from trl_drcd.validation.model_folders import load_model
 
 Padded = tuple[torch.Tensor, torch.Tensor]  # ids and mask
+logger = logging.getLogger(__name__)
 
 
 class TeacherStates(NamedTuple):
@@ -211,7 +212,8 @@ def load_teacher(teacher: str | PreTrainedModel | PeftModel, student: PreTrained
         `PreTrainedModel`: The teacher, not yet frozen or wrapped.
 
     Raises:
-        ValueError: If the teacher's family or vocabulary differs from the student's.
+        ValueError: If the teacher's family or the size of its vocabulary differs from the student's, or, of a name or
+            folder, the ids of its tokenizer.
     """
     if isinstance(teacher, str):
         _check_same_tokens(teacher, policy.tokenizer)
@@ -236,8 +238,13 @@ def load_teacher(teacher: str | PreTrainedModel | PeftModel, student: PreTrained
 
 def _check_same_tokens(teacher: str, tokenizer: Any) -> None:
     """The KL compares tokens by id: those that the tokenizers of teacher and student share must have the same ids."""
-    theirs = load_vocabulary(find_folder(teacher, "teacher"))
-    if theirs is None or tokenizer is None:
+    if Path(teacher).is_dir() and not (Path(teacher) / "tokenizer_config.json").is_file():
+        return
+    try:
+        theirs: dict[str, int] = AutoTokenizer.from_pretrained(teacher, trust_remote_code=False).get_vocab()
+    except Exception as error:  # of the Hub, or of whatever a tokenizer needs
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        logger.warning(f"`teacher={teacher}`: its tokenizer cannot be loaded ({cause}); it must be the student's")
         return
     ours: dict[str, int] = tokenizer.get_vocab()
     shared = theirs.keys() & ours.keys()

@@ -174,7 +174,10 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             decode = partial(self._tokenizer.batch_decode, skip_special_tokens=True)
             self._diversity = DiversityTerm(reward, decode, args, self.policy, self.accelerator)
         other = None if teacher is None else load_teacher(teacher, student, self.policy)
-        identity = run_identity(args, student, self.train_dataset, other, embedder, self.reward_funcs)
+        rewards = [
+            self.accelerator.unwrap_model(r) if isinstance(r, torch.nn.Module) else r for r in self.reward_funcs
+        ]
+        identity = run_identity(args, student, self.train_dataset, other, embedder, rewards)
         self._other_teacher = None if other is None else base_of(other)
         taught_by = separate_teacher(student, other, self.accelerator, self.policy.frozen)
         self.teacher = GuidedTeacher(self.policy, taught_by, args.guidance_scale, self.accelerator, args.early)

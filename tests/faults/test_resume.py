@@ -211,7 +211,7 @@ def test_other_prompts_of_the_teacher_and_other_rewards_are_another_run():
         return {name for name, value in identity(**changed).items() if value != identity()[name]}
 
     assert not different()
-    assert different(taught="z") == {"train_dataset"}
+    assert different(taught="z") == {"teacher_prompts"}
     assert different(rewards=(max,)) == different(rewards=(len, max)) == {"reward_funcs"}
 
 

@@ -93,7 +93,7 @@ def test_no_samples_where_none_are_asked_for(world, capsys):
         text_drcd.main(arguments(world, num_samples=count))
         assert (world / "out" / "samples").exists() == bool(count)
         assert (world / "out" / "README.md").is_file()
-    assert "Model, model card, log are in" in capsys.readouterr().out
+    assert "Model, model card and log are in" in capsys.readouterr().out
 
 
 def test_the_final_samples_read_the_prompts_that_training_read(world, monkeypatch):

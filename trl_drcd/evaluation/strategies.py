@@ -196,7 +196,7 @@ def _training_seeds(strategy: Given) -> list[tuple[int | None, Given]]:
 
 def _check_names(rows: Sequence[Row], earlier: Sequence[Row], where: str) -> None:
     """Rows of one point are repetitions with other seeds, and pooled: no other row may have the point's name."""
-    points, names = {row.point for row in earlier}, set()
+    points, names = {row.point for row in earlier}, {row.name for row in earlier}
     for row in rows:
         if row.point in points or row.name in names:
             raise ValueError(

@@ -120,7 +120,7 @@ def _train_and_save(trainer: CFGDistillDiversityTrainer, script: PromptArguments
     trainer.write_card(output, script.license, prompts=local_name(str(script.dataset)))
     for which, row in final_metrics(trainer.state.log_history, evaluates).items():
         print(f"  {which:18s}" + "  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-    print(f"Model, model card, log{' and samples' if samples else ''} are in {args.output_dir}")
+    print(f"Model, model card{', log and samples' if samples else ' and log'} are in {args.output_dir}")
     if args.push_to_hub:
         print(f"Pushed to {trainer.push_to_hub()}")
 

@@ -27,7 +27,7 @@ SETTINGS = (
     *("chat_template_kwargs", "data_seed", "shuffle_dataset"),
 )
 
-TEXTS = ("prompt", "negative_prompt", "teacher_prompt")  # columns of the data that are compared
+TEXTS = ("prompt", "negative_prompt")  # columns of the data that are compared
 NOT_OF_THE_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
 VALUES = 4  # number of values of each tensor of the base and of a separate teacher that are compared
 
@@ -59,7 +59,8 @@ def run_identity(
     values["embedder"] = "none" if embedder is None else _embedder(embedder)
     values["reward_funcs"] = [_embedder(reward) for reward in rewards]
     if isinstance(train_dataset, Dataset):
-        values["train_dataset"] = f"{len(train_dataset)} rows {_texts(train_dataset)}"
+        values["train_dataset"] = f"{len(train_dataset)} rows {_texts(train_dataset, TEXTS)}"
+        values["teacher_prompts"] = _texts(train_dataset, ["teacher_prompt"])
     else:
         values["train_dataset"] = sorted(train_dataset.column_names or [])
     return {name: str(getattr(value, "value", value)) for name, value in values.items()}
@@ -89,10 +90,10 @@ def _adapter(model: PeftModel) -> str:
     return _digest({name: sorted(value) if isinstance(value, set) else value for name, value in kept.items()})
 
 
-def _texts(dataset: Dataset) -> str:
-    """Digest of all prompts, those of guidance and of the teacher too."""
+def _texts(dataset: Dataset, names: Sequence[str]) -> str:
+    """Digest of the columns `names`, where the data has them."""
     digest = hashlib.sha256()
-    columns = dataset.select_columns([name for name in TEXTS if name in dataset.column_names])
+    columns = dataset.select_columns([name for name in names if name in dataset.column_names])
     for batch in columns.iter(batch_size=1000):
         digest.update(json.dumps(batch, default=str).encode())
     return digest.hexdigest()[:12]

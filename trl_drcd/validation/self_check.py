@@ -12,7 +12,8 @@ Letters: `B` sequences, `S` steps, `K` codebooks, `V` vocabulary, `N` scored tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +32,9 @@ STEPS = 8  # completion steps that are compared
 # wrong head or a shifted position gives 0.1 to 5
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 HALF_TOLERANCE = 0.05
-SPREAD = 0.02  # standard deviation of what is added to an adapter's weights for the second comparison
+# For the second comparison noise is added to an adapter's weights, of this standard deviation and then of twice as
+# much, until the model has moved by as many nats per token
+SPREAD, DOUBLINGS, MOVED = 0.02, 8, 0.3
 PARTS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 
 Rows = dict[str, torch.Tensor]
@@ -45,7 +48,8 @@ def check_scoring(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: R
     evaluation mode. (b) With guidance scale 1, the KL of the untrained student to its teacher must be 0, whether the
     teacher is (b1) a frozen copy or (b2) the base with the adapter off. Of a student with an adapter, (a) must also
     hold, and its teacher (b2) stay the same, with noise added to the adapter's weights, which get their own values
-    back; this is left out where weights are sharded. If one process fails, all raise.
+    back; this is left out where these are sharded, and in half precision it sees only gross errors. If one process
+    fails, all raise.
 
     Args:
         policy ([`Policy`]): The policy of the model's family.
@@ -74,7 +78,9 @@ def check_scoring(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: R
 def _check(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: Rows, untouched: bool) -> None:
     rows, check = _few_rows(batch, policy), _Check(policy, teacher, wrapped)
     what = "the base with its adapter off" if teacher.copy is None else "the frozen copy"
-    check.scores(rows)
+    away = check.scores_away(rows)
+    if not away <= check.tolerance:
+        raise ValueError(check.blame(rows, away))
     taught = check.taught(rows)
     if untouched:
         away = check.of_all(check.distance(check.scored(rows, training=False), taught))
@@ -84,15 +90,22 @@ def _check(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: Rows, un
                 "update, which should be 0: the adapter changes the base, or was trained before. Merge it into the "
                 "model first, and use a new adapter that starts at zero (`init_lora_weights=True`)"
             )
-    with _other_adapter(check.student) as changed:
-        if not changed:
+    with _other_adapter(check.student) as add_noise:
+        if add_noise is None or not check.is_moved(rows, add_noise):
             return
-        check.scores(rows)
+        away = check.scores_away(rows)
+        if not away <= check.tolerance:
+            raise ValueError(
+                f"`peft_config`: with other values of the adapter's weights, the training scores are {away:.2g} nats "
+                f"per token away from the model's own forward pass (rounding explains at most {check.tolerance:g}): "
+                "this kind of adapter does what the loss cannot see, such as drawing noise in training. Use another "
+                "kind, such as LoRA"
+            )
         away = check.of_all(check.distance(taught, check.taught(rows))) if teacher.copy is None else 0.0
         if not away <= check.tolerance:
             raise ValueError(
-                f"`model`: the teacher, {what}, moves by {away:.2g} nats per token with the adapter's weights, so it "
-                "would change in training. Use another kind of adapter, such as LoRA"
+                f"`peft_config`: the teacher, {what}, moves by {away:.2g} nats per token with the adapter's weights, "
+                "so it would change in training. Use another kind of adapter, such as LoRA"
             )
 
 
@@ -119,17 +132,20 @@ class _Check:
         half = self.accelerator.mixed_precision in ("fp16", "bf16")
         self.tolerance = HALF_TOLERANCE if half else TOLERANCE.get(dtype, HALF_TOLERANCE)
 
-    def scores(self, rows: Rows) -> None:
-        """
-        Compare the training scores with the model's own forward.
+    def scores_away(self, rows: Rows) -> float:
+        """How far the training scores are from the model's own forward, the largest distance of all processes."""
+        return self.of_all(self.distance(self.own(rows), self.scored(rows, training=True)))
 
-        Raises:
-            ValueError: If they differ on any process.
-        """
-        own = self.own(rows)
-        away = self.of_all(self.distance(own, self.scored(rows, training=True)))
-        if not away <= self.tolerance:
-            raise ValueError(self.blame(rows, own, away))
+    def is_moved(self, rows: Rows, add_noise: Callable[[float], None]) -> bool:
+        """Add more and more noise until the model's own forward has moved; whether it has, and is finite."""
+        before, spread, moved = self.own(rows), SPREAD, 0.0
+        for _ in range(DOUBLINGS):
+            add_noise(spread)
+            moved = self.of_all(self.distance(before, self.own(rows)))
+            if not moved < MOVED:
+                break
+            spread *= 2
+        return 0 < moved < math.inf
 
     def of_all(self, distance: float) -> float:
         """The largest value of all processes; NaN if one is."""
@@ -188,8 +204,9 @@ class _Check:
         ratio = torch.where(one == other, 0.0, one - other)
         return float((one.exp() * ratio).nan_to_num(posinf=torch.inf).sum(-1).mean())
 
-    def blame(self, rows: Rows, own: torch.Tensor, found: float) -> str:
+    def blame(self, rows: Rows, found: float) -> str:
         """The error message: the cause of the difference, and the fix."""
+        own = self.own(rows)
         name = type(self.student.get_base_model() if hasattr(self.student, "peft_config") else self.student).__name__
         begin = (
             f"`model`: the training scores are {found:.2g} nats per token away from the forward pass of {name} "
@@ -224,12 +241,13 @@ def _each(rows: Rows) -> Iterator[Rows]:
 
 
 @contextmanager
-def _other_adapter(model: Any) -> Iterator[bool]:
+def _other_adapter(model: Any) -> Iterator[Callable[[float], None] | None]:
     """
-    Add noise to the weights of a model's adapter, and give whether that was done; on exit all are as before.
+    A function that adds noise of a given standard deviation to the weights of a model's adapter; on exit all are as
+    before.
 
-    Modules that are trained as a whole beside the adapter stay as they are. Nothing is done to a model without an
-    adapter, or with sharded weights.
+    Modules that are trained as a whole beside the adapter stay as they are. `None` for a model without an adapter, or
+    with sharded weights.
     """
     weights = [
         (p, p.detach().clone())
@@ -237,13 +255,16 @@ def _other_adapter(model: Any) -> Iterator[bool]:
         if isinstance(model, PeftModel) and p.requires_grad and "modules_to_save" not in name
     ]
     if not weights or any(type(p) is not torch.nn.Parameter or hasattr(p, "ds_id") for p, _ in weights):
-        yield False
+        yield None
         return
+
+    @torch.no_grad()
+    def add_noise(spread: float) -> None:
+        for p, _ in weights:
+            p.add_(spread * torch.randn_like(p))
+
     try:
-        with torch.no_grad():
-            for p, _ in weights:
-                p.add_(SPREAD * torch.randn_like(p))
-        yield True
+        yield add_noise
     finally:
         with torch.no_grad():
             for p, before in weights:
