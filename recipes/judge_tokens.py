@@ -102,7 +102,10 @@ def judge(
     with tempfile.TemporaryDirectory() as folder:
         for part in (*also, study):
             with tarfile.open(part / "tokens.tar.xz") as archive:
-                archive.extractall(folder, filter="data")
+                # By hand: files of this folder alone, with the Python 3.11.0 to 3.11.3 too, which have no filters
+                for member in archive:
+                    if member.isfile() and (content := archive.extractfile(member)):
+                        (Path(folder) / Path(member.name).name).write_bytes(content.read())
         files = {row.name: tokens_of(row, Path(folder)) for row in rows}
         done = [judged(row, files[row.name], held_out, judges, decode) for row in tqdm(rows, unit="row")]
     return with_quality(done, args.omega)

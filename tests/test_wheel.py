@@ -38,7 +38,7 @@ def built(tmp_path_factory) -> Path:
     assert run(sys.executable, "-c", build, cwd=folder / "copy").returncode == 0
     (sdist,) = folder.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder / "sdist", filter="data")
+        archive.extractall(folder / "sdist", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (source,) = (folder / "sdist").iterdir()
     build = f"from hatchling import build; print(build.build_wheel({str(folder)!r}))"
     made = run(sys.executable, "-c", build, cwd=source)
