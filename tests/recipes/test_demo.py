@@ -2,10 +2,10 @@
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +84,17 @@ def test_a_failed_process_ends_the_others_and_shows_its_last_words(tmp_path):
     demo.wait({"fine": demo.start(["-c", "pass"], tmp_path / "fine.txt")}, tmp_path, lambda: None)
 
 
+def test_an_error_of_looking_ends_the_processes(tmp_path):
+    processes = {"run": demo.start(["-c", "import time; time.sleep(60)"], tmp_path / "run.txt")}
+
+    def look() -> None:
+        raise ValueError("no room")
+
+    with pytest.raises(ValueError, match="no room"):
+        demo.wait(processes, tmp_path, look)
+    assert processes["run"].wait(timeout=10) != 0
+
+
 def test_what_needs_no_training_is_measured_beside_the_longer_run(args, monkeypatch):
     class Run:
         """A process that has ended, or not."""
@@ -121,9 +132,8 @@ def test_what_needs_no_training_is_measured_beside_the_longer_run(args, monkeypa
 
 
 def test_with_one_run_left_over_all_is_measured_after_it(args, monkeypatch):
-    commands = {}
-    monkeypatch.setattr(demo, "start", lambda command, log: commands.setdefault(log.stem, command) and subprocess)
-    monkeypatch.setattr(subprocess, "poll", lambda: None, raising=False)
+    commands, run = {}, SimpleNamespace(poll=lambda: None)
+    monkeypatch.setattr(demo, "start", lambda command, log: commands.setdefault(log.stem, command) and run)
     monkeypatch.setattr(demo, "wait", lambda processes, logs, look: look())
     args.steps, args.minutes = None, 5.0
     (args.output / "quality").mkdir()
