@@ -119,8 +119,15 @@ def test_a_prompt_is_no_html(server, page_of):
     assert page.title() != "hacked" and page.locator("img[src=x]").count() == 0
 
 
-def test_cancel_and_a_second_user_who_waits(server, page_of):
-    one, two = page_of(server.url), page_of(server.url)
+def test_cancel_and_a_second_user_who_waits(models, page_of, tmp_path):
+    server = Server("--model", models[0], "--ends", *models[1:], "--max_new_tokens", "2000", log=tmp_path / "log.txt")
+    try:
+        _cancel_and_wait(page_of(server.url), page_of(server.url))
+    finally:
+        server.stop()
+
+
+def _cancel_and_wait(one, two):
     for page in (one, two):
         page.get_by_label("Prompt", exact=True).fill("a fast tune")
     one.get_by_role("button", name="Sample").click()
