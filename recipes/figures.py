@@ -19,16 +19,16 @@ from typing import Any
 
 from trl_drcd.evaluation.plots import agreement_plot, front_plot, lambda_plot, save, training_plot
 from trl_drcd.evaluation.points import Point, guided_bases, lambda_sweeps, pooled, training_sweeps
-from trl_drcd.evaluation.results import Result, read_results
+from trl_drcd.evaluation.results import RESULTS_HELP, Result, read_results
 from trl_drcd.files import write_text
 from trl_drcd.validation.messages import one_line_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {
-    "music": ("results/music/means/results.jsonl", "results/music/trajectories/results.jsonl"),
-    "text": ("results/text/study/results.jsonl", None),
+    "music": (("results/music/means/results.jsonl",), "results/music/trajectories/results.jsonl"),
+    "text": (("results/text/study/results.jsonl",), None),
 }
-"""Of each world: the evaluation, and that of the checkpoints of trainings."""
+"""Of each world: the evaluation, with further samples, and that of the checkpoints of trainings."""
 CAPTIONS = {
     "1": "Quality and diversity along training, from the base, of guidance, and of merged models.",
     "2": "Along training: KL to the guided teacher, adherence, diversity; dashed the guided base, dotted the mean "
@@ -76,11 +76,11 @@ def draw(points: Sequence[Point], training: Sequence[Point], quality: str = "adh
     return figures
 
 
-def write(results: Path, training: Path | None, folder: Path, quality: str) -> None:
+def write(results: Sequence[Path], training: Path | None, folder: Path, quality: str) -> None:
     """Write the figures of an evaluation and `README.md`, a page of them."""
-    of_training = pooled(_read(training)) if training else []
+    of_training = pooled(_read([training])) if training else []
     figures = draw(pooled(_read(results)), of_training, quality)
-    files = " and ".join(f"`{os.path.relpath(file)}`" for file in (results, training) if file)
+    files = " and ".join(f"`{os.path.relpath(file)}`" for file in (*results, training) if file)
     parts = [f"# Figures\n\nFrom {files}; 95 % intervals."]
     for number, figure in figures.items():
         save(figure, folder / f"figure_{number}")
@@ -92,11 +92,11 @@ def write(results: Path, training: Path | None, folder: Path, quality: str) -> N
     print(folder / "README.md")
 
 
-def _read(results: Path) -> list[Result]:
-    """The rows of a `results.jsonl`, or of an evaluation's folder."""
-    file = results / "results.jsonl" if results.is_dir() else results
-    if not (rows := read_results(file)):
-        raise ValueError(f"{file} has no rows")
+def _read(results: Sequence[Path]) -> list[Result]:
+    """The rows of files `results.jsonl`, or of evaluations' folders."""
+    files = [one / "results.jsonl" if one.is_dir() else one for one in results]
+    if not (rows := read_results(*files)):
+        raise ValueError(f"{files[0]} has no rows")
     return rows
 
 
@@ -104,7 +104,10 @@ def main(argv: list[str] | None = None) -> None:
     """Draw the figures of both worlds, or of the given results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--results", type=Path, help="an evaluation, folder or results.jsonl, in place of this repository's"
+        "--results",
+        type=Path,
+        nargs="+",
+        help=f"in place of this repository's, an evaluation's folder or {RESULTS_HELP}",
     )
     parser.add_argument("--training", type=Path, help="an evaluation of checkpoints, with --results")
     parser.add_argument("--quality", default="adherence", help="metric of quality (default: %(default)s)")
@@ -117,7 +120,12 @@ def main(argv: list[str] | None = None) -> None:
             write(args.results, args.training, args.output, args.quality)
             return
         for world, (results, training) in OURS.items():
-            write(ROOT / results, ROOT / training if training else None, args.output / world, args.quality)
+            write(
+                [ROOT / one for one in results],
+                ROOT / training if training else None,
+                args.output / world,
+                args.quality,
+            )
 
 
 if __name__ == "__main__":

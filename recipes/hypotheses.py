@@ -3,10 +3,12 @@ The hypotheses of the studies (results/music/plan.md, results/music/means/plan.m
 results/text/plan.md), tested on their results.
 
     python recipes/hypotheses.py outputs/study/evaluation/results.jsonl
+    python recipes/hypotheses.py outputs/study/evaluation/results.jsonl outputs/study/seed1/results.jsonl --blinded
 
 Height is adherence minus that of the curve of constant guidance at the same diversity, as in recipes/music/heights.py.
 Each line has the 95 % interval, over prompts and training seeds, with the diversity that was rewarded and with the
-other one; a hypothesis counts only if both agree in sign. The two main ones are decided by Holm's method.
+other one; a hypothesis counts only if both agree in sign. The two main ones are decided by Holm's method. With
+`--blinded` only half the width of the intervals is told, to decide on the number of samples.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from trl_drcd.evaluation.points import (
     of_training_seed,
     pooled,
 )
-from trl_drcd.evaluation.results import read_results
+from trl_drcd.evaluation.results import RESULTS_HELP, read_results
 from trl_drcd.evaluation.statistics import Interval
 from trl_drcd.evaluation.tables import formatted, markdown_table
 from trl_drcd.validation.messages import one_line_errors
@@ -121,11 +123,12 @@ def verdict(rewarded: Interval, other: Interval, significant: bool) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Print a table with a row per hypothesis."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="results.jsonl")
+    parser.add_argument("results", type=Path, nargs="+", help=RESULTS_HELP)
     parser.add_argument("--training_seed", type=int, help="only the models at this place of their lists")
+    parser.add_argument("--blinded", action="store_true", help="only how wide the intervals are, no value, no verdict")
     args = parser.parse_args(argv)
     with one_line_errors("hypotheses.py"):
-        points = pooled(of_training_seed(read_results(args.results), args.training_seed))
+        points = pooled(of_training_seed(read_results(*args.results), args.training_seed))
         studies = {diversity: Study(points, diversity) for diversity in DIVERSITIES}
     found = {diversity: study.statistics() for diversity, study in studies.items()}
     main_ones = holm(studies["diversity"], found["diversity"])
@@ -133,12 +136,18 @@ def main(argv: list[str] | None = None) -> None:
     for name in found["diversity"]:
         rewarded, other = (studies[key].interval(found[key][name]) for key in DIVERSITIES)
         significant = main_ones.get(name, rewarded["low"] > 0)
+        if args.blinded:
+            widths = ((one["high"] - one["low"]) / 2 for one in (rewarded, other))
+            table[name] = {key: f"± {width:.4f}" for key, width in zip(DIVERSITIES, widths, strict=True)}
+            continue
         table[name] = {
             "rewarded diversity": formatted(rewarded),
             "other diversity": formatted(other),
             "verdict": verdict(rewarded, other, significant),
         }
     print(markdown_table(table))
+    if args.blinded:
+        return
     most = max((studies["diversity"].means(p, "diversity")[0] for p in studies["diversity"].merges), default=0)
     base = studies["diversity"].means(studies["diversity"].by_name["base"], "diversity")[0]
     print(f"\nDiversity of the base {base:.3f}; of the most diverse merge {most:.3f}.")

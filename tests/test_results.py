@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from trl_drcd.evaluation.results import Result, ResultsFolder, read_results
+from trl_drcd.evaluation.results import Result, ResultsFolder, joined, read_results
 
 RESULTS = Path(__file__).parents[1] / "results"
 FILES = ["music", "text", "music/all_weights", "music/demo", "music/training"]
@@ -130,3 +131,59 @@ def test_a_full_disk_says_what_to_do(tmp_path):
 def test_other_errors_stay_as_they_are(tmp_path):
     with pytest.raises(FileNotFoundError, match="elsewhere"), ResultsFolder(tmp_path).explaining():
         (tmp_path / "elsewhere").read_text()
+
+
+def drawn(name: str, seed: int, kl: list[float], **settings) -> Result:
+    metrics = {key: {"mean": 9.0, "low": 9.0, "high": 9.0} for key in ("kl", "frechet")}
+    return Result(
+        strategy=name, point=name, name=name, seed=seed, prompts=len(kl), samples_per_prompt=8, metrics=metrics,
+        per_prompt={"kl": kl, "quality": kl}, **settings,
+    )  # fmt: skip
+
+
+def written(file: Path, *rows: Result) -> Path:
+    file.write_text("".join(json.dumps(one.to_json()) + "\n" for one in rows))
+    return file
+
+
+def test_further_samples_are_joined_prompt_by_prompt(tmp_path):
+    first = written(tmp_path / "0", drawn("base", 0, [1.0, 2.0, 6.0]), drawn("CFG", 0, [5.0, 5.0, 5.0]))
+    second = written(tmp_path / "1", drawn("base", 1, [2.0, 4.0, float("nan")]))
+    third = written(tmp_path / "2", drawn("base", 2, [3.0, 9.0, 8.0]))
+    base, guided = read_results(first, second, third)
+    assert base.per_prompt == {"kl": [2.0, 5.0, 7.0], "quality": [2.0, 5.0, 7.0]}  # without the one that is missing
+    assert base.samples_per_prompt == 24 and guided == drawn("CFG", 0, [5.0, 5.0, 5.0])
+    assert base.metrics.keys() == {"kl"}  # of a Fréchet distance there are no values per prompt
+    assert base.metrics["kl"]["mean"] == pytest.approx(14 / 3) and base.metrics["kl"]["low"] < 14 / 3
+
+
+def test_joined_rows_have_the_values_of_all_their_samples_together():
+    """For means over samples; the noise of two independent halves is smaller by the root of two."""
+    values = np.random.default_rng(0).normal(size=(16, 400))
+    halves = [drawn("base", seed, list(half.mean(0))) for seed, half in enumerate(values.reshape(2, 8, 400))]
+    together = joined(halves)
+    assert together.per_prompt["kl"] == pytest.approx(values.mean(0), rel=1e-4, abs=1e-5)
+    widths = [np.std(one.per_prompt["kl"]) for one in (together, halves[0])]
+    assert widths[0] / widths[1] == pytest.approx(2**-0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"seed": 0}, r"another `seed`, got \[0, 0\]"),
+        ({"temperature": 0.5}, r"base: .* the same `temperature`, got 0.99 and 0.5"),
+        ({"kl": [1.0, 2.0]}, "the same `prompts`, got 3 and 2"),
+        ({"teacher_guidance_scale": 5.0}, "the same `teacher_guidance_scale`"),
+        ({"name": "CFG"}, "a row CFG, of which .*0 has no samples; it has .*base"),
+    ],
+)
+def test_what_is_no_further_sample_of_a_row(tmp_path, other, message):
+    first = written(tmp_path / "0", drawn("base", 0, [1.0, 2.0, 3.0]))
+    second = written(tmp_path / "1", drawn(**({"name": "base", "seed": 1, "kl": [1.0, 2.0, 3.0]} | other)))
+    with pytest.raises(ValueError, match=message):
+        read_results(first, second)
+
+
+def test_another_omega_is_another_quality():
+    rows = [drawn("base", seed, [1.0, 2.0], omega=float(seed)) for seed in range(2)]
+    assert joined(rows).per_prompt.keys() == {"kl"}

@@ -119,3 +119,19 @@ def test_the_table_has_a_line_per_hypothesis(tmp_path, capsys):
     file.write_text("".join(line + "\n" for line in file.read_text().splitlines() if "LERP" not in line))
     with pytest.raises(SystemExit, match="need a sweep of lambda called `LERP`"):
         hypotheses.main([str(file)])
+
+
+def test_further_samples_of_guidance_count_and_a_blinded_look_tells_no_value(tmp_path, capsys):
+    files = []
+    for seed, shift in enumerate((0.0, 0.02)):
+        folder = ResultsFolder(tmp_path / str(seed))
+        files.append(str(folder.file))
+        for one in results(seeds=(0.0, 0.01)):
+            if seed == 0 or one.name.startswith(("base", "CFG")):
+                adherence = [value + shift for value in one.per_prompt["adherence"]]
+                folder.append(replace(one, seed=seed, per_prompt=one.per_prompt | {"adherence": adherence}))
+    hypotheses.main(files)
+    assert f"| {hypotheses.MAIN[1]} | 0.015 [" in capsys.readouterr().out  # 0.025, and guidance is 0.01 higher
+    hypotheses.main([*files, "--blinded"])
+    said = capsys.readouterr().out
+    assert said.count("±") == 2 * said.count("| H") and "0.015" not in said and "holds" not in said

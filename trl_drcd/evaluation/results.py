@@ -17,9 +17,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 from filelock import FileLock
 
-from trl_drcd.evaluation.statistics import Interval
+from trl_drcd.evaluation.statistics import Interval, bootstrap_interval
 from trl_drcd.files import remove_temporaries, write_text
 
 USUAL_TEMPERATURE = 0.99
@@ -27,6 +28,13 @@ USUAL_TEMPERATURE = 0.99
 FULL, FORBIDDEN = {errno.ENOSPC, errno.EDQUOT}, {errno.EROFS, errno.EACCES, errno.EPERM}
 LATER = ("checkpoint", "negative_prompt", "teacher_negative_prompt")
 """Fields that earlier versions did not have; `None` is not written."""
+RESULTS_HELP = "results.jsonl, and others with further samples of its rows (`trl-drcd evaluate --seed 1`)"
+"""Help of scripts that read several."""
+SETTINGS = (
+    "point", "model", "weights", "guidance_scale", "temperature", "early_steps", "early_guidance_scale", "checkpoint",
+    "negative_prompt", "teacher_negative_prompt", "teacher_guidance_scale", "prompts", "samples_per_prompt", "kind",
+)  # fmt: skip
+"""What rows that differ only in their samples have in common."""
 ROOM = 2**20
 """Approximate disk space of the results and kept samples of a row, bytes."""
 
@@ -137,15 +145,73 @@ class Result:
 # ---------------------------------------------------------------- the file
 
 
-def read_results(file: str | Path) -> list[Result]:
+def read_results(file: str | Path, *more: str | Path) -> list[Result]:
     """
-    Read all lines of a `results.jsonl`.
+    Read all lines of a `results.jsonl`, and join those of others with them.
+
+    Args:
+        file (`str` or `Path`): A `results.jsonl`.
+        more (`str` or `Path`): Others, of the same prompts, whose rows are rows of the first with further samples
+            (`trl-drcd evaluate --seed 1`).
+
+    Returns:
+        `list[Result]`: The lines of the first file; a row that others have too is [`joined`] with theirs.
 
     Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If a line is not a result.
+        FileNotFoundError: If a file does not exist.
+        ValueError: If a line is not a result, or a row of another file is not one of the first with further samples.
     """
-    return _parse(file, Path(file).read_text(encoding="utf-8"))
+    rows, *others = (_parse(one, Path(one).read_text(encoding="utf-8")) for one in (file, *more))
+    drawn: dict[str, list[Result]] = {row.name: [row] for row in rows if others}
+    for name, further in zip(more, others, strict=True):
+        for row in further:
+            if row.name not in drawn:
+                raise ValueError(f"{name} has a row {row.name}, of which {file} has no samples; it has {list(drawn)}")
+            drawn[row.name].append(row)
+    return [joined(drawn[row.name]) for row in rows] if others else rows
+
+
+def joined(rows: Sequence[Result]) -> Result:
+    """
+    A row with further samples of the same prompts: for each prompt the mean of what was measured of each.
+
+    A diversity within prompts thus counts pairs of samples that were drawn together, not pairs across. Metrics without
+    values per prompt are left out.
+
+    Args:
+        rows (`list[Result]`): The same row, sampled with different seeds.
+
+    Returns:
+        `Result`: As the first, with all samples; itself if it is alone.
+
+    Raises:
+        ValueError: If the rows differ in more than their samples, or two have samples of the same seed.
+    """
+    first, *others = rows
+    if not others:
+        return first
+    for row in others:
+        if unlike := next((name for name in SETTINGS if getattr(row, name) != getattr(first, name)), None):
+            one, other = getattr(first, unlike), getattr(row, unlike)
+            raise ValueError(f"{first.name}: further samples must have the same `{unlike}`, got {one!r} and {other!r}")
+    if len({row.seed for row in rows}) < len(rows):
+        raise ValueError(f"{first.name}: further samples must have another `seed`, got {[row.seed for row in rows]}")
+    other_quality = {"quality"} if len({row.omega for row in rows}) > 1 else set()
+    keys = [
+        key for key in first.per_prompt if all(key in row.per_prompt for row in others) and key not in other_quality
+    ]
+    values = {key: _mean([row.per_prompt[key] for row in rows]) for key in keys}
+    return replace(
+        first,
+        samples_per_prompt=first.samples_per_prompt * len(rows),
+        metrics={key: bootstrap_interval(one) for key, one in values.items() if key in first.metrics},
+        per_prompt={key: rounded(one) for key, one in values.items()},
+    )
+
+
+def _mean(values: Sequence[Sequence[float]]) -> np.ndarray:
+    """The mean of values `(R, P)` over `R`, without those that are NaN."""
+    return np.ma.masked_invalid(values).mean(0).filled(np.nan)
 
 
 def _parse(file: str | Path, text: str) -> list[Result]:
