@@ -8,17 +8,19 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedModel, TrainerState
 
 from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.files import local_name, write_text
 from trl_drcd.guidance import EarlySteps
 from trl_drcd.markdown import markdown_table, markdown_text
 from trl_drcd.policies import DiaPolicy, Policy
+from trl_drcd.prompts import Prompt
 from trl_drcd.validation.model_folders import is_hub_name
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,8 @@ class TrainedModel:
         max_completion_length (`int`): Maximum length of a completion, in tokens or, for MusicGen and Dia, decoder
             steps.
         conversational (`bool`): Whether prompts are chat turns.
+        system_prompt (`str`, *optional*): The system turn that all prompts begin with.
+        chat_template_kwargs (`Mapping`): Passed to the chat template.
         settings (`Mapping`): Rows of the table of settings.
         early ([`~trl_drcd.guidance.EarlySteps`], *optional*): The teacher's early steps.
     """
@@ -72,6 +76,8 @@ class TrainedModel:
     temperature: float
     max_completion_length: int | None
     conversational: bool = False
+    system_prompt: str | None = None
+    chat_template_kwargs: Mapping[str, object] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
     early: EarlySteps | None = None
 
@@ -81,9 +87,10 @@ def trained_model(
     args: CFGDistillDiversityConfig,
     state: TrainerState,
     policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
     has_codec: bool,
-    **settings: object,
+    settings: Mapping[str, object],
+    steps: int | None = None,
 ) -> TrainedModel:
     """
     Collect the contents of a model card from a trainer.
@@ -93,21 +100,25 @@ def trained_model(
         args ([`CFGDistillDiversityConfig`]): The trainer's arguments.
         state (`TrainerState`): The trainer's state, with the number of updates.
         policy ([`Policy`]): The policy of the model's family.
-        tokenizer (`PreTrainedTokenizerBase`): Tokenizer; one with a chat template makes the model conversational.
+        prompts (`list`): Some training prompts, texts or conversations.
         has_codec (`bool`): Whether completions are decoded to audio.
-        **settings: Additional rows at the top of the table of settings.
+        settings (`Mapping`): Additional rows at the top of the table of settings.
+        steps (`int`, *optional*): Updates of the weights, if they are not the last ones.
 
     Returns:
         [`TrainedModel`]: The contents.
     """
-    steps, coef = state.global_step, args.diversity_coef
+    steps, coef = state.global_step if steps is None else steps, args.diversity_coef
+    system, kwargs = shared_system_prompt(prompts), cast(dict, args.chat_template_kwargs or {})
     rows: dict[str, object] = {
         "steps": steps,
         "sequences per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
     }
     if isinstance(model, PeftModel):
         rows["LoRA rank"] = getattr(model.active_peft_config, "r", None)
-    rows |= settings | {name: getattr(args, name) for name in SETTINGS}
+    rows |= {**settings, **{name: getattr(args, name) for name in SETTINGS}}
+    if system is not None:
+        rows["system_prompt"] = system
     if args.allowed_token_ids:
         rows["allowed_token_ids"] = ", ".join(args.allowed_token_ids)
     if coef and steps:
@@ -120,10 +131,19 @@ def trained_model(
         guidance_scale=args.guidance_scale,
         temperature=args.temperature,
         max_completion_length=args.max_completion_length,
-        conversational=tokenizer.chat_template is not None,
+        conversational=any(not isinstance(prompt, str) for prompt in prompts),
+        system_prompt=system,
+        chat_template_kwargs=kwargs,
         settings=rows,
         early=args.early,
     )
+
+
+def shared_system_prompt(prompts: Sequence[Prompt]) -> str | None:
+    """The text of the system turn that all prompts begin with; `None` if they have none, or different ones."""
+    firsts = [prompt[0] if not isinstance(prompt, str) and prompt else {} for prompt in prompts]
+    texts = {turn.get("content") if turn.get("role") == "system" else None for turn in firsts}
+    return texts.pop() if len(texts) == 1 else None
 
 
 def _family(policy: Policy, has_codec: bool) -> str:
@@ -139,28 +159,39 @@ def base_of(model: PreTrainedModel | PeftModel) -> str:
     return str(model.config._name_or_path or "")
 
 
-def final_metrics(log_history: Sequence[Mapping[str, float]], held_out: bool) -> dict[str, dict[str, float]]:
+def final_metrics(
+    log_history: Sequence[Mapping[str, float]], held_out: bool, steps: int | None = None
+) -> dict[str, dict[str, float]]:
     """
     Metrics before and after training, for the model card.
 
     Args:
         log_history (`list[dict]`): The trainer's log.
-        held_out (`bool`): Use the metrics of the evaluation set instead of those of the training steps.
+        held_out (`bool`): Use the metrics of the evaluation sets instead of those of the training steps.
+        steps (`int`, *optional*): Updates of the weights, if they are not those at the end of the log.
 
     Returns:
-        `dict`: `"first (step 0)"` and `"last (step 60)"` to `kl`, `kl_per_token` and `entropy` in nats, `diversity`.
+        `dict`: `"first (step 0)"` and `"last (step 60)"` to `kl`, `kl_per_token` and `entropy` in nats, `diversity`;
+        of several evaluation sets with their names, `"short, first (step 0)"`.
     """
     prefix = "eval_" if held_out else ""
-    entries = [entry for entry in log_history if f"{prefix}kl" in entry]
-    chosen = {"first": entries[0], "last": entries[-1]} if entries else {}
+    entries = [entry for entry in log_history if f"{prefix}kl" in entry and (steps is None or entry["step"] <= steps)]
+    sets: dict[str, list[Mapping[str, float]]] = {}
+    for entry in entries:
+        sets.setdefault(_evaluation_set(entry), []).append(entry)
     return {
-        f"{which} (step {entry['step']})": {
-            name: entry[prefix + name]
-            for name in ("kl", "kl_per_token", "entropy", "diversity")
-            if prefix + name in entry
+        f"{name}{which} (step {entry['step']})": {
+            key: entry[prefix + key] for key in ("kl", "kl_per_token", "entropy", "diversity") if prefix + key in entry
         }
-        for which, entry in chosen.items()
+        for name, group in sets.items()
+        for which, entry in {"first": group[0], "last": group[-1]}.items()
     }
+
+
+def _evaluation_set(entry: Mapping[str, float]) -> str:
+    """Of an entry of the log of one of several evaluation sets, its name and a comma; else nothing."""
+    losses = (key for key in entry if key.startswith("eval_") and key.endswith("_loss"))
+    return next((f"{key.removeprefix('eval_').removesuffix('_loss')}, " for key in losses), "")
 
 
 # ---------------------------------------------------------------- the base
@@ -244,6 +275,8 @@ def model_card(
         base=_code(local_name(model.base)) if model.base else "a model that was not loaded by name",
         license_known="license" in header,
         prompt=json.dumps(PROMPTS.get(model.family, "a slow tune")),
+        system=None if model.system_prompt is None else json.dumps(model.system_prompt),
+        template_kwargs="".join(f", {name}={value!r}" for name, value in model.chat_template_kwargs.items()),
         paper=PAPER,
         extras=extras,
         settings=markdown_table({key: {"value": value} for key, value in model.settings.items()}),

@@ -106,7 +106,9 @@ class CFGDistillDiversityConfig(RLOOConfig):
     """
 
     learning_rate: float = field(default=1.5e-4, metadata={"help": "Initial learning rate of AdamW."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "Learning rate schedule; with warmup_steps it warms up first."}
+    )
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Sequences per process and forward."})
     gradient_accumulation_steps: int = field(
         default=8, metadata={"help": "Forwards per update; 16 x 8 is the paper's batch of 128 on one process."}
@@ -185,6 +187,8 @@ class CFGDistillDiversityConfig(RLOOConfig):
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower()
         if str(self.resume_from_checkpoint).lower() in ("false", "none", "no"):
             self.resume_from_checkpoint = None
+        if self.lr_scheduler_type == "constant" and self.warmup_steps:
+            self.lr_scheduler_type = "constant_with_warmup"  # else the warm-up would be ignored
         self.allowed_token_ids = as_entries(self.allowed_token_ids)
         self.lr_scheduler_kwargs = _with_numbers(self.lr_scheduler_kwargs)
         check_types(self)

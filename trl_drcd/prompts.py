@@ -120,12 +120,15 @@ CONVERSIONS: dict[str, Callable[[Row], list[dict[str, Any]]]] = {
 
 
 def with_system_prompt(row: Row, system_prompt: str) -> dict[str, Any]:
-    """Prepend a system turn to the row's prompt, unless it has one; a text becomes a conversation."""
-    prompt = row["prompt"]
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else prompt
-    if isinstance(turns, list) and turns and turns[0].get("role") != "system":
-        turns = [{"role": "system", "content": system_prompt}, *turns]
-    return {"prompt": turns}
+    """Prepend a system turn to the row's prompt and teacher's prompt, unless they have one; texts become turns."""
+
+    def with_turn(prompt: Any) -> Any:
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else prompt
+        if isinstance(turns, list) and turns and turns[0].get("role") != "system":
+            turns = [{"role": "system", "content": system_prompt}, *turns]
+        return turns
+
+    return {name: with_turn(row[name]) for name in ("prompt", "teacher_prompt") if name in row}
 
 
 def distinct(prompts: Iterable[Any], count: int) -> list[Any]:

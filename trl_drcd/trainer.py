@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,10 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         )
         check_once_loaded(
             self.policy, student, self._tokenizer, self.train_dataset, args, codec, self._tokenize_prompts
+        )
+        self._some_prompts = [row["prompt"] for row in islice(self.train_dataset, 8)]  # for the card
+        self._best_step: int | None = (
+            None  # of the weights, if `load_best_model_at_end` has loaded others than the last
         )
         self.codec = self.policy.codec(student) if codec is None else codec
         self._make_parts(student, embedder, teacher)
@@ -369,6 +374,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         explained = explained_failures(
             lambda: self.state.global_step, self._keep_last_state, self.args.on_bad_batch, self.args.ddp_timeout
         )
+        self._best_step = None
         self._last_loaded_step = -1  # whatever vLLM was given before, it gets the weights of now
         # transformers aligns the special tokens of tokenizer and model
         with explained, self._checkpoints.alone(), self.policy.in_trl.patched(), self._signals.watching():
@@ -377,6 +383,10 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         self._signals.end(self.state.global_step, self._checkpoints.where(self.state.global_step))
         self._restore_special_tokens()
         return result
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._best_step = self.state.best_global_step
 
     def set_initial_training_values(self, args, dataloader):
         epochs, *values = super().set_initial_training_values(args, dataloader)
@@ -432,9 +442,10 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         if self._other_teacher is not None:
             settings["teacher"] = local_name(self._other_teacher)
         about = trained_model(
-            student, self.args, self.state, self.policy, self._tokenizer, self.codec is not None, **settings
-        )
-        metrics = final_metrics(self.state.log_history, self.args.eval_strategy != "no")
+            student, self.args, self.state, self.policy, self._some_prompts, self.codec is not None, settings,
+            self._best_step,
+        )  # fmt: skip
+        metrics = final_metrics(self.state.log_history, self.args.eval_strategy != "no", self._best_step)
         write_card(folder, about, metrics, license)
 
     def create_model_card(self, *args, **kwargs):

@@ -74,6 +74,7 @@ CONTRACT = {
     "transformers.trainer.Trainer": {
         "_get_grad_norm": "self, model, grad_norm=",
         "_get_output_dir": "self, trial",
+        "_load_best_model": "self",
         "_load_rng_state": "self, checkpoint",
         "_maybe_log_save_evaluate": (
             "self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate="

@@ -60,7 +60,7 @@ def test_kills_at_every_step_and_at_random_lose_nothing(models, tmp_path, with_e
     monkeypatch.setattr(staging, "exchange", staging.exchange)  # put back what `kill` replaces
     counts = kill_at_each_step(models, tmp_path / "m", with_exchange=with_exchange)
     assert counts["killed"] >= 50 and counts["lost"] == 0
-    (tmp_path / "steps").unlink()
+    (tmp_path / "steps").unlink(missing_ok=True)
     counts = kill(models, tmp_path / "m", kills=150, seed=1, with_exchange=with_exchange)
     assert counts["killed"] > 30 and counts["old"] > 10 and counts["new"] > 10
     assert counts["lost"] == counts["leftovers"] == 0

@@ -199,7 +199,7 @@ class Engine:
         if args.ends:
             self._rows = expand([{"name": "ends", "models": list(args.ends)}])
         self.models = Models(args.model, getattr(torch, args.dtype))
-        check_ends(self.models.base, self._rows if args.ends else [])
+        check_ends(self.models.base, self._rows if args.ends else [], args.model)
         self.tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
         self.policy: Any = policy_for(self.models.base, self.tokenizer)
         own = self.policy.codec(self.models.base)

@@ -66,6 +66,10 @@ class EvaluateArguments:
     negative_prompt: str | None = field(
         default=None, metadata={"help": "x^- of the teacher, for prompts without their own."}
     )
+    system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "As in training: system turn for every prompt that has none; strings become conversations."},
+    )
     chat_template_kwargs: Any = field(
         default=None, metadata={"help": "Passed to the chat template, as in training: a mapping, or JSON."}
     )

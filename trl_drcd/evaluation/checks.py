@@ -13,7 +13,7 @@ from trl_drcd.evaluation.judging import import_function, is_function
 from trl_drcd.evaluation.metrics import METRICS
 from trl_drcd.evaluation.strategies import Row, is_adapter
 from trl_drcd.merging.adapters import BASE
-from trl_drcd.merging.folders import find_folder
+from trl_drcd.merging.folders import find_folder, warn_of_other_base
 from trl_drcd.validation.encoders import check_encoder
 from trl_drcd.validation.messages import prefix_errors
 from trl_drcd.validation.model_folders import check_model, check_on_hub, is_hub_name
@@ -164,9 +164,10 @@ def _outputs(fields: dict[str, Any]) -> Any:
     return len(labels) if isinstance(labels, dict) else fields.get("num_labels", 2)
 
 
-def check_ends(base: Any, rows: Sequence[Row]) -> None:
+def check_ends(base: Any, rows: Sequence[Row], base_name: str) -> None:
     """
-    Compare the shapes of the rows' models with the base's without reading weights; models on the Hub must exist.
+    Compare the shapes of the rows' models with the base's without reading weights; models on the Hub must exist. Warn
+    of an adapter that records another base.
 
     Raises:
         FileNotFoundError: If a name is neither a folder nor found on the Hub.
@@ -178,7 +179,9 @@ def check_ends(base: Any, rows: Sequence[Row]) -> None:
         if model == BASE:
             continue
         if is_adapter(model):
-            found = _adapter_shapes(find_folder(model, "model"))
+            adapter = find_folder(model, "model")
+            warn_of_other_base(adapter, base_name)
+            found = _adapter_shapes(adapter)
         elif folder.is_dir():
             found = _shapes([folder / file for file in weight_files(folder)])
         else:

@@ -71,7 +71,7 @@ class Worker:
         self.args, self.held_out, self.quiet = args, held_out, quiet
         self.judges = Judges.load(args, extra_metrics or {})
         self.models = Models(args.model, getattr(torch, args.dtype))
-        check_ends(self.models.base, rows)
+        check_ends(self.models.base, rows, self.args.model)
         self.tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
         names = [args.model, *(name for row in rows for name in row.models if name != BASE)]
         self.allowed = allowed_in_rows(args.allowed_token_ids, names, self.models.base, self.tokenizer)

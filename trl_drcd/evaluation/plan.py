@@ -5,9 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from datasets.fingerprint import Hasher
 
 from trl_drcd.evaluation.allowed import suppressed_tokens
 from trl_drcd.evaluation.arguments import EvaluateArguments
@@ -20,7 +24,7 @@ from trl_drcd.evaluation.strategies import Row, chosen, expand
 from trl_drcd.files import local_name
 from trl_drcd.merging.adapters import BASE
 from trl_drcd.policies import policy_class
-from trl_drcd.prompts import read_prompts
+from trl_drcd.prompts import read_prompts, with_system_prompt
 from trl_drcd.validation.rows import check_columns, check_rows
 
 JUDGES = (
@@ -56,11 +60,15 @@ class Task:
         row ([`Row`]): Its settings.
         drawn (`str`): Digest of everything that its samples depend on.
         settings (`str`): Digest of everything that its metrics depend on.
+        but_seed (`str`): The same without the seed and the batch size: of rows that are further samples of each other.
+        weights (`str`, *optional*): Digest of the contents of its model, if it is a single folder.
     """
 
     row: Row
     drawn: str
     settings: str
+    but_seed: str = ""
+    weights: str | None = None
 
     @property
     def tokens_file(self) -> str:
@@ -97,6 +105,8 @@ class Task:
             teacher_guidance_scale=args.guidance_scale,
             passes_per_token=1 if row.guidance_scale == 1 else 2,
             settings=self.settings,
+            but_seed=self.but_seed,
+            model_digest=self.weights,
         )
 
 
@@ -143,8 +153,10 @@ def plan(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction]) -
     suppressed = None if args.allowed_token_ids else suppressed_tokens(names)
     tasks = []
     for row in rows:
-        drawn = sampling_digest(row, args, held_out, digest, suppressed)
-        tasks.append(Task(row, drawn, settings_digest([drawn, judged])))
+        drawn, alike = (sampling_digest(row, args, held_out, digest, suppressed, seed) for seed in (True, False))
+        name = row.models[0] if row.models else args.model
+        weights = digest(name) if len(row.models) < 2 and Path(name).is_dir() else None
+        tasks.append(Task(row, drawn, settings_digest([drawn, judged]), settings_digest([alike, judged]), weights))
     return held_out, tasks
 
 
@@ -157,6 +169,8 @@ def held_out_prompts(args: EvaluateArguments) -> HeldOut:
         ValueError: If there are too few, or there is a column that the base's family does not read.
     """
     data = read_prompts("dataset", args.dataset, args.dataset_split, keep_columns=True)
+    if args.system_prompt:
+        data = data.map(with_system_prompt, fn_kwargs={"system_prompt": args.system_prompt})
     check_rows(data, where := f"`dataset={args.dataset}`")
     check_columns(where, data.column_names, getattr(policy_class(args.model), "refused_columns", ()))
     first: dict[str, tuple[Prompt, Prompt | None, Prompt | None]] = {}
@@ -186,9 +200,11 @@ def sampling_digest(
     held_out: HeldOut,
     digest: Callable[[str], str],
     suppressed: list[int] | None = None,
+    seed: bool = True,
 ) -> str:
     """
-    Digest of everything that the samples of a row depend on.
+    Digest of everything that the samples of a row depend on; without `seed`, of everything that their distribution
+    depends on.
 
     Models count by content, not by name, and models of weight 0 are left out, so that the end of a sweep of lambda
     has the digest of the model itself.
@@ -197,7 +213,9 @@ def sampling_digest(
     models = [digest(args.model), *((digest(name), weight) for name, weight in mixed if weight and name != BASE)]
     guided = row.guidance_scale != 1
     guidance = [row.guidance_scale, row.negative_prompt] if guided else None
-    how = [args.samples_per_prompt, args.max_new_tokens, args.batch_size, args.dtype, args.seed]
+    how: list[object] = [args.samples_per_prompt, args.max_new_tokens, args.dtype]
+    if seed:
+        how = [args.samples_per_prompt, args.max_new_tokens, args.batch_size, args.dtype, args.seed]
     settings: list[object] = [models, [row.temperature, guidance], how, held_out.prompts]
     if row.early is not None:
         settings.append({"early": [row.early_steps, row.early_guidance_scale]})
@@ -222,13 +240,23 @@ def _source_digest(name: str, digest: Callable[[str], str]) -> str:
     return f"{name} {digest(str(file)) if file else ''}"
 
 
-def _function_digest(function: RewardFunction, digest: Callable[[str], str]) -> str:
-    """Digest of the source of a callable's module; empty if there is none."""
+def _function_digest(function: Any, digest: Callable[[str], str]) -> str:
+    """
+    Digest of a callable: of the source of its module, and of what it holds, such as the attributes of an object, the
+    arguments of a `functools.partial`, or the variables of a closure. What cannot be hashed is new each time.
+    """
+    whole = function
+    while isinstance(function, functools.partial):
+        function = function.func
     try:
         file = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
     except TypeError:
         file = None
-    return digest(file) if file else ""
+    try:
+        held = Hasher.hash(whole)
+    except Exception:  # any error of a foreign object's own pickling
+        held = secrets.token_hex()
+    return settings_digest([digest(file) if file else "", held])
 
 
 def unmeasured(tasks: Iterable[Task], done: Mapping[str, Result]) -> list[Task]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from trl_drcd.files import remove_temporaries, write_text
 USUAL_TEMPERATURE = 0.99
 """Default sampling temperature, as in the paper."""
 FULL, FORBIDDEN = {errno.ENOSPC, errno.EDQUOT}, {errno.EROFS, errno.EACCES, errno.EPERM}
-LATER = ("checkpoint", "negative_prompt", "teacher_negative_prompt")
+LATER = ("checkpoint", "negative_prompt", "teacher_negative_prompt", "but_seed", "model_digest")
 """Fields that earlier versions did not have; `None` is not written."""
 RESULTS_HELP = "results.jsonl, and others with further samples of its rows (`trl-drcd evaluate --seed 1`)"
 """Help of scripts that read several."""
@@ -35,6 +36,7 @@ SETTINGS = (
     "negative_prompt", "teacher_negative_prompt", "teacher_guidance_scale", "prompts", "samples_per_prompt", "kind",
 )  # fmt: skip
 """What rows that differ only in their samples have in common."""
+logger = logging.getLogger(__name__)
 ROOM = 2**20
 """Approximate disk space of the results and kept samples of a row, bytes."""
 
@@ -64,6 +66,8 @@ class Result:
         per_prompt (`dict`): Values per prompt, for the metrics that have them.
         samples (`str`): Name of the folder of the kept samples in `samples/`.
         settings (`str`): Digest of everything that the metrics depend on.
+        but_seed (`str`, *optional*): The same without the seed; of further samples of a row it is that of the row.
+        model_digest (`str`, *optional*): Digest of the model's folder; of interpolations there is none.
         omega (`float`, *optional*): `quality = omega * adherence + preference`; `None` if quality is adherence.
         more (`dict`): Fields of other versions of this package.
     """
@@ -93,6 +97,8 @@ class Result:
     per_prompt: dict[str, list[float]] = field(default_factory=dict)
     samples: str = ""
     settings: str = ""
+    but_seed: str | None = None
+    model_digest: str | None = None
     omega: float | None = None
     more: dict[str, Any] = field(default_factory=dict)
 
@@ -163,6 +169,8 @@ def read_results(file: str | Path, *more: str | Path) -> list[Result]:
     """
     rows, *others = (_parse(one, Path(one).read_text(encoding="utf-8")) for one in (file, *more))
     drawn: dict[str, list[Result]] = {row.name: [row] for row in rows if others}
+    if others and (twice := next((name for name in drawn if [row.name for row in rows].count(name) > 1), None)):
+        raise ValueError(f"{file} has two rows {twice}, so it is not clear of which there are further samples")
     for name, further in zip(more, others, strict=True):
         for row in further:
             if row.name not in drawn:
@@ -194,6 +202,14 @@ def joined(rows: Sequence[Result]) -> Result:
         if unlike := next((name for name in SETTINGS if getattr(row, name) != getattr(first, name)), None):
             one, other = getattr(first, unlike), getattr(row, unlike)
             raise ValueError(f"{first.name}: further samples must have the same `{unlike}`, got {one!r} and {other!r}")
+    digests = [row.but_seed for row in rows]
+    if len({*digests} - {None}) > 1:
+        raise ValueError(
+            f"{first.name}: further samples must have the same prompts, model, judges and lengths, but the digests of "
+            f"these differ: {digests}"
+        )
+    if None in digests:
+        logger.warning(f"{first.name}: rows of an earlier version do not tell whether their prompts are the same")
     if len({row.seed for row in rows}) < len(rows):
         raise ValueError(f"{first.name}: further samples must have another `seed`, got {[row.seed for row in rows]}")
     other_quality = {"quality"} if len({row.omega for row in rows}) > 1 else set()

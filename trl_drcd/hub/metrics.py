@@ -7,29 +7,30 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult
 
+from trl_drcd.evaluation.digests import content_digest
 from trl_drcd.evaluation.results import Result, read_results
 from trl_drcd.markdown import markdown_table, markdown_text
 
 TASKS = {"text": ("text-generation", "Text generation"), "music": ("text-to-audio", "Text to audio")}
 
 
-def result_of(file: Path, model: str, strategy: str | None = None) -> Result:
+def result_of(file: Path, folder: Path, strategy: str | None = None) -> Result:
     """
     The row of a `results.jsonl` for a model.
 
     Args:
         file (`Path`): `results.jsonl`, or the folder of an evaluation.
-        model (`str`): Name of the model's folder.
+        folder (`Path`): The model's folder.
         strategy (`str`, *optional*): Name of the row; by default the row of the model alone, without guidance.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If no row, or more than one, matches.
+        ValueError: If no row, or more than one, matches, or the folder's contents are not those that were measured.
     """
     file = file / "results.jsonl" if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"`results={file}` does not exist; give the folder or results.jsonl of an evaluation")
-    rows = read_results(file)
+    rows, model = read_results(file), folder.resolve().name
     if strategy is not None:
         found = [row for row in rows if strategy in (row.name, row.point)]
     else:
@@ -39,6 +40,12 @@ def result_of(file: Path, model: str, strategy: str | None = None) -> Result:
         raise ValueError(
             f"`results={file}` has {len(found)} rows for {strategy or model}, expected 1; set `strategy` to one of: "
             f"{', '.join(row.name for row in rows)}"
+        )
+    if found[0].model_digest not in (None, content_digest(folder)):
+        raise ValueError(
+            f"`results={file}`: {found[0].name} was measured on other contents than `folder={folder}` has now "
+            "(weights, configuration or tokenizer changed); run the evaluation again, or give the folder that was "
+            "measured"
         )
     return found[0]
 

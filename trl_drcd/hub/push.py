@@ -46,7 +46,7 @@ def prepare(
     files = files_to_push(folder)
     evaluation = None if results is None else Path(results)
     files |= plot_of(evaluation, list(files))
-    found = None if evaluation is None else result_of(evaluation, folder.resolve().name, strategy)
+    found = None if evaluation is None else result_of(evaluation, folder, strategy)
     facts = CardFacts(
         repo_id=repo_id, base_model=base_model, license=license, datasets=datasets, command=command,
         evaluation=[] if found is None else eval_results(found),

@@ -31,6 +31,7 @@ from trl_drcd.merging.folders import (
     find_folder,
     recorded_base,
     warn_of_different_bases,
+    warn_of_other_base,
 )
 from trl_drcd.merging.into_base import write_into_base
 from trl_drcd.merging.lora import PREFIX, Adapter, check_linear, load_adapter
@@ -99,6 +100,9 @@ def interpolate_adapters(
         raise ValueError(f"`weights={values}` select only the base; give at least one adapter a weight other than 0")
     folders = [adapter.folder for adapter in found.values()]
     warn_of_different_bases(folders)
+    if base_model:
+        for folder in folders:
+            warn_of_other_base(folder, base_model)
     sources = [*folders, *([base_folder] if base_folder else [])]
     with new_folder(output_dir, sources, overwrite, _needed_bytes(used, base_folder)) as folder:
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:

@@ -197,6 +197,17 @@ def recorded_base(folder: Path) -> str | None:
     return base if isinstance(base, str) else None
 
 
+def warn_of_other_base(adapter: Path, base: str | Path) -> None:
+    """Warn if an adapter was trained on another base model than the one given, by the last part of their names."""
+    recorded = recorded_base(adapter)
+    if recorded is not None and Path(recorded).name != Path(base).resolve().name:
+        warnings.warn(
+            f"the adapter {adapter} was trained on {recorded}, and is used on {base}: on another model its weights "
+            "mean nothing, unless that is the same model under another name",
+            stacklevel=3,
+        )
+
+
 def warn_of_different_bases(folders: Sequence[Path]) -> None:
     """
     Warn if the models record different base models, compared by the last part of their names.

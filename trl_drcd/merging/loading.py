@@ -14,7 +14,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import GenerationConfig
 
-from trl_drcd.merging.folders import check_files, find_folder, reading, recorded_base
+from trl_drcd.merging.folders import check_files, find_folder, reading, recorded_base, warn_of_other_base
 from trl_drcd.validation.model_folders import check_adapter_folder, check_model, load_model
 
 
@@ -49,6 +49,8 @@ def load_adapter_model(
     base = find_folder(recorded, "base_model")
     check_files("base_model", base)
     check_model("base_model", base)
+    if base_model:
+        warn_of_other_base(folder, base_model)
     with reading(base):
         model = load_model(base, **kwargs)
     if (folder / "generation_config.json").is_file():

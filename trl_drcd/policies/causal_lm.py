@@ -232,8 +232,8 @@ class CausalLMPolicy:
             guidance_scale (`float`, *optional*, defaults to 1.0): gamma of Eq. (1); 1 disables guidance.
             temperature (`float`, *optional*, defaults to 1.0): Above 0.
             max_new_tokens (`int`, *optional*, defaults to 20): Maximum number of completion tokens.
-            eos_token_ids (`list[int]`, *optional*): Tokens that end a completion; defaults to those of the model's
-                generation config.
+            eos_token_ids (`list[int]`, *optional*): Tokens that end a completion; by default, as in training, those of
+                the model's generation config and the tokenizer's.
             early ([`~trl_drcd.guidance.EarlySteps`], *optional*): The first steps, with a guidance scale of their own.
 
         Returns:
@@ -244,7 +244,9 @@ class CausalLMPolicy:
         """
         own: Any = without_peft(model)
         config = own.generation_config
-        eos = as_list(config.eos_token_id) if eos_token_ids is None else eos_token_ids
+        eos = eos_token_ids
+        if eos is None:
+            eos = sorted({*as_list(config.eos_token_id), self.tokenizer.eos_token_id} - {None})
         rows = stacked_prompts(prompt_ids, negative_prompt_ids, guidance_scale)
         with sampling_mode(model, own):
             if (reason := loop_refusal(own)) is not None:

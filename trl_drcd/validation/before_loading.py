@@ -84,6 +84,7 @@ def check_before_loading(
     _check_adapter(model, peft_config)
     _check_checkpointing(model, args, peft_config)
     _check_rewards(args, extra_rewards, embedder)
+    _check_best(args, extra_rewards)
     options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     family = policy_class(model, options.get("revision"))
     _check_family(family, args)
@@ -304,6 +305,19 @@ def _check_family(family: type[Policy], args: CFGDistillDiversityConfig) -> None
 
 
 # ---------------------------------------------------------------- rewards
+
+
+def _check_best(args: CFGDistillDiversityConfig, extra_rewards: Sequence[object]) -> None:
+    """What chooses the best model, or the learning rate, must not be a loss with a policy gradient in it."""
+    by_metric = args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+    name = "load_best_model_at_end" if args.load_best_model_at_end else "lr_scheduler_type" if by_metric else None
+    rewarded = args.diversity_coef > 0 or bool(extra_rewards)
+    if name and rewarded and str(args.metric_for_best_model).endswith("loss"):
+        raise ValueError(
+            f"`{name}={getattr(args, name)}` goes by `metric_for_best_model={args.metric_for_best_model}`, but with a "
+            "reward the loss has a policy gradient's term, whose value says nothing of the model; set another metric "
+            "of the log, such as `metric_for_best_model=eval_kl` with `greater_is_better=False`, or `eval_diversity`"
+        )
 
 
 def _check_rewards(args: CFGDistillDiversityConfig, extra_rewards: Sequence[object], embedder: object) -> None:

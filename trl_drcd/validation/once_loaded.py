@@ -59,6 +59,7 @@ def check_once_loaded(
     policy.check_length(args.max_completion_length or 0)
     _check_vocabulary(policy, student, tokenizer)
     _check_finite_weights(student)
+    _warn_of_half_precision(student, args)
     _check_codec(codec, policy, student)
     _check_router_loss(student, args)
     check_vllm(student, args)
@@ -94,7 +95,8 @@ def check_lengths(
         model (`PreTrainedModel`): Its configuration gives `max_position_embeddings`; without it nothing is checked.
 
     Raises:
-        ValueError: If the longest prompt and its completion exceed `max_position_embeddings`.
+        ValueError: If the longest prompt and its completion exceed `max_position_embeddings`, or the position from
+            which the rotary embedding is another (`longrope`).
     """
     if not policy.rolls_out_with_trl:
         if check := getattr(policy, "check_prompts", None):
@@ -106,6 +108,14 @@ def check_lengths(
         raise ValueError(
             f"{what} of {longest} tokens and `max_completion_length={max_completion_length}` do not fit the model, "
             f"which has {limit} positions; prompts are never truncated: shorten it, or the completions"
+        )
+    scaling = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    limit = scaling.get("original_max_position_embeddings") if scaling.get("rope_type") == "longrope" else None
+    if limit is not None and longest + (max_completion_length or 0) > limit:
+        raise ValueError(
+            f"{what} of {longest} tokens and `max_completion_length={max_completion_length}` exceed the {limit} "
+            "positions up to which this model has short rotary factors (`original_max_position_embeddings`): beyond "
+            "them it reads all earlier tokens in another way than they were sampled; shorten it, or the completions"
         )
 
 
@@ -148,6 +158,18 @@ def _check_finite_weights(model: PreTrainedModel) -> None:
     for name, weights in model.named_parameters():
         if weights.is_floating_point() and not weights.is_meta and not weights.detach().isfinite().all():
             raise ValueError(f"`model` holds NaN or infinite values in {name}; load weights that are finite")
+
+
+def _warn_of_half_precision(model: PreTrainedModel, args: CFGDistillDiversityConfig) -> None:
+    """Weights that are trained in half precision lose small updates, unless DeepSpeed or FSDP keeps float32 ones."""
+    sharded = args.deepspeed or args.fsdp or {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"} & os.environ.keys()
+    half = [p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if half and not sharded:
+        logger.warning(
+            f"{len(half)} weights are trained in {str(half[0]).removeprefix('torch.')}, in which an update much "
+            f"smaller than the weight is lost (`learning_rate={args.learning_rate}`). Load the model in float32 "
+            "(`dtype`) and set `bf16=True` to compute in bfloat16, or train an adapter, whose weights are float32"
+        )
 
 
 def _check_codec(codec: object, policy: Policy, model: PreTrainedModel) -> None:

@@ -28,6 +28,7 @@ from trl_drcd.reliability.processes import report_status
 from trl_drcd.teacher import GuidedTeacher
 
 STEPS = 8  # completion steps that are compared
+PADDING = 3  # positions of padding before the prompts that are compared
 # Nats per token between two computations of one distribution. bfloat16 rounding gives about 0.001; dropout of 0.1, a
 # wrong head or a shifted position gives 0.1 to 5
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -46,7 +47,8 @@ def check_scoring(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: R
 
     (a) The log-probabilities used by the loss, in training mode, must equal those of the model's own forward in
     evaluation mode. (b) With guidance scale 1, the KL of the untrained student to its teacher must be 0, whether the
-    teacher is (b1) a frozen copy or (b2) the base with the adapter off. Of a student with an adapter, (a) must also
+    teacher is (b1) a frozen copy or (b2) the base with the adapter off. Of a separate teacher (a) must hold, in place
+    of (b). With guidance the rows are padded, as its two streams are. Of a student with an adapter, (a) must also
     hold, and its teacher (b2) stay the same, with noise added to the adapter's weights, which get their own values
     back; this is left out where these are sharded, and in half precision it sees only gross errors. If one process
     fails, all raise.
@@ -57,7 +59,8 @@ def check_scoring(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: R
         wrapped (`Any`): The student as wrapped by Accelerate.
         batch (`dict`): The first rollout: `prompt_ids` and `prompt_mask` of shape `(B, P)`, `completion_ids` and
             `completion_mask`.
-        untouched (`bool`): Whether the student is untrained; if not, (b) is skipped.
+        untouched (`bool`): Whether the student is untrained, and the teacher not a separate one; if not, (b) is
+            skipped.
 
     Returns:
         `bool`: Whether there was a token to compare: `mask_truncated_completions` may leave none.
@@ -77,6 +80,8 @@ def check_scoring(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: R
 
 def _check(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: Rows, untouched: bool) -> None:
     rows, check = _few_rows(batch, policy), _Check(policy, teacher, wrapped)
+    if teacher.guided:  # the negative prompt is seldom as long as the prompt, so that one of them is padded
+        rows |= {name: torch.nn.functional.pad(rows[name], (PADDING, 0)) for name in ("prompt_ids", "prompt_mask")}
     what = "the base with its adapter off" if teacher.copy is None else "the frozen copy"
     away = check.scores_away(rows)
     if not away <= check.tolerance:
@@ -89,6 +94,14 @@ def _check(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: Rows, un
                 f"`model`: the teacher, {what}, is {away:.2g} nats per token away from the student before its first "
                 "update, which should be 0: the adapter changes the base, or was trained before. Merge it into the "
                 "model first, and use a new adapter that starts at zero (`init_lora_weights=True`)"
+            )
+    elif teacher.copy is not None:
+        away = check.of_all(check.distance(check.own(rows, teacher.copy), taught))
+        if not away <= check.tolerance:
+            raise ValueError(
+                f"`teacher`: the loss reads it {away:.2g} nats per token away from its own forward pass (rounding "
+                f"explains at most {check.tolerance:g}): its family is not supported, or left padding changes its "
+                "output. Use one of the student's family"
             )
     with _other_adapter(check.student) as add_noise:
         if add_noise is None or not check.is_moved(rows, add_noise):
@@ -152,14 +165,14 @@ class _Check:
         return float(self.accelerator.gather(torch.tensor([distance], device=self.accelerator.device)).amax())
 
     @torch.no_grad()
-    def own(self, rows: Rows) -> torch.Tensor:
-        """Log-probabilities from the model's own forward in evaluation mode, each row without padding."""
-        parts = []
-        with _mode(self.student, training=False), self.accelerator.autocast():
+    def own(self, rows: Rows, model: Any = None) -> torch.Tensor:
+        """Log-probabilities from the own forward of a model, by default the student, in evaluation mode, unpadded."""
+        parts, model = [], self.wrapped if model is None else model
+        with _mode(self.accelerator.unwrap_model(model), training=False), self.accelerator.autocast():
             for row in range(len(rows["prompt_ids"])):
                 prompt = rows["prompt_ids"][row][rows["prompt_mask"][row].bool()][None]
                 completion = rows["completion_ids"][row : row + 1]
-                logits = self.policy.own_logits(self.wrapped, prompt, completion)  # (S, K, V)
+                logits = self.policy.own_logits(model, prompt, completion)  # (S, K, V)
                 parts.append(logits[self._scored(rows)[row]])
         return torch.cat(parts).float().log_softmax(-1)
 
