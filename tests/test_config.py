@@ -4,8 +4,10 @@ import json
 import logging
 
 import pytest
+import torch
+from conftest import make_model
 from peft import LoraConfig
-from test_trainer import make_trainer
+from test_trainer import make_trainer, rows
 
 from trl_drcd.config import CFGDistillDiversityConfig, diversity_coef_at
 from trl_drcd.evaluation.allowed import suppressed_tokens
@@ -151,3 +153,40 @@ def test_the_limit_of_the_diversitys_gradient_warms_up_with_its_coefficient(tmp_
 def test_settings_that_cannot_be_right_are_refused(tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, diversity_coef=1.0, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "rates"), [({}, [0.0, 0.25, 0.5]), ({"lr_scheduler_type": "linear"}, [0, 0.25, 0.5])]
+)
+def test_a_warm_up_of_the_learning_rate_is_not_ignored(tmp_path, tokenizer, given, rates):
+    trainer = make_trainer(
+        tmp_path, tokenizer, max_steps=3, warmup_steps=4, learning_rate=1.0, max_grad_norm=1e-9, embedder=None, **given
+    )
+    trainer.train()
+    found = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert found == pytest.approx(rates)
+    assert config(tmp_path).lr_scheduler_type == "constant"
+
+
+@pytest.mark.parametrize("given", [{"load_best_model_at_end": True}, {"lr_scheduler_type": "reduce_lr_on_plateau"}])
+def test_the_best_model_is_not_chosen_by_a_policy_gradient(tmp_path, tokenizer, given):
+    given = given | {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(ValueError, match=r"goes by `metric_for_best_model=loss`.*set another metric"):
+        make_trainer(tmp_path, tokenizer, eval_dataset=rows(), diversity_coef=1.0, **given)
+    make_trainer(tmp_path, tokenizer, eval_dataset=rows(), embedder=None, diversity_coef=0.0, **given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_that_are_trained_in_half_precision_are_told(tmp_path, tokenizer, model, caplog, dtype):
+    make_trainer(tmp_path, tokenizer, model.to(dtype), embedder=None, diversity_coef=0.0)
+    assert ("weights are trained in bfloat16" in caplog.text) == (dtype == torch.bfloat16)
+
+
+def test_completions_that_cross_the_limit_of_a_long_rotary_embedding_are_refused(tmp_path, tokenizer):
+    """Their earlier tokens are sampled with the short factors and scored with the long ones."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 16, **factors}
+    long = make_model(tokenizer, max_position_embeddings=64, rope_parameters=rope)
+    with pytest.raises(ValueError, match="exceed the 16 positions up to which this model has short rotary factors"):
+        make_trainer(tmp_path, tokenizer, long, embedder=None, diversity_coef=0.0, max_completion_length=20)
+    make_trainer(tmp_path, tokenizer, long, embedder=None, diversity_coef=0.0, max_completion_length=4)

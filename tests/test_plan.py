@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -259,3 +261,80 @@ def test_the_chat_template_takes_a_mapping_also_as_json():
 def test_help_names_the_keys_of_a_strategy():
     text = help_on_strategies()
     assert "--config FILE.yaml" in text and all(f"  {key}: " in text for key in KEYS)
+
+
+# ---------------------------------------------------------------- what a row is of
+
+
+def test_rows_that_are_further_samples_differ_in_their_seed_and_batches_alone(args, tmp_path):
+    args.strategies = [{"name": "CFG", "guidance_scale": [1.5, 3]}]
+
+    def digests_of(**changed):
+        return [(task.drawn, task.but_seed) for task in plan.plan(replace(args, **changed), {})[1]]
+
+    before = digests_of()
+    for changed in ({"seed": 1}, {"batch_size": 7}):
+        after = digests_of(**changed)
+        assert [one[1] for one in after] == [one[1] for one in before] and not {*after} & {*before}
+    (tmp_path / "other.jsonl").write_text('{"prompt": "fast"}\n{"prompt": "drum"}\n')
+    for changed in (
+        {"dataset": str(tmp_path / "other.jsonl")}, {"max_new_tokens": 5}, {"samples_per_prompt": 9},
+        {"dtype": "bfloat16"}, {"guidance_scale": 2.0}, {"temperature": 0.5}, {"system_prompt": "Be slow."},
+    ):  # fmt: skip
+        if "temperature" in changed:
+            after = digests_of(strategies=[{"name": "CFG", "guidance_scale": 3, **changed}])
+        else:
+            after = digests_of(**changed)
+        assert not {one[1] for one in after} & {one[1] for one in before}
+    assert plan.plan(args, {})[1][0].about(args).but_seed == before[0][1]
+
+
+def test_a_row_of_one_folder_has_the_digest_of_its_contents(args, folder):
+    args.strategies = [{"name": "base"}, {"name": "LERP", "models": [str(folder), "base"]}]
+    base, merged = (task.about(args) for task in plan.plan(args, {})[1])
+    assert base.model_digest == content_digest(folder) and merged.model_digest is None
+
+
+class Near:
+    def __init__(self, target):
+        self.target = target
+
+    def __call__(self, prompts, completions, **kwargs):
+        return [float(self.target)] * len(prompts)
+
+    def score(self, prompts, completions, **kwargs):
+        return self(prompts, completions)
+
+
+def near(target, prompts, completions, **kwargs):
+    return [float(target)] * len(prompts)
+
+
+def closure(target):
+    def inner(prompts, completions, **kwargs):
+        return [float(target)] * len(prompts)
+
+    return inner
+
+
+@pytest.mark.parametrize("make", [Near, lambda t: partial(near, t), closure, lambda t: Near(t).score, partial])
+def test_a_metric_is_another_one_if_it_holds_something_else(args, make):
+    """The same source in all cases."""
+    if make is partial:  # of other functions of one module
+        first, second = partial(near, 2), partial(closure, 2)
+    else:
+        first, second = make(2), make(100)
+    one, again, other = (plan.plan(args, {"near": it})[1][0] for it in (first, first, second))
+    assert one.settings == again.settings != other.settings
+    assert one.drawn == other.drawn  # the samples are kept
+
+
+def test_a_metric_that_cannot_be_hashed_is_measured_again(args):
+    one, other = (plan.plan(args, {"near": Near(x for x in ())})[1][0] for _ in range(2))
+    assert one.settings != other.settings and one.drawn == other.drawn
+
+
+def test_a_system_prompt_is_read_as_in_training(args):
+    args.system_prompt = "Be slow."
+    system = {"role": "system", "content": "Be slow."}
+    assert plan.held_out_prompts(args).prompts[1] == [system, {"role": "user", "content": "harp"}]

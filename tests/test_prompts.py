@@ -90,3 +90,11 @@ def test_a_system_prompt_does_not_replace_one():
 def test_distinct_prompts_are_the_first_ones():
     assert distinct(["a", "b", "a", "c"], 2) == ["a", "b"]
     assert distinct([[USER], [USER], [SYSTEM, USER]], 3) == [[USER], [SYSTEM, USER]]
+
+
+def test_a_system_prompt_is_the_teachers_too():
+    row = {"prompt": USER["content"], "teacher_prompt": "Write a very slow tune.", "negative_prompt": "fast"}
+    turns = [SYSTEM, {"role": "user", "content": "Write a very slow tune."}]
+    assert with_system_prompt(row, SYSTEM["content"])["teacher_prompt"] == turns
+    assert with_system_prompt(row | {"teacher_prompt": None}, SYSTEM["content"])["teacher_prompt"] is None
+    assert "negative_prompt" not in with_system_prompt(row, SYSTEM["content"])  # the null prompt has none

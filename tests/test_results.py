@@ -175,11 +175,13 @@ def test_joined_rows_have_the_values_of_all_their_samples_together():
         ({"kl": [1.0, 2.0]}, "the same `prompts`, got 3 and 2"),
         ({"teacher_guidance_scale": 5.0}, "the same `teacher_guidance_scale`"),
         ({"name": "CFG"}, "a row CFG, of which .*0 has no samples; it has .*base"),
+        ({"but_seed": "of other prompts"}, r"the same prompts, model, judges and lengths, .*'these', 'of other"),
     ],
 )
 def test_what_is_no_further_sample_of_a_row(tmp_path, other, message):
-    first = written(tmp_path / "0", drawn("base", 0, [1.0, 2.0, 3.0]))
-    second = written(tmp_path / "1", drawn(**({"name": "base", "seed": 1, "kl": [1.0, 2.0, 3.0]} | other)))
+    same = {"kl": [1.0, 2.0, 3.0], "but_seed": "these"}
+    first = written(tmp_path / "0", drawn("base", 0, **same))
+    second = written(tmp_path / "1", drawn(**({"name": "base", "seed": 1} | same | other)))
     with pytest.raises(ValueError, match=message):
         read_results(first, second)
 
@@ -187,3 +189,16 @@ def test_what_is_no_further_sample_of_a_row(tmp_path, other, message):
 def test_another_omega_is_another_quality():
     rows = [drawn("base", seed, [1.0, 2.0], omega=float(seed)) for seed in range(2)]
     assert joined(rows).per_prompt.keys() == {"kl"}
+
+
+def test_of_rows_that_do_not_say_what_they_are_samples_of_a_warning_tells(tmp_path, caplog):
+    rows = [drawn("base", seed, [1.0, 2.0], but_seed="these" if seed else None) for seed in range(2)]
+    assert joined(rows).per_prompt["kl"] == [1.0, 2.0] and "do not tell whether their prompts" in caplog.text
+
+
+def test_two_rows_of_one_name_have_no_further_samples(tmp_path):
+    first = written(tmp_path / "0", drawn("base", 0, [1.0]), drawn("base", 0, [2.0], temperature=0.5))
+    second = written(tmp_path / "1", drawn("CFG", 1, [1.0]))
+    assert len(read_results(first)) == 2
+    with pytest.raises(ValueError, match="has two rows base"):
+        read_results(first, second)

@@ -66,6 +66,21 @@ def test_families_that_are_scored_wrong_are_refused(tmp_path, tokenizer, name):
         first_update(tmp_path, tokenizer, model=make(name))
 
 
+@pytest.mark.parametrize("name", [name for name in REFUSED if "padding" in REFUSED[name]])
+def test_padding_is_looked_at_with_prompts_of_one_length_too(tmp_path, tokenizer, name):
+    """The null prompt beside them is padded."""
+    data = rows().select([0]).repeat(8)
+    with pytest.raises(ValueError, match="left padding changes its output"):
+        first_update(tmp_path / "guided", tokenizer, model=make(name), dataset=data)
+    first_update(tmp_path, tokenizer, model=make(name), dataset=data, guidance_scale=1.0)
+
+
+def test_a_teacher_of_a_family_that_is_scored_wrong_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"`teacher`: the loss reads it .* away from its own forward pass"):
+        first_update(tmp_path / "bert", tokenizer, teacher=make("bert", vocab_size=len(tokenizer)))
+    first_update(tmp_path, tokenizer, teacher=make_model(tokenizer, seed=1))
+
+
 def test_what_differs_in_training_mode_is_refused(tmp_path, tokenizer):
     class Noise(torch.nn.Module):
         def forward(self, hidden):

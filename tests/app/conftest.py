@@ -19,7 +19,8 @@ def models(tokenizer, tmp_path_factory) -> list[str]:
     """A base and two trained models, which never end by themselves, so that a call takes as long as it is asked to."""
     folders = []
     for seed, name in enumerate(("base", "quality", "diversity")):
-        model = make_model(tokenizer, seed, eos_token_id=None)
+        model = make_model(tokenizer, seed)
+        model.generation_config.suppress_tokens = [tokenizer.eos_token_id]
         folder = tmp_path_factory.mktemp("models") / name
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

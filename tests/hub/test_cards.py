@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from tests.hub.server import TOKEN
 from tests.test_musicgen import make_musicgen, make_t5_tokenizer
 from tests.test_musicgen import make_trainer as make_musicgen_trainer
 from tests.test_trainer import make_trainer
-from trl_drcd.evaluation.results import Result
+from trl_drcd.evaluation.digests import content_digest
+from trl_drcd.evaluation.results import Result, read_results
 from trl_drcd.files import wav_bytes
 from trl_drcd.hub import push_to_hub
 from trl_drcd.merging import interpolate_adapters, interpolate_checkpoints
@@ -75,6 +77,21 @@ def test_the_line_of_results_is_named(hub, folder, results, name):
         return
     with pytest.raises(ValueError, match="has 0 rows for nothing, expected 1; set `strategy` to one of: base, q"):
         push_to_hub(folder, "user/quality", results=results, strategy=name)
+
+
+def test_metrics_of_other_weights_are_refused(hub, folder, results):
+    """The folder was trained again after the evaluation."""
+    rows = read_results(results / "results.jsonl")
+
+    def measured(digest):
+        lines = [replace(row, model_digest=digest) if row.name == "q" else row for row in rows]
+        (results / "results.jsonl").write_text("".join(json.dumps(row.to_json()) + "\n" for row in lines))
+
+    measured(content_digest(folder))
+    push_to_hub(folder, "user/quality", results=results)
+    measured("0123456789ab")
+    with pytest.raises(ValueError, match=r"q was measured on other contents than .* run the evaluation again"):
+        push_to_hub(folder, "user/quality", results=results)
 
 
 def test_a_merge_says_its_lambda(hub, folder, tmp_path):
