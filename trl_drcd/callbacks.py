@@ -96,10 +96,12 @@ class WarmupCheck(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         reached = args.diversity_coef_at(state.max_steps - 1, state.max_steps)
         if state.is_world_process_zero and reached < args.diversity_coef:
+            share = 0 < args.diversity_warmup_steps < 1
             logger.warning(
-                f"`diversity_warmup_steps={args.diversity_warmup_steps}` are more than the {state.max_steps} steps of "
-                f"this run: it ends with {reached:.4g} of `diversity_coef={args.diversity_coef:g}`; "
-                "give fewer, or a share of the run, such as 0.3"
+                f"this run of {state.max_steps} steps ends with {reached:.4g} of `diversity_coef="
+                f"{args.diversity_coef:g}`, since `diversity_warmup_steps={args.diversity_warmup_steps}` are "
+                f"{args.diversity_warmup(state.max_steps)} steps; give more steps"
+                + ("" if share else ", or a share of the run as the warm-up, such as 0.3")
             )
 
 

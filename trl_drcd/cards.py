@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -234,21 +235,29 @@ def write_card(folder: str | Path, model: TrainedModel, metrics: Metrics, licens
     """
     folder = Path(folder)
     extras = [name for name in ("samples", "codec") if (folder / name).is_dir()]
-    write_text(folder / "README.md", str(model_card(folder.resolve().name, model, metrics, license, extras)))
+    here = os.path.relpath(folder)
+    path = None if here.startswith(os.pardir) else here  # no path of this machine outside its working directory
+    write_text(folder / "README.md", str(model_card(folder.resolve().name, model, metrics, license, extras, path)))
 
 
 def model_card(
-    name: str, model: TrainedModel, metrics: Metrics, license: str | None = None, extras: Sequence[str] = ()
+    name: str,
+    model: TrainedModel,
+    metrics: Metrics,
+    license: str | None = None,
+    extras: Sequence[str] = (),
+    path: str | None = None,
 ) -> ModelCard:
     """
     The README.md of a distilled model: YAML header and text.
 
     Args:
-        name (`str`): Title, and the model's name in the example.
+        name (`str`): Title.
         model ([`TrainedModel`]): Contents of the card.
         metrics (`Mapping`): See [`final_metrics`].
         license (`str`, *optional*): Identifier of the licence; defaults to the base model's.
         extras (`Sequence[str]`): Additional folders of the model: `"samples"`, `"codec"`.
+        path (`str`, *optional*): Where the example finds the model; by default the folder `name`.
 
     Returns:
         `ModelCard`: The card.
@@ -270,7 +279,7 @@ def model_card(
     text = template.render(
         header=data.to_yaml(),
         title=markdown_text(name),
-        name=json.dumps(name),
+        name=json.dumps(path or name),
         model=model,
         base=_code(local_name(model.base)) if model.base else "a model that was not loaded by name",
         license_known="license" in header,

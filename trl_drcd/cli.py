@@ -114,7 +114,8 @@ def merge(argv: list[str]) -> None:
         errors = interpolate_adapters(
             models, weights, arguments.out, arguments.svd_rank, arguments.base_model, arguments.overwrite
         )
-        print(f"Relative error of the compression: {errors['total']:.3g}")
+        if arguments.svd_rank:
+            print(f"Relative error of the compression: {errors['total']:.3g}")
         base = recorded_base(Path(arguments.out))
         if arguments.base_model:
             check_that_it_generates(Path(arguments.out))

@@ -221,8 +221,12 @@ def stacked_prompts(
     The rows of one batch: the prompts, followed, with guidance, by the unconditional or negative prompts.
 
     Raises:
+        TypeError: If the prompts are tensors.
         ValueError: If `guidance_scale` is not 1 and there is not one negative prompt per prompt.
     """
+    for name, ids in {"prompt_ids": prompt_ids, "negative_prompt_ids": negative_prompt_ids}.items():
+        if isinstance(ids, torch.Tensor):
+            raise TypeError(f"`{name}` must be lists of token ids, unpadded, got a tensor; leave out `return_tensors`")
     if guidance_scale == 1:
         return list(prompt_ids)
     if len(negative_prompt_ids or []) != len(prompt_ids):

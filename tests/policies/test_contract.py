@@ -67,6 +67,12 @@ def test_each_is_its_own_family(tmp_path):
 
 def test_the_page_shows_the_toy_as_it_is():
     page = (Path(__file__).parents[2] / "docs/your_own_family.md").read_text()
-    shown = page.partition("```python\n")[2].partition("```")[0]
+    imports, shown = (block.partition("```")[0] for block in page.split("```python\n")[1:3])
     source = Path(__file__).with_name("toy.py").read_text()
+    for line in filter(None, imports.split("\n")):
+        module, _, names = line.partition(" import ")
+        assert all(
+            name in next(known for known in source.split("\n") if known.startswith(module))
+            for name in names.split(", ")
+        )
     assert shown.strip() in source and shown.startswith("class ToyPolicy") and "drcd_policy" in shown

@@ -21,7 +21,7 @@ from trl_drcd.merging.adapters import BASE
 from trl_drcd.merging.blend import check_weights
 from trl_drcd.merging.folders import find_folder
 from trl_drcd.validation.messages import short_repr
-from trl_drcd.validation.model_folders import check_adapter_folder, check_model, is_hub_name
+from trl_drcd.validation.model_folders import check_adapter_folder, check_model, check_on_hub, is_hub_name
 
 Given = Mapping[str, object]
 """A strategy as parsed from the YAML file."""
@@ -330,6 +330,8 @@ def _ends(given: Given, where: str, step: int | None = None) -> list[str]:
             )
     adapters = [is_adapter(end) for end in trained]
     if any(adapters) and not all(adapters):
+        for end in (end for end in trained if not Path(end).exists()):
+            check_on_hub(where, end)
         raise ValueError(f"{where}: `models` mixes checkpoints and adapters: {ends}; merge the adapters first")
     if any(adapters) and len(trained) < len(ends) != 2:
         raise ValueError(f"{where}: `{BASE}` can be mixed with only one adapter, got {ends}; merge the adapters first")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from peft import PeftConfig
 from transformers import PreTrainedModel
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -28,6 +30,16 @@ from trl_drcd.validation.messages import rename_arguments
 
 NO_FAULT_OF_CODE = (BlockingIOError, DiskError, ForeignCheckpointError)
 """Errors of a training after which a user needs no traceback."""
+
+
+def peft_config(model: ModelConfig) -> PeftConfig | None:
+    """TRL's `get_peft_config`, in which a single `lora_target_modules` stays a name: PEFT takes a text for a pattern."""
+    config: Any = get_peft_config(model)
+    targets = getattr(config, "target_modules", None)
+    if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w.]+", targets):
+        config.target_modules = {targets}
+    found: PeftConfig | None = config
+    return found
 
 
 def make_trainer(
@@ -69,7 +81,7 @@ def make_trainer(
             eval_dataset=eval_dataset,
             callbacks=[LogFile(), *([Deadline(script.max_minutes)] if script.max_minutes else [])],
             quantization_config=get_quantization_config(model),
-            peft_config=get_peft_config(model),
+            peft_config=peft_config(model),
             teacher=script.teacher,
             **parts,
         )

@@ -34,7 +34,15 @@ SPECIAL_TOKENS = {
 }
 NOT_ARCHITECTURE = {
     # origin and runtime
-    *("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype", "torchscript"),
+    *(
+        "_name_or_path",
+        "_model_name_or_path",
+        "_commit_hash",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "torchscript",
+    ),
     *("_attn_implementation", "attn_implementation", "_experts_implementation", "pretraining_tp"),
     *("chunk_size_feed_forward", "return_dict", "gradient_checkpointing"),
     # training

@@ -32,7 +32,8 @@ def explained_failures(
     try:
         yield
     except BadBatchError as error:
-        remedy = "" if on_bad_batch == "skip" else "; `on_bad_batch='skip'` leaves such updates out"
+        # A fault of the very first batch is seldom one of that batch alone
+        remedy = "" if on_bad_batch == "skip" or not updates() else "; `on_bad_batch='skip'` leaves such updates out"
         raise BadBatchError(f"After {updates()} updates: {error}. {keep_last_state()}{remedy}") from error
     except RuntimeError as error:
         if not is_lost_process(error):

@@ -51,8 +51,9 @@ class SignalStop(TrainerCallback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self._received and number == signal.SIGINT and self.accelerator.is_main_process:
-            print("Training ends after this update. Ctrl-C once more ends it at once", file=sys.stderr)
+        if not self._received and self.accelerator.is_main_process:
+            more = ". Ctrl-C once more ends it at once" if number == signal.SIGINT else ""
+            print(f"{signal.Signals(number).name}: training ends after this update{more}", file=sys.stderr)
         self._received = self._received or number
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:

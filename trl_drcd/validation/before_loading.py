@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+import transformers
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, PeftType, PromptLearningConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_drcd.audio.front_end import SavedModule
 from trl_drcd.config import CFGDistillDiversityConfig
@@ -18,7 +19,7 @@ from trl_drcd.mixture import EmbedderMixture
 from trl_drcd.policies import CausalLMPolicy, Policy, policy_class
 from trl_drcd.validation.model_folders import check_adapter_folder, check_model, check_on_hub
 from trl_drcd.validation.rows import check_columns, check_rows
-from trl_drcd.validation.saved_files import INDEX, WEIGHTS
+from trl_drcd.validation.saved_files import INDEX, WEIGHTS, read_json
 
 Model: TypeAlias = str | PreTrainedModel | PeftModel
 TrainData: TypeAlias = Dataset | IterableDataset
@@ -76,6 +77,8 @@ def check_before_loading(
         TypeError: If an argument has a type that the trainer does not accept.
         ValueError: If a value is invalid; the message gives the valid values.
     """
+    if not isinstance(args, CFGDistillDiversityConfig):
+        raise TypeError(f"`args` must be a `CFGDistillDiversityConfig`, got {type(args).__name__}")
     _check_output(args, peft_config is not None or isinstance(model, PeftModel))
     _check_datasets(train_dataset, eval_dataset, args)
     _check_rollout_size(train_dataset, args)
@@ -206,8 +209,16 @@ def _check_name(model: str, args: CFGDistillDiversityConfig) -> None:
     if ELSEWHERE & set(options):
         return
     check_model("model", model, args.trust_remote_code)
-    if not Path(model).is_dir():
-        check_on_hub(f"`model={model}`", model, options.get("revision"))
+    if Path(model).is_dir():
+        config = read_json(Path(model) / "config.json")
+    else:
+        config = check_on_hub(f"`model={model}`", model, options.get("revision"))
+    for name in config.get("architectures") or ():  # TRL loads the first; one of code from elsewhere is not known here
+        known = getattr(transformers, str(name), None)
+        if known is not None and not issubclass(known, GenerationMixin):
+            raise ValueError(
+                f"`model={model}` is a {name}, which cannot generate; give a causal LM, a MusicGen or a Dia"
+            )
 
 
 def _check_adapter(model: object, peft_config: object) -> None:
@@ -326,6 +337,10 @@ def _check_rewards(args: CFGDistillDiversityConfig, extra_rewards: Sequence[obje
         raise ValueError(
             "`reward_funcs` contains a `DiversityReward`, for which RLOO's leave-one-out baseline is biased. Pass its "
             "embedder as `embedder=` (and `codec=`) and its weight as `diversity_coef`"
+        )
+    if isinstance(embedder, str):
+        raise TypeError(
+            f"`embedder={embedder!r}` is a text; give the embedder itself, such as `SentenceEmbedder({embedder!r})`"
         )
     if embedder is None and args.diversity_coef > 0:
         raise ValueError(f"`diversity_coef={args.diversity_coef}` needs `embedder`, got None")

@@ -36,6 +36,10 @@ def parse_command_line(parser: Any, argv: Sequence[str]) -> Any:
             file = word.partition("=")[2] or next(given, "")
         else:
             words.append(word)
+    if words and file is None and words[0].lower().endswith((".yaml", ".yml")):
+        raise ValueError(
+            f"unknown argument {short_repr(words[0])}; a file of arguments is given as `--config {words[0]}`"
+        )
     if file is not None:
         values = read_yaml(file)
         if "env" in values:

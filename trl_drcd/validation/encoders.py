@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from trl_drcd.validation.messages import prefix_errors
 from trl_drcd.validation.model_folders import is_hub_name
-from trl_drcd.validation.saved_files import PICKLES
+from trl_drcd.validation.saved_files import PICKLES, read_json
 
 
 def check_encoder(argument: str, name: str, what: str = "a sentence encoder") -> None:
@@ -34,12 +35,24 @@ def check_encoder(argument: str, name: str, what: str = "a sentence encoder") ->
                     f"{where} names a module of type {kind!r} in modules.json, which is code from elsewhere; give "
                     f"{what} made of modules of sentence_transformers"
                 )
+    elif any(str(name).endswith("ForCausalLM") for name in _architectures(where, folder)):
+        raise ValueError(
+            f"{where} is a causal LM, whose hidden states were not trained to compare texts; give {what}, such as "
+            "sentence-transformers/all-MiniLM-L6-v2"
+        )
     for file in sorted(folder.rglob("*")):
         if file.suffix in PICKLES and not list(file.parent.glob("*.safetensors")):
             raise FileNotFoundError(
                 f"{where} has no safetensors beside {file.relative_to(folder)}, a pickle, which could run code when "
                 f"loaded; save {what} as safetensors"
             )
+
+
+def _architectures(where: str, folder: Path) -> list[object]:
+    """`architectures` of a config.json, if there is one."""
+    file = folder / "config.json"
+    with prefix_errors(where.strip("`").partition("=")[0]):
+        return read_json(file).get("architectures") or [] if file.is_file() else []
 
 
 def _module_types(where: str, file: Path) -> list[str]:

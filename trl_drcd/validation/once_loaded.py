@@ -247,6 +247,11 @@ def _check_template(
     """Conversations need a chat template, and system turns need one that renders them."""
     first = next(iter(dataset))["prompt"]
     if not isinstance(first, list):
+        if tokenizer.chat_template is not None:
+            logger.warning(
+                "`train_dataset` has prompts that are texts, which this model continues without its chat template; if it "
+                "was trained to answer, give lists of turns, or a `system_prompt`"
+            )
         return
     if tokenizer.chat_template is None:
         raise ValueError(
