@@ -1,5 +1,6 @@
 """Settings as YAML files and command lines have them, and the warm-up of the diversity coefficient."""
 
+import copy
 import json
 import logging
 
@@ -190,3 +191,18 @@ def test_completions_that_cross_the_limit_of_a_long_rotary_embedding_are_refused
     with pytest.raises(ValueError, match="exceed the 16 positions up to which this model has short rotary factors"):
         make_trainer(tmp_path, tokenizer, long, embedder=None, diversity_coef=0.0, max_completion_length=20)
     make_trainer(tmp_path, tokenizer, long, embedder=None, diversity_coef=0.0, max_completion_length=4)
+
+
+def test_a_share_as_the_warm_up_is_not_told_to_be_a_share(tmp_path, tokenizer, caplog):
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, diversity_coef=10.0, diversity_warmup_steps=0.3)
+    trainer.train()
+    assert "0.3` of a run of `max_steps=1` is 1: it ends with 0 of `diversity_coef=10`; give more steps" in caplog.text
+
+
+def test_prompts_that_are_texts_are_told_where_the_model_has_a_chat_template(tmp_path, tokenizer, model, caplog):
+    make_trainer(tmp_path / "plain", tokenizer, model, embedder=None, diversity_coef=0.0)
+    assert "without its chat template" not in caplog.text
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = "{{ messages[0]['content'] }}"
+    make_trainer(tmp_path / "chat", chat, model, embedder=None, diversity_coef=0.0)
+    assert "prompts that are texts, which this model continues without its chat template" in caplog.text

@@ -96,13 +96,14 @@ class WarmupCheck(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         reached = args.diversity_coef_at(state.max_steps - 1, state.max_steps)
         if state.is_world_process_zero and reached < args.diversity_coef:
-            share = 0 < args.diversity_warmup_steps < 1
-            logger.warning(
-                f"this run of {state.max_steps} steps ends with {reached:.4g} of `diversity_coef="
-                f"{args.diversity_coef:g}`, since `diversity_warmup_steps={args.diversity_warmup_steps}` are "
-                f"{args.diversity_warmup(state.max_steps)} steps; give more steps"
-                + ("" if share else ", or a share of the run as the warm-up, such as 0.3")
-            )
+            warmup, steps = args.diversity_warmup_steps, state.max_steps
+            few = f"`diversity_warmup_steps={warmup}` are more than the {steps} steps of this run"
+            remedy = "give fewer, or a share of the run, such as 0.3"
+            if 0 < warmup < 1:
+                whole = args.diversity_warmup(steps)
+                few = f"`diversity_warmup_steps={warmup}` of a run of `max_steps={steps}` is {whole}"
+                remedy = "give more steps"
+            logger.warning(f"{few}: it ends with {reached:.4g} of `diversity_coef={args.diversity_coef:g}`; {remedy}")
 
 
 class LogFile(TrainerCallback):

@@ -33,7 +33,7 @@ NO_FAULT_OF_CODE = (BlockingIOError, DiskError, ForeignCheckpointError)
 
 
 def peft_config(model: ModelConfig) -> PeftConfig | None:
-    """TRL's `get_peft_config`, in which a single `lora_target_modules` stays a name: PEFT takes a text for a pattern."""
+    """TRL's `get_peft_config`, in which a single `lora_target_modules` stays a name: a text would be a pattern."""
     config: Any = get_peft_config(model)
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w.]+", targets):

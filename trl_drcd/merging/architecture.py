@@ -32,6 +32,7 @@ SPECIAL_TOKENS = {
     *("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id"),
     *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
 }
+SIZES = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")  # the plainest words for another model
 NOT_ARCHITECTURE = {
     # origin and runtime
     *(
@@ -158,7 +159,8 @@ def _is_token_id(value: JSON) -> bool:
 def _check_same_architecture(first: Path, other: Path, configs: Mapping[Path, Mapping[str, JSON]]) -> None:
     ours, theirs = configs[first], configs[other]
     positions = ours.get("model_type") in POSITIONS_FROM_PAD
-    for key in sorted(ours.keys() | theirs.keys()):
+    told_first = [key for key in SIZES if key in ours and key in theirs]
+    for key in [*told_first, *sorted(ours.keys() | theirs.keys())]:
         decides = not is_special_token(key) or (positions and key == "pad_token_id")
         if decides and ours.get(key) != theirs.get(key):
             raise ValueError(

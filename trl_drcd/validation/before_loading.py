@@ -340,7 +340,8 @@ def _check_rewards(args: CFGDistillDiversityConfig, extra_rewards: Sequence[obje
         )
     if isinstance(embedder, str):
         raise TypeError(
-            f"`embedder={embedder!r}` is a text; give the embedder itself, such as `SentenceEmbedder({embedder!r})`"
+            f"`embedder` must be callable, got the str {embedder!r}; give the embedder itself, such as "
+            f"`SentenceEmbedder({embedder!r})`"
         )
     if embedder is None and args.diversity_coef > 0:
         raise ValueError(f"`diversity_coef={args.diversity_coef}` needs `embedder`, got None")

@@ -35,17 +35,19 @@ def check_encoder(argument: str, name: str, what: str = "a sentence encoder") ->
                     f"{where} names a module of type {kind!r} in modules.json, which is code from elsewhere; give "
                     f"{what} made of modules of sentence_transformers"
                 )
-    elif any(str(name).endswith("ForCausalLM") for name in _architectures(where, folder)):
-        raise ValueError(
-            f"{where} is a causal LM, whose hidden states were not trained to compare texts; give {what}, such as "
-            "sentence-transformers/all-MiniLM-L6-v2"
-        )
     for file in sorted(folder.rglob("*")):
         if file.suffix in PICKLES and not list(file.parent.glob("*.safetensors")):
             raise FileNotFoundError(
                 f"{where} has no safetensors beside {file.relative_to(folder)}, a pickle, which could run code when "
                 f"loaded; save {what} as safetensors"
             )
+    if not (folder / "modules.json").is_file() and any(
+        str(name).endswith("ForCausalLM") for name in _architectures(where, folder)
+    ):
+        raise ValueError(
+            f"{where} is a causal LM, whose hidden states were not trained to compare texts; give {what}, such as "
+            "sentence-transformers/all-MiniLM-L6-v2"
+        )
 
 
 def _architectures(where: str, folder: Path) -> list[object]:

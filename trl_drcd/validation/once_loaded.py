@@ -249,8 +249,8 @@ def _check_template(
     if not isinstance(first, list):
         if tokenizer.chat_template is not None:
             logger.warning(
-                "`train_dataset` has prompts that are texts, which this model continues without its chat template; if it "
-                "was trained to answer, give lists of turns, or a `system_prompt`"
+                "`train_dataset` has prompts that are texts, which this model continues without its chat template; if "
+                "it was trained to answer, give lists of turns, or a `system_prompt`"
             )
         return
     if tokenizer.chat_template is None:
