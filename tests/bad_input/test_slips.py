@@ -79,5 +79,5 @@ def test_models_of_different_sizes_are_told_by_their_sizes(tmp_path, tokenizer):
         model = make_model(tokenizer, hidden_size=size)
         model.config._model_name_or_path = name
         model.save_pretrained(tmp_path / name)
-    with pytest.raises(ValueError, match="`hidden_size` is 16 in .* and 32"):
+    with pytest.raises(ValueError, match=r"`hidden_size` is 16 in .* and 32"):
         interpolate_checkpoints([tmp_path / "small", tmp_path / "large"], [0.5, 0.5], tmp_path / "merged")

@@ -16,7 +16,7 @@ from trl import ModelConfig, TrlParser
 from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.precision import has_fast_bfloat16
 from trl_drcd.reliability.checkpoints import earlier_run, find_checkpoint
-from trl_drcd.validation.command_line import parse_command_line
+from trl_drcd.validation.command_line import parse_command_line, refuse_bare_file
 from trl_drcd.validation.field_types import check_types
 from trl_drcd.validation.ranges import Range, check_ranges
 
@@ -119,6 +119,7 @@ def parse_training_arguments(
     if {"-h", "--help", "--help_all"} & set(argv):
         _print_help(parser, COMMON | {f.name for f in fields(script_arguments)}, "--help_all" in argv)
         raise SystemExit
+    refuse_bare_file(argv)
     if not {"--config", "--model_name_or_path", "--model-name-or-path"} & {word.partition("=")[0] for word in argv}:
         if default_config is None or not default_config.is_file():
             raise ValueError(

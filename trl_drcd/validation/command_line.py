@@ -10,6 +10,19 @@ from trl_drcd.validation.messages import short_repr
 from trl_drcd.validation.yaml_files import read_yaml
 
 
+def refuse_bare_file(argv: Sequence[str]) -> None:
+    """
+    Refuse a YAML file as the first word.
+
+    Raises:
+        ValueError: If it is one; the message says how it is given.
+    """
+    if argv and argv[0].lower().endswith((".yaml", ".yml")):
+        raise ValueError(
+            f"unknown argument {short_repr(argv[0])}; a file of arguments is given as `--config {argv[0]}`"
+        )
+
+
 def parse_command_line(parser: Any, argv: Sequence[str]) -> Any:
     """
     Parse like `TrlParser.parse_args_and_config`, but read the file with [`read_yaml`].
@@ -36,10 +49,7 @@ def parse_command_line(parser: Any, argv: Sequence[str]) -> Any:
             file = word.partition("=")[2] or next(given, "")
         else:
             words.append(word)
-    if words and file is None and words[0].lower().endswith((".yaml", ".yml")):
-        raise ValueError(
-            f"unknown argument {short_repr(words[0])}; a file of arguments is given as `--config {words[0]}`"
-        )
+    refuse_bare_file(argv)
     if file is not None:
         values = read_yaml(file)
         if "env" in values:
