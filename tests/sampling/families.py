@@ -65,7 +65,9 @@ def make(name: str, seed: int = 0):
 
 
 class NoTokenizer:
-    """A policy needs one for negative prompts alone."""
+    """A policy needs one for negative prompts, and for what ends a completion beside the model's own eos."""
+
+    eos_token_id = None
 
 
 def policy() -> CausalLMPolicy:

@@ -32,7 +32,7 @@ SPECIAL_TOKENS = {
     *("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id"),
     *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
 }
-SIZES = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")  # the plainest words for another model
+SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")  # the plainest words for another model
 NOT_ARCHITECTURE = {
     # origin and runtime
     *(
