@@ -25,7 +25,10 @@ from trl_drcd.validation.messages import one_line_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {
-    "music": (("results/music/means/results.jsonl",), "results/music/trajectories/results.jsonl"),
+    "music": (
+        ("results/music/means/results.jsonl", "results/music/pairs/seed1/results.jsonl"),
+        "results/music/trajectories/results.jsonl",
+    ),
     "text": (("results/text/study/results.jsonl", "results/text/study/seed1/results.jsonl"), None),
 }
 """Of each world: the evaluation, with further samples, and that of the checkpoints of trainings."""

@@ -73,3 +73,11 @@ def test_of_texts_quality_is_the_adherence(capsys):
     ]
     check_cost_of_guidance(printed, "text", ["diversity", "diversity_second"])
     assert "preference" not in printed
+
+
+def test_a_report_of_rows_with_further_samples_is_written(tmp_path, capsys):
+    files = [str(RESULTS / "text/study" / name / "results.jsonl") for name in (".", "seed1")]
+    claims.main([*files, "--report", str(tmp_path)])
+    table = (tmp_path / "report.md").read_text()
+    assert "192 held-out prompts x 8 to 16 samples" in table
+    assert "CFG buys quality | holds" in capsys.readouterr().out and "0.738 [0.726, 0.750]" in table

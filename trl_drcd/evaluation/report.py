@@ -189,9 +189,10 @@ def request_of(prompt: Prompt) -> str:
 
 def about(points: Sequence[Point]) -> str:
     """Introduction of the report: how each number was measured."""
-    first = points[0]
+    first, samples = points[0], sorted({point.samples_per_prompt for point in points})
+    count = f"{samples[0]}" if len(samples) == 1 else f"{samples[0]} to {samples[-1]}"
     parts = [
-        f"{first.prompts} held-out prompts x {first.samples_per_prompt} samples, seed {first.seed}; mean and 95 % "
+        f"{first.prompts} held-out prompts x {count} samples, seed {first.seed}; mean and 95 % "
         "bootstrap interval over prompts; where a point has several training seeds, Student's t interval over prompts "
         "and seeds."
     ]

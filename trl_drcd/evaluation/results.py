@@ -184,7 +184,7 @@ def joined(rows: Sequence[Result]) -> Result:
     A row with further samples of the same prompts: for each prompt the mean of what was measured of each.
 
     A diversity within prompts thus counts pairs of samples that were drawn together, not pairs across. Metrics without
-    values per prompt are left out.
+    values per prompt, such as a Fréchet distance, whose bias depends on the number of samples, are those of the first.
 
     Args:
         rows (`list[Result]`): The same row, sampled with different seeds.
@@ -220,7 +220,11 @@ def joined(rows: Sequence[Result]) -> Result:
     return replace(
         first,
         samples_per_prompt=first.samples_per_prompt * len(rows),
-        metrics={key: bootstrap_interval(one) for key, one in values.items() if key in first.metrics},
+        metrics={
+            key: bootstrap_interval(values[key]) if key in values else one
+            for key, one in first.metrics.items()
+            if key in values or key not in first.per_prompt
+        },
         per_prompt={key: rounded(one) for key, one in values.items()},
     )
 
