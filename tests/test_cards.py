@@ -5,7 +5,7 @@ import copy
 from datasets import Dataset
 from test_trainer import make_trainer, rows
 
-from trl_drcd.cards import final_metrics
+from trl_drcd.cards import final_metrics, shared_system_prompt
 
 CHAT = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
@@ -23,7 +23,7 @@ def test_the_card_is_of_the_best_model_if_that_was_loaded(tmp_path, tokenizer):
     trainer.save_model(str(tmp_path / "saved"))
     card = (tmp_path / "saved" / "README.md").read_text()
     assert trainer.state.best_global_step == 1 and trainer.state.global_step == 3
-    assert "| steps | 1 |" in card and "last (step 1)" in card and "step 3" not in card
+    assert "| steps | 1 |" in card and "| last (step 1) |" in card and "step 3" not in card
 
 
 def test_the_metrics_of_several_evaluation_sets_stand_apart(tmp_path, tokenizer):
@@ -54,3 +54,21 @@ def test_the_card_says_how_prompts_were_read(tmp_path, tokenizer, model):
         assert ('[{"role": "system", "content": "slow drum"}, {"role": "user"' in card) == wanted
         assert ('return_tensors="pt", enable_thinking=False)' in card) == wanted
         assert ("| system_prompt | slow drum |" in card) == wanted and ("inputs = tokenizer(" in card) != wanted
+
+
+def test_a_system_turn_of_parts_is_no_system_prompt_of_the_card():
+    parts = {"role": "system", "content": [{"type": "text", "text": "slow"}]}
+    text = {"role": "system", "content": "slow"}
+    assert shared_system_prompt([[parts], [parts]]) is None
+    assert shared_system_prompt([[text], [text]]) == "slow"
+    assert shared_system_prompt([[text], [{"role": "user", "content": "slow"}]]) is None
+    assert shared_system_prompt(["slow", "slow"]) is None and shared_system_prompt([]) is None
+
+
+def test_one_evaluation_set_has_no_name(tmp_path, tokenizer):
+    trainer = make_trainer(
+        tmp_path, tokenizer, max_steps=1, eval_strategy="steps", eval_steps=1, embedder=None, diversity_coef=0.0,
+        eval_dataset=rows(),
+    )  # fmt: skip
+    trainer.train()
+    assert list(trainer.final_metrics()) == ["first (step 1)", "last (step 1)"]

@@ -180,7 +180,7 @@ def test_the_best_model_is_not_chosen_by_a_policy_gradient(tmp_path, tokenizer, 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_weights_that_are_trained_in_half_precision_are_told(tmp_path, tokenizer, model, caplog, dtype):
     make_trainer(tmp_path, tokenizer, model.to(dtype), embedder=None, diversity_coef=0.0)
-    assert ("weights are trained in bfloat16" in caplog.text) == (dtype == torch.bfloat16)
+    assert ("tensors are trained in bfloat16" in caplog.text) == (dtype == torch.bfloat16)
 
 
 def test_completions_that_cross_the_limit_of_a_long_rotary_embedding_are_refused(tmp_path, tokenizer):

@@ -1,5 +1,6 @@
 """What a row's numbers depend on, what is read of the data set, and a user's own functions."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 from conftest import make_model
 
 from trl_drcd.evaluation import digests, plan
+from trl_drcd.evaluation.allowed import further_end
 from trl_drcd.evaluation.arguments import EvaluateArguments, help_on_strategies
 from trl_drcd.evaluation.digests import content_digest, hub_revision
 from trl_drcd.evaluation.judging import embed_all, is_function, load_embedder
@@ -292,7 +294,7 @@ def test_rows_that_are_further_samples_differ_in_their_seed_and_batches_alone(ar
 def test_a_row_of_one_folder_has_the_digest_of_its_contents(args, folder):
     args.strategies = [{"name": "base"}, {"name": "LERP", "models": [str(folder), "base"]}]
     base, merged = (task.about(args) for task in plan.plan(args, {})[1])
-    assert base.model_digest == content_digest(folder) and merged.model_digest is None
+    assert base.model_digest == digests.weights_digest(folder) and merged.model_digest is None
 
 
 class Near:
@@ -338,3 +340,19 @@ def test_a_system_prompt_is_read_as_in_training(args):
     args.system_prompt = "Be slow."
     system = {"role": "system", "content": "Be slow."}
     assert plan.held_out_prompts(args).prompts[1] == [system, {"role": "user", "content": "harp"}]
+
+
+def test_another_end_of_the_tokenizers_is_another_way_to_sample(args, folder, tokenizer):
+    """And where it is one of the generation config's, the digest is that of earlier versions."""
+    before = plan.plan(args, {})[1][0]
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = "drum"
+    assert further_end(str(folder)) is None
+    digest = content_digest(folder)
+    tokenizer.save_pretrained(folder)
+    assert further_end(str(folder)) == tokenizer.eos_token_id
+    after, same_files = plan.plan(args, {})[1][0], plan.sampling_digest
+    assert after.drawn != before.drawn and content_digest(folder) != digest
+    row, held_out = plan.expand(args.strategies)[0], plan.held_out_prompts(args)
+    ends = {same_files(row, args, held_out, lambda name: "d", None, end) for end in (None, tokenizer.eos_token_id)}
+    assert len(ends) == 2

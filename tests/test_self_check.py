@@ -12,7 +12,7 @@ from peft import LilyConfig, LoraConfig, PolyConfig, PveraConfig, get_peft_model
 from peft.tuners.lora.config import KasaConfig, MontecloraConfig
 from test_trainer import make_trainer, rollout, rows
 from torch._dynamo import OptimizedModule
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoConfig
 
 from trl_drcd.validation import self_check
 
@@ -229,3 +229,20 @@ def test_images_and_router_losses_are_refused_by_name(tmp_path, tokenizer):
         make_trainer(tmp_path, tokenizer, dataset=rows(image=[None] * 16))
     with pytest.raises(ValueError, match=r"`router_aux_loss_coef=0.1` has no effect"):
         make_trainer(tmp_path, tokenizer, model=make("mixtral"), router_aux_loss_coef=0.1)
+
+
+def test_prompts_that_fill_the_positions_are_not_padded_beyond_them(tmp_path, tokenizer):
+    config = GPTNeoConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=2,
+        max_position_embeddings=12, window_size=4, embed_dropout=0.0, attention_dropout=0.0, resid_dropout=0.0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    data = rows().select([0]).repeat(8)
+    length = len(tokenizer(data[0]["prompt"])["input_ids"])
+    first_update(tmp_path, tokenizer, model=model, dataset=data, max_completion_length=12 - length)
+
+
+def test_a_teacher_in_half_precision_is_not_held_to_the_rounding_of_float32(tmp_path, tokenizer):
+    teacher = make_model(tokenizer, seed=1).to(torch.bfloat16)
+    trainer = first_update(tmp_path, tokenizer, teacher=teacher)
+    assert self_check._Check(trainer.policy, trainer.teacher, trainer.model).tolerance < self_check.HALF_TOLERANCE

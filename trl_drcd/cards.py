@@ -143,8 +143,9 @@ def trained_model(
 def shared_system_prompt(prompts: Sequence[Prompt]) -> str | None:
     """The text of the system turn that all prompts begin with; `None` if they have none, or different ones."""
     firsts = [prompt[0] if not isinstance(prompt, str) and prompt else {} for prompt in prompts]
-    texts = {turn.get("content") if turn.get("role") == "system" else None for turn in firsts}
-    return texts.pop() if len(texts) == 1 else None
+    texts = [str(turn.get("content")) if turn.get("role") == "system" else None for turn in firsts]
+    is_text = all(isinstance(turn.get("content"), str) for turn in firsts)  # else parts, of which the card has none
+    return texts[0] if is_text and len({*texts}) == 1 else None
 
 
 def _family(policy: Policy, has_codec: bool) -> str:
@@ -191,7 +192,7 @@ def final_metrics(
 
 def _evaluation_set(entry: Mapping[str, float]) -> str:
     """Of an entry of the log of one of several evaluation sets, its name and a comma; else nothing."""
-    losses = (key for key in entry if key.startswith("eval_") and key.endswith("_loss"))
+    losses = (key for key in entry if key.startswith("eval_") and key.endswith("_loss") and key != "eval_loss")
     return next((f"{key.removeprefix('eval_').removesuffix('_loss')}, " for key in losses), "")
 
 

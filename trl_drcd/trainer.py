@@ -160,9 +160,8 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             self.policy, student, self._tokenizer, self.train_dataset, args, codec, self._tokenize_prompts
         )
         self._some_prompts = [row["prompt"] for row in islice(self.train_dataset, 8)]  # for the card
-        self._best_step: int | None = (
-            None  # of the weights, if `load_best_model_at_end` has loaded others than the last
-        )
+        # Updates of the weights, if `load_best_model_at_end` has loaded others than the last
+        self._best_step: int | None = None
         self.codec = self.policy.codec(student) if codec is None else codec
         self._make_parts(student, embedder, teacher)
         self.add_callback(self._signals)
@@ -445,8 +444,11 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
             student, self.args, self.state, self.policy, self._some_prompts, self.codec is not None, settings,
             self._best_step,
         )  # fmt: skip
-        metrics = final_metrics(self.state.log_history, self.args.eval_strategy != "no", self._best_step)
-        write_card(folder, about, metrics, license)
+        write_card(folder, about, self.final_metrics(), license)
+
+    def final_metrics(self) -> dict[str, dict[str, float]]:
+        """Metrics before and after training, of the weights that are saved; see [`~trl_drcd.cards.final_metrics`]."""
+        return final_metrics(self.state.log_history, self.args.eval_strategy != "no", self._best_step)
 
     def create_model_card(self, *args, **kwargs):
         """[`write_card`] in the output folder, where TRL has a card of its own."""

@@ -17,7 +17,7 @@ from tests.hub.server import TOKEN
 from tests.test_musicgen import make_musicgen, make_t5_tokenizer
 from tests.test_musicgen import make_trainer as make_musicgen_trainer
 from tests.test_trainer import make_trainer
-from trl_drcd.evaluation.digests import content_digest
+from trl_drcd.evaluation.digests import weights_digest
 from trl_drcd.evaluation.results import Result, read_results
 from trl_drcd.files import wav_bytes
 from trl_drcd.hub import push_to_hub
@@ -87,10 +87,11 @@ def test_metrics_of_other_weights_are_refused(hub, folder, results):
         lines = [replace(row, model_digest=digest) if row.name == "q" else row for row in rows]
         (results / "results.jsonl").write_text("".join(json.dumps(row.to_json()) + "\n" for row in lines))
 
-    measured(content_digest(folder))
+    measured(weights_digest(folder))
+    (folder / "LICENSE").write_text("Apache")
     push_to_hub(folder, "user/quality", results=results)
     measured("0123456789ab")
-    with pytest.raises(ValueError, match=r"q was measured on other contents than .* run the evaluation again"):
+    with pytest.raises(ValueError, match=r"q was measured on other weights than .* run the evaluation again"):
         push_to_hub(folder, "user/quality", results=results)
 
 

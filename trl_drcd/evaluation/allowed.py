@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from trl_drcd.policies import allowed_token_ids
 from trl_drcd.policies.allowed import complement
@@ -41,6 +41,25 @@ def suppressed_tokens(names: Iterable[str]) -> list[int] | None:
             "`allowed_token_ids`, which then holds for all rows"
         )
     return list(next(iter(found))) if found else None
+
+
+def further_end(name: str) -> int | None:
+    """
+    The tokenizer's eos of a causal LM, where it is none of those of the generation config: completions end at it too.
+
+    Args:
+        name (`str`): Folder or Hub name.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        try:
+            ends = GenerationConfig.from_pretrained(name).eos_token_id
+        except OSError:  # it has no such file
+            ends = PreTrainedConfig.get_config_dict(name)[0].get("eos_token_id")
+    except (OSError, ValueError):  # what cannot be loaded is told where it is loaded for use
+        return None
+    end: int | None = tokenizer.eos_token_id
+    return None if end in as_list(ends) else end
 
 
 def _of_training(name: str) -> str:

@@ -45,6 +45,17 @@ def content_digest(name: str | Path) -> str:
     return digest.hexdigest()[:DIGITS]
 
 
+def weights_digest(folder: str | Path) -> str:
+    """Digest, twelve hexadecimal digits, of the safetensors of a model's folder."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        if file.name not in UNREAD:
+            digest.update(file.name.encode())
+            with open(file, "rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:DIGITS]
+
+
 def _read_files(folder: Path) -> Iterator[Path]:
     """The files of a model's folder that are read; for a sentence encoder also those in its modules' folders."""
     parts = [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]

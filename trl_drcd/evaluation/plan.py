@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ from typing import Any
 
 from datasets.fingerprint import Hasher
 
-from trl_drcd.evaluation.allowed import suppressed_tokens
+from trl_drcd.evaluation.allowed import further_end, suppressed_tokens
 from trl_drcd.evaluation.arguments import EvaluateArguments
 from trl_drcd.evaluation.checks import check_metric_names, check_parts
-from trl_drcd.evaluation.digests import content_digest, settings_digest
+from trl_drcd.evaluation.digests import content_digest, settings_digest, weights_digest
 from trl_drcd.evaluation.judging import RewardFunction, is_function, source_file
 from trl_drcd.evaluation.results import Result
 from trl_drcd.evaluation.sampling import Prompt
@@ -27,6 +28,7 @@ from trl_drcd.policies import policy_class
 from trl_drcd.prompts import read_prompts, with_system_prompt
 from trl_drcd.validation.rows import check_columns, check_rows
 
+logger = logging.getLogger(__name__)
 JUDGES = (
     "codec", "embedder", "second_embedder", "judge", "reference", "clap", "cross_encoder", "reward_model",
     "preference",
@@ -61,14 +63,14 @@ class Task:
         drawn (`str`): Digest of everything that its samples depend on.
         settings (`str`): Digest of everything that its metrics depend on.
         but_seed (`str`): The same without the seed and the batch size: of rows that are further samples of each other.
-        weights (`str`, *optional*): Digest of the contents of its model, if it is a single folder.
+        model_digest (`str`, *optional*): Digest of the weights of its model, if it is a single folder.
     """
 
     row: Row
     drawn: str
     settings: str
     but_seed: str = ""
-    weights: str | None = None
+    model_digest: str | None = None
 
     @property
     def tokens_file(self) -> str:
@@ -106,7 +108,7 @@ class Task:
             passes_per_token=1 if row.guidance_scale == 1 else 2,
             settings=self.settings,
             but_seed=self.but_seed,
-            model_digest=self.weights,
+            model_digest=self.model_digest,
         )
 
 
@@ -151,12 +153,20 @@ def plan(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction]) -
         judged.append(["likelihood_samples", args.scored_samples])
     names = [args.model, *(name for row in rows for name in row.models if name != BASE)]
     suppressed = None if args.allowed_token_ids else suppressed_tokens(names)
+    further = further_end(args.model) if policy_class(args.model).rolls_out_with_trl else None
     tasks = []
     for row in rows:
-        drawn, alike = (sampling_digest(row, args, held_out, digest, suppressed, seed) for seed in (True, False))
+        drawn, alike = (
+            sampling_digest(row, args, held_out, digest, suppressed, further, seed) for seed in (True, False)
+        )
         name = row.models[0] if row.models else args.model
-        weights = digest(name) if len(row.models) < 2 and Path(name).is_dir() else None
-        tasks.append(Task(row, drawn, settings_digest([drawn, judged]), settings_digest([alike, judged]), weights))
+        one_folder = len(row.models) < 2 and Path(name).is_dir()
+        tasks.append(
+            Task(
+                row, drawn, settings_digest([drawn, judged]), settings_digest([alike, judged]),
+                weights_digest(name) if one_folder else None,
+            )
+        )  # fmt: skip
     return held_out, tasks
 
 
@@ -200,6 +210,7 @@ def sampling_digest(
     held_out: HeldOut,
     digest: Callable[[str], str],
     suppressed: list[int] | None = None,
+    further_end: int | None = None,
     seed: bool = True,
 ) -> str:
     """
@@ -227,6 +238,8 @@ def sampling_digest(
         settings.append({"teacher_prompts": held_out.teacher_prompts})
     if args.allowed_token_ids or suppressed:
         settings.append({"allowed": args.allowed_token_ids, "suppressed": suppressed})
+    if further_end is not None:
+        settings.append({"end": further_end})
     return settings_digest(settings)
 
 
@@ -254,7 +267,8 @@ def _function_digest(function: Any, digest: Callable[[str], str]) -> str:
         file = None
     try:
         held = Hasher.hash(whole)
-    except Exception:  # any error of a foreign object's own pickling
+    except Exception as error:  # any error of a foreign object's own pickling
+        logger.warning(f"the metric {function!r} cannot be hashed ({error}), so that it is measured anew each time")
         held = secrets.token_hex()
     return settings_digest([digest(file) if file else "", held])
 

@@ -67,7 +67,7 @@ class Result:
         samples (`str`): Name of the folder of the kept samples in `samples/`.
         settings (`str`): Digest of everything that the metrics depend on.
         but_seed (`str`, *optional*): The same without the seed; of further samples of a row it is that of the row.
-        model_digest (`str`, *optional*): Digest of the model's folder; of interpolations there is none.
+        model_digest (`str`, *optional*): Digest of the model's weights; of interpolations there is none.
         omega (`float`, *optional*): `quality = omega * adherence + preference`; `None` if quality is adherence.
         more (`dict`): Fields of other versions of this package.
     """

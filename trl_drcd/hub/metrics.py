@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult
 
-from trl_drcd.evaluation.digests import content_digest
+from trl_drcd.evaluation.digests import weights_digest
 from trl_drcd.evaluation.results import Result, read_results
 from trl_drcd.markdown import markdown_table, markdown_text
 
@@ -25,7 +25,7 @@ def result_of(file: Path, folder: Path, strategy: str | None = None) -> Result:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If no row, or more than one, matches, or the folder's contents are not those that were measured.
+        ValueError: If no row, or more than one, matches, or the folder's weights are not those that were measured.
     """
     file = file / "results.jsonl" if file.is_dir() else file
     if not file.is_file():
@@ -41,11 +41,10 @@ def result_of(file: Path, folder: Path, strategy: str | None = None) -> Result:
             f"`results={file}` has {len(found)} rows for {strategy or model}, expected 1; set `strategy` to one of: "
             f"{', '.join(row.name for row in rows)}"
         )
-    if found[0].model_digest not in (None, content_digest(folder)):
+    if found[0].model_digest not in (None, weights_digest(folder)):
         raise ValueError(
-            f"`results={file}`: {found[0].name} was measured on other contents than `folder={folder}` has now "
-            "(weights, configuration or tokenizer changed); run the evaluation again, or give the folder that was "
-            "measured"
+            f"`results={file}`: {found[0].name} was measured on other weights than `folder={folder}` has now; run the "
+            "evaluation again, or give the folder that was measured"
         )
     return found[0]
 

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_drcd.callbacks import Deadline, LogFile
-from trl_drcd.cards import final_metrics
 from trl_drcd.compat.glibc import keep_freed_memory
 from trl_drcd.compat.threads import use_own_cores
 from trl_drcd.config import CFGDistillDiversityConfig
@@ -130,7 +129,7 @@ def _train_and_save(trainer: CFGDistillDiversityTrainer, script: PromptArguments
         tokenizer: Any = trainer.processing_class
         write_samples(samples, output / "samples", tokenizer, trainer.codec)
     trainer.write_card(output, script.license, prompts=local_name(str(script.dataset)))
-    for which, row in final_metrics(trainer.state.log_history, evaluates).items():
+    for which, row in trainer.final_metrics().items():
         print(f"  {which:18s}" + "  ".join(f"{name} {value:.4g}" for name, value in row.items()))
     print(f"Model, model card{', log and samples' if samples else ' and log'} are in {args.output_dir}")
     if args.push_to_hub:

@@ -200,12 +200,26 @@ def recorded_base(folder: Path) -> str | None:
 def warn_of_other_base(adapter: Path, base: str | Path) -> None:
     """Warn if an adapter was trained on another base model than the one given, by the last part of their names."""
     recorded = recorded_base(adapter)
-    if recorded is not None and Path(recorded).name != Path(base).resolve().name:
+    if recorded is not None and not _may_be_the_same(recorded, str(base)):
         warnings.warn(
             f"the adapter {adapter} was trained on {recorded}, and is used on {base}: on another model its weights "
             "mean nothing, unless that is the same model under another name",
             stacklevel=3,
         )
+
+
+def _may_be_the_same(one: str, other: str) -> bool:
+    """Whether two names may be of one model: the same file system entry, or the same last part."""
+    if one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve()):
+        return True
+    return bool({Path(one).name, _last_part(one)} & {Path(other).name, _last_part(other)})
+
+
+def _last_part(name: str) -> str:
+    """The last part of a name or path; of a snapshot in the Hub's cache, that of the model's name."""
+    parts = Path(name).resolve().parts if Path(name).exists() else Path(name).parts
+    in_cache = len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--")
+    return parts[-3].rpartition("--")[2] if in_cache else parts[-1]
 
 
 def warn_of_different_bases(folders: Sequence[Path]) -> None:

@@ -28,7 +28,7 @@ class CausalLMPolicy:
     The policy of a causal LM.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): Tokenizes negative prompts.
+        tokenizer (`PreTrainedTokenizerBase`): Tokenizes negative prompts; its eos ends completions.
         config (`PretrainedConfig`, *optional*): Not used.
         chat_template_kwargs (`dict`, *optional*): Passed to the chat template, as the trainer does for prompts.
         allowed_token_ids (`torch.Tensor`, *optional*): Tokens of completions, sorted, int64 `(V',)`; heads have these

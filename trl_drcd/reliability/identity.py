@@ -103,7 +103,10 @@ def identity_problem(found: dict[str, str] | None, own: dict[str, str]) -> str |
     """The differences between the identities of a checkpoint and a run; `None` if there are none to compare."""
     if not found:
         return None
-    different = [name for name in own if name in found and found[name] != own[name]]
+    # Until 30 November 2026 `warmup_steps` were ignored and the schedule stayed `constant`; such a run goes on
+    same = {("constant", "constant_with_warmup")}
+    pairs = {name: (found[name], own[name]) for name in own if name in found}
+    different = [name for name, (then, now) in pairs.items() if then != now and (then, now) not in same]
     if not different:
         return None
     listed = ", ".join(f"`{name}` {found[name]} instead of {own[name]}" for name in different[:4])

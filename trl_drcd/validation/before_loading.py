@@ -213,9 +213,9 @@ def _check_name(model: str, args: CFGDistillDiversityConfig) -> None:
         config = read_json(Path(model) / "config.json")
     else:
         config = check_on_hub(f"`model={model}`", model, options.get("revision"))
-    for name in config.get("architectures") or ():  # TRL loads the first; one of code from elsewhere is not known here
-        known = getattr(transformers, str(name), None)
-        if known is not None and not issubclass(known, GenerationMixin):
+    for name in (config.get("architectures") or ())[:1]:  # TRL loads the first
+        known = getattr(transformers, str(name), None)  # one of code from elsewhere is not known here
+        if isinstance(known, type) and not issubclass(known, GenerationMixin):
             raise ValueError(
                 f"`model={model}` is a {name}, which cannot generate; give a causal LM, a MusicGen or a Dia"
             )
@@ -324,8 +324,9 @@ def _check_best(args: CFGDistillDiversityConfig, extra_rewards: Sequence[object]
     name = "load_best_model_at_end" if args.load_best_model_at_end else "lr_scheduler_type" if by_metric else None
     rewarded = args.diversity_coef > 0 or bool(extra_rewards)
     if name and rewarded and str(args.metric_for_best_model).endswith("loss"):
+        value = getattr(getattr(args, name), "value", getattr(args, name))
         raise ValueError(
-            f"`{name}={getattr(args, name)}` goes by `metric_for_best_model={args.metric_for_best_model}`, but with a "
+            f"`{name}={value}` goes by `metric_for_best_model={args.metric_for_best_model}`, but with a "
             "reward the loss has a policy gradient's term, whose value says nothing of the model; set another metric "
             "of the log, such as `metric_for_best_model=eval_kl` with `greater_is_better=False`, or `eval_diversity`"
         )

@@ -42,18 +42,18 @@ def check_encoder(argument: str, name: str, what: str = "a sentence encoder") ->
                 f"loaded; save {what} as safetensors"
             )
     if not (folder / "modules.json").is_file() and any(
-        str(name).endswith("ForCausalLM") for name in _architectures(where, folder)
+        str(name).endswith("ForCausalLM") for name in _architectures(argument, folder)
     ):
         raise ValueError(
-            f"{where} is a causal LM, whose hidden states were not trained to compare texts; give {what}, such as "
-            "sentence-transformers/all-MiniLM-L6-v2"
+            f"{where} is a causal LM, which was not trained to compare texts; give {what}, such as those of "
+            "sentence-transformers"
         )
 
 
-def _architectures(where: str, folder: Path) -> list[object]:
+def _architectures(argument: str, folder: Path) -> list[object]:
     """`architectures` of a config.json, if there is one."""
     file = folder / "config.json"
-    with prefix_errors(where.strip("`").partition("=")[0]):
+    with prefix_errors(argument):
         return read_json(file).get("architectures") or [] if file.is_file() else []
 
 

@@ -111,7 +111,7 @@ def check_lengths(
         )
     scaling = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     limit = scaling.get("original_max_position_embeddings") if scaling.get("rope_type") == "longrope" else None
-    if limit is not None and longest + (max_completion_length or 0) > limit:
+    if limit is not None and longest <= limit < longest + (max_completion_length or 0):
         raise ValueError(
             f"{what} of {longest} tokens and `max_completion_length={max_completion_length}` exceed the {limit} "
             "positions up to which this model has short rotary factors (`original_max_position_embeddings`): beyond "
@@ -164,9 +164,10 @@ def _warn_of_half_precision(model: PreTrainedModel, args: CFGDistillDiversityCon
     """Weights that are trained in half precision lose small updates, unless DeepSpeed or FSDP keeps float32 ones."""
     sharded = args.deepspeed or args.fsdp or {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"} & os.environ.keys()
     half = [p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
-    if half and not sharded:
+    quantised = getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False)
+    if half and not sharded and not quantised:  # TRL keeps the adapter of a quantised model in bfloat16
         logger.warning(
-            f"{len(half)} weights are trained in {str(half[0]).removeprefix('torch.')}, in which an update much "
+            f"{len(half)} tensors are trained in {str(half[0]).removeprefix('torch.')}, in which an update much "
             f"smaller than the weight is lost (`learning_rate={args.learning_rate}`). Load the model in float32 "
             "(`dtype`) and set `bf16=True` to compute in bfloat16, or train an adapter, whose weights are float32"
         )

@@ -80,8 +80,12 @@ def check_scoring(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: R
 
 def _check(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: Rows, untouched: bool) -> None:
     rows, check = _few_rows(batch, policy), _Check(policy, teacher, wrapped)
-    if teacher.guided:  # the negative prompt is seldom as long as the prompt, so that one of them is padded
-        rows |= {name: torch.nn.functional.pad(rows[name], (PADDING, 0)) for name in ("prompt_ids", "prompt_mask")}
+    if teacher.guided and rows["prompt_mask"].all():
+        # The negative prompt is seldom as long as the prompts, so that one of them is padded
+        limit = getattr(check.student.config.get_text_config(), "max_position_embeddings", None)
+        length = rows["prompt_ids"].shape[1] + rows["completion_ids"].shape[1]
+        padding = PADDING if limit is None else max(0, min(PADDING, limit - length))
+        rows |= {name: torch.nn.functional.pad(rows[name], (padding, 0)) for name in ("prompt_ids", "prompt_mask")}
     what = "the base with its adapter off" if teacher.copy is None else "the frozen copy"
     away = check.scores_away(rows)
     if not away <= check.tolerance:
@@ -96,11 +100,14 @@ def _check(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: Rows, un
                 "model first, and use a new adapter that starts at zero (`init_lora_weights=True`)"
             )
     elif teacher.copy is not None:
-        away = check.of_all(check.distance(check.own(rows, teacher.copy), taught))
-        if not away <= check.tolerance:
+        away, limit = (
+            check.of_all(check.distance(check.own(rows, teacher.copy), taught)),
+            check.tolerance_of(teacher.copy),
+        )
+        if not away <= limit:
             raise ValueError(
                 f"`teacher`: the loss reads it {away:.2g} nats per token away from its own forward pass (rounding "
-                f"explains at most {check.tolerance:g}): its family is not supported, or left padding changes its "
+                f"explains at most {limit:g}): its family is not supported, or left padding changes its "
                 "output. Use one of the student's family"
             )
     with _other_adapter(check.student) as add_noise:
@@ -141,9 +148,13 @@ class _Check:
         self.policy, self.teacher, self.wrapped = policy, teacher, wrapped
         self.accelerator = teacher.accelerator
         self.student = self.accelerator.unwrap_model(wrapped)
-        dtype = next(p.dtype for p in self.student.parameters() if p.is_floating_point())
+        self.tolerance = self.tolerance_of(self.student)
+
+    def tolerance_of(self, model: Any) -> float:
+        """What rounding explains at most, of a model of this dtype."""
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         half = self.accelerator.mixed_precision in ("fp16", "bf16")
-        self.tolerance = HALF_TOLERANCE if half else TOLERANCE.get(dtype, HALF_TOLERANCE)
+        return HALF_TOLERANCE if half else TOLERANCE.get(dtype, HALF_TOLERANCE)
 
     def scores_away(self, rows: Rows) -> float:
         """How far the training scores are from the model's own forward, the largest distance of all processes."""
