@@ -233,7 +233,8 @@ def test_images_and_router_losses_are_refused_by_name(tmp_path, tokenizer):
 
 def test_prompts_that_fill_the_positions_are_not_padded_beyond_them(tmp_path, tokenizer):
     config = GPTNeoConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]],
+        vocab_size=len(tokenizer), hidden_size=16, num_layers=2, num_heads=2,
+        attention_types=[[["global", "local"], 1]],
         max_position_embeddings=12, window_size=4, embed_dropout=0.0, attention_dropout=0.0, resid_dropout=0.0,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).eval()

@@ -136,7 +136,7 @@ def plan(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction]) -
     rows = expand(chosen(args.strategies, args.only))
     if args.omega == "equal" and args.preference and len({row.point for row in rows}) < 2:
         raise ValueError(f"`omega=equal` needs at least 2 points, got only `{rows[0].point}`; give a number")
-    digest = functools.cache(content_digest)
+    digest, weights = functools.cache(content_digest), functools.cache(weights_digest)
     check_parts(args, digest)
     check_metric_names(extra_metrics)
     held_out = held_out_prompts(args)
@@ -164,7 +164,7 @@ def plan(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction]) -
         tasks.append(
             Task(
                 row, drawn, settings_digest([drawn, judged]), settings_digest([alike, judged]),
-                weights_digest(name) if one_folder else None,
+                weights(name) if one_folder else None,
             )
         )  # fmt: skip
     return held_out, tasks

@@ -111,11 +111,12 @@ def check_lengths(
         )
     scaling = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     limit = scaling.get("original_max_position_embeddings") if scaling.get("rope_type") == "longrope" else None
-    if limit is not None and longest <= limit < longest + (max_completion_length or 0):
+    if limit is not None and longest + (max_completion_length or 0) > limit:
         raise ValueError(
             f"{what} of {longest} tokens and `max_completion_length={max_completion_length}` exceed the {limit} "
             "positions up to which this model has short rotary factors (`original_max_position_embeddings`): beyond "
-            "them it reads all earlier tokens in another way than they were sampled; shorten it, or the completions"
+            "them it reads all earlier tokens, and all shorter rows of a batch, in another way than they were "
+            "sampled; shorten it, or the completions"
         )
 
 
