@@ -26,7 +26,7 @@ from trl_drcd.validation.messages import one_line_errors
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {
     "music": (
-        ("results/music/means/results.jsonl", "results/music/pairs/seed1/results.jsonl"),
+        tuple(f"results/music/{name}/results.jsonl" for name in ("means", "pairs/seed1", "means/seed1")),
         "results/music/trajectories/results.jsonl",
     ),
     "text": (("results/text/study/results.jsonl", "results/text/study/seed1/results.jsonl"), None),
