@@ -52,7 +52,7 @@ def samplers(policy, model, prompts: list[list[int]], negatives: list[list[int]]
     return {
         "no guidance": lambda: model.generate(ids, attention_mask=mask, generation_config=config),
         "transformers": lambda: model.generate(ids, attention_mask=mask, generation_config=guided, **negative),
-        "ours": lambda: policy.rollout(model, prompts, negatives, GUIDANCE, TEMPERATURE, tokens).ids,
+        "ours": lambda: policy.rollout(model, prompts, negatives, GUIDANCE, TEMPERATURE, tokens, []).ids,
     }
 
 

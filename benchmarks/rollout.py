@@ -128,7 +128,9 @@ def tiny_musicgen() -> MusicgenConfig:
 
 def ours(world: World, guidance_scale: float) -> Any:
     """The decode loop."""
-    return world.policy.rollout(world.model, world.prompts, world.negatives, guidance_scale, TEMPERATURE, world.steps)
+    return world.policy.rollout(
+        world.model, world.prompts, world.negatives, guidance_scale, TEMPERATURE, world.steps, eos_token_ids=[]
+    )
 
 
 @torch.no_grad()

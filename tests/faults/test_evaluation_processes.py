@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def command(tokenizer, tmp_path):
-    make_model(tokenizer, max_position_embeddings=4096, eos_token_id=None).save_pretrained(tmp_path / "m")
+    model = make_model(tokenizer, max_position_embeddings=4096)
+    model.generation_config.suppress_tokens = [tokenizer.eos_token_id]
+    model.save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     (tmp_path / "p.jsonl").write_text('{"prompt": "slow"}\n{"prompt": "harp"}\n')
     config = {
