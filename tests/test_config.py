@@ -13,6 +13,7 @@ from test_trainer import make_trainer, rows
 from trl_drcd.config import CFGDistillDiversityConfig, diversity_coef_at
 from trl_drcd.evaluation.allowed import suppressed_tokens
 from trl_drcd.evaluation.digests import content_digest
+from trl_drcd.reliability.identity import identity_problem
 
 
 def config(tmp_path, **changed) -> CFGDistillDiversityConfig:
@@ -206,3 +207,11 @@ def test_prompts_that_are_texts_are_told_where_the_model_has_a_chat_template(tmp
     chat.chat_template = "{{ messages[0]['content'] }}"
     make_trainer(tmp_path / "chat", chat, model, embedder=None, diversity_coef=0.0)
     assert "prompts that are texts, which this model continues without its chat template" in caplog.text
+
+
+def test_a_run_whose_warm_up_was_ignored_goes_on_and_one_of_another_schedule_does_not():
+    """`constant` with `warmup_steps` had no warm-up in earlier versions, and is `constant_with_warmup` now."""
+    now = {"lr_scheduler_type": "constant_with_warmup", "seed": "0"}
+    assert identity_problem({"lr_scheduler_type": "constant", "seed": "0"}, now) is None
+    assert "`lr_scheduler_type` linear instead of" in str(identity_problem({"lr_scheduler_type": "linear"}, now))
+    assert "`seed` 1 instead of 0" in str(identity_problem(now | {"seed": "1"}, now))

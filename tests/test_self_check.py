@@ -246,4 +246,5 @@ def test_prompts_that_fill_the_positions_are_not_padded_beyond_them(tmp_path, to
 def test_a_teacher_in_half_precision_is_not_held_to_the_rounding_of_float32(tmp_path, tokenizer):
     teacher = make_model(tokenizer, seed=1).to(torch.bfloat16)
     trainer = first_update(tmp_path, tokenizer, teacher=teacher)
-    assert self_check._Check(trainer.policy, trainer.teacher, trainer.model).tolerance < self_check.HALF_TOLERANCE
+    check = self_check._Check(trainer.policy, trainer.teacher, trainer.model)
+    assert check.tolerance_of(trainer.teacher.copy) == self_check.HALF_TOLERANCE > check.tolerance

@@ -39,9 +39,7 @@ def content_digest(name: str | Path) -> str:
         digest.update(str(name).encode())
         digest.update((hub_revision(str(name)) or "").encode())
     for file in [path] if path.is_file() else sorted(_read_files(path)):
-        digest.update(file.name.encode())
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        _add(digest, file)
     return digest.hexdigest()[:DIGITS]
 
 
@@ -50,10 +48,15 @@ def weights_digest(folder: str | Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(Path(folder).glob("*.safetensors")):
         if file.name not in UNREAD:
-            digest.update(file.name.encode())
-            with open(file, "rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            _add(digest, file)
     return digest.hexdigest()[:DIGITS]
+
+
+def _add(digest: hashlib._Hash, file: Path) -> None:
+    """Add a file's name and contents to a digest."""
+    digest.update(file.name.encode())
+    with open(file, "rb") as stream:
+        digest.update(hashlib.file_digest(stream, "sha256").digest())
 
 
 def _read_files(folder: Path) -> Iterator[Path]:

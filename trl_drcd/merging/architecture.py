@@ -35,15 +35,8 @@ SPECIAL_TOKENS = {
 SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")  # the plainest words for another model
 NOT_ARCHITECTURE = {
     # origin and runtime
-    *(
-        "_name_or_path",
-        "_model_name_or_path",
-        "_commit_hash",
-        "transformers_version",
-        "dtype",
-        "torch_dtype",
-        "torchscript",
-    ),
+    *("_name_or_path", "_model_name_or_path", "_commit_hash", "transformers_version"),
+    *("dtype", "torch_dtype", "torchscript"),
     *("_attn_implementation", "attn_implementation", "_experts_implementation", "pretraining_tp"),
     *("chunk_size_feed_forward", "return_dict", "gradient_checkpointing"),
     # training
