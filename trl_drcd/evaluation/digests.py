@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import model_info, try_to_load_from_cache
 
@@ -52,7 +53,7 @@ def weights_digest(folder: str | Path) -> str:
     return digest.hexdigest()[:DIGITS]
 
 
-def _add(digest: hashlib._Hash, file: Path) -> None:
+def _add(digest: Any, file: Path) -> None:
     """Add a file's name and contents to a digest."""
     digest.update(file.name.encode())
     with open(file, "rb") as stream:
