@@ -1,9 +1,10 @@
 """
 Float32 products of the shapes of a model's layers, by each library that torch has for them on a CPU.
 
-`linear` is `torch.nn.functional.linear`, which calls MKL; `MKL, packed` and `oneDNN, packed` have the weight
-rearranged for their kernel before. Giga floating-point operations per second, medians of the rounds; the weights of a
-shape take turns, so that they are not in the cache of one core alone.
+`linear` is `torch.nn.functional.linear`, which calls MKL, and `oneDNN` the same product by that library; of the packed
+ones the weight was rearranged for their kernel before. What the package takes: `trl_drcd/compat/products.py`. Giga
+floating-point operations per second, medians of the rounds; the weights of a shape take turns, so that they are not in
+the cache of one core alone.
 
     OMP_NUM_THREADS=1 python benchmarks/products.py
 """
@@ -18,7 +19,7 @@ from collections.abc import Callable
 
 import torch
 
-from trl_drcd.compat.mkl import has_packed_products, pack, packed_product
+from trl_drcd.compat.products import product_library
 from trl_drcd.evaluation.tables import markdown_table
 
 # Rows, inputs, outputs: a step of 32 sequences of the shipped model and of SmolLM2 with its head, and all of an update
@@ -30,12 +31,15 @@ def ways(x: torch.Tensor, weights: list[torch.Tensor]) -> dict[str, Callable[[],
     """Name to a product with the next weight."""
     rows, plain = len(x), itertools.cycle(weights)
     found: dict[str, Callable[[], object]] = {"linear": lambda: torch.nn.functional.linear(x, next(plain))}
-    if has_packed_products():
-        packed = itertools.cycle([(pack(weight, rows), weight) for weight in weights])
-        found["MKL, packed"] = lambda: packed_product(x, *next(packed), None, rows)
-    if torch.backends.mkldnn.is_available():
-        ours = itertools.cycle([torch.ops.mkldnn._reorder_linear_weight(weight, rows) for weight in weights])
-        found["oneDNN, packed"] = lambda: torch.ops.mkldnn._linear_pointwise(x, next(ours), None, "none", [], "")
+    if product_library():
+        mkl, onednn = torch.ops.mkl, torch.ops.mkldnn
+        packed = itertools.cycle([(mkl._mkl_reorder_linear_weight(weight, rows), weight) for weight in weights])
+        ours = itertools.cycle([onednn._reorder_linear_weight(weight, rows) for weight in weights])
+        found |= {
+            "MKL, packed": lambda: mkl._mkl_linear(x, *next(packed), None, rows),
+            "oneDNN": lambda: onednn._linear_pointwise(x, next(plain), None, "none", [], ""),
+            "oneDNN, packed": lambda: onednn._linear_pointwise(x, next(ours), None, "none", [], ""),
+        }
     return found
 
 

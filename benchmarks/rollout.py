@@ -50,7 +50,7 @@ from transformers import (
     T5Config,
 )
 
-from trl_drcd.compat.mkl import has_packed_products, pack, packed_product
+from trl_drcd.compat.products import linear, pack, packed_product, product_library
 from trl_drcd.evaluation.sampling import tokenize_prompts
 from trl_drcd.evaluation.tables import markdown_table
 from trl_drcd.files import write_text
@@ -197,7 +197,7 @@ def timed(function: Callable[[], Any], device: torch.device) -> tuple[float, flo
 def peak(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
     """Multiplications and additions a second of a large matrix product, the best of ten."""
     a = torch.randn(1024, 1024, device=device, dtype=dtype)
-    return 2 * 1024**3 / min(timed(lambda: a @ a, device)[0] for _ in range(10))
+    return 2 * 1024**3 / min(timed(lambda: linear(a, a), device)[0] for _ in range(10))
 
 
 @torch.no_grad()
@@ -212,7 +212,7 @@ def limit(world: World, guidance_scale: float) -> Callable[[], None]:
     products: list[Callable[[], Any]] = []
     for name, weight in world.weights.items():
         x = torch.randn(sequences if "lm_head" in name else rows, weight.shape[1], device=device)  # guided before it
-        if weight.device.type == "cpu" and has_packed_products():
+        if weight.device.type == "cpu" and product_library():
             products.append(partial(packed_product, x, pack(weight, len(x)), weight, None, len(x)))
         else:
             products.append(partial(torch.nn.functional.linear, x, weight))

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from trl_drcd.compat.products import add_product, linear
+
 
 class TokenTerms(NamedTuple):
     """Terms of each token, shape `(N,)`, nats: `kl` and `log_probs`, both differentiable, and `entropy`."""
@@ -84,7 +86,7 @@ class Head:
 
     def product(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """`hidden @ weight.T`, on a CPU."""
-        return hidden @ weight.t()
+        return linear(hidden, weight)
 
     def add_product(self, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
         """`total += left @ right` in the precision of the logits; `total` is float32 or float64."""
@@ -92,7 +94,7 @@ class Head:
             inputs = left.to(self.compute_dtype), right.to(self.compute_dtype)
             torch.addmm(total, *inputs, out_dtype=torch.float32, out=total)
         else:
-            total.addmm_(left, right.to(total.dtype))
+            add_product(total, left, right.to(total.dtype))
 
 
 def stack_logits(logits: Sequence[torch.Tensor]) -> torch.Tensor:

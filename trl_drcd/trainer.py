@@ -22,6 +22,7 @@ from trl import RLOOTrainer
 
 from trl_drcd.callbacks import SampleCallback, WarmupCheck
 from trl_drcd.cards import CITATION, base_of, final_metrics, trained_model, write_card
+from trl_drcd.compat.products import fast_products
 from trl_drcd.compat.torch_distributed import set_group_timeout
 from trl_drcd.compat.trl_private import get_config_model_id
 from trl_drcd.config import CFGDistillDiversityConfig
@@ -327,7 +328,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch):
         step = partial(super().training_step, model, inputs, num_items_in_batch)
-        with self._stopwatch.timed("update"):
+        with self._stopwatch.timed("update"), fast_products():
             loss = self._guard.guarded(self.state.global_step, step, self._drop_update)
         if loss is None:
             self._step += 1  # TRL's count of forwards
@@ -357,7 +358,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         return 0.0
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
-        with self._stopwatch.paused():  # evaluation is not part of the update's times
+        with self._stopwatch.paused(), fast_products():  # evaluation is not part of the update's times
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):

@@ -10,11 +10,11 @@ import inspect
 from importlib.metadata import version
 
 import pytest
-import torch
 from foreign import found, full_name, signature
 from trl import RLOOTrainer
 
 import trl_drcd
+from trl_drcd.compat.products import product_library
 
 # Of these versions. Signatures are those of `foreign.signature`: `=` marks a default
 VERSIONS = {"trl": "1.16", "transformers": "5.23", "torch": "2.13", "peft": "0.21", "huggingface_hub": "2.4"}
@@ -98,6 +98,12 @@ CONTRACT = {
         "_mkl_linear": "X, MKL_W, ORI_W, B, batch_size",
         "_mkl_reorder_linear_weight": "X, batch_size",
     },
+    "torch.ops.mkldnn": {
+        "_linear_pointwise": "X, W, B, attr, scalars, algorithm",
+        "_reorder_linear_weight": "self, batch_size=",
+    },
+    "torch": {"_C": "attribute"},
+    "torch._C": {"_are_functorch_transforms_active": "builtin"},
     "torch.distributed.distributed_c10d": {"_get_default_store": "", "_set_pg_timeout": "timeout, group="},
     "torch.distributed.fsdp.FSDPModule": {"_get_fsdp_state": "self"},
     "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState": {
@@ -156,8 +162,8 @@ def test_every_name_in_the_table_is_in_use():
 
 @pytest.mark.parametrize(("name", "arguments"), ENTRIES, ids=[name for name, _ in ENTRIES])
 def test_the_signature_is_the_one_written_down(name, arguments):
-    if name.startswith("torch.ops.mkl.") and not torch.backends.mkl.is_available():
-        pytest.skip("a build of torch without MKL")
+    if name.startswith("torch.ops.") and not product_library():
+        pytest.skip("a build of torch without MKL or oneDNN")
     assert signature(name) == arguments, f"{name} of {of_version(name)}"
 
 

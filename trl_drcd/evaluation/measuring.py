@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trl_drcd.audio.codecs import SpectralCodec
 from trl_drcd.compat.glibc import keep_freed_memory
+from trl_drcd.compat.products import fast_products
 from trl_drcd.compat.threads import use_own_cores
 from trl_drcd.diversity import one_channel
 from trl_drcd.evaluation.allowed import allowed_in_rows
@@ -80,6 +81,10 @@ class Worker:
 
     def __call__(self, task: Task) -> Result:
         """Measure a task and keep some of its samples; `quality` is added later."""
+        with fast_products():
+            return self._measured(task)
+
+    def _measured(self, task: Task) -> Result:
         args, row, model = self.args, task.row, self.models(task.row)
         samples = self.samples(task, model)
         completions = self.decode(samples)

@@ -1,13 +1,14 @@
 """
 Products with weights that stay as they are, rearranged for the processor once.
 
-A step of sampling multiplies a few rows by each weight. MKL rearranges the weight for its kernel in every product,
-which with few rows takes as long as the product itself. Here it is rearranged once, and kept until the rollout ends.
+A step of sampling multiplies a few rows by each weight. MKL and oneDNN rearrange the weight for their kernels in every
+product, which with few rows takes as long as the product itself. Here it is rearranged once, and kept until the
+rollout ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,13 +16,14 @@ from typing import Any
 
 import torch
 
-from trl_drcd.compat.mkl import has_packed_products, pack, packed_product
+from trl_drcd.compat.products import linear, pack, packed_product, product_library
 from trl_drcd.heads import Head
 
 # Packing a weight takes as long as 2 to 15 products. It pays from 8 rows, once their number lasts: in a batch whose
 # sequences end one after another it changes often
 LEAST_ROWS = 8
 LASTING = 12  # products with the same weight and number of rows, after which it is packed
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 MOST_WEIGHTS = 2**29  # of a model's layers together, and of its head (2 GiB each): packed weights are held twice
 
 
@@ -68,7 +70,7 @@ class PackedProduct:
             or torch.is_autocast_enabled("cpu")
             or torch.is_grad_enabled()
         ):
-            return torch.nn.functional.linear(x, weight, bias)
+            return linear(x, weight, bias)
         key = rows, id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version
         if key != self._key:
             self._key, self._weight, self._calls, self._packed = key, weight, 0, None
@@ -77,7 +79,7 @@ class PackedProduct:
         if packed is None and self._calls > LASTING:
             packed = self._packed = key, pack(weight, rows)
         if packed is None or packed[0] != key:  # another thread may have packed it for other rows meanwhile
-            return torch.nn.functional.linear(x, weight, bias)
+            return linear(x, weight, bias)
         return packed_product(x, packed[1], weight, bias, rows)
 
 
@@ -88,7 +90,7 @@ class PackedHead(Head):
     packed: PackedProduct = field(default_factory=PackedProduct, init=False, repr=False, compare=False)
 
     def product(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if weight.numel() > MOST_WEIGHTS or not has_packed_products():
+        if weight.numel() > MOST_WEIGHTS or not product_library():
             return super().product(hidden, weight)
         return self.packed(hidden, weight)
 
@@ -99,7 +101,7 @@ def packed_head(head: Head) -> Head:
     return PackedHead(**given) if type(head) is Head else head
 
 
-def _forward(layer: torch.nn.Linear, product: PackedProduct, input: torch.Tensor) -> torch.Tensor:
+def _forward(layer: torch.nn.Linear, product: Product, input: torch.Tensor) -> torch.Tensor:
     if type(layer) is not torch.nn.Linear:  # parametrized meanwhile
         return type(layer).forward(layer, input)
     return product(input, layer.weight, layer.bias)
@@ -110,8 +112,8 @@ def packed_weights(model: torch.nn.Module) -> Iterator[None]:
     """
     Let the linear layers of a model compute with packed weights, by a `forward` of each layer's own.
 
-    Weights that change inside are packed anew; what MKL cannot pack is computed as before, as is all of a model with
-    more than `MOST_WEIGHTS` weights in these layers.
+    Weights that change inside are packed anew; what cannot be packed is computed as before. With more than
+    `MOST_WEIGHTS` weights in these layers none is packed.
 
     Args:
         model (`torch.nn.Module`): Layers that have a `forward` of their own already keep it.
@@ -121,11 +123,12 @@ def packed_weights(model: torch.nn.Module) -> Iterator[None]:
         for module in model.modules()
         if type(module) is torch.nn.Linear and "forward" not in vars(module) and _is_plain(module.weight)
     ]
-    if not has_packed_products() or sum(layer.weight.numel() for layer in layers) > MOST_WEIGHTS:
+    packs = product_library() is not None and sum(layer.weight.numel() for layer in layers) <= MOST_WEIGHTS
+    if not packs and product_library() != "oneDNN":
         layers = []
     try:
         for layer in layers:
-            layer.forward = partial(_forward, layer, PackedProduct())
+            layer.forward = partial(_forward, layer, PackedProduct() if packs else linear)
         yield
     finally:
         for layer in layers:

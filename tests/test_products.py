@@ -1,0 +1,211 @@
+"""Float32 products by oneDNN in place of MKL: equal values and gradients, and only where they fit."""
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from trl_drcd.compat import products
+from trl_drcd.compat.products import add_product, fast_products, linear, product_library, torch_linear
+from trl_drcd.heads import Head
+from trl_drcd.losses import weighted_terms
+
+pytestmark = pytest.mark.skipif(product_library() is None, reason="a build of torch without MKL or oneDNN")
+ROWS, INPUTS, OUTPUTS = 80, 64, 96
+
+
+@pytest.fixture(autouse=True)
+def onednn(monkeypatch):
+    """oneDNN, whatever the processor of this machine."""
+    monkeypatch.setattr(products, "product_library", lambda: "oneDNN")
+
+
+def by_onednn(function):
+    """The result, and how many products of it were oneDNN's."""
+    with mock.patch.object(products, "_by_onednn", wraps=products._by_onednn) as used:
+        return function(), used.call_count
+
+
+@pytest.mark.parametrize(
+    ("maker", "expected"),
+    [
+        ("vendor_id\t: GenuineIntel", {"MKL"}),
+        ("vendor_id\t: AuthenticAMD", {"oneDNN", "MKL"}),  # without AVX-512, MKL
+        ("vendor_id\t: Unheard of", {"MKL"}),
+    ],
+)
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_the_library_depends_on_the_processor_alone(tmp_path, monkeypatch, maker, expected, capability):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    (file := tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{maker}\nflags\t: fpu avx512f\n")
+    assert product_library(file) == ("oneDNN" if "oneDNN" in expected and capability == "AVX512" else "MKL")
+
+
+def test_a_build_without_the_operators_has_no_library(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert product_library(tmp_path) is None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(ROWS, INPUTS), (3, ROWS, INPUTS), (2, 3, 16, INPUTS)])
+@pytest.mark.parametrize("frozen", ["none", "weight", "x"])
+def test_values_and_gradients_equal_those_of_float64(shape, bias, frozen):
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape, requires_grad=frozen != "x"), torch.randn(OUTPUTS, INPUTS)
+    weight.requires_grad_(frozen != "weight")
+    given = [x, weight] + [torch.randn(OUTPUTS, requires_grad=frozen != "weight")] * bias
+    exact = [each.detach().double().requires_grad_(each.requires_grad) for each in given]
+    found, used = by_onednn(lambda: linear(*given))
+    assert used == 1
+    reference = torch.nn.functional.linear(*exact)
+    torch.testing.assert_close(found.double(), reference, rtol=1e-5, atol=1e-4)
+    direction = torch.randn_like(found)
+    _, used = by_onednn(lambda: found.backward(direction))
+    assert used == (2 if frozen == "none" else 1)
+    reference.backward(direction.double())
+    for one, other in zip(given, exact, strict=True):
+        assert (one.grad is None) == (not one.requires_grad)
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_have_gradients():
+    x, weight = torch.randn(ROWS, INPUTS, requires_grad=True), torch.randn(OUTPUTS, INPUTS, requires_grad=True)
+    found = []
+    for product in (linear, torch.nn.functional.linear):
+        (slope,) = torch.autograd.grad(product(x, weight).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), (x, weight)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1)  # of entries of 1e4
+
+
+@torch.no_grad()
+def test_views_need_not_be_contiguous():
+    x, weight = torch.randn(INPUTS, ROWS).t(), torch.randn(INPUTS, OUTPUTS).t()
+    found, used = by_onednn(lambda: linear(x, weight))
+    assert used == 1
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, weight), rtol=1e-5, atol=1e-4)
+    x = torch.randn(2 * ROWS, 3, INPUTS)[::2, 1:]
+    torch.testing.assert_close(
+        linear(x, weight), torch.nn.functional.linear(x.contiguous(), weight), rtol=1e-5, atol=1e-4
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "given",
+    [
+        (torch.randn(15, INPUTS), torch.randn(OUTPUTS, INPUTS)),
+        (torch.randn(0, INPUTS), torch.randn(OUTPUTS, INPUTS)),
+        (torch.randn(INPUTS), torch.randn(OUTPUTS, INPUTS)),
+        (torch.randn(ROWS, 8), torch.randn(8, 8)),
+        (torch.randn(ROWS, INPUTS).double(), torch.randn(OUTPUTS, INPUTS).double()),
+        (torch.randn(ROWS, INPUTS).bfloat16(), torch.randn(OUTPUTS, INPUTS).bfloat16()),
+        (torch.randn(ROWS, INPUTS), torch.randn(OUTPUTS, INPUTS).as_subclass(type("Sharded", (torch.Tensor,), {}))),
+        (torch.randn(ROWS, INPUTS), torch.randn(OUTPUTS, INPUTS), torch.randn(1)),
+        (torch.randn(ROWS, INPUTS, device="meta"), torch.randn(OUTPUTS, INPUTS, device="meta")),
+        (torch.randn(ROWS, INPUTS), torch.randn(INPUTS)),
+    ],
+    ids=["few rows", "no rows", "a vector", "a small weight", "float64", "bfloat16", "a subclass", "a broadcast bias",
+         "meta", "a weight of one output"],
+)  # fmt: skip
+def test_others_are_multiplied_by_torch(given):
+    found, used = by_onednn(lambda: linear(*given))
+    assert used == 0
+    expected = torch.nn.functional.linear(*given)
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    if found.device.type == "cpu":
+        torch.testing.assert_close(found, expected)
+
+
+def test_neither_under_autocast_nor_in_transforms_nor_when_traced():
+    x, weight = torch.randn(ROWS, INPUTS), torch.randn(OUTPUTS, INPUTS)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, used = by_onednn(lambda: linear(x, weight))
+    assert used == 0 and found.dtype == torch.bfloat16
+    found, used = by_onednn(lambda: torch.func.vmap(lambda row: linear(row, weight))(x[None]))
+    assert used == 0
+    torch.testing.assert_close(found[0], x @ weight.T)
+    with fast_products():
+        exported = torch.export.export(torch.nn.Linear(INPUTS, OUTPUTS), (x,))
+    assert "linear" in str(exported.graph)
+
+
+def test_a_wrong_size_is_an_error_of_torch():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(torch.randn(ROWS, INPUTS + 1), torch.randn(OUTPUTS, INPUTS))
+
+
+@torch.no_grad()
+def test_a_product_is_added_in_place():
+    total, left, right = torch.randn(ROWS, OUTPUTS), torch.randn(INPUTS, ROWS).t(), torch.randn(INPUTS, OUTPUTS)
+    expected = total + left @ right
+    _, used = by_onednn(lambda: add_product(total, left, right))
+    assert used == 1
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-4)
+    _, used = by_onednn(lambda: add_product(total.double(), left.double(), right.double()))
+    assert used == 0
+
+
+def test_models_compute_by_it_inside_of_the_context_alone():
+    model, attention = torch.nn.Linear(INPUTS, OUTPUTS), torch.nn.MultiheadAttention(INPUTS, 4)
+    x = torch.randn(ROWS, INPUTS)
+    expected = model(x)
+    with fast_products():
+        found, used = by_onednn(lambda: model(x))
+        with fast_products():
+            assert by_onednn(lambda: model(x))[1] == 1
+        assert by_onednn(lambda: model(x))[1] == 1
+        assert by_onednn(lambda: attention(x, x, x))[1] == 4  # projections, which a function of torch calls
+    torch.testing.assert_close(found, expected)
+    assert used == 1 and by_onednn(lambda: model(x))[1] == 0
+    with pytest.raises(KeyError), fast_products():
+        raise KeyError
+    assert torch.nn.functional.linear is torch_linear
+
+
+def test_on_intel_nothing_changes(monkeypatch):
+    monkeypatch.setattr(products, "product_library", lambda: "MKL")
+    x, weight = torch.randn(ROWS, INPUTS), torch.randn(OUTPUTS, INPUTS)
+    with fast_products():
+        found, used = by_onednn(lambda: torch.nn.functional.linear(x, weight))
+    assert used == 0 and torch.equal(found, torch.nn.functional.linear(x, weight))
+    assert torch.equal(linear(x, weight), found)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_forward_that_is_repeated_in_the_backward(reentrant):
+    """The repeated one must keep the same tensors, so it must be by the same library."""
+    layer, x = torch.nn.Linear(INPUTS, OUTPUTS), torch.randn(ROWS, INPUTS, requires_grad=True)
+    plain = copy.deepcopy(layer)
+    plain(x).square().sum().backward()
+    expected, x.grad = x.grad, None
+    with fast_products():
+        checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.weight.grad, plain.weight.grad, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_loss_of_a_head(monkeypatch, softcap):
+    """Loss and gradients of the student's projection, in chunks, against those by MKL."""
+    torch.manual_seed(0)
+    size, rows = 96, 160
+    teacher = Head(torch.randn(size, INPUTS), torch.randn(size), softcap=softcap)
+    ids, kl_weights, credit = torch.randint(size, (rows,)), torch.rand(rows), torch.randn(rows)
+    given = torch.randn(rows, INPUTS), torch.randn(size, INPUTS), torch.randn(size), torch.randn(rows, INPUTS)
+
+    def loss_and_gradients():
+        hidden, weight, bias = (each.clone().requires_grad_() for each in given[:3])
+        terms = weighted_terms(
+            hidden, Head(weight, bias, softcap=softcap), ids, lambda part: teacher.logits(given[3][part]), kl_weights,
+            credit, logits_per_chunk=80 * size,
+        )  # fmt: skip
+        terms.loss.backward()
+        return terms.loss, hidden.grad, weight.grad, bias.grad
+
+    found, used = by_onednn(loss_and_gradients)
+    assert used == 2 * 4  # student, teacher, and the two gradients, of each chunk
+    monkeypatch.setattr(products, "product_library", lambda: "MKL")
+    torch.testing.assert_close(found, loss_and_gradients(), rtol=1e-4, atol=1e-4)

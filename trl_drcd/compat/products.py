@@ -1,0 +1,176 @@
+"""
+Float32 products on x86 processors, by whichever of torch's libraries is the faster on this one.
+
+torch multiplies by MKL, which on AMD processors does less than half of what they can (benchmarks/products.py). There
+oneDNN, which torch has too, takes its place: in [`linear`], and by [`fast_products`] in all models that compute inside
+of it. Both libraries have kernels for a weight that was rearranged before ([`pack`]). The choice depends on the
+processor alone, not on a measurement, so that runs on the same machine agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+torch_linear = torch.nn.functional.linear
+LEAST_ROWS = 16  # of a product by oneDNN whose weight is not packed: with fewer MKL is as fast
+LEAST_ENTRIES = 4096  # of its weight: a smaller one takes less time than the way to oneDNN
+
+
+@lru_cache
+def product_library(cpuinfo: Path = Path("/proc/cpuinfo")) -> Literal["MKL", "oneDNN"] | None:
+    """
+    The library for float32 products: MKL on Intel's processors, oneDNN on others that have AVX-512, and MKL where the
+    maker is not known; `None` if this build of torch has not the operators, such as those for ARM.
+    """
+    names = {
+        torch.ops.mkl: ("_mkl_linear", "_mkl_reorder_linear_weight"),
+        torch.ops.mkldnn: ("_linear_pointwise", "_reorder_linear_weight"),
+    }
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()) or not all(
+        hasattr(library, name) for library, own in names.items() for name in own
+    ):
+        return None
+    maker = cpuinfo.read_text() if cpuinfo.is_file() else platform.processor()
+    other = "AuthenticAMD" in maker or "HygonGenuine" in maker
+    return "oneDNN" if other and torch.backends.cpu.get_cpu_capability() == "AVX512" else "MKL"
+
+
+# ---------------------------------------------------------------- packed weights, without gradients
+
+
+def pack(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """A float32 weight `(out, in)` as the library's kernel reads it, for products with that many rows; opaque."""
+    packed: torch.Tensor
+    if product_library() == "oneDNN":
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    else:
+        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+    return packed
+
+
+def packed_product(
+    x: torch.Tensor, packed: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: int
+) -> torch.Tensor:
+    """
+    `x @ weight.T + bias`, `(..., out)`, without gradients.
+
+    Args:
+        x (`torch.Tensor`): Shape `(..., in)`, float32.
+        packed (`torch.Tensor`): [`pack`] of `weight` and `rows`, the number of rows of `x`.
+        weight (`torch.Tensor`): Shape `(out, in)`.
+        bias (`torch.Tensor`, *optional*): Shape `(out,)`.
+        rows (`int`): At least 1.
+    """
+    if product_library() == "oneDNN":
+        return _by_onednn(x, packed, bias)
+    product: torch.Tensor = torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows)
+    return product
+
+
+def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+# ---------------------------------------------------------------- weights as they are, with gradients
+
+
+class _Linear(torch.autograd.Function):
+    """`x @ weight.T + bias` by oneDNN; its gradients are products by [`linear`], so that they have gradients too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return _by_onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (
+            linear(grad, weight.t()) if of_x else None,
+            linear(rows.t(), x.flatten(0, -2).t()) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is float32 on a CPU: not sharded, not quantised, not traced."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.dtype == torch.float32
+        and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+    )
+
+
+def _fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether oneDNN does the product, and is the faster for it; where an argument is wrong, torch says so."""
+    return (
+        not torch.compiler.is_compiling()
+        and product_library() == "oneDNN"
+        and _is_plain(x)
+        and _is_plain(weight)
+        and x.ndim > 1
+        and weight.ndim == 2
+        and x.shape[-1] == weight.shape[1]
+        and x.shape[:-1].numel() >= LEAST_ROWS
+        and weight.numel() >= LEAST_ENTRIES
+        and (bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1]))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    [`torch.nn.functional.linear`], by oneDNN where that is faster; differentiable.
+
+    Args:
+        input (`torch.Tensor`): Shape `(..., in)`.
+        weight (`torch.Tensor`): Shape `(out, in)`.
+        bias (`torch.Tensor`, *optional*): Shape `(out,)`.
+
+    Returns:
+        `torch.Tensor`: Shape `(..., out)`.
+    """
+    if not _fits(input, weight, bias):
+        return torch_linear(input, weight, bias)
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (input, weight, bias)):
+        product: torch.Tensor = _Linear.apply(input, weight, bias)
+        return product
+    return _by_onednn(input, weight, bias)
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """`total += left @ right`, of matrices, without gradients; by oneDNN where that is faster."""
+    if _fits(left, right.t(), None) and not torch.is_grad_enabled():
+        total += _by_onednn(left, right.t())
+    else:
+        total.addmm_(left, right)
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """
+    Let `torch.nn.functional.linear`, which models call, be [`linear`] inside.
+
+    Enter it around forward and backward together: gradient checkpointing repeats the forward in the backward. Other
+    threads may multiply by it meanwhile, which changes no more than rounding.
+    """
+    if product_library() != "oneDNN" or torch.nn.functional.linear is linear:
+        yield
+        return
+    torch.nn.functional.linear = linear
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = torch_linear
