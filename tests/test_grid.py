@@ -46,6 +46,8 @@ def test_a_list_is_a_sweep():
         "LERP (lambda 1) #1",
     ]  # fmt: skip
     assert seeds[1].point == "quality" and seeds[5].models == ("q1", "d1") and seeds[5].training_seed == 1
+    later = expand([{"name": "quality", "model": ["q2", "q3"], "first_training_seed": 2}])
+    assert [(row.name, row.training_seed) for row in later] == [("quality #2", 2), ("quality #3", 3)]
     assert len({row.slug for row in rows}) == 6 and all(re.fullmatch(r"[\w.]+", row.slug) for row in rows)
 
 
@@ -54,6 +56,9 @@ def test_a_list_is_a_sweep():
     [
         ([], "`strategies` is empty"),
         ([{"guidance_scale": 3}], r"`strategies\[0\]` must be a mapping with a `name`"),
+        ([{"name": "a", "model": "q", "first_training_seed": 2}], "`first_training_seed` needs a list of trainings"),
+        ([{"name": "a", "model": ["q"], "first_training_seed": -1}], "a whole number, at least 0, got -1"),
+        ([{"name": "a", "model": ["q"], "first_training_seed": True}], "a whole number, at least 0, got True"),
         ([{"name": "a", "gamma": 3}], r"has unknown keys \['gamma'\]; known are"),
         ([{"name": "a"}, {"name": "a"}], "repeats the name of an earlier strategy"),
         # Rows of one point are pooled as trainings with other seeds

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trl_drcd.evaluation.points import pooled
 from trl_drcd.evaluation.results import Result, ResultsFolder, joined, read_results
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -72,6 +73,7 @@ def test_no_line_is_doubled_and_none_is_lost(tmp_path):
 WRITER = """
 import sys, time
 from dataclasses import replace
+from trl_drcd.evaluation.points import pooled
 from trl_drcd.evaluation.results import Result, ResultsFolder
 folder, mine = ResultsFolder(sys.argv[1]), []
 for number in range(40):
@@ -133,10 +135,11 @@ def test_other_errors_stay_as_they_are(tmp_path):
         (tmp_path / "elsewhere").read_text()
 
 
-def drawn(name: str, seed: int, kl: list[float], **settings) -> Result:
+def drawn(name: str, seed: int, kl: list[float], point: str | None = None, **settings) -> Result:
     metrics = {key: {"mean": 9.0, "low": 9.0, "high": 9.0} for key in ("kl", "frechet")}
     return Result(
-        strategy=name, point=name, name=name, seed=seed, prompts=len(kl), samples_per_prompt=8, metrics=metrics,
+        strategy=name, point=point or name, name=name, seed=seed, prompts=len(kl), samples_per_prompt=8,
+        metrics=metrics,
         per_prompt={"kl": kl, "quality": kl}, **settings,
     )  # fmt: skip
 
@@ -157,6 +160,18 @@ def test_further_samples_are_joined_prompt_by_prompt(tmp_path):
     assert base.metrics["kl"]["mean"] == pytest.approx(14 / 3) and base.metrics["kl"]["low"] < 14 / 3
 
 
+def test_further_trainings_are_rows_of_the_same_point(tmp_path):
+    trainings = [
+        drawn(f"mine #{n}", 0, [float(n), 2.0], "mine", training_seed=n, model=f"outputs/{n}") for n in range(4)
+    ]
+    first = written(tmp_path / "0", trainings[0], trainings[1], drawn("base", 0, [1.0, 1.0]))
+    later = written(tmp_path / "1", trainings[2], trainings[3])
+    rows = read_results(first, later)
+    assert [row.name for row in rows] == ["mine #0", "mine #1", "base", "mine #2", "mine #3"]
+    mine, base = pooled(rows)
+    assert (mine.runs, base.runs) == (4, 1) and mine.values["kl"].tolist() == [[n, 2.0] for n in range(4)]
+
+
 def test_joined_rows_have_the_values_of_all_their_samples_together():
     """For means over samples; the noise of two independent halves is smaller by the root of two."""
     values = np.random.default_rng(0).normal(size=(16, 400))
@@ -175,6 +190,11 @@ def test_joined_rows_have_the_values_of_all_their_samples_together():
         ({"kl": [1.0, 2.0]}, "the same `prompts`, got 3 and 2"),
         ({"teacher_guidance_scale": 5.0}, "the same `teacher_guidance_scale`"),
         ({"name": "CFG"}, "a row CFG, of which .*0 has no samples; it has .*base"),
+        (
+            {"name": "base #1", "point": "base", "training_seed": 1, "temperature": 0.5},
+            "further trainings .*temperature",
+        ),
+        ({"name": "CFG #1", "point": "CFG", "training_seed": 1}, "a row CFG #1, of which .*0 has no samples"),
         ({"but_seed": "of other prompts"}, r"the same prompts, model, judges and lengths, .*'these', 'of other"),
     ],
 )

@@ -29,7 +29,10 @@ USUAL_TEMPERATURE = 0.99
 FULL, FORBIDDEN = {errno.ENOSPC, errno.EDQUOT}, {errno.EROFS, errno.EACCES, errno.EPERM}
 LATER = ("checkpoint", "negative_prompt", "teacher_negative_prompt", "but_seed", "model_digest")
 """Fields that earlier versions did not have; `None` is not written."""
-RESULTS_HELP = "results.jsonl, and others with further samples of its rows (`trl-drcd evaluate --seed 1`)"
+RESULTS_HELP = (
+    "results.jsonl, and others with further samples of its rows (`trl-drcd evaluate --seed 1`) or further trainings "
+    "(`first_training_seed` of a strategy)"
+)
 """Help of scripts that read several."""
 SETTINGS = (
     "point", "model", "weights", "guidance_scale", "temperature", "early_steps", "early_guidance_scale", "checkpoint",
@@ -158,25 +161,35 @@ def read_results(file: str | Path, *more: str | Path) -> list[Result]:
     Args:
         file (`str` or `Path`): A `results.jsonl`.
         more (`str` or `Path`): Others, of the same prompts, whose rows are rows of the first with further samples
-            (`trl-drcd evaluate --seed 1`).
+            (`trl-drcd evaluate --seed 1`), or of further trainings of its points (`first_training_seed`).
 
     Returns:
-        `list[Result]`: The lines of the first file; a row that others have too is [`joined`] with theirs.
+        `list[Result]`: The lines of the first file, then the further trainings; a row that others have too is
+        [`joined`] with theirs.
 
     Raises:
         FileNotFoundError: If a file does not exist.
-        ValueError: If a line is not a result, or a row of another file is not one of the first with further samples.
+        ValueError: If a line is not a result, or a row of another file is neither one of the first with further
+            samples nor a further training of one.
     """
     rows, *others = (_parse(one, Path(one).read_text(encoding="utf-8")) for one in (file, *more))
-    drawn: dict[str, list[Result]] = {row.name: [row] for row in rows if others}
-    if others and (twice := next((name for name in drawn if [row.name for row in rows].count(name) > 1), None)):
+    if not others:
+        return rows
+    names = [row.name for row in rows]
+    if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"{file} has two rows {twice}, so it is not clear of which there are further samples")
+    first_of = {row.point: row for row in reversed(rows)}
+    drawn = {row.name: [row] for row in rows}
     for name, further in zip(more, others, strict=True):
         for row in further:
-            if row.name not in drawn:
-                raise ValueError(f"{name} has a row {row.name}, of which {file} has no samples; it has {list(drawn)}")
-            drawn[row.name].append(row)
-    return [joined(drawn[row.name]) for row in rows] if others else rows
+            if row.name in drawn:
+                drawn[row.name].append(row)
+            elif row.training_seed is not None and row.point in first_of:
+                _check_settings(first_of[row.point], row, "further trainings", [*SETTINGS[:1], *SETTINGS[2:]])
+                drawn[row.name] = [row]
+            else:
+                raise ValueError(f"{name} has a row {row.name}, of which {file} has no samples; it has {names}")
+    return [joined(each) for each in drawn.values()]
 
 
 def joined(rows: Sequence[Result]) -> Result:
@@ -199,9 +212,7 @@ def joined(rows: Sequence[Result]) -> Result:
     if not others:
         return first
     for row in others:
-        if unlike := next((name for name in SETTINGS if getattr(row, name) != getattr(first, name)), None):
-            one, other = getattr(first, unlike), getattr(row, unlike)
-            raise ValueError(f"{first.name}: further samples must have the same `{unlike}`, got {one!r} and {other!r}")
+        _check_settings(first, row, "further samples", SETTINGS)
     digests = [row.but_seed for row in rows]
     if len({*digests} - {None}) > 1:
         raise ValueError(
@@ -227,6 +238,12 @@ def joined(rows: Sequence[Result]) -> Result:
         },
         per_prompt={key: rounded(one) for key, one in values.items()},
     )
+
+
+def _check_settings(first: Result, row: Result, what: str, settings: Sequence[str]) -> None:
+    if unlike := next((name for name in settings if getattr(row, name) != getattr(first, name)), None):
+        one, other = getattr(first, unlike), getattr(row, unlike)
+        raise ValueError(f"{first.name}: {what} must have the same `{unlike}`, got {one!r} and {other!r}")
 
 
 def _mean(values: Sequence[Sequence[float]]) -> np.ndarray:

@@ -46,6 +46,8 @@ KEYS = {
     "negative_prompt": "x^- of guidance, for prompts without their own",
     "temperature": f"sampling temperature; {USUAL_TEMPERATURE} if not given",
     "diversity_coef": "coefficient that the model was trained with, for the report only",
+    "first_training_seed": "number of the first training of a list, for trainings that are measured later; 0 if not "
+    "given",
     "checkpoint": "training step, in place of the final weights: the folder `checkpoint-<step>` of each model",
 }
 """The keys of a strategy."""
@@ -151,7 +153,11 @@ def expand(strategies: Sequence[Given]) -> list[Row]:
             raise ValueError(
                 f"{where} repeats the name of an earlier strategy; write a sweep as one strategy with a list"
             )
-        own = [_row(name, one, seed, where) for seed, run in _training_seeds(strategy) for one in _sweep(run, where)]
+        own = [
+            _row(name, one, seed, where)
+            for seed, run in _training_seeds(strategy, where)
+            for one in _sweep(run, where)
+        ]
         _check_names(own, rows, where)
         rows += own
     if not rows:
@@ -185,12 +191,17 @@ def _name(strategy: Given, where: str) -> str:
     return name
 
 
-def _training_seeds(strategy: Given) -> list[tuple[int | None, Given]]:
+def _training_seeds(strategy: Given, where: str) -> list[tuple[int | None, Given]]:
     """The strategy for each training seed, with the seed's number; `None` if there is a single training."""
+    first = strategy.get("first_training_seed")
+    if first is not None and (type(first) is not int or first < 0):
+        raise ValueError(f"{where}: `first_training_seed` must be a whole number, at least 0, got {short_repr(first)}")
     for key, kind in (("model", object), ("models", list | tuple)):
         runs = strategy.get(key)
         if isinstance(runs, list) and runs and all(isinstance(run, kind) for run in runs):
-            return [(seed, {**strategy, key: run}) for seed, run in enumerate(runs)]
+            return [(seed, {**strategy, key: run}) for seed, run in enumerate(runs, first or 0)]
+    if first is not None:
+        raise ValueError(f"{where}: `first_training_seed` needs a list of trainings, in `model` or `models`")
     return [(None, strategy)]
 
 
