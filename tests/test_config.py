@@ -178,6 +178,24 @@ def test_the_best_model_is_not_chosen_by_a_policy_gradient(tmp_path, tokenizer, 
     make_trainer(tmp_path, tokenizer, eval_dataset=rows(), embedder=None, diversity_coef=0.0, **given)
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"diversity_credit": "sequence"}, None),
+        ({"gae_lambda": 0.7, "diversity_prefixes": 39}, None),
+        ({"diversity_credit": "sequence", "gae_lambda": 0.7}, "`gae_lambda=0.7` are settings of the critic"),
+        (
+            {"diversity_credit": "sequence", "gae_lambda": 0.7, "diversity_prefixes": 39},
+            "`gae_lambda=0.7` and `diversity_prefixes=39` are settings of the critic, and not used with",
+        ),
+    ],
+)
+def test_settings_of_a_critic_that_there_is_not_are_told(tmp_path, caplog, given, told):
+    with caplog.at_level(logging.WARNING):
+        CFGDistillDiversityConfig(str(tmp_path), use_cpu=True, bf16=False, **given)
+    assert (told or "") in caplog.text and ("settings of the critic" in caplog.text) == (told is not None)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_weights_that_are_trained_in_half_precision_are_told(tmp_path, tokenizer, model, caplog, dtype):
     make_trainer(tmp_path, tokenizer, model.to(dtype), embedder=None, diversity_coef=0.0)

@@ -160,6 +160,10 @@ def test_models_compute_by_it_inside_of_the_context_alone():
         assert by_onednn(lambda: attention(x, x, x))[1] == 4  # projections, which a function of torch calls
     torch.testing.assert_close(found, expected)
     assert used == 1 and by_onednn(lambda: model(x))[1] == 0
+    with mock.patch.object(torch.nn.functional, "linear", lambda *given: torch_linear(*given)) as other:
+        with fast_products():  # as DeepSpeed's
+            assert torch.nn.functional.linear is other and by_onednn(lambda: model(x))[1] == 0
+        assert torch.nn.functional.linear is other
     with pytest.raises(KeyError), fast_products():
         raise KeyError
     assert torch.nn.functional.linear is torch_linear

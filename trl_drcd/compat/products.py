@@ -164,9 +164,10 @@ def fast_products() -> Iterator[None]:
     Let `torch.nn.functional.linear`, which models call, be [`linear`] inside.
 
     Enter it around forward and backward together: gradient checkpointing repeats the forward in the backward. Other
-    threads may multiply by it meanwhile, which changes no more than rounding.
+    threads may multiply by it meanwhile, which changes no more than rounding. A `linear` that another library has put
+    in torch's place, as DeepSpeed does for ZeRO-3, stays.
     """
-    if product_library() != "oneDNN" or torch.nn.functional.linear is linear:
+    if product_library() != "oneDNN" or torch.nn.functional.linear is not torch_linear:
         yield
         return
     torch.nn.functional.linear = linear
