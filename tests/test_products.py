@@ -11,6 +11,8 @@ from trl_drcd.compat import products
 from trl_drcd.compat.products import add_product, fast_products, linear, product_library, torch_linear
 from trl_drcd.heads import Head
 from trl_drcd.losses import weighted_terms
+from trl_drcd.sampling import packed
+from trl_drcd.sampling.packed import LASTING, PackedProduct
 
 pytestmark = pytest.mark.skipif(product_library() is None, reason="a build of torch without MKL or oneDNN")
 ROWS, INPUTS, OUTPUTS = 80, 64, 96
@@ -80,16 +82,79 @@ def test_gradients_have_gradients():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1)  # of entries of 1e4
 
 
+def matrices(rows: int, columns: int) -> dict[str, torch.Tensor]:
+    """Matrices with strides of all kinds."""
+    return {
+        "plain": torch.randn(rows, columns),
+        "transposed": torch.randn(columns, rows).t(),
+        "columns of a wider one": torch.randn(rows, 3 * columns)[:, columns : 2 * columns],
+        "every third column": torch.randn(rows, 3 * columns)[:, ::3],
+        "every second row": torch.randn(2 * rows, columns)[::2],
+        "one row": torch.randn(1, columns).expand(rows, columns),
+        "one column": torch.randn(rows, 1).expand(rows, columns),
+        "one entry": torch.randn(1, 1).expand(rows, columns),
+        "rows that overlap": torch.randn(rows + columns).unfold(0, columns, 1)[:rows],
+        "not at the start": torch.randn(rows * columns + 3)[3:].view(rows, columns),
+    }
+
+
+BIASES = {
+    "none": None,
+    "plain": torch.randn(OUTPUTS),
+    "every second": torch.randn(2 * OUTPUTS)[::2],
+    "one entry": torch.randn(1).expand(OUTPUTS),
+    "not at the start": torch.randn(OUTPUTS + 1)[1:],
+}
+
+
 @torch.no_grad()
-def test_views_need_not_be_contiguous():
-    x, weight = torch.randn(INPUTS, ROWS).t(), torch.randn(INPUTS, OUTPUTS).t()
+@pytest.mark.parametrize("library", ["MKL", "oneDNN"])
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("strides", matrices(1, 1))
+def test_whatever_the_strides(monkeypatch, strides, bias, library):
+    """oneDNN refuses some, and ignores those of a bias; packed or not."""
+    for module in (products, packed):
+        monkeypatch.setattr(module, "product_library", lambda: library)
+    x = matrices(ROWS, INPUTS)[strides]
+    for name, weight in matrices(OUTPUTS, INPUTS).items():
+        expected = torch_linear(x, weight, BIASES[bias])
+        torch.testing.assert_close(linear(x, weight, BIASES[bias]), expected, rtol=1e-4, atol=1e-4, msg=name)
+        product = PackedProduct()
+        for _ in range(LASTING + 1):
+            found = product(x, weight, BIASES[bias])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(8, 10, INPUTS).transpose(0, 1),
+        torch.randn(8, INPUTS, 10).transpose(1, 2),
+        torch.randn(1, 10, INPUTS).expand(8, 10, INPUTS),
+        torch.randn(4, 20, 3 * INPUTS).chunk(3, -1)[1],
+    ],
+    ids=["transposed", "transposed within", "expanded", "a chunk"],
+)
+def test_whatever_the_strides_of_a_batch(x):
+    weight = torch.randn(OUTPUTS, INPUTS)
     found, used = by_onednn(lambda: linear(x, weight))
     assert used == 1
-    torch.testing.assert_close(found, torch.nn.functional.linear(x, weight), rtol=1e-5, atol=1e-4)
-    x = torch.randn(2 * ROWS, 3, INPUTS)[::2, 1:]
-    torch.testing.assert_close(
-        linear(x, weight), torch.nn.functional.linear(x.contiguous(), weight), rtol=1e-5, atol=1e-4
-    )
+    torch.testing.assert_close(found, torch_linear(x, weight), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strides", matrices(1, 1))
+@pytest.mark.parametrize(
+    "loss", [torch.sum, lambda y: y[:, 0].sum(), lambda y: y.mean(0).square().sum()], ids=["sum", "column", "mean"]
+)
+def test_gradients_whatever_the_strides(strides, loss):
+    """The gradient of a sum is one number, expanded."""
+    gradients = []
+    for product in (linear, torch_linear):
+        torch.manual_seed(0)
+        x, weight = (matrices(rows, INPUTS)[strides].requires_grad_() for rows in (ROWS, OUTPUTS))
+        gradients.append(torch.autograd.grad(loss(product(x, weight)), (x, weight)))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
 
 
 @torch.no_grad()

@@ -26,8 +26,8 @@ LEAST_ENTRIES = 4096  # of its weight: a smaller one takes less time than the wa
 @lru_cache
 def product_library(cpuinfo: Path = Path("/proc/cpuinfo")) -> Literal["MKL", "oneDNN"] | None:
     """
-    The library for float32 products: MKL on Intel's processors, oneDNN on others that have AVX-512, and MKL where the
-    maker is not known; `None` if this build of torch has not the operators, such as those for ARM.
+    The library for float32 products: oneDNN on AMD processors (and Hygon's) with AVX-512, MKL on all others; `None` if
+    this build of torch has not the operators, such as those for ARM.
     """
     names = {
         torch.ops.mkl: ("_mkl_linear", "_mkl_reorder_linear_weight"),
@@ -75,8 +75,20 @@ def packed_product(
 
 
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    bias = None if bias is None else bias.contiguous()  # its strides would be ignored
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, "none", [], "")
     return product
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of it where oneDNN cannot read it by its strides, such as one that is expanded."""
+    if tensor.is_mkldnn or tensor.is_contiguous():
+        return tensor
+    if tensor.ndim == 2:
+        (rows, columns), strides = tensor.shape, tensor.stride()
+        if (strides[1] == 1 and strides[0] >= columns) or (strides[0] == 1 and strides[1] >= rows):
+            return tensor
+    return tensor.contiguous()
 
 
 # ---------------------------------------------------------------- weights as they are, with gradients
