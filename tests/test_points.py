@@ -9,7 +9,15 @@ from scipy.stats import t as student
 
 from trl_drcd.evaluation.claims import UNANSWERED, Evidence, claims, claims_tables
 from trl_drcd.evaluation.plots import agreement_plot, front_plot, lambda_plot, training_plot
-from trl_drcd.evaluation.points import correlation, equal_omega, fronts_of, guidance_curve, pooled, with_quality
+from trl_drcd.evaluation.points import (
+    Comparison,
+    correlation,
+    equal_omega,
+    fronts_of,
+    guidance_curve,
+    pooled,
+    with_quality,
+)
 from trl_drcd.evaluation.report_tables import agreement_table, fronts_table, lambda_table, points_table
 from trl_drcd.evaluation.results import Result
 
@@ -47,6 +55,25 @@ def world(bulge=0.0, quality_model=0.5):
         weights = {"weights": [1 - at, at], "interpolation_weight": at, "model": "quality + diversity"}
         lines.append(line("LERP", adherence, 0.29 + at * 0.31, point=f"LERP {at}", **weights))
     return [*lines, line("uniform", 0.6, 0.4, weights=[1 / 3] * 3, model=ALL)]
+
+
+def test_trainings_are_paired_by_their_numbers():
+    """Whatever the order of the rows, as in two files that were joined."""
+    trained = [
+        line(name, 0.1 * seed + more, 0.5, point=name, training_seed=seed, model=f"{name}{seed}")
+        for name, more in (("a", 0.0), ("b", 0.2)) for seed in range(4)
+    ]  # fmt: skip
+    widths = []
+    for order in (trained, [*trained[:4], *reversed(trained[4:])]):
+        ours, theirs = pooled(order)
+        assert ours.training_seeds == theirs.training_seeds == (0, 1, 2, 3)
+        comparison = Comparison([ours, theirs])
+        interval = comparison.interval(comparison.difference(theirs, ours, "adherence"))
+        assert interval["mean"] == pytest.approx(0.2, abs=1e-6)
+        widths.append(interval["high"] - interval["low"])
+    assert widths[0] == pytest.approx(widths[1]) and widths[0] < 0.01  # a training differs from the next by 0.1
+    with pytest.raises(ValueError, match=r"a and b have the same number of trainings, .* \[0, 1, 2\] and \[0, 1, 3\]"):
+        Comparison(pooled([*trained[:3], *trained[4:6], trained[7]]))
 
 
 def test_quality_is_made_of_its_parts():

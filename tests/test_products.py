@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from trl_drcd.compat import products
@@ -71,6 +72,43 @@ def test_values_and_gradients_equal_those_of_float64(shape, bias, frozen):
         assert (one.grad is None) == (not one.requires_grad)
         if one.grad is not None:
             torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-5, atol=1e-4)
+
+
+def test_what_torch_does_with_a_product():
+    """Derivatives forward, gradients in a batch, an input that changes later, tracing, and oneDNN turned off."""
+    x, weight = torch.randn(ROWS, INPUTS), torch.randn(OUTPUTS, INPUTS)
+    with forward_ad.dual_level():
+        product = linear(forward_ad.make_dual(x, torch.ones_like(x)), weight)
+        tangent = forward_ad.unpack_dual(product).tangent
+    torch.testing.assert_close(tangent, torch_linear(torch.ones_like(x), weight), rtol=1e-4, atol=1e-4)
+    given, directions = (x.clone().requires_grad_(), weight.clone().requires_grad_()), torch.randn(3, ROWS, OUTPUTS)
+    batched = [
+        torch.autograd.grad(product(*given), given, directions, is_grads_batched=True)
+        for product in (linear, torch_linear)
+    ]
+    torch.testing.assert_close(*batched, rtol=1e-4, atol=1e-4)
+    hidden = given[0] * 1
+    found, used = by_onednn(lambda: linear(hidden, weight))
+    hidden += 1  # the gradient of a frozen layer's input does not need the input
+    found.sum().backward()
+    assert used == 1
+    torch.testing.assert_close(given[0].grad, weight.sum(0).expand(ROWS, -1), rtol=1e-4, atol=1e-4)
+    layer = torch.nn.Linear(INPUTS, OUTPUTS)
+    with fast_products():
+        traced = torch.jit.trace(layer, x)
+    torch.testing.assert_close(traced(x), layer(x))
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert by_onednn(lambda: linear(x, weight))[1] == 0
+
+
+def test_it_keeps_no_more_for_the_gradient_than_torch():
+    x, weight = torch.randn(ROWS, INPUTS), torch.randn(OUTPUTS, INPUTS)
+    for of_x, of_weight in ((True, True), (True, False), (False, True)):
+        kept = []
+        given = x.requires_grad_(of_x), weight.requires_grad_(of_weight)
+        with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda each: each):
+            linear(*given)
+        assert len(kept) == of_x + of_weight
 
 
 def test_gradients_have_gradients():
@@ -211,6 +249,9 @@ def test_a_product_is_added_in_place():
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-4)
     _, used = by_onednn(lambda: add_product(total.double(), left.double(), right.double()))
     assert used == 0
+    for wrong in (torch.zeros(5, ROWS, OUTPUTS), total.bfloat16()):
+        with pytest.raises(RuntimeError):
+            add_product(wrong, left, right)
 
 
 def test_models_compute_by_it_inside_of_the_context_alone():
@@ -225,12 +266,28 @@ def test_models_compute_by_it_inside_of_the_context_alone():
         assert by_onednn(lambda: attention(x, x, x))[1] == 4  # projections, which a function of torch calls
     torch.testing.assert_close(found, expected)
     assert used == 1 and by_onednn(lambda: model(x))[1] == 0
+    with mock.patch.object(torch.nn.functional, "linear", side_effect=torch_linear) as other:
+        assert by_onednn(lambda: linear(x[:1], model.weight))[1] == 0 and other.called  # a few rows are theirs
+    with fast_products(), mock.patch.object(torch.nn.functional, "linear") as other:
+        pass
+    assert torch.nn.functional.linear is torch_linear
     with mock.patch.object(torch.nn.functional, "linear", lambda *given: torch_linear(*given)) as other:
         with fast_products():  # as DeepSpeed's
             assert torch.nn.functional.linear is other and by_onednn(lambda: model(x))[1] == 0
         assert torch.nn.functional.linear is other
     with pytest.raises(KeyError), fast_products():
         raise KeyError
+    assert torch.nn.functional.linear is torch_linear
+
+
+def test_it_holds_until_the_last_thread_has_left():
+    """Else a forward that is repeated in the backward would be by another library."""
+    first, second = fast_products(), fast_products()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.nn.functional.linear is linear
+    second.__exit__(None, None, None)
     assert torch.nn.functional.linear is torch_linear
 
 

@@ -73,7 +73,6 @@ def test_no_line_is_doubled_and_none_is_lost(tmp_path):
 WRITER = """
 import sys, time
 from dataclasses import replace
-from trl_drcd.evaluation.points import pooled
 from trl_drcd.evaluation.results import Result, ResultsFolder
 folder, mine = ResultsFolder(sys.argv[1]), []
 for number in range(40):
@@ -137,6 +136,8 @@ def test_other_errors_stay_as_they_are(tmp_path):
 
 def drawn(name: str, seed: int, kl: list[float], point: str | None = None, **settings) -> Result:
     metrics = {key: {"mean": 9.0, "low": 9.0, "high": 9.0} for key in ("kl", "frechet")}
+    if "omega" in settings:
+        metrics["quality"] = metrics["kl"]
     return Result(
         strategy=name, point=point or name, name=name, seed=seed, prompts=len(kl), samples_per_prompt=8,
         metrics=metrics,
@@ -172,6 +173,38 @@ def test_further_trainings_are_rows_of_the_same_point(tmp_path):
     assert (mine.runs, base.runs) == (4, 1) and mine.values["kl"].tolist() == [[n, 2.0] for n in range(4)]
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"temperature": 0.5}, "further trainings must have the same `temperature`, got 0.99 and 0.5"),
+        ({"diversity_coef": 100.0}, "further trainings must have the same `diversity_coef`, got 200.0 and 100.0"),
+        ({"but_model": "of others"}, "the same prompts, judges and lengths, .*these, of others"),
+        ({"model_digest": "a"}, "mine #2 is the model of mine #0 once more"),
+        ({"model_digest": None, "model": "outputs/0"}, "mine #2 is the model of mine #0 once more"),
+        ({"training_seed": None}, "a row mine #2, of which .*0 has no samples"),
+    ],
+)
+def test_what_is_no_further_training_of_a_point(tmp_path, other, message):
+    same = {"diversity_coef": 200.0, "but_model": "these", "point": "mine"}
+    one = drawn("mine #0", 0, [1.0, 2.0], **same, training_seed=0, model="outputs/0", model_digest="a")
+    two = {"training_seed": 2, "model": "outputs/2", "model_digest": "b"}
+    first = written(tmp_path / "0", one, drawn("base", 0, [1.0, 1.0]))
+    second = written(tmp_path / "1", drawn("mine #2", 0, [1.0, 2.0], **(same | two | other)))
+    with pytest.raises(ValueError, match=message):
+        read_results(first, second)
+
+
+def test_further_trainings_of_an_earlier_version_or_another_omega(tmp_path, caplog):
+    same = {"point": "mine", "but_model": "these"}
+    first = written(tmp_path / "0", drawn("mine #0", 0, [1.0, 2.0], **same, training_seed=0, model="0", omega=5.0))
+    second = written(tmp_path / "1", drawn("mine #1", 0, [3.0, 4.0], **same, training_seed=1, model="1", omega=9.0))
+    (mine,) = pooled(read_results(first, second))
+    assert mine.values.keys() == {"kl"} and "quality" not in mine.metrics and not caplog.text
+    written(second, drawn("mine #1", 0, [3.0, 4.0], "mine", training_seed=1, model="1", omega=5.0))
+    (mine,) = pooled(read_results(first, second))
+    assert mine.values.keys() == {"kl", "quality"} and "do not tell whether their prompts" in caplog.text
+
+
 def test_joined_rows_have_the_values_of_all_their_samples_together():
     """For means over samples; the noise of two independent halves is smaller by the root of two."""
     values = np.random.default_rng(0).normal(size=(16, 400))
@@ -190,10 +223,7 @@ def test_joined_rows_have_the_values_of_all_their_samples_together():
         ({"kl": [1.0, 2.0]}, "the same `prompts`, got 3 and 2"),
         ({"teacher_guidance_scale": 5.0}, "the same `teacher_guidance_scale`"),
         ({"name": "CFG"}, "a row CFG, of which .*0 has no samples; it has .*base"),
-        (
-            {"name": "base #1", "point": "base", "training_seed": 1, "temperature": 0.5},
-            "further trainings .*temperature",
-        ),
+        ({"name": "base #1", "point": "base", "training_seed": 1}, "a row base #1, of which .*0 has no samples"),
         ({"name": "CFG #1", "point": "CFG", "training_seed": 1}, "a row CFG #1, of which .*0 has no samples"),
         ({"but_seed": "of other prompts"}, r"the same prompts, model, judges and lengths, .*'these', 'of other"),
     ],

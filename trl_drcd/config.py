@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
@@ -198,17 +198,18 @@ class CFGDistillDiversityConfig(RLOOConfig):
                 f"`negative_prompt={self.negative_prompt!r}` is taken literally as text; for the unconditional prompt "
                 "omit the argument, or write `null` in YAML"
             )
-        if self.diversity_credit == "sequence" and (unused := self._set_for_the_critic()):
+        if self.diversity_credit == "sequence" and (unused := self._unused_settings()):
             logger.warning(f"{unused} are settings of the critic, and not used with `diversity_credit='sequence'`")
         if self.bf16 is None and not self.fp16 and not self.use_cpu and not is_torch_bf16_gpu_available():
             self.bf16 = False  # TRL's default would be an error on a machine without a GPU
         super().__post_init__()
 
-    def _set_for_the_critic(self) -> str:
+    def _unused_settings(self) -> str:
         """Settings of the critic that are not at their defaults, for a message."""
-        names = [each for each in fields(self) if each.name in ("gae_lambda", "diversity_prefixes")]
-        changed = [each.name for each in names if getattr(self, each.name) != each.default]
-        return " and ".join(f"`{name}={getattr(self, name)}`" for name in changed)
+        given = [
+            each for each in ("gae_lambda", "diversity_prefixes") if getattr(self, each) != getattr(type(self), each)
+        ]
+        return " and ".join(f"`{each}={getattr(self, each)}`" for each in given)
 
     @property
     def early(self) -> EarlySteps | None:

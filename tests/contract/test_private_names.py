@@ -103,7 +103,7 @@ CONTRACT = {
         "_reorder_linear_weight": "self, batch_size=",
     },
     "torch": {"_C": "attribute"},
-    "torch._C": {"_are_functorch_transforms_active": "builtin"},
+    "torch._C": {"_are_functorch_transforms_active": "builtin", "_nn": "attribute"},
     "torch.distributed.distributed_c10d": {"_get_default_store": "", "_set_pg_timeout": "timeout, group="},
     "torch.distributed.fsdp.FSDPModule": {"_get_fsdp_state": "self"},
     "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState": {

@@ -102,9 +102,10 @@ def test_a_weight_that_changes_is_packed_anew(change):
         (torch.randn(8, 7).double(), torch.randn(5, 7).double(), None),
         (torch.randn(8, 7).bfloat16(), torch.randn(5, 7).bfloat16(), None),
         (torch.randn(8, 7), torch.randn(5, 7), torch.randn(1)),
+        (torch.randn(8, 7), torch.randn(0, 7), None),
         (torch.randn(8, 7), torch.randn(5, 7).as_subclass(type("Sharded", (torch.Tensor,), {})), None),
     ],
-    ids=["float64", "bfloat16", "a bias that is broadcast", "a subclass of Tensor"],
+    ids=["float64", "bfloat16", "a bias that is broadcast", "no outputs", "a subclass of Tensor"],
 )
 def test_others_are_multiplied_as_before(x, weight, bias):
     found, used = last_of(PackedProduct(), x, weight, bias)

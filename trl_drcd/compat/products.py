@@ -3,8 +3,9 @@ Float32 products on x86 processors, by whichever of torch's libraries is the fas
 
 torch multiplies by MKL, which on AMD processors does less than half of what they can (benchmarks/products.py). There
 oneDNN, which torch has too, takes its place: in [`linear`], and by [`fast_products`] in all models that compute inside
-of it. Both libraries have kernels for a weight that was rearranged before ([`pack`]). The choice depends on the
-processor alone, not on a measurement, so that runs on the same machine agree bit for bit.
+of it, where a product has the rows to be faster for it. Both libraries have kernels for a weight that was rearranged
+before ([`pack`]). The choice depends on processor and shapes, not on a measurement, so that runs on the same machine
+agree bit for bit.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
-torch_linear = torch.nn.functional.linear
+torch_linear = torch._C._nn.linear  # `torch.nn.functional.linear`, unless another library has replaced it
 LEAST_ROWS = 16  # of a product by oneDNN whose weight is not packed: with fewer MKL is as fast
 LEAST_ENTRIES = 4096  # of its weight: a smaller one takes less time than the way to oneDNN
 
@@ -99,23 +102,24 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         return _by_onednn(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
+        rows = grad.reshape(-1, grad.shape[-1])
         return (
             linear(grad, weight.t()) if of_x else None,
-            linear(rows.t(), x.flatten(0, -2).t()) if of_weight else None,
+            linear(rows.t(), x.reshape(-1, x.shape[-1]).t()) if of_weight else None,
             rows.sum(0) if of_bias else None,
         )
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is float32 on a CPU: not sharded, not quantised, not traced."""
+def is_plain(tensor: Any) -> bool:
+    """Whether a tensor is float32 on a CPU: not sharded, not quantised."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and tensor.dtype == torch.float32
@@ -129,15 +133,18 @@ def _fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> b
     return (
         not torch.compiler.is_compiling()
         and product_library() == "oneDNN"
-        and _is_plain(x)
-        and _is_plain(weight)
+        and bool(torch.backends.mkldnn.enabled)
+        and is_plain(x)
+        and is_plain(weight)
         and x.ndim > 1
         and weight.ndim == 2
         and x.shape[-1] == weight.shape[1]
         and x.shape[:-1].numel() >= LEAST_ROWS
         and weight.numel() >= LEAST_ENTRIES
-        and (bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1]))
+        and (bias is None or (is_plain(bias) and bias.shape == weight.shape[:1]))
         and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+        and not any(unpack_dual(each).tangent is not None for each in (x, weight, bias) if each is not None)
         and not torch._C._are_functorch_transforms_active()
     )
 
@@ -155,19 +162,26 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
         `torch.Tensor`: Shape `(..., out)`.
     """
     if not _fits(input, weight, bias):
-        return torch_linear(input, weight, bias)
+        plain = torch.nn.functional.linear
+        product: torch.Tensor = (torch_linear if plain is linear else plain)(input, weight, bias)
+        return product
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (input, weight, bias)):
-        product: torch.Tensor = _Linear.apply(input, weight, bias)
+        product = _Linear.apply(input, weight, bias)
         return product
     return _by_onednn(input, weight, bias)
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """`total += left @ right`, of matrices, without gradients; by oneDNN where that is faster."""
-    if _fits(left, right.t(), None) and not torch.is_grad_enabled():
+    alike = is_plain(total) and total.shape == (len(left), right.shape[1])
+    if alike and _fits(left, right.t(), None) and not torch.is_grad_enabled():
         total += _by_onednn(left, right.t())
     else:
         total.addmm_(left, right)
+
+
+_lock = Lock()
+_inside = 0  # contexts, of all threads
 
 
 @contextmanager
@@ -175,15 +189,22 @@ def fast_products() -> Iterator[None]:
     """
     Let `torch.nn.functional.linear`, which models call, be [`linear`] inside.
 
-    Enter it around forward and backward together: gradient checkpointing repeats the forward in the backward. Other
-    threads may multiply by it meanwhile, which changes no more than rounding. A `linear` that another library has put
-    in torch's place, as DeepSpeed does for ZeRO-3, stays.
+    Enter it around forward and backward together: gradient checkpointing repeats the forward in the backward. It holds
+    for all threads until the last has left. A `linear` that another library has put in torch's place, as DeepSpeed
+    does for ZeRO-3, stays. `torch.jit.script` cannot be called inside.
     """
-    if product_library() != "oneDNN" or torch.nn.functional.linear is not torch_linear:
+    global _inside
+    if product_library() != "oneDNN":
         yield
         return
-    torch.nn.functional.linear = linear
+    with _lock:
+        if not _inside and torch.nn.functional.linear is torch_linear:
+            torch.nn.functional.linear = linear
+        _inside += 1
     try:
         yield
     finally:
-        torch.nn.functional.linear = torch_linear
+        with _lock:
+            _inside -= 1
+            if not _inside and torch.nn.functional.linear is linear:
+                torch.nn.functional.linear = torch_linear

@@ -63,6 +63,7 @@ class Task:
         drawn (`str`): Digest of everything that its samples depend on.
         settings (`str`): Digest of everything that its metrics depend on.
         but_seed (`str`): The same without the seed and the batch size: of rows that are further samples of each other.
+        but_model (`str`): The same without the models too: of rows that are further trainings of each other.
         model_digest (`str`, *optional*): Digest of the weights of its model, if it is a single folder.
     """
 
@@ -70,6 +71,7 @@ class Task:
     drawn: str
     settings: str
     but_seed: str = ""
+    but_model: str = ""
     model_digest: str | None = None
 
     @property
@@ -108,6 +110,7 @@ class Task:
             passes_per_token=1 if row.guidance_scale == 1 else 2,
             settings=self.settings,
             but_seed=self.but_seed,
+            but_model=self.but_model,
             model_digest=self.model_digest,
         )
 
@@ -156,17 +159,14 @@ def plan(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction]) -
     further = further_end(args.model) if policy_class(args.model).rolls_out_with_trl else None
     tasks = []
     for row in rows:
-        drawn, alike = (
-            sampling_digest(row, args, held_out, digest, suppressed, further, seed) for seed in (True, False)
+        drawn, but_seed, but_model = (
+            sampling_digest(row, args, held_out, digest, suppressed, further, *counted)
+            for counted in ((True, True), (False, True), (False, False))
         )
+        settings, but_seed, but_model = (settings_digest([each, judged]) for each in (drawn, but_seed, but_model))
         name = row.models[0] if row.models else args.model
         one_folder = len(row.models) < 2 and Path(name).is_dir()
-        tasks.append(
-            Task(
-                row, drawn, settings_digest([drawn, judged]), settings_digest([alike, judged]),
-                weights(name) if one_folder else None,
-            )
-        )  # fmt: skip
+        tasks.append(Task(row, drawn, settings, but_seed, but_model, weights(name) if one_folder else None))
     return held_out, tasks
 
 
@@ -212,22 +212,25 @@ def sampling_digest(
     suppressed: list[int] | None = None,
     further_end: int | None = None,
     seed: bool = True,
+    models: bool = True,
 ) -> str:
     """
     Digest of everything that the samples of a row depend on; without `seed`, of everything that their distribution
-    depends on.
+    depends on; without `models`, but for the models of the row.
 
     Models count by content, not by name, and models of weight 0 are left out, so that the end of a sweep of lambda
     has the digest of the model itself.
     """
     mixed = zip(row.models, row.weights, strict=True)
-    models = [digest(args.model), *((digest(name), weight) for name, weight in mixed if weight and name != BASE)]
+    ends = [digest(args.model), *((digest(name), weight) for name, weight in mixed if weight and name != BASE)]
+    if not models:
+        ends = [digest(args.model), row.weights]
     guided = row.guidance_scale != 1
     guidance = [row.guidance_scale, row.negative_prompt] if guided else None
     how: list[object] = [args.samples_per_prompt, args.max_new_tokens, args.dtype]
     if seed:
         how = [args.samples_per_prompt, args.max_new_tokens, args.batch_size, args.dtype, args.seed]
-    settings: list[object] = [models, [row.temperature, guidance], how, held_out.prompts]
+    settings: list[object] = [ends, [row.temperature, guidance], how, held_out.prompts]
     if row.early is not None:
         settings.append({"early": [row.early_steps, row.early_guidance_scale]})
     if guided and held_out.negative_prompts:

@@ -22,10 +22,12 @@ class Point(Result):
 
     Args:
         runs (`int`): `R`, the number of rows.
+        training_seeds (`tuple[int, ...]`): Their training seeds, in order; empty if they have none.
         values (`dict`): Metric to its values, shape `(R, P)`, for metrics with values per prompt in all rows.
     """
 
     runs: int = 1
+    training_seeds: tuple[int, ...] = ()
     values: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -104,6 +106,9 @@ def of_training_seed(results: Iterable[Result], seed: int | None) -> list[Result
 
 
 def _pool(name: str, lines: Sequence[Result]) -> Point:
+    seeds = [line.training_seed for line in lines if line.training_seed is not None]
+    if len(seeds) == len(lines):  # points are paired training by training
+        lines = sorted(lines, key=lambda line: line.training_seed or 0)
     first = lines[0]
     by_prompt = [key for key in first.per_prompt if all(key in line.per_prompt for line in lines)]
     values = {key: np.array([line.per_prompt[key] for line in lines]) for key in by_prompt}
@@ -114,7 +119,8 @@ def _pool(name: str, lines: Sequence[Result]) -> Point:
             for key in metrics
         }
     kept = {one.name: getattr(first, one.name) for one in fields(Result)}
-    return Point(**kept | {"name": name, "metrics": metrics}, runs=len(lines), values=values)
+    own = {"name": name, "metrics": metrics, "runs": len(lines), "training_seeds": tuple(sorted(seeds))}
+    return Point(**kept | own, values=values)
 
 
 def _mean_of(values: np.ndarray) -> Interval:
@@ -142,16 +148,31 @@ NORMAL = 1.959964
 # ---------------------------------------------------------------- comparisons
 
 
+def _check_pairs(points: Sequence[Point]) -> None:
+    known: dict[int, Point] = {}
+    for point in points:
+        other = known.setdefault(point.runs, point) if point.runs > 1 else point
+        if other.training_seeds != point.training_seeds:
+            raise ValueError(
+                f"{other.name} and {point.name} have the same number of trainings, by which they are paired, but not "
+                f"the same ones: {list(other.training_seeds)} and {list(point.training_seeds)}"
+            )
+
+
 class Comparison:
     """
     Compares statistics of points on the same prompts, replicate by replicate.
 
     Args:
         points (`Sequence[Point]`): At least one.
+
+    Raises:
+        ValueError: If two points have the same number of trainings, by which they are paired, but not the same ones.
     """
 
     def __init__(self, points: Sequence[Point]) -> None:
         self.points = list(points)
+        _check_pairs(self.points)
         self.resampling = Resampling.of(next(iter(point.values.values())) for point in self.points)
         self._means: dict[tuple[str, str], np.ndarray] = {}
 

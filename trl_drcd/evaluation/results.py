@@ -27,7 +27,7 @@ from trl_drcd.files import remove_temporaries, write_text
 USUAL_TEMPERATURE = 0.99
 """Default sampling temperature, as in the paper."""
 FULL, FORBIDDEN = {errno.ENOSPC, errno.EDQUOT}, {errno.EROFS, errno.EACCES, errno.EPERM}
-LATER = ("checkpoint", "negative_prompt", "teacher_negative_prompt", "but_seed", "model_digest")
+LATER = ("checkpoint", "negative_prompt", "teacher_negative_prompt", "but_seed", "but_model", "model_digest")
 """Fields that earlier versions did not have; `None` is not written."""
 RESULTS_HELP = (
     "results.jsonl, and others with further samples of its rows (`trl-drcd evaluate --seed 1`) or further trainings "
@@ -70,6 +70,7 @@ class Result:
         samples (`str`): Name of the folder of the kept samples in `samples/`.
         settings (`str`): Digest of everything that the metrics depend on.
         but_seed (`str`, *optional*): The same without the seed; of further samples of a row it is that of the row.
+        but_model (`str`, *optional*): The same without seed and models; of further trainings it is that of the point.
         model_digest (`str`, *optional*): Digest of the model's weights; of interpolations there is none.
         omega (`float`, *optional*): `quality = omega * adherence + preference`; `None` if quality is adherence.
         more (`dict`): Fields of other versions of this package.
@@ -101,6 +102,7 @@ class Result:
     samples: str = ""
     settings: str = ""
     but_seed: str | None = None
+    but_model: str | None = None
     model_digest: str | None = None
     omega: float | None = None
     more: dict[str, Any] = field(default_factory=dict)
@@ -178,18 +180,46 @@ def read_results(file: str | Path, *more: str | Path) -> list[Result]:
     names = [row.name for row in rows]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"{file} has two rows {twice}, so it is not clear of which there are further samples")
-    first_of = {row.point: row for row in reversed(rows)}
     drawn = {row.name: [row] for row in rows}
     for name, further in zip(more, others, strict=True):
         for row in further:
             if row.name in drawn:
                 drawn[row.name].append(row)
-            elif row.training_seed is not None and row.point in first_of:
-                _check_settings(first_of[row.point], row, "further trainings", [*SETTINGS[:1], *SETTINGS[2:]])
-                drawn[row.name] = [row]
-            else:
+                continue
+            trainings = [each[0] for each in drawn.values() if each[0].point == row.point]
+            if row.training_seed is None or not trainings or trainings[0].training_seed is None:
                 raise ValueError(f"{name} has a row {row.name}, of which {file} has no samples; it has {names}")
+            drawn[row.name] = [_further_training(row, trainings)]
     return [joined(each) for each in drawn.values()]
+
+
+def _further_training(row: Result, trainings: Sequence[Result]) -> Result:
+    """
+    The row, if it is another training of the same point; without `quality` if its weights of the terms are others.
+
+    Raises:
+        ValueError: If it was sampled or measured otherwise, or is one of the `trainings` under another number.
+    """
+    first = trainings[0]
+    _check_settings(first, row, "further trainings", sorted({*SETTINGS, "diversity_coef"} - {"model"}))
+    if None in (first.but_model, row.but_model):
+        logger.warning(f"{row.name}: rows of an earlier version do not tell whether their prompts are the same")
+    elif first.but_model != row.but_model:
+        raise ValueError(
+            f"{row.name}: further trainings must have the same prompts, judges and lengths, but the digests of these "
+            f"differ: {first.but_model}, {row.but_model}"
+        )
+    for other in trainings:
+        digests = other.model_digest, row.model_digest
+        same_model = (other.model, other.weights) == (row.model, row.weights)
+        if same_model if None in digests else digests[0] == digests[1]:
+            raise ValueError(f"{row.name} is the model of {other.name} once more; leave one of them out")
+    if row.omega == first.omega:
+        return row
+    metrics = {name: one for name, one in row.metrics.items() if name != "quality"}
+    return replace(
+        row, metrics=metrics, per_prompt={name: one for name, one in row.per_prompt.items() if name != "quality"}
+    )
 
 
 def joined(rows: Sequence[Result]) -> Result:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from trl_drcd.compat.products import linear, pack, packed_product, product_library
+from trl_drcd.compat.products import is_plain, linear, pack, packed_product, product_library
 from trl_drcd.heads import Head
 
 # Packing a weight takes as long as 2 to 15 products. It pays from 8 rows, once their number lasts: in a batch whose
@@ -25,13 +25,6 @@ LEAST_ROWS = 8
 LASTING = 12  # products with the same weight and number of rows, after which it is packed
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 MOST_WEIGHTS = 2**29  # of a model's layers together, and of its head (2 GiB each): packed weights are held twice
-
-
-def _is_plain(weight: Any) -> bool:
-    """Whether a weight is a float32 matrix of a CPU: not sharded, not quantised, not on another device."""
-    return type(weight) in (torch.Tensor, torch.nn.Parameter) and (
-        (weight.device.type, weight.dtype, weight.ndim) == ("cpu", torch.float32, 2)
-    )
 
 
 class PackedProduct:
@@ -64,7 +57,9 @@ class PackedProduct:
         if (
             rows < LEAST_ROWS
             or x.dtype != torch.float32
-            or not _is_plain(weight)
+            or not is_plain(weight)
+            or weight.ndim != 2
+            or not weight.numel()
             or x.shape[-1] != weight.shape[1]
             or (bias is not None and bias.shape != weight.shape[:1])
             or torch.is_autocast_enabled("cpu")
@@ -112,8 +107,8 @@ def packed_weights(model: torch.nn.Module) -> Iterator[None]:
     """
     Let the linear layers of a model compute with packed weights, by a `forward` of each layer's own.
 
-    Weights that change inside are packed anew; what cannot be packed is computed as before. With more than
-    `MOST_WEIGHTS` weights in these layers none is packed.
+    Weights that change inside are packed anew, if torch counts the change (as it does not through `.data`); what
+    cannot be packed is computed as before. With more than `MOST_WEIGHTS` weights in these layers none is packed.
 
     Args:
         model (`torch.nn.Module`): Layers that have a `forward` of their own already keep it.
@@ -121,7 +116,7 @@ def packed_weights(model: torch.nn.Module) -> Iterator[None]:
     layers: list[Any] = [
         module
         for module in model.modules()
-        if type(module) is torch.nn.Linear and "forward" not in vars(module) and _is_plain(module.weight)
+        if type(module) is torch.nn.Linear and "forward" not in vars(module) and is_plain(module.weight)
     ]
     packs = product_library() is not None and sum(layer.weight.numel() for layer in layers) <= MOST_WEIGHTS
     if not packs and product_library() != "oneDNN":
