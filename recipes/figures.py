@@ -29,7 +29,10 @@ OURS = {
         tuple(f"results/music/{name}/results.jsonl" for name in ("means", "pairs/seed1", "means/seed1")),
         "results/music/trajectories/results.jsonl",
     ),
-    "text": (("results/text/study/results.jsonl", "results/text/study/seed1/results.jsonl"), None),
+    "text": (
+        tuple(f"results/text/study{name}/results.jsonl" for name in ("", "/seed1", "/trainings")),
+        None,
+    ),
 }
 """Of each world: the evaluation, with further samples, and that of the checkpoints of trainings."""
 CAPTIONS = {

@@ -148,39 +148,27 @@ NORMAL = 1.959964
 # ---------------------------------------------------------------- comparisons
 
 
-def _check_pairs(points: Sequence[Point]) -> None:
-    known: dict[int, Point] = {}
-    for point in points:
-        other = known.setdefault(point.runs, point) if point.runs > 1 else point
-        if other.training_seeds != point.training_seeds:
-            raise ValueError(
-                f"{other.name} and {point.name} have the same number of trainings, by which they are paired, but not "
-                f"the same ones: {list(other.training_seeds)} and {list(point.training_seeds)}"
-            )
-
-
 class Comparison:
     """
     Compares statistics of points on the same prompts, replicate by replicate.
 
     Args:
         points (`Sequence[Point]`): At least one.
-
-    Raises:
-        ValueError: If two points have the same number of trainings, by which they are paired, but not the same ones.
     """
 
     def __init__(self, points: Sequence[Point]) -> None:
         self.points = list(points)
-        _check_pairs(self.points)
-        self.resampling = Resampling.of(next(iter(point.values.values())) for point in self.points)
+        self.resampling = Resampling.of(
+            [next(iter(point.values.values())) for point in self.points],
+            [point.training_seeds for point in self.points],
+        )
         self._means: dict[tuple[str, str], np.ndarray] = {}
 
     def means(self, point: Point, metric: str) -> np.ndarray:
         """Mean of a metric of a point, followed by its replicates, `(replicates,)`."""
         key = point.name, metric
         if key not in self._means:
-            self._means[key] = self.resampling.means(point.values[metric])
+            self._means[key] = self.resampling.means(point.values[metric], point.training_seeds)
         return self._means[key]
 
     def curve(self, points: Sequence[Point], *metrics: str) -> np.ndarray:

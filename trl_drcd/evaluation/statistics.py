@@ -148,40 +148,62 @@ def variance_of(values: np.ndarray) -> float:
     return float(np.var(values, ddof=1) / len(values))
 
 
+TrainingSeeds = int | tuple[int, ...]
+"""`n` for the training seeds 0 to n - 1, else the seeds."""
+
+
+def _set_of(count: int, trainings: Sequence[int]) -> TrainingSeeds:
+    own = tuple(trainings)
+    return count if not own or own == tuple(range(count)) else own
+
+
+def _count(seeds: TrainingSeeds) -> int:
+    return seeds if isinstance(seeds, int) else len(seeds)
+
+
 @dataclass(frozen=True)
 class Resampling:
     """
     Resampling plan for statistics of several models: bootstrap draws of the prompts and, with several training seeds,
     jackknife replicates that leave out one prompt or one seed.
 
-    Models with the same number of training seeds share them: leaving out the first seed of one leaves out the first of
-    the others.
+    Models with the same training seeds share them: leaving out the first seed of one leaves out the first of the
+    others. Models with other seeds, or another number of them, are independent trainings.
 
     Args:
         prompts (`int`): `P`, the same prompts for all models.
-        seeds (`tuple[int, ...]`): The distinct numbers of training seeds above 1 that occur.
+        seeds (`tuple`): The sets of more than one training seed that occur: `n` for 0 to n - 1, else a tuple.
         resamples (`int`, *optional*, defaults to 2000): Bootstrap draws.
         seed (`int`, *optional*, defaults to 0): Random seed of the draws.
     """
 
     prompts: int
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[TrainingSeeds, ...] = ()
     resamples: int = RESAMPLES
     seed: int = 0
 
     @classmethod
-    def of(cls, values: Iterable[np.ndarray]) -> Resampling:
+    def of(cls, values: Iterable[np.ndarray], trainings: Iterable[Sequence[int]] = ()) -> Resampling:
         """
         The plan for models with these values of a metric, each of shape `(R, P)`.
+
+        Args:
+            values (`Iterable[np.ndarray]`): Of each model.
+            trainings (`Iterable[Sequence[int]]`, *optional*): The training seeds of each model, `R` or none at all; 0
+                to R - 1 if not given.
 
         Raises:
             ValueError: If `values` is empty, one has another shape, the models differ in their number of prompts, or
                 there are several training seeds but only one prompt.
         """
-        shapes = {np.shape(value) for value in values}
+        found = [np.shape(value) for value in values]
+        shapes = set(found)
         if any(len(shape) != 2 or 0 in shape for shape in shapes) or len({shape[-1] for shape in shapes}) != 1:
             raise ValueError(f"`values` must have shapes (R, P) with one P and none of them 0, got {sorted(shapes)}")
-        ((_, prompts), *_), seeds = shapes, tuple(sorted({shape[0] for shape in shapes} - {1}))
+        ((_, prompts), *_) = shapes
+        given = list(trainings) or [()] * len(found)
+        sets = {_set_of(shape[0], own) for shape, own in zip(found, given, strict=True) if shape[0] > 1}
+        seeds = tuple(sorted(sets, key=lambda one: (_count(one), str(one))))
         if seeds and prompts < 2:
             raise ValueError(f"`values` must have at least 2 prompts if there are training seeds, got {prompts}")
         return cls(prompts, seeds)
@@ -189,14 +211,15 @@ class Resampling:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Replicates of each kind: the statistic itself, bootstrap draws, prompts left out, seeds left out."""
-        return (1, self.resamples, *((self.prompts, *self.seeds) if self.seeds else ()))
+        return (1, self.resamples, *((self.prompts, *map(_count, self.seeds)) if self.seeds else ()))
 
-    def means(self, values: ArrayLike) -> np.ndarray:
+    def means(self, values: ArrayLike, trainings: Sequence[int] = ()) -> np.ndarray:
         """
         The mean over training seeds and prompts, followed by its replicates.
 
         Args:
             values (array): Shape `(R, P)`; values that are not finite are ignored.
+            trainings (`Sequence[int]`, *optional*): Their training seeds; 0 to R - 1 if not given.
 
         Returns:
             `np.ndarray`: Shape `(sum(sizes),)`, in the order of [`sizes`].
@@ -205,7 +228,8 @@ class Resampling:
             ValueError: If `values` has another shape.
         """
         given = np.asarray(values, dtype=np.float64)
-        if given.ndim != 2 or given.shape[1] != self.prompts or given.shape[0] not in (1, *self.seeds):
+        own = _set_of(len(given), trainings)
+        if given.ndim != 2 or given.shape[1] != self.prompts or own not in (1, *self.seeds):
             raise ValueError(
                 f"`values` must have shape (R, {self.prompts}) with R in {[1, *self.seeds]}, got {given.shape}"
             )
@@ -216,8 +240,10 @@ class Resampling:
             of_seeds = (times @ np.where(known, given, 0).T) / (times @ known.T)  # (replicates, R)
         means = [of_seeds.mean(1)]
         for seeds in self.seeds:
-            own = len(given) == seeds
-            means.append(np.array([np.delete(of_seeds[0], r).mean() if own else means[0][0] for r in range(seeds)]))
+            left_out = [
+                np.delete(of_seeds[0], r).mean() if own == seeds else means[0][0] for r in range(_count(seeds))
+            ]
+            means.append(np.array(left_out))
         return np.concatenate(means)
 
     def interval(self, replicates: np.ndarray, level: float = LEVEL) -> Interval:
