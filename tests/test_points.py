@@ -72,6 +72,10 @@ def test_trainings_are_paired_by_their_numbers():
         assert interval["mean"] == pytest.approx(0.2, abs=1e-6)
         widths.append(interval["high"] - interval["low"])
     assert widths[0] == pytest.approx(widths[1]) and widths[0] < 0.01  # a training differs from the next by 0.1
+    alone = pooled([trained[3], trained[7]])  # one training of each, number 3
+    assert Comparison(alone).interval(Comparison(alone).difference(*reversed(alone), "adherence"))["high"] < 0.21
+    unknown = pooled([*trained[:2], replace(trained[2], training_seed=None)])  # of an earlier version
+    assert unknown[0].training_seeds == () and np.isfinite(Comparison(unknown).means(unknown[0], "adherence")).all()
     ours, theirs = pooled([*trained[:3], *trained[4:6], trained[7]])
     comparison = Comparison([ours, theirs])  # 0, 1, 2 and 0, 1, 3: independent trainings
     interval = comparison.interval(comparison.difference(theirs, ours, "adherence"))

@@ -106,9 +106,11 @@ def of_training_seed(results: Iterable[Result], seed: int | None) -> list[Result
 
 
 def _pool(name: str, lines: Sequence[Result]) -> Point:
-    seeds = [line.training_seed for line in lines if line.training_seed is not None]
+    seeds = tuple(sorted(line.training_seed for line in lines if line.training_seed is not None))
     if len(seeds) == len(lines):  # points are paired training by training
         lines = sorted(lines, key=lambda line: line.training_seed or 0)
+    else:
+        seeds = ()
     first = lines[0]
     by_prompt = [key for key in first.per_prompt if all(key in line.per_prompt for line in lines)]
     values = {key: np.array([line.per_prompt[key] for line in lines]) for key in by_prompt}
@@ -119,7 +121,7 @@ def _pool(name: str, lines: Sequence[Result]) -> Point:
             for key in metrics
         }
     kept = {one.name: getattr(first, one.name) for one in fields(Result)}
-    own = {"name": name, "metrics": metrics, "runs": len(lines), "training_seeds": tuple(sorted(seeds))}
+    own = {"name": name, "metrics": metrics, "runs": len(lines), "training_seeds": seeds}
     return Point(**kept | own, values=values)
 
 

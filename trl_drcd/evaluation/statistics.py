@@ -154,7 +154,7 @@ TrainingSeeds = int | tuple[int, ...]
 
 def _set_of(count: int, trainings: Sequence[int]) -> TrainingSeeds:
     own = tuple(trainings)
-    return count if not own or own == tuple(range(count)) else own
+    return count if count == 1 or not own or own == tuple(range(count)) else own
 
 
 def _count(seeds: TrainingSeeds) -> int:
