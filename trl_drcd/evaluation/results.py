@@ -180,7 +180,7 @@ def read_results(file: str | Path, *more: str | Path) -> list[Result]:
     names = [row.name for row in rows]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"{file} has two rows {twice}, so it is not clear of which there are further samples")
-    drawn = {row.name: [row] for row in rows}
+    drawn, untold = {row.name: [row] for row in rows}, list[str]()
     for name, further in zip(more, others, strict=True):
         for row in further:
             if row.name in drawn:
@@ -190,6 +190,13 @@ def read_results(file: str | Path, *more: str | Path) -> list[Result]:
             if row.training_seed is None or not trainings or trainings[0].training_seed is None:
                 raise ValueError(f"{name} has a row {row.name}, of which {file} has no samples; it has {names}")
             drawn[row.name] = [_further_training(row, trainings)]
+            if None in (row.but_model, trainings[0].but_model):
+                untold.append(row.name)
+    if untold:
+        logger.warning(
+            f"{untold[0]} and {len(untold) - 1} others: rows of an earlier version do not tell whether their prompts "
+            "are the same"
+        )
     return [joined(each) for each in drawn.values()]
 
 
@@ -202,9 +209,7 @@ def _further_training(row: Result, trainings: Sequence[Result]) -> Result:
     """
     first = trainings[0]
     _check_settings(first, row, "further trainings", sorted({*SETTINGS, "diversity_coef"} - {"model"}))
-    if None in (first.but_model, row.but_model):
-        logger.warning(f"{row.name}: rows of an earlier version do not tell whether their prompts are the same")
-    elif first.but_model != row.but_model:
+    if None not in (first.but_model, row.but_model) and first.but_model != row.but_model:
         raise ValueError(
             f"{row.name}: further trainings must have the same prompts, judges and lengths, but the digests of these "
             f"differ: {first.but_model}, {row.but_model}"
