@@ -128,21 +128,29 @@ def is_plain(tensor: Any) -> bool:
     )
 
 
-def _fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether oneDNN does the product, and is the faster for it; where an argument is wrong, torch says so."""
+def is_plain_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether all [`is_plain`] and of sizes that fit, outside of autocast; where one is wrong, torch says so."""
     return (
-        not torch.compiler.is_compiling()
-        and product_library() == "oneDNN"
-        and bool(torch.backends.mkldnn.enabled)
-        and is_plain(x)
+        is_plain(x)
         and is_plain(weight)
         and x.ndim > 1
         and weight.ndim == 2
         and x.shape[-1] == weight.shape[1]
-        and x.shape[:-1].numel() >= LEAST_ROWS
-        and weight.numel() >= LEAST_ENTRIES
+        and weight.numel() > 0
         and (bias is None or (is_plain(bias) and bias.shape == weight.shape[:1]))
         and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether oneDNN does the product, and is the faster for it."""
+    return (
+        not torch.compiler.is_compiling()
+        and product_library() == "oneDNN"
+        and bool(torch.backends.mkldnn.enabled)
+        and is_plain_product(x, weight, bias)
+        and x.shape[:-1].numel() >= LEAST_ROWS
+        and weight.numel() >= LEAST_ENTRIES
         and not torch.jit.is_tracing()
         and not any(unpack_dual(each).tangent is not None for each in (x, weight, bias) if each is not None)
         and not torch._C._are_functorch_transforms_active()

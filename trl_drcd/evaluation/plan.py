@@ -222,15 +222,15 @@ def sampling_digest(
     has the digest of the model itself.
     """
     mixed = zip(row.models, row.weights, strict=True)
-    ends = [digest(args.model), *((digest(name), weight) for name, weight in mixed if weight and name != BASE)]
-    if not models:
-        ends = [digest(args.model), row.weights]
+    ends: list[object] = [row.weights]
+    if models:
+        ends = [(digest(name), weight) for name, weight in mixed if weight and name != BASE]
     guided = row.guidance_scale != 1
     guidance = [row.guidance_scale, row.negative_prompt] if guided else None
     how: list[object] = [args.samples_per_prompt, args.max_new_tokens, args.dtype]
     if seed:
         how = [args.samples_per_prompt, args.max_new_tokens, args.batch_size, args.dtype, args.seed]
-    settings: list[object] = [ends, [row.temperature, guidance], how, held_out.prompts]
+    settings: list[object] = [[digest(args.model), *ends], [row.temperature, guidance], how, held_out.prompts]
     if row.early is not None:
         settings.append({"early": [row.early_steps, row.early_guidance_scale]})
     if guided and held_out.negative_prompts:

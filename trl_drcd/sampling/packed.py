@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from trl_drcd.compat.products import is_plain, linear, pack, packed_product, product_library
+from trl_drcd.compat.products import is_plain, is_plain_product, linear, pack, packed_product, product_library
 from trl_drcd.heads import Head
 
 # Packing a weight takes as long as 2 to 15 products. It pays from 8 rows, once their number lasts: in a batch whose
 # sequences end one after another it changes often
 LEAST_ROWS = 8
 LASTING = 12  # products with the same weight and number of rows, after which it is packed
-Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 MOST_WEIGHTS = 2**29  # of a model's layers together, and of its head (2 GiB each): packed weights are held twice
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 class PackedProduct:
@@ -54,17 +54,7 @@ class PackedProduct:
             `torch.Tensor`: Shape `(..., out)`.
         """
         rows = x.shape[:-1].numel()
-        if (
-            rows < LEAST_ROWS
-            or x.dtype != torch.float32
-            or not is_plain(weight)
-            or weight.ndim != 2
-            or not weight.numel()
-            or x.shape[-1] != weight.shape[1]
-            or (bias is not None and bias.shape != weight.shape[:1])
-            or torch.is_autocast_enabled("cpu")
-            or torch.is_grad_enabled()
-        ):
+        if rows < LEAST_ROWS or torch.is_grad_enabled() or not is_plain_product(x, weight, bias):
             return linear(x, weight, bias)
         key = rows, id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version
         if key != self._key:
