@@ -35,7 +35,7 @@ from trl_drcd.validation.messages import one_line_errors
 
 DIVERSITIES = ("diversity", "diversity_second")  # rewarded, and not
 MARGIN = 0.01  # of H3
-MERGES, BETWEEN, ENDS = "LERP", "between", ("quality", "rewarded")
+MERGES, BETWEEN, ENDS, HEATED = "LERP", "between", ("quality", "rewarded"), "heated quality"
 MAIN = ("H1: merges at the base's diversity - base", "H2: mean height of merges")
 
 
@@ -54,8 +54,9 @@ class Study(Comparison):
     def __init__(self, points: list[Point], diversity: str) -> None:
         super().__init__(points)
         self.metrics = diversity, "adherence"
+        self.by_strategy = by_strategy(points)
         self.guidance = guidance_curve(points)
-        self.merges = sorted(by_strategy(points).get(MERGES, []), key=lambda_of)
+        self.merges = sorted(self.by_strategy.get(MERGES, []), key=lambda_of)
         self.by_name = {point.name: point for point in points}
         if len(self.guidance) < 2 or "base" not in self.by_name:
             raise ValueError(f"the results need `base` and two guidance scales, got {list(self.by_name)}")
@@ -96,6 +97,8 @@ class Study(Comparison):
                 found[f"H4: height of {soup.name} - height of {end}"] = self.height(soup) - self.height(
                     self.by_name[end]
                 )
+        if heated := self.by_strategy.get(HEATED):
+            found[f"H5: mean height of {HEATED}"] = np.mean([self.height(point) for point in heated], 0)
         return found
 
 
