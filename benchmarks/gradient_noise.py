@@ -8,7 +8,8 @@ Measured over groups of different prompts:
 - noise: the trace of the covariance, `mean |g_p|^2 - signal`;
 - SNR: signal over the noise of the mean of the groups in 128 sequences;
 - cosine: between the means of this estimator and of the unbiased one with least noise, the critic with most
-  prefixes and `gae_lambda` 1.
+  prefixes and `gae_lambda` 1;
+- gain: SNR over that of `sequence`, whose signal is that of the unbiased one too: their means are the same.
 
 Standard errors are jackknife estimates over groups. Estimators: `sequence`, one advantage for all tokens of a
 completion; `critic M L`, from `trl_drcd.critic` with M prefixes and `gae_lambda` L, with a critic fitted, rollout by
@@ -322,23 +323,23 @@ def unbiased_of(kernel: str, names: list[str]) -> str | None:
 
 def statistics(found: list[dict[str, Any]], size: int) -> dict[str, dict[str, float]]:
     """Rows of the table by estimator."""
+    sketches = {name: torch.stack([f[name]["sketch"] for f in found]).double() for name in found[0]}
+    signals = {name: pair_means(sketch, sketch) for name, sketch in sketches.items()}
+    noises = {}
+    for name, signal in signals.items():
+        total, rest = leave_one_out(torch.tensor([f[name]["square"] for f in found], dtype=torch.float64))
+        noises[name] = torch.cat([total[None] / len(found), rest / (len(found) - 1)]) - signal
     rows = {}
-    for name in found[0]:
-        sketches = torch.stack([f[name]["sketch"] for f in found]).double()
-        squares = torch.tensor([f[name]["square"] for f in found], dtype=torch.float64)
-        signal = pair_means(sketches, sketches)
-        total, rest = leave_one_out(squares)
-        mean_square = torch.cat([total[None] / len(found), rest / (len(found) - 1)])
-        noise = mean_square - signal
-        row = dict(zip(("noise", "noise se"), with_error(noise), strict=True))
-        row |= dict(zip(("signal", "signal se"), with_error(signal), strict=True))
-        row |= dict(zip(("SNR", "SNR se"), with_error(signal / noise * 128 / size), strict=True))
-        kernel = kernel_of(name)
-        if unbiased := unbiased_of(kernel, list(found[0])):
-            other = torch.stack([f[unbiased]["sketch"] for f in found]).double()
-            scale = (signal * pair_means(other, other)).clamp(min=1e-30).sqrt()
-            row |= dict(zip(("cosine", "cosine se"), with_error(pair_means(sketches, other) / scale), strict=True))
-        rows[name] = row
+    for name, signal in signals.items():
+        values = {"noise": noises[name], "signal": signal, "SNR": signal / noises[name] * 128 / size}
+        if unbiased := unbiased_of(kernel_of(name), list(found[0])):
+            scale = (signal * signals[unbiased]).clamp(min=1e-30).sqrt()
+            values["cosine"] = pair_means(sketches[name], sketches[unbiased]) / scale
+        if unbiased and kernel_of(name) == "pairs" and "sequence" in found[0] and name != "distillation":
+            values["gain"] = signal / noises[name] / (signals[unbiased] / noises["sequence"])
+        rows[name] = {}
+        for key, value in values.items():
+            rows[name] |= dict(zip((key, f"{key} se"), with_error(value), strict=True))
     return rows
 
 
