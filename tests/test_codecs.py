@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trl_drcd.audio import MusicEmbedder
-from trl_drcd.audio.codecs import SpectralCodec, fit_codebooks, mel_matrix, nearest
+from trl_drcd.audio.codecs import SpectralCodec, fit_codebooks, mel_matrix, nearest, overlap_add
 
 K, C, MELS = 2, 8, 32
 
@@ -70,6 +70,35 @@ def test_a_tone_survives_the_round_trip():
     spectrum = torch.fft.rfft(decoded[0] * torch.hann_window(16000)).abs()
     assert abs(int(spectrum.argmax()) - 440) <= 8  # Hz; a mel band is 24 Hz wide there
     assert abs(float(decoded.square().mean().sqrt() / waveform.square().mean().sqrt()) - 1) < 0.2
+
+
+@pytest.mark.parametrize(("size", "hop", "count"), [(8, 3, 5), (6, 2, 4), (5, 4, 3), (7, 6, 1)])
+def test_overlap_add_sums_shifted_frames(size, hop, count):
+    frames = torch.randn(2, count, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total = torch.zeros(2, (count - 1) * hop + size, dtype=torch.float64)
+    for number in range(count):
+        total[:, number * hop : number * hop + size] += frames[:, number]
+    torch.testing.assert_close(overlap_add(frames, hop), total)
+
+
+@pytest.mark.parametrize(("n_fft", "hop"), [(2048, 640), (512, 128), (256, 100), (64, 63)])
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_decoding_is_griffin_lim_with_the_transforms_of_torch(n_fft, hop, iterations):
+    mels = n_fft // 16
+    codec = SpectralCodec(torch.randn(1, C, mels, generator=torch.Generator().manual_seed(0)), 0, 16000, n_fft, hop)
+    codes = torch.arange(12).view(2, 6, 1) % C
+    window, start = codec.window.double(), torch.rand(n_fft // 2 + 1, 1, generator=torch.Generator().manual_seed(0))
+    mel = (codec.decode_log_mel(codes).exp() - codec.floor).clamp(min=0)
+    magnitude = (mel @ codec.mel_inverse).clamp(min=0).mT[..., [0, 1, 2, 3, 4, 5, 5]].double()
+    turns = start + torch.arange(n_fft // 2 + 1)[:, None] * torch.arange(7) * (hop / n_fft)
+    angles, previous = torch.polar(torch.ones_like(magnitude), 2 * math.pi * turns.double().expand_as(magnitude)), 0
+    for number in range(iterations + 1):
+        expected = torch.istft(magnitude * angles, n_fft, hop, window=window, length=6 * hop)
+        if number < iterations:
+            rebuilt = torch.stft(expected, n_fft, hop, window=window, pad_mode="constant", return_complex=True)
+            angles = torch.sgn(rebuilt - previous * (0.99 / 1.99))
+            previous = rebuilt
+    torch.testing.assert_close(codec.decode_codes(codes, iterations), expected.float().clamp(-1, 1), atol=1e-3, rtol=0)
 
 
 def test_decoding_is_deterministic_and_the_same_in_a_batch(codec):
@@ -158,6 +187,18 @@ def test_files(codec, tmp_path):
 def test_bad_codes_are_refused(codec, codes, message):
     with pytest.raises(ValueError, match=message):
         codec.decode_codes(codes)
+
+
+@pytest.mark.parametrize(
+    ("n_fft", "hop", "message"),
+    [
+        (640, 640, "`hop_length=640`; it must be less than `n_fft`, 640"),  # gaps between the windows
+        (255, 100, "`n_fft=255`; it must be even"),
+    ],
+)
+def test_bad_windows_are_refused(n_fft, hop, message):
+    with pytest.raises(ValueError, match=message):
+        SpectralCodec(torch.zeros(1, 1, 16), n_fft=n_fft, hop_length=hop)
 
 
 def test_bad_waveform_is_refused(codec):

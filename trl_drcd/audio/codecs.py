@@ -66,6 +66,10 @@ class SpectralCodec(nn.Module):
         for name, value in {"sampling_rate": sampling_rate, "n_fft": n_fft, "hop_length": hop_length}.items():
             if value < 1:
                 raise ValueError(f"the codec has `{name}={value}`; it must be a positive integer")
+        if n_fft % 2:
+            raise ValueError(f"the codec has `n_fft={n_fft}`; it must be even")
+        if hop_length >= n_fft:
+            raise ValueError(f"the codec has `hop_length={hop_length}`; it must be less than `n_fft`, {n_fft}")
         self.num_codebooks, self.codebook_size, self.num_mels = codebooks.shape
         self.first_token_id, self.sampling_rate, self.n_fft = first_token_id, sampling_rate, n_fft
         self.hop_length, self.floor, self.iterations = hop_length, floor, iterations
@@ -130,9 +134,9 @@ class SpectralCodec(nn.Module):
         if codes.min() < 0 or codes.max() >= self.codebook_size:
             raise ValueError(f"`codes` must be in 0..{self.codebook_size - 1}, got {codes.min()}..{codes.max()}")
         mel = (self.decode_log_mel(codes.to(self.window.device).long()).exp() - self.floor).clamp_min(0)
-        magnitude = (mel @ self.mel_inverse).clamp_min(0).transpose(1, 2)
+        magnitude = (mel @ self.mel_inverse).clamp_min(0)
         # The frame after the last one is not coded; repeat the last, or the end would fade out over half a window.
-        magnitude = torch.cat([magnitude, magnitude[..., -1:]], -1)
+        magnitude = torch.cat([magnitude, magnitude[:, -1:]], 1)
         # On a CPU, four clips at a time: larger temporaries are mapped again in each iteration, which doubles the
         # time.
         size = 4 if magnitude.device.type == "cpu" else max(1, len(magnitude))
@@ -141,27 +145,29 @@ class SpectralCodec(nn.Module):
         return torch.cat(waveforms).clamp(-1, 1)
 
     def _griffin_lim(self, magnitude: torch.Tensor, length: int, iterations: int) -> torch.Tensor:
-        """Fast Griffin-Lim (Perraudin et al., 2013) from fixed phases, of magnitudes `(B, bins, S + 1)`."""
+        """Fast Griffin-Lim (Perraudin et al., 2013) from fixed phases, of magnitudes `(B, S + 1, bins)`."""
         # Initial phases advance at each bin's centre frequency; random phases would need twice the iterations.
-        bins, frames = magnitude.shape[1:]
-        start = torch.rand(bins, 1, generator=torch.Generator().manual_seed(0))
-        turns = start + torch.outer(torch.arange(bins), torch.arange(frames)) * (self.hop_length / self.n_fft)
-        angles = (
-            torch.polar(torch.ones_like(turns), 2 * torch.pi * (turns % 1)).to(magnitude.device).expand_as(magnitude)
-        )
-        previous = torch.zeros_like(angles)
-        for _ in range(iterations):
-            waveform = self._istft(magnitude * angles, length)
-            rebuilt = torch.stft(
-                waveform, self.n_fft, self.hop_length, window=self.window, pad_mode="constant", return_complex=True
-            )
-            angles = rebuilt - previous * (0.99 / 1.99)
-            angles = angles / angles.abs().clamp_min(1e-8)
-            previous = rebuilt
-        return self._istft(magnitude * angles, length)
+        frames, bins = magnitude.shape[1:]
+        start = torch.rand(bins, generator=torch.Generator().manual_seed(0))
+        turns = start + torch.outer(torch.arange(frames), torch.arange(bins)) * (self.hop_length / self.n_fft)
+        angles = torch.polar(torch.ones_like(turns), 2 * torch.pi * (turns % 1)).to(magnitude.device)
+        envelope = overlap_add(self.window.square().expand(1, frames, -1), self.hop_length)
+        trim = slice(self.n_fft // 2, self.n_fft // 2 + length)
 
-    def _istft(self, spectrum: torch.Tensor, length: int) -> torch.Tensor:
-        return torch.istft(spectrum, self.n_fft, self.hop_length, window=self.window, length=length)
+        def istft(spectrum: torch.Tensor) -> torch.Tensor:
+            """Faster than `torch.istft`, which makes the envelope again each time and adds the frames by index."""
+            windowed = torch.fft.irfft(spectrum, self.n_fft) * self.window
+            return (overlap_add(windowed, self.hop_length) / envelope.clamp_min(1e-11))[:, trim]
+
+        spectrum, previous = magnitude * angles, torch.zeros_like(magnitude, dtype=angles.dtype)
+        for _ in range(iterations):
+            rebuilt = torch.stft(
+                istft(spectrum), self.n_fft, self.hop_length,
+                window=self.window, pad_mode="constant", return_complex=True,
+            ).transpose(1, 2)  # fmt: skip
+            phases = rebuilt - previous * (0.99 / 1.99)
+            spectrum, previous = phases * (magnitude / phases.abs().clamp_min(1e-8)), rebuilt
+        return istft(spectrum)
 
     def to_token_ids(self, codes: torch.Tensor) -> list[int]:
         """Token ids, frame by frame, of the codes `(S, K)` of one clip."""
@@ -265,6 +271,20 @@ class SpectralCodec(nn.Module):
                 raise ValueError(f"{folder / 'codec.safetensors'} has no `codebooks`; copy or save it again")
             codebooks = tensors.get_tensor("codebooks").float()
         return cls(**arguments_of(cls, {"codebooks": codebooks} | config, folder / "config.json"))
+
+
+def overlap_add(frames: torch.Tensor, hop_length: int) -> torch.Tensor:
+    """
+    The sum of frames `(B, S, N)`, each `hop_length` samples after the one before.
+
+    Returns:
+        `torch.Tensor`: Shape `(B, (S - 1) * hop_length + N)`.
+    """
+    batch, count, size = frames.shape
+    total = frames.new_zeros(batch, count + (size - 1) // hop_length, hop_length)
+    for hop, part in enumerate(frames.split(hop_length, -1)):
+        total[:, hop : hop + count, : part.shape[-1]] += part
+    return total.flatten(1)[:, : (count - 1) * hop_length + size]
 
 
 def delays_of(num_codebooks: int, channels: int = 1) -> list[int]:
