@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_model
 from datasets import Dataset
-from peft import LilyConfig, LoraConfig, PolyConfig, PveraConfig, get_peft_model
+from peft import AdaLoraConfig, LilyConfig, LoraConfig, PolyConfig, PveraConfig, get_peft_model
 from peft.tuners.lora.config import KasaConfig, MontecloraConfig
 from test_trainer import make_trainer, rollout, rows
 from torch._dynamo import OptimizedModule
@@ -137,6 +137,7 @@ UNSEEN_AT_FIRST = {
         LoraConfig(**IN_Q, task_type="CAUSAL_LM", alora_invocation_tokens=[5]),
         "turns the adapter on at a token",
     ),
+    "AdaLoraConfig": (AdaLoraConfig(target_modules=["q_proj"], total_step=9), "allocates its ranks in calls"),
     "PveraConfig": (PveraConfig(**IN_Q), "draws noise in training"),
     "LilyConfig": (LilyConfig(**IN_Q), "mixes positions and sequences"),
     "kasa_config": (LoraConfig(**IN_Q, kasa_config=KasaConfig()), "changes the base, and with it the teacher"),
