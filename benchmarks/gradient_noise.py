@@ -142,7 +142,9 @@ def sample_chunk(world: World, start: int, group: int) -> list[dict[str, Any]]:
     torch.manual_seed(start)
     prompts = [world.prompt_ids(row) for row in world.prompts[start : start + CHUNK]]
     rows = [prompt for prompt in prompts for _ in range(group)]
-    completions = world.policy.sample(world.model, rows, temperature=world.temperature, max_new_tokens=world.steps)
+    completions = world.policy.rollout(
+        world.model, rows, temperature=world.temperature, max_new_tokens=world.steps
+    ).completions()
     embeddings, groups = world.embed(completions).split(group), []
     for i, prompt in enumerate(prompts):
         own = completions[i * group : (i + 1) * group]

@@ -390,13 +390,13 @@ def test_own_negative_prompts_and_those_of_the_strategy_reach_sampling_and_scori
     args.strategies = [{"name": "CFG", "guidance_scale": 3.0, "negative_prompt": "slow"}]
     args.negative_prompt, args.listen = "a", 3
     streams = []
-    generate = CausalLMPolicy.sample
+    generate = CausalLMPolicy.rollout
 
-    def spy(self, model, prompts, negatives=None, *rest):
+    def spy(self, model, prompts, negatives=None, *rest, **others):
         streams.append((prompts, negatives))
-        return generate(self, model, prompts, negatives, *rest)
+        return generate(self, model, prompts, negatives, *rest, **others)
 
-    monkeypatch.setattr(CausalLMPolicy, "sample", spy)
+    monkeypatch.setattr(CausalLMPolicy, "rollout", spy)
     (row,) = evaluate(args)
     tokenizer = measuring.AutoTokenizer.from_pretrained(args.model)
     expected = [tokenizer(text)["input_ids"] for text in ("fast", "slow", "flute") for _ in range(4)]

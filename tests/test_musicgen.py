@@ -178,7 +178,7 @@ def test_samples_equal_those_of_generate(t5_tokenizer, guidance_scale, width):
     torch.manual_seed(5)
     ids = [t5_tokenizer(p)["input_ids"] for p in PROMPTS]
     null = policy.negative_prompt_ids([{"prompt": p} for p in PROMPTS], None)
-    mine = policy.sample(musicgen, ids, null, guidance_scale, 0.9, STEPS)
+    mine = policy.rollout(musicgen, ids, null, guidance_scale, 0.9, STEPS).completions()
     assert torch.equal(torch.tensor(mine), delay(codes[0][0].transpose(1, 2), SIZE).flatten(1))
 
 
@@ -188,7 +188,7 @@ def test_sampling_is_the_same_in_training_mode_with_checkpointing(t5_tokenizer, 
     musicgen.gradient_checkpointing_enable({"use_reentrant": False})
     for training in (False, True):
         torch.manual_seed(0)
-        samples.append(policy.sample(musicgen.train(training), [[4, 7, 1]] * 2, max_new_tokens=STEPS))
+        samples.append(policy.rollout(musicgen.train(training), [[4, 7, 1]] * 2, max_new_tokens=STEPS).completions())
         assert musicgen.training is training
     assert samples[0] == samples[1]
 
@@ -298,9 +298,9 @@ def test_what_is_refused(t5_tokenizer, musicgen, tmp_path):
         policy_class(str(tmp_path))
     policy = policy_for(musicgen, t5_tokenizer)
     with pytest.raises(ValueError, match="too few for the delays of 3 codebooks; give at least 4"):
-        policy.sample(musicgen, [[1]], max_new_tokens=3)
+        policy.rollout(musicgen, [[1]], max_new_tokens=3)
     with pytest.raises(ValueError, match="one entry per prompt"):
-        policy.sample(musicgen, [[1]], None, 3.0, max_new_tokens=STEPS)
+        policy.rollout(musicgen, [[1]], None, 3.0, max_new_tokens=STEPS)
     for name, value in {"max_completion_length": 3, "mask_truncated_completions": True, "beta": 0.1}.items():
         with pytest.raises(ValueError, match=name):
             make_trainer(tmp_path, t5_tokenizer, **{name: value})
@@ -381,11 +381,11 @@ def test_rollouts_are_without_guidance_and_score_as_sampled(t5_tokenizer, tmp_pa
     batch = rollout(trainer)
     ids = [t5_tokenizer(p)["input_ids"] for p in PROMPTS[:2] for _ in range(4)]
     torch.manual_seed(3)
-    alone = trainer.policy.sample(trainer.model, ids, temperature=0.99, max_new_tokens=STEPS)
+    alone = trainer.policy.rollout(trainer.model, ids, temperature=0.99, max_new_tokens=STEPS).completions()
     assert batch["completion_ids"].tolist() == alone
     torch.manual_seed(3)
     null = [[]] * len(ids)
-    assert alone != trainer.policy.sample(trainer.model, ids, null, 3.0, 0.99, STEPS)
+    assert alone != trainer.policy.rollout(trainer.model, ids, null, 3.0, 0.99, STEPS).completions()
     terms = trainer.joint_objective.terms(trainer.model, trainer.model, batch)
     assert terms.tokens.tolist() == [BOOKS * (STEPS - BOOKS + 1)] * 8
     torch.testing.assert_close(batch["old_log_probs"], terms.log_probs.detach(), rtol=1e-4, atol=1e-4)
@@ -482,8 +482,10 @@ def test_learns_and_reloads_for_inference(t5_tokenizer, tmp_path):
     assert sound["sampling_rate"] == 80
     assert sound["audio"].size == 8 * (STEPS - BOOKS + 1)
     torch.manual_seed(0)
-    mine = policy_for(reloaded, t5_tokenizer).sample(
-        reloaded, [t5_tokenizer("fast drum")["input_ids"]], temperature=0.99, max_new_tokens=STEPS
+    mine = (
+        policy_for(reloaded, t5_tokenizer)
+        .rollout(reloaded, [t5_tokenizer("fast drum")["input_ids"]], temperature=0.99, max_new_tokens=STEPS)
+        .completions()
     )
     assert torch.equal(torch.tensor(mine), delay(codes[0][0].transpose(1, 2), SIZE).flatten(1))
 

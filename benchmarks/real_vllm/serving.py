@@ -136,7 +136,9 @@ def own_sampler(folder: str, prompts: list[list[int]], null: list[int], args: An
     others = {"negative_prompt_ids": [null] * len(prompts), "guidance_scale": SCALE} if guided else {}
 
     def sample() -> int:
-        drawn = policy.sample(model, prompts, temperature=TEMPERATURE, max_new_tokens=args.tokens, **others)
+        drawn = policy.rollout(
+            model, prompts, temperature=TEMPERATURE, max_new_tokens=args.tokens, **others
+        ).completions()
         return sum(map(len, drawn))
 
     return sample

@@ -41,8 +41,8 @@ def nothing_sampled(monkeypatch):
     for owner, name in (
         (transformers.GenerationMixin, "generate"),
         (guidance, "generate_guided"),
-        (CausalLMPolicy, "sample"),
-        (MusicgenPolicy, "sample"),
+        (CausalLMPolicy, "rollout"),
+        (MusicgenPolicy, "rollout"),
         (CFGDistillDiversityTrainer, "_generate_single_turn"),
     ):
         monkeypatch.setattr(owner, name, sampled)

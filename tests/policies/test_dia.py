@@ -232,9 +232,9 @@ def test_what_is_refused(tokenizer, tmp_path):
         with pytest.raises(
             ValueError, match=f"={steps}` counts decoder steps: give 5 .* to 64 .*, 4 more than frames"
         ):
-            policy.sample(model, [[1]], max_new_tokens=steps)
+            policy.rollout(model, [[1]], max_new_tokens=steps)
     with pytest.raises(ValueError, match="one entry per prompt"):
-        policy.sample(model, [[1]], None, 3.0, max_new_tokens=TINY.steps)
+        policy.rollout(model, [[1]], None, 3.0, max_new_tokens=TINY.steps)
     with pytest.raises(ValueError, match="must start with 0"):
         policy_for(make_dia(shape=Shape([1, 2, 3])), tokenizer)
     with pytest.raises(ValueError, match="the codec of `processing_class` has 3 codebooks of 4 codes"):
@@ -296,7 +296,7 @@ def test_prompts_longer_than_the_encoders_positions_are_refused(tokenizer, tmp_p
     policy = policy_for(model, tokenizer)
     for prompts, negative in (([[5] * 22], [[0] * 20]), ([[5] * 20], [[0] * 22])):
         with pytest.raises(ValueError, match=r"of 22 tokens .* 20 positions"):
-            policy.sample(model, prompts, negative, 3.0, max_new_tokens=TINY.steps)
+            policy.rollout(model, prompts, negative, 3.0, max_new_tokens=TINY.steps)
 
 
 # ------------------------------------------------------------------------------------------------ the trainer
@@ -502,7 +502,7 @@ def test_a_trained_folder_plays_without_guidance(tmp_path, lora):
     assert isinstance(processor, DiaProcessor)
     prompt = [processor.tokenizer("[S1] harp")["input_ids"]]
     torch.manual_seed(0)
-    mine = policy_for(model, processor.tokenizer).sample(model, prompt, max_new_tokens=shape.steps)
+    mine = policy_for(model, processor.tokenizer).rollout(model, prompt, max_new_tokens=shape.steps).completions()
     (expected,) = processor.batch_decode(read(policy_for(model, processor.tokenizer), mine, shape.steps + 1))
     with mock.patch("torch.multinomial", drawn_as_ours):
         torch.manual_seed(0)

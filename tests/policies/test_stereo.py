@@ -65,7 +65,7 @@ def test_samples_and_sounds_equal_those_of_generate(tokenizer, stereo, guidance_
     torch.manual_seed(5)
     ids = [tokenizer(p)["input_ids"] for p in PROMPTS]
     null = policy.negative_prompt_ids([{"prompt": p} for p in PROMPTS], None)
-    mine = policy.sample(stereo, ids, null, guidance_scale, 0.9, STEPS)
+    mine = policy.rollout(stereo, ids, null, guidance_scale, 0.9, STEPS).completions()
     assert torch.equal(torch.tensor(mine), delay(both(codes), SIZE, 2).flatten(1))
     for (waveform, rate), theirs in zip(policy.codec(stereo).decode(mine), audio, strict=True):
         assert rate == 80 and waveform.shape == (2, 8 * (STEPS - BOOKS + 1))
@@ -75,7 +75,7 @@ def test_samples_and_sounds_equal_those_of_generate(tokenizer, stereo, guidance_
 
 def test_too_few_steps_are_refused(tokenizer, stereo):
     with pytest.raises(ValueError, match="delays of 6 codebooks; give at least 4 \\(2 more than frames\\)"):
-        policy_for(stereo, tokenizer).sample(stereo, [[1]], max_new_tokens=3)
+        policy_for(stereo, tokenizer).rollout(stereo, [[1]], max_new_tokens=3)
     with pytest.raises(ValueError, match="with S at least 3"):
         policy_for(stereo, tokenizer).codec(stereo).to_codes([0] * 12)
 
@@ -105,7 +105,7 @@ def test_a_trained_folder_plays_both_channels(tokenizer, stereo, tmp_path):
     torch.manual_seed(0)
     policy = policy_for(reloaded, tokenizer)
     prompt = [tokenizer("fast drum")["input_ids"]]
-    mine = policy.sample(reloaded, prompt, temperature=0.99, max_new_tokens=STEPS)
+    mine = policy.rollout(reloaded, prompt, temperature=0.99, max_new_tokens=STEPS).completions()
     assert torch.equal(torch.tensor(mine), delay(both(codes), SIZE, 2).flatten(1))
 
 

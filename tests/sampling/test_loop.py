@@ -271,7 +271,7 @@ def test_checkpointing_in_training_mode_changes_nothing():
     model.gradient_checkpointing_enable()
     for training in (False, True):
         torch.manual_seed(0)
-        samples.append(policy().sample(model.train(training), PROMPTS, max_new_tokens=STEPS))
+        samples.append(policy().rollout(model.train(training), PROMPTS, max_new_tokens=STEPS).completions())
     assert samples[0] == samples[1]
 
 

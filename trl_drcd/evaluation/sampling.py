@@ -172,12 +172,12 @@ def sample_prompts(
         with tqdm(total=len(ids), desc=description, unit="sample", disable=description is None) as bar:
             for first in range(0, len(ids), batch_size):
                 part = slice(first, first + batch_size)
-                output = policy.sample(
+                rollout = policy.rollout(
                     model, ids[part], negative_ids and negative_ids[part], guidance_scale, temperature, max_new_tokens,
-                    early,
+                    early=early,
                 )  # fmt: skip
-                samples.token_ids += output
-                bar.update(len(output))
+                samples.token_ids += rollout.completions()
+                bar.update(len(ids[part]))
     samples.seconds = time.perf_counter() - start
     model.train(was_training)
     return samples

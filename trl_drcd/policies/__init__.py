@@ -113,18 +113,6 @@ class Policy(Protocol):
         `early` steps with their own scale.
         """
 
-    def sample(
-        self,
-        model: PreTrainedModel,
-        prompt_ids: list[list[int]],
-        negative_prompt_ids: list[list[int]] | None = None,
-        guidance_scale: float = 1.0,
-        temperature: float = 1.0,
-        max_new_tokens: int = 20,
-        early: EarlySteps | None = None,
-    ) -> list[list[int]]:
-        """The completions of [`Policy.rollout`], as lists of ids."""
-
 
 def policy_class(
     model: Any, revision: str | None = None

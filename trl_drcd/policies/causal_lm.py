@@ -258,21 +258,6 @@ class CausalLMPolicy:
                 stream, self.heads(model), max_new_tokens, guidance_scale, temperature, eos, fill, early=early
             )
 
-    def sample(
-        self,
-        model: PreTrainedModel,
-        prompt_ids: list[list[int]],
-        negative_prompt_ids: list[list[int]] | None = None,
-        guidance_scale: float = 1.0,
-        temperature: float = 1.0,
-        max_new_tokens: int = 20,
-        early: EarlySteps | None = None,
-    ) -> list[list[int]]:
-        """The completions of [`rollout`], each up to and including its first eos."""
-        return self.rollout(
-            model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens, early=early
-        ).completions()
-
 
 def as_list(token_ids: int | list[int] | None) -> list[int]:
     """Token ids of a generation config entry, which may be one id, a list or `None`, as a list."""

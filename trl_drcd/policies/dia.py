@@ -306,18 +306,3 @@ class DiaPolicy:
                 self.layout.pad_id, self.layout.is_drawn(steps).to(device), after_end=self.layout.after_end,
                 early=early,
             )  # fmt: skip
-
-    def sample(
-        self,
-        model: PreTrainedModel,
-        prompt_ids: list[list[int]],
-        negative_prompt_ids: list[list[int]] | None = None,
-        guidance_scale: float = 1.0,
-        temperature: float = 1.0,
-        max_new_tokens: int = 256,
-        early: EarlySteps | None = None,
-    ) -> list[list[int]]:
-        """The completions of [`rollout`]."""
-        return self.rollout(
-            model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens, early=early
-        ).completions()

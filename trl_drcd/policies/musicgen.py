@@ -287,21 +287,6 @@ class MusicgenPolicy:
                 early=early,
             )  # fmt: skip
 
-    def sample(
-        self,
-        model: PreTrainedModel,
-        prompt_ids: list[list[int]],
-        negative_prompt_ids: list[list[int]] | None = None,
-        guidance_scale: float = 1.0,
-        temperature: float = 1.0,
-        max_new_tokens: int = 256,
-        early: EarlySteps | None = None,
-    ) -> list[list[int]]:
-        """The completions of [`rollout`], `S * K` ids each."""
-        return self.rollout(
-            model, prompt_ids, negative_prompt_ids, guidance_scale, temperature, max_new_tokens, early=early
-        ).completions()
-
 
 class MusicgenStream(CrossAttentionStream):
     """
