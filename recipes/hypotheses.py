@@ -99,6 +99,8 @@ class Study(Comparison):
                 )
         if heated := self.by_strategy.get(HEATED):
             found[f"H5: mean height of {HEATED}"] = np.mean([self.height(point) for point in heated], 0)
+            below = [self.height(point, self.merges) for point in heated]
+            found[f"H6: merges - {HEATED}, at its diversity"] = -np.mean(below, 0)
         return found
 
 

@@ -48,13 +48,14 @@ def test_each_statistic_is_the_distance_that_its_name_says(diversity, soup):
     rows = results()
     rows[-1] = replace(rows[-1], name=soup, point=soup, strategy=soup)
     study = hypotheses.Study(pooled(rows), diversity)
-    h1, h2, h3, h4, h5 = (float(value[0]) for value in study.statistics().values())
+    h1, h2, h3, h4, h5, h6 = (float(value[0]) for value in study.statistics().values())
     # The merges' curve at the base's diversity of 0.5, half way between lambda 0.5 and 1: 0.4 - 0.1 + 0.02
     assert h1 == pytest.approx(0.32 - 0.30)
     assert h2 == pytest.approx(0.02)  # lambda 0.5 alone is between the ends
     assert h3 == pytest.approx((0.37 - 0.36 + 0.32 - 0.29) / 2 + hypotheses.MARGIN)  # each at its own diversity
     assert h4 == pytest.approx(0.01)
     assert h5 == pytest.approx((0.36 - 0.35 + 0.36 - 0.30) / 2)  # its temperatures', each at its own diversity
+    assert h6 == pytest.approx((0.37 - 0.36 + 0.32 - 0.36) / 2)
 
 
 def test_merges_that_are_less_diverse_than_the_base_are_compared_where_the_most_diverse_one_is():
