@@ -317,19 +317,9 @@ def critic_advantages(
     Raises:
         ValueError: If a shape does not fit, `gae_lambda` is not in [0, 1], or an embedding has no direction.
     """
-    if not 0 <= gae_lambda <= 1:
-        raise ValueError(f"`gae_lambda` must be in [0, 1], got {gae_lambda}")
+    _check_inputs(critic, prefixes, reached, embeddings, gae_lambda, means)
     unit = unit_groups(embeddings, num_generations)
     dtype, unit = unit.dtype, unit.double()  # all of it is small
-    shape = (len(embeddings), critic.sums.shape[1])
-    if tuple(prefixes.shape) != (*shape, embeddings.shape[1]) or tuple(reached.shape) != shape:
-        raise ValueError(
-            f"`prefixes` (B, M, D) and `reached` (B, M) must agree with `embeddings` (B, D) {tuple(embeddings.shape)} "
-            f"and the critic's M = {shape[1]}, got {tuple(prefixes.shape)} and {tuple(reached.shape)}"
-        )
-    if critic.hidden_states is (means is None) or (means is not None and tuple(means.shape[:2]) != shape):
-        wanted = f"(B, M, F), of {shape}" if critic.hidden_states else "None"
-        raise ValueError(f"this critic needs `means` {wanted}, got {None if means is None else tuple(means.shape)}")
     learns = reached
     if means is not None:
         means, read = _filled(means, num_generations)
@@ -369,6 +359,28 @@ def critic_advantages(
         )
         critic.fit(of_prefix, outcomes[:, 1:], learns, *learnt)
     return CriticOutput(advantages.to(dtype), metrics)
+
+
+def _check_inputs(
+    critic: PrefixCritic,
+    prefixes: torch.Tensor,
+    reached: torch.Tensor,
+    embeddings: torch.Tensor,
+    gae_lambda: float,
+    means: torch.Tensor | None,
+) -> None:
+    """Refuse arguments of [`critic_advantages`] that do not fit each other or the critic."""
+    if not 0 <= gae_lambda <= 1:
+        raise ValueError(f"`gae_lambda` must be in [0, 1], got {gae_lambda}")
+    shape = (len(embeddings), critic.sums.shape[1])
+    if tuple(prefixes.shape) != (*shape, embeddings.shape[1]) or tuple(reached.shape) != shape:
+        raise ValueError(
+            f"`prefixes` (B, M, D) and `reached` (B, M) must agree with `embeddings` (B, D) {tuple(embeddings.shape)} "
+            f"and the critic's M = {shape[1]}, got {tuple(prefixes.shape)} and {tuple(reached.shape)}"
+        )
+    if critic.hidden_states is (means is None) or (means is not None and tuple(means.shape[:2]) != shape):
+        wanted = f"(B, M, F), of {shape}" if critic.hidden_states else "None"
+        raise ValueError(f"this critic needs `means` {wanted}, got {None if means is None else tuple(means.shape)}")
 
 
 def _filled(means: torch.Tensor, num_generations: int) -> tuple[torch.Tensor, torch.Tensor]:
