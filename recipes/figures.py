@@ -27,11 +27,11 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = {
     "music": (
         tuple(f"results/music/{name}/results.jsonl" for name in ("means", "pairs/seed1", "means/seed1")),
-        "results/music/trajectories/results.jsonl",
+        ("results/music/trajectories/results.jsonl",),
     ),
     "text": (
         tuple(f"results/text/study{name}/results.jsonl" for name in ("", "/seed1", "/trainings")),
-        None,
+        (),
     ),
 }
 """Of each world: the evaluation, with further samples, and that of the checkpoints of trainings."""
@@ -82,11 +82,11 @@ def draw(points: Sequence[Point], training: Sequence[Point], quality: str = "adh
     return figures
 
 
-def write(results: Sequence[Path], training: Path | None, folder: Path, quality: str) -> None:
+def write(results: Sequence[Path], training: Sequence[Path], folder: Path, quality: str) -> None:
     """Write the figures of an evaluation and `README.md`, a page of them."""
-    of_training = pooled(_read([training])) if training else []
+    of_training = pooled(_read(training)) if training else []
     figures = draw(pooled(_read(results)), of_training, quality)
-    files = " and ".join(f"`{os.path.relpath(file)}`" for file in (*results, training) if file)
+    files = " and ".join(f"`{os.path.relpath(file)}`" for file in (*results, *training))
     parts = [f"# Figures\n\nFrom {files}; 95 % intervals."]
     for number, figure in figures.items():
         save(figure, folder / f"figure_{number}")
@@ -115,7 +115,9 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         help=f"in place of this repository's, an evaluation's folder or {RESULTS_HELP}",
     )
-    parser.add_argument("--training", type=Path, help="an evaluation of checkpoints, with --results")
+    parser.add_argument(
+        "--training", type=Path, nargs="+", default=[], help="the same of an evaluation of checkpoints, with --results"
+    )
     parser.add_argument("--quality", default="adherence", help="metric of quality (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/figures"), help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -128,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         for world, (results, training) in OURS.items():
             write(
                 [ROOT / one for one in results],
-                ROOT / training if training else None,
+                [ROOT / one for one in training],
                 args.output / world,
                 args.quality,
             )
