@@ -291,6 +291,24 @@ def test_rows_that_are_further_samples_differ_in_their_seed_and_batches_alone(ar
     assert plan.plan(args, {})[1][0].about(args).but_seed == before[0][1]
 
 
+def test_rows_that_can_be_compared_differ_in_model_and_sampling_alone(args, folder, tmp_path):
+    def digests_of(**changed):
+        return {task.about(args).but_row for task in plan.plan(replace(args, **changed), {})[1]}
+
+    args.strategies = [
+        {"name": "base"}, {"name": "CFG", "guidance_scale": [1.5, 3], "negative_prompt": "slow"},
+        {"name": "own", "model": str(folder), "temperature": 0.5},
+    ]  # fmt: skip
+    before = digests_of()
+    assert len(before) == 1 and digests_of(seed=1, batch_size=7) == before
+    (tmp_path / "other.jsonl").write_text('{"prompt": "fast"}\n{"prompt": "drum"}\n')
+    for changed in (
+        {"dataset": str(tmp_path / "other.jsonl")}, {"max_new_tokens": 5}, {"dtype": "bfloat16"},
+        {"guidance_scale": 2.0}, {"negative_prompt": "slow"},
+    ):  # fmt: skip
+        assert not digests_of(**changed) & before
+
+
 def test_a_row_of_one_folder_has_the_digest_of_its_contents(args, folder):
     args.strategies = [{"name": "base"}, {"name": "LERP", "models": [str(folder), "base"]}]
     base, merged = (task.about(args) for task in plan.plan(args, {})[1])

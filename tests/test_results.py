@@ -181,7 +181,7 @@ def test_further_trainings_are_rows_of_the_same_point(tmp_path):
         ({"but_model": "of others"}, "the same prompts, judges and lengths, .*these, of others"),
         ({"model_digest": "a"}, "mine #2 is the model of mine #0 once more"),
         ({"model_digest": None, "model": "outputs/0"}, "mine #2 is the model of mine #0 once more"),
-        ({"training_seed": None}, "a row mine #2, of which .*0 has no samples"),
+        ({"training_seed": None}, "mine #2 is of the point of mine #0, but one of them has no number"),
     ],
 )
 def test_what_is_no_further_training_of_a_point(tmp_path, other, message):
@@ -222,9 +222,7 @@ def test_joined_rows_have_the_values_of_all_their_samples_together():
         ({"temperature": 0.5}, r"base: .* the same `temperature`, got 0.99 and 0.5"),
         ({"kl": [1.0, 2.0]}, "the same `prompts`, got 3 and 2"),
         ({"teacher_guidance_scale": 5.0}, "the same `teacher_guidance_scale`"),
-        ({"name": "CFG"}, "a row CFG, of which .*0 has no samples; it has .*base"),
-        ({"name": "base #1", "point": "base", "training_seed": 1}, "a row base #1, of which .*0 has no samples"),
-        ({"name": "CFG #1", "point": "CFG", "training_seed": 1}, "a row CFG #1, of which .*0 has no samples"),
+        ({"name": "base #1", "point": "base", "training_seed": 1}, "base #1 is of the point of base, but one"),
         ({"but_seed": "of other prompts"}, r"the same prompts, model, judges and lengths, .*'these', 'of other"),
     ],
 )
@@ -232,6 +230,37 @@ def test_what_is_no_further_sample_of_a_row(tmp_path, other, message):
     same = {"kl": [1.0, 2.0, 3.0], "but_seed": "these"}
     first = written(tmp_path / "0", drawn("base", 0, **same))
     second = written(tmp_path / "1", drawn(**({"name": "base", "seed": 1} | same | other)))
+    with pytest.raises(ValueError, match=message):
+        read_results(first, second)
+
+
+def test_rows_of_another_evaluation_stand_beside_the_first(tmp_path, caplog):
+    first = written(tmp_path / "0", drawn("base", 0, [1.0, 2.0], but_row="these", omega=5.0))
+    rows = [
+        drawn("CFG", 0, [0.0, 1.0], but_row="these", omega=5.0),
+        drawn("hot", 0, [3.0, 1.0], but_row="these", omega=9.0),
+    ]
+    base, cfg, hot = read_results(first, written(tmp_path / "1", rows[0]), written(tmp_path / "2", rows[1]))
+    assert [one.name for one in (base, cfg, hot)] == ["base", "CFG", "hot"] and not caplog.text
+    assert "quality" in cfg.per_prompt and "quality" not in hot.per_prompt  # of other weights
+    written(tmp_path / "2", drawn("hot", 0, [3.0, 1.0]))
+    assert len(read_results(first, tmp_path / "2")) == 2 and "do not tell whether their prompts" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"but_row": "of others"}, "CFG: .* digests `but_row` differ: these, of others"),
+        ({"kl": [1.0]}, "rows of another evaluation must have the same `prompts`, got 2 and 1"),
+        ({"teacher_guidance_scale": 5.0}, "the same `teacher_guidance_scale`, got 3.0 and 5.0"),
+        ({"kind": "music"}, "the same `kind`"),
+    ],
+)
+def test_rows_that_cannot_be_compared_with_the_first(tmp_path, other, message):
+    first = written(tmp_path / "0", drawn("base", 0, [1.0, 2.0], but_row="these"))
+    second = written(
+        tmp_path / "1", drawn(**({"name": "CFG", "seed": 0, "kl": [1.0, 2.0], "but_row": "these"} | other))
+    )
     with pytest.raises(ValueError, match=message):
         read_results(first, second)
 

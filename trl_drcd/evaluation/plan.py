@@ -64,6 +64,7 @@ class Task:
         settings (`str`): Digest of everything that its metrics depend on.
         but_seed (`str`): The same without the seed and the batch size: of rows that are further samples of each other.
         but_model (`str`): The same without the models too: of rows that are further trainings of each other.
+        but_row (`str`): The same without anything of the row: of rows that can be compared with each other.
         model_digest (`str`, *optional*): Digest of the weights of its model, if it is a single folder.
     """
 
@@ -72,6 +73,7 @@ class Task:
     settings: str
     but_seed: str = ""
     but_model: str = ""
+    but_row: str = ""
     model_digest: str | None = None
 
     @property
@@ -111,6 +113,7 @@ class Task:
             settings=self.settings,
             but_seed=self.but_seed,
             but_model=self.but_model,
+            but_row=self.but_row,
             model_digest=self.model_digest,
         )
 
@@ -159,14 +162,14 @@ def plan(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction]) -
     further = further_end(args.model) if policy_class(args.model).rolls_out_with_trl else None
     tasks = []
     for row in rows:
-        drawn, but_seed, but_model = (
-            sampling_digest(row, args, held_out, digest, suppressed, further, *counted)
-            for counted in ((True, True), (False, True), (False, False))
+        drawn, *others = (
+            sampling_digest(of, args, held_out, digest, suppressed, further, *counted)
+            for of, *counted in ((row, True, True), (row, False, True), (row, False, False), (Row(BASE), False, False))
         )
-        settings, but_seed, but_model = (settings_digest([each, judged]) for each in (drawn, but_seed, but_model))
+        settings, *others = (settings_digest([each, judged]) for each in (drawn, *others))
         name = row.models[0] if row.models else args.model
         one_folder = len(row.models) < 2 and Path(name).is_dir()
-        tasks.append(Task(row, drawn, settings, but_seed, but_model, weights(name) if one_folder else None))
+        tasks.append(Task(row, drawn, settings, *others, weights(name) if one_folder else None))
     return held_out, tasks
 
 

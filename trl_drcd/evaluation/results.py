@@ -27,11 +27,19 @@ from trl_drcd.files import remove_temporaries, write_text
 USUAL_TEMPERATURE = 0.99
 """Default sampling temperature, as in the paper."""
 FULL, FORBIDDEN = {errno.ENOSPC, errno.EDQUOT}, {errno.EROFS, errno.EACCES, errno.EPERM}
-LATER = ("checkpoint", "negative_prompt", "teacher_negative_prompt", "but_seed", "but_model", "model_digest")
+LATER = (
+    "checkpoint",
+    "negative_prompt",
+    "teacher_negative_prompt",
+    "but_seed",
+    "but_model",
+    "but_row",
+    "model_digest",
+)
 """Fields that earlier versions did not have; `None` is not written."""
 RESULTS_HELP = (
-    "results.jsonl, and others with further samples of its rows (`trl-drcd evaluate --seed 1`) or further trainings "
-    "(`first_training_seed` of a strategy)"
+    "results.jsonl, and others of the same prompts, with further rows, further samples of a row (`trl-drcd evaluate "
+    "--seed 1`), or further trainings (`first_training_seed` of a strategy)"
 )
 """Help of scripts that read several."""
 SETTINGS = (
@@ -39,6 +47,8 @@ SETTINGS = (
     "negative_prompt", "teacher_negative_prompt", "teacher_guidance_scale", "prompts", "samples_per_prompt", "kind",
 )  # fmt: skip
 """What rows that differ only in their samples have in common."""
+COMPARABLE = ("teacher_negative_prompt", "teacher_guidance_scale", "prompts", "kind")
+"""What rows that can be compared have in common."""
 logger = logging.getLogger(__name__)
 ROOM = 2**20
 """Approximate disk space of the results and kept samples of a row, bytes."""
@@ -71,6 +81,7 @@ class Result:
         settings (`str`): Digest of everything that the metrics depend on.
         but_seed (`str`, *optional*): The same without the seed; of further samples of a row it is that of the row.
         but_model (`str`, *optional*): The same without seed and models; of further trainings it is that of the point.
+        but_row (`str`, *optional*): The same without anything of the row; of rows that can be compared it is the same.
         model_digest (`str`, *optional*): Digest of the model's weights; of interpolations there is none.
         omega (`float`, *optional*): `quality = omega * adherence + preference`; `None` if quality is adherence.
         more (`dict`): Fields of other versions of this package.
@@ -103,6 +114,7 @@ class Result:
     settings: str = ""
     but_seed: str | None = None
     but_model: str | None = None
+    but_row: str | None = None
     model_digest: str | None = None
     omega: float | None = None
     more: dict[str, Any] = field(default_factory=dict)
@@ -162,17 +174,15 @@ def read_results(file: str | Path, *more: str | Path) -> list[Result]:
 
     Args:
         file (`str` or `Path`): A `results.jsonl`.
-        more (`str` or `Path`): Others, of the same prompts, whose rows are rows of the first with further samples
-            (`trl-drcd evaluate --seed 1`), or of further trainings of its points (`first_training_seed`).
+        more (`str` or `Path`): Others, of the same prompts: with rows of their own, with further samples of a row of
+            the first (`trl-drcd evaluate --seed 1`), or with further trainings of its points (`first_training_seed`).
 
     Returns:
-        `list[Result]`: The lines of the first file, then the further trainings; a row that others have too is
-        [`joined`] with theirs.
+        `list[Result]`: The lines of the first file, then the other rows; a row that several have is [`joined`].
 
     Raises:
         FileNotFoundError: If a file does not exist.
-        ValueError: If a line is not a result, or a row of another file is neither one of the first with further
-            samples nor a further training of one.
+        ValueError: If a line is not a result, or a row of another file cannot be compared with the first's.
     """
     rows, *others = (_parse(one, Path(one).read_text(encoding="utf-8")) for one in (file, *more))
     if not others:
@@ -181,17 +191,18 @@ def read_results(file: str | Path, *more: str | Path) -> list[Result]:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"{file} has two rows {twice}, so it is not clear of which there are further samples")
     drawn, untold = {row.name: [row] for row in rows}, list[str]()
-    for name, further in zip(more, others, strict=True):
-        for row in further:
-            if row.name in drawn:
-                drawn[row.name].append(row)
-                continue
-            trainings = [each[0] for each in drawn.values() if each[0].point == row.point]
-            if row.training_seed is None or not trainings or trainings[0].training_seed is None:
-                raise ValueError(f"{name} has a row {row.name}, of which {file} has no samples; it has {names}")
-            drawn[row.name] = [_further_training(row, trainings)]
-            if None in (row.but_model, trainings[0].but_model):
-                untold.append(row.name)
+    for row in (row for further in others for row in further):
+        if row.name in drawn:
+            drawn[row.name].append(row)
+            continue
+        trainings = [each[0] for each in drawn.values() if each[0].point == row.point]
+        if trainings:
+            _check_further_training(row, trainings)
+        first = (trainings or rows or [row])[0]
+        _check_settings(first, row, "rows of another evaluation", COMPARABLE)
+        if not _of_the_same_prompts(first, row, "but_model" if trainings else "but_row"):
+            untold.append(row.name)
+        drawn[row.name] = [_without_other_quality(row, first)]
     if untold:
         logger.warning(
             f"{untold[0]} and {len(untold) - 1} others: rows of an earlier version do not tell whether their prompts "
@@ -200,25 +211,42 @@ def read_results(file: str | Path, *more: str | Path) -> list[Result]:
     return [joined(each) for each in drawn.values()]
 
 
-def _further_training(row: Result, trainings: Sequence[Result]) -> Result:
+def _check_further_training(row: Result, trainings: Sequence[Result]) -> None:
     """
-    The row, if it is another training of the same point; without `quality` if its weights of the terms are others.
+    Refuse a row that is not another training of the point of `trainings`.
 
     Raises:
         ValueError: If it was sampled or measured otherwise, or is one of the `trainings` under another number.
     """
     first = trainings[0]
+    if None in (row.training_seed, first.training_seed):
+        raise ValueError(f"{row.name} is of the point of {first.name}, but one of them has no number of its training")
     _check_settings(first, row, "further trainings", sorted({*SETTINGS, "diversity_coef"} - {"model"}))
-    if None not in (first.but_model, row.but_model) and first.but_model != row.but_model:
-        raise ValueError(
-            f"{row.name}: further trainings must have the same prompts, judges and lengths, but the digests of these "
-            f"differ: {first.but_model}, {row.but_model}"
-        )
     for other in trainings:
         digests = other.model_digest, row.model_digest
         same_model = (other.model, other.weights) == (row.model, row.weights)
         if same_model if None in digests else digests[0] == digests[1]:
             raise ValueError(f"{row.name} is the model of {other.name} once more; leave one of them out")
+
+
+def _of_the_same_prompts(first: Result, row: Result, digest: str) -> bool:
+    """
+    Whether the rows tell by a digest that prompts, judges and lengths are the same.
+
+    Raises:
+        ValueError: If they tell that these are not.
+    """
+    one, other = getattr(first, digest), getattr(row, digest)
+    if None not in (one, other) and one != other:
+        raise ValueError(
+            f"{row.name}: rows of another evaluation must have the same prompts, judges and lengths, but the digests "
+            f"`{digest}` differ: {one}, {other}"
+        )
+    return None not in (one, other)
+
+
+def _without_other_quality(row: Result, first: Result) -> Result:
+    """The row; without `quality` if its weights of the terms are not the first's."""
     if row.omega == first.omega:
         return row
     metrics = {name: one for name, one in row.metrics.items() if name != "quality"}
