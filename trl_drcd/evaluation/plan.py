@@ -162,14 +162,15 @@ def plan(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction]) -
     further = further_end(args.model) if policy_class(args.model).rolls_out_with_trl else None
     tasks = []
     for row in rows:
+        counted = (row, True, True), (row, False, True), (row, False, False), (Row(BASE), False, False)
         drawn, *others = (
-            sampling_digest(of, args, held_out, digest, suppressed, further, *counted)
-            for of, *counted in ((row, True, True), (row, False, True), (row, False, False), (Row(BASE), False, False))
+            sampling_digest(of, args, held_out, digest, suppressed, further, *how) for of, *how in counted
         )
-        settings, *others = (settings_digest([each, judged]) for each in (drawn, *others))
+        settings, but_seed, but_model, but_row = (settings_digest([each, judged]) for each in (drawn, *others))
         name = row.models[0] if row.models else args.model
         one_folder = len(row.models) < 2 and Path(name).is_dir()
-        tasks.append(Task(row, drawn, settings, *others, weights(name) if one_folder else None))
+        own = weights(name) if one_folder else None
+        tasks.append(Task(row, drawn, settings, but_seed, but_model, but_row, own))
     return held_out, tasks
 
 
