@@ -80,6 +80,8 @@ class World:
     embed_prefixes: Callable[[list[list[int]], list[int], int], tuple[torch.Tensor, torch.Tensor]]
     prompts: list[dict[str, Any]]
     steps: int
+    first: int = 0
+    """Place of the first prompt in the seeded order."""
     temperature: float = 0.99
     guidance_scale: float = 3.0
 
@@ -96,8 +98,8 @@ class World:
         return prompts, mask, flipped[:-1].flip(1), flipped_mask[:-1].flip(1)
 
 
-def load_world(name: str, lora: bool, prompts: int) -> World:
-    """The shipped base of the music recipe or SmolLM2 of the text recipe, with the first prompts in a seeded order."""
+def load_world(name: str, lora: bool, prompts: int, first: int) -> World:
+    """The shipped base of the music recipe or SmolLM2 of the text recipe; prompts in a seeded order from `first` on."""
     if name == "music":
         models = ROOT / "recipes/tiny_music/models"
         folder, data, steps = models / "musiclm", ROOT / "recipes/tiny_music/data/train_prompts.jsonl", 200
@@ -130,7 +132,8 @@ def load_world(name: str, lora: bool, prompts: int) -> World:
 
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).tolist()
-    return World(model, tokenizer, policy, embed, prefixes, [rows[i] for i in order[:prompts]], steps)
+    chosen = [rows[i] for i in order[first : first + prompts]]
+    return World(model, tokenizer, policy, embed, prefixes, chosen, steps, first)
 
 
 # ---------------------------------------------------------------- samples
@@ -139,7 +142,7 @@ def load_world(name: str, lora: bool, prompts: int) -> World:
 @torch.no_grad()
 def sample_chunk(world: World, start: int, group: int) -> list[dict[str, Any]]:
     """Groups of the prompts from `start` on: prompt, completions, embeddings."""
-    torch.manual_seed(start)
+    torch.manual_seed(world.first + start)
     prompts = [world.prompt_ids(row) for row in world.prompts[start : start + CHUNK]]
     rows = [prompt for prompt in prompts for _ in range(group)]
     completions = world.policy.rollout(
@@ -393,6 +396,7 @@ def main() -> None:
     parser.add_argument("--model", choices=["music", "text"], default="music", help="shipped base, or SmolLM2")
     parser.add_argument("--lora", action="store_true", help="gradients of a fresh adapter, not of all weights")
     parser.add_argument("--prompts", type=int, default=96, help="groups")
+    parser.add_argument("--skip-prompts", type=int, default=0, help="groups before them, in the seeded order")
     parser.add_argument("--num-generations", type=int, default=8, help="completions of a group")
     parser.add_argument("--estimators", nargs="+", default=ESTIMATORS + KERNELS, metavar="NAME", help="as above")
     parser.add_argument(
@@ -413,7 +417,7 @@ def main() -> None:
         parser.error(
             f"--estimators: prefixes {strange} are not among the {args.prefixes} equally spaced of --prefixes"
         )
-    world = load_world(args.model, args.lora, args.prompts)
+    world = load_world(args.model, args.lora, args.prompts, args.skip_prompts)
     groups = samples(world, folder, args.num_generations, args.prefixes)
     hidden = read_hidden(world, groups, prefix_steps(world.steps, args.prefixes), folder)
     advantages, metrics = all_advantages(groups, args.estimators, world.steps, args.prefixes, hidden)
