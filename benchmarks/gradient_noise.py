@@ -99,7 +99,7 @@ class World:
 
 
 def load_world(name: str, lora: bool, prompts: int, first: int) -> World:
-    """The shipped base of the music recipe or SmolLM2 of the text recipe; prompts in a seeded order from `first` on."""
+    """The shipped base of the music recipe or SmolLM2 of the text recipe; prompts in seeded order from `first` on."""
     if name == "music":
         models = ROOT / "recipes/tiny_music/models"
         folder, data, steps = models / "musiclm", ROOT / "recipes/tiny_music/data/train_prompts.jsonl", 200

@@ -45,18 +45,18 @@ PARTS = (
 )  # fmt: skip
 
 
-def tokens_of(row: Result, folder: Path) -> Path:
+def tokens_of(row: Result, folder: Path) -> Path | None:
     """
-    The file with a row's token ids: its name begins like that of the row's folder of samples.
+    The file with a row's token ids, whose name begins like that of the row's folder of samples; `None` without one.
 
     Raises:
-        FileNotFoundError: If there is none, or more than one.
+        ValueError: If there is more than one.
     """
     stem = str(row.samples).rpartition("_")[0]
     found = sorted(folder.glob(f"{stem}_*.safetensors"))
-    if len(found) != 1:
-        raise FileNotFoundError(f"the tokens of `{row.name}` must be one file {stem}_*.safetensors, got {len(found)}")
-    return found[0]
+    if len(found) > 1:
+        raise ValueError(f"the tokens of `{row.name}` must be one file {stem}_*.safetensors, got {len(found)}")
+    return found[0] if found else None
 
 
 def decoder(args: EvaluateArguments) -> Callable[[list[list[int]]], list[Completion]]:
@@ -90,8 +90,12 @@ def judge(
         names (`list[str]`, *optional*): Rows; all by default.
         also (`Sequence[Path]`, *optional*): Studies whose rows stand in this one too; their tokens are read.
 
+    Returns:
+        `list[Result]`: The rows with their new metrics. Without `names`, rows whose tokens are not kept are left out,
+        which a line says.
+
     Raises:
-        FileNotFoundError: If a file, or the tokens of a row, are missing.
+        FileNotFoundError: If a file is missing, or the tokens of all rows, or of one of `names`.
         ValueError: If the study has no row of a name.
     """
     rows = read_results(study / "results.jsonl")
@@ -106,7 +110,12 @@ def judge(
                 for member in archive:
                     if member.isfile() and (content := archive.extractfile(member)):
                         (Path(folder) / Path(member.name).name).write_bytes(content.read())
-        files = {row.name: tokens_of(row, Path(folder)) for row in rows}
+        files = {row.name: file for row in rows if (file := tokens_of(row, Path(folder)))}
+        if lacking := [row.name for row in rows if row.name not in files]:
+            if names or not files:
+                raise FileNotFoundError(f"{study / 'tokens.tar.xz'} has no tokens of {lacking}")
+            print(f"Left out, for their tokens are not kept: {', '.join(lacking)}")
+        rows = [row for row in rows if row.name in files]
         done = [judged(row, files[row.name], held_out, judges, decode) for row in tqdm(rows, unit="row")]
     return with_quality(done, args.omega)
 

@@ -74,8 +74,20 @@ def test_rows_and_tokens_that_are_missing_are_named(study, monkeypatch, tmp_path
     (tmp_path / "results.jsonl").write_text((study / "results.jsonl").read_text())
     with tarfile.open(tmp_path / "tokens.tar.xz", "w:xz") as archive:
         archive.addfile(tarfile.TarInfo("other.safetensors"), io.BytesIO())
-    with pytest.raises(SystemExit, match="the tokens of `base` must be one file base_c7c0deb0_"):
+    with pytest.raises(SystemExit, match=r"tokens.tar.xz has no tokens of \['base'\]"):
         judge_tokens.main([str(tmp_path), str(study / "config.yaml"), "--output", str(tmp_path / "out")])
+
+
+def test_rows_whose_tokens_are_not_kept_are_left_out_by_name(study, monkeypatch, capsys, tmp_path):
+    for name in ("config.yaml", "tokens.tar.xz"):
+        (tmp_path / name).write_bytes((study / name).read_bytes())
+    line = json.loads((study / "results.jsonl").read_text())
+    other = line | {"name": "hot", "point": "hot", "samples": "hot_00000000_000000000000"}
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (line, other)))
+    assert judged(tmp_path, monkeypatch).name == "base"
+    assert "Left out, for their tokens are not kept: hot" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"has no tokens of \['hot'\]"):
+        judged(tmp_path, monkeypatch, "--rows", "hot")
 
 
 def test_every_row_of_the_study_has_its_tokens(tmp_path):
