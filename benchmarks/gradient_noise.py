@@ -160,12 +160,12 @@ def samples(world: World, folder: Path, group: int, prefixes: int) -> list[dict[
     """All groups with their prefixes, from `folder` where they are there."""
     groups = []
     for start in tqdm(range(0, len(world.prompts), CHUNK), desc="samples", unit="chunk"):
-        file = folder / f"samples_{group}_{start:04d}.safetensors"
+        file = folder / f"samples_{group}_{world.first + start:04d}.safetensors"
         if not file.exists():
             save(sample_chunk(world, start, group), file)
         groups += load(file)
     steps = prefix_steps(world.steps, prefixes)
-    for index, row in enumerate(tqdm(groups, desc="prefixes", unit="group")):
+    for index, row in enumerate(tqdm(groups, desc="prefixes", unit="group"), world.first):
         file = folder / f"prefixes_{group}_{prefixes}_{index:04d}.safetensors"
         if not file.exists():
             save(world.embed_prefixes(row["completions"], steps, row["embeddings"].shape[1]), file)
@@ -259,7 +259,7 @@ def all_advantages(
 def read_hidden(world: World, groups: list[dict[str, Any]], steps: list[int], folder: Path) -> torch.Tensor:
     """The base's [`~trl_drcd.critic.hidden_means`], `(P, G, M, F)`; from `folder` where they are there."""
     means = []
-    for index, group in enumerate(tqdm(groups, desc="hidden states", unit="group")):
+    for index, group in enumerate(tqdm(groups, desc="hidden states", unit="group"), world.first):
         file = folder / f"means_{len(group['completions'])}_{len(steps)}_{index:04d}.safetensors"
         if not file.exists():
             hidden = world.policy.hidden_states(world.model, *world.batch(group["prompt"], group["completions"]))
@@ -423,7 +423,8 @@ def main() -> None:
     advantages, metrics = all_advantages(groups, args.estimators, world.steps, args.prefixes, hidden)
     found = []
     for i, group in enumerate(tqdm(groups, desc="gradients", unit="group")):
-        file = folder / f"gradients{'_lora' * args.lora}_{args.num_generations}_{len(groups)}_{i:04d}.safetensors"
+        name = f"gradients{'_lora' * args.lora}_{args.num_generations}_{len(groups)}_{world.first + i:04d}"
+        file = folder / f"{name}.safetensors"
         there = load(file) if file.exists() else {}
         if new := {name: a[i] for name, a in advantages.items() if name not in there}:
             there |= gradients(world, group, new)
