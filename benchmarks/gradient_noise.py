@@ -417,13 +417,15 @@ def main() -> None:
         parser.error(
             f"--estimators: prefixes {strange} are not among the {args.prefixes} equally spaced of --prefixes"
         )
+    if args.skip_prompts % CHUNK:
+        parser.error(f"--skip-prompts {args.skip_prompts} must be a multiple of {CHUNK}, which are sampled together")
     world = load_world(args.model, args.lora, args.prompts, args.skip_prompts)
     groups = samples(world, folder, args.num_generations, args.prefixes)
     hidden = read_hidden(world, groups, prefix_steps(world.steps, args.prefixes), folder)
     advantages, metrics = all_advantages(groups, args.estimators, world.steps, args.prefixes, hidden)
     found = []
     for i, group in enumerate(tqdm(groups, desc="gradients", unit="group")):
-        name = f"gradients{'_lora' * args.lora}_{args.num_generations}_{len(groups)}_{world.first + i:04d}"
+        name = f"gradients{'_lora' * args.lora}_{args.num_generations}_{len(groups)}_{world.first}_{i:04d}"
         file = folder / f"{name}.safetensors"
         there = load(file) if file.exists() else {}
         if new := {name: a[i] for name, a in advantages.items() if name not in there}:

@@ -300,7 +300,7 @@ def test_rows_that_can_be_compared_differ_in_model_and_sampling_alone(args, fold
         {"name": "own", "model": str(folder), "temperature": 0.5},
     ]  # fmt: skip
     before = digests_of()
-    assert len(before) == 1 and digests_of(seed=1, batch_size=7) == before
+    assert len(before) == 1 and digests_of(seed=1, batch_size=7, samples_per_prompt=9, listen=1) == before
     (tmp_path / "other.jsonl").write_text('{"prompt": "fast"}\n{"prompt": "drum"}\n')
     for changed in (
         {"dataset": str(tmp_path / "other.jsonl")}, {"max_new_tokens": 5}, {"dtype": "bfloat16"},

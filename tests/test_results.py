@@ -178,7 +178,10 @@ def test_further_trainings_are_rows_of_the_same_point(tmp_path):
     [
         ({"temperature": 0.5}, "further trainings must have the same `temperature`, got 0.99 and 0.5"),
         ({"diversity_coef": 100.0}, "further trainings must have the same `diversity_coef`, got 200.0 and 100.0"),
-        ({"but_model": "of others"}, "the same prompts, judges and lengths, .*these, of others"),
+        (
+            {"but_model": "of others"},
+            "mine #2 in .* must have .*of mine #0, .*`but_model` .*these, of others",
+        ),
         ({"model_digest": "a"}, "mine #2 is the model of mine #0 once more"),
         ({"model_digest": None, "model": "outputs/0"}, "mine #2 is the model of mine #0 once more"),
         ({"training_seed": None}, "mine #2 is of the point of mine #0, but one of them has no number"),
@@ -250,8 +253,8 @@ def test_rows_of_another_evaluation_stand_beside_the_first(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"but_row": "of others"}, "CFG: .* digests `but_row` differ: these, of others"),
-        ({"kl": [1.0]}, "rows of another evaluation must have the same `prompts`, got 2 and 1"),
+        ({"but_row": "of others"}, "CFG in .*1 must have .* of base, .* digests `but_row` differ: these, of others"),
+        ({"kl": [1.0]}, "base: CFG in .*1 must have the same `prompts`, got 2 and 1"),
         ({"teacher_guidance_scale": 5.0}, "the same `teacher_guidance_scale`, got 3.0 and 5.0"),
         ({"kind": "music"}, "the same `kind`"),
     ],

@@ -64,7 +64,7 @@ class Task:
         settings (`str`): Digest of everything that its metrics depend on.
         but_seed (`str`): The same without the seed and the batch size: of rows that are further samples of each other.
         but_model (`str`): The same without the models too: of rows that are further trainings of each other.
-        but_row (`str`): The same without anything of the row: of rows that can be compared with each other.
+        but_row (`str`): Digest of base, prompts, lengths, dtype and judges: of rows that can be compared.
         model_digest (`str`, *optional*): Digest of the weights of its model, if it is a single folder.
     """
 
@@ -160,13 +160,15 @@ def plan(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction]) -
     names = [args.model, *(name for row in rows for name in row.models if name != BASE)]
     suppressed = None if args.allowed_token_ids else suppressed_tokens(names)
     further = further_end(args.model) if policy_class(args.model).rolls_out_with_trl else None
+    shared = [digest(args.model), args.max_new_tokens, args.dtype, args.allowed_token_ids, args.chat_template_kwargs]
+    but_row = settings_digest([shared, held_out.prompts, held_out.teacher_prompts, judged[:4]])
     tasks = []
     for row in rows:
-        counted = (row, True, True), (row, False, True), (row, False, False), (Row(BASE), False, False)
-        drawn, *others = (
-            sampling_digest(of, args, held_out, digest, suppressed, further, *how) for of, *how in counted
+        drawn, but_seed, but_model = (
+            sampling_digest(row, args, held_out, digest, suppressed, further, *counted)
+            for counted in ((True, True), (False, True), (False, False))
         )
-        settings, but_seed, but_model, but_row = (settings_digest([each, judged]) for each in (drawn, *others))
+        settings, but_seed, but_model = (settings_digest([each, judged]) for each in (drawn, but_seed, but_model))
         name = row.models[0] if row.models else args.model
         one_folder = len(row.models) < 2 and Path(name).is_dir()
         own = weights(name) if one_folder else None

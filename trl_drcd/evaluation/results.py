@@ -81,7 +81,8 @@ class Result:
         settings (`str`): Digest of everything that the metrics depend on.
         but_seed (`str`, *optional*): The same without the seed; of further samples of a row it is that of the row.
         but_model (`str`, *optional*): The same without seed and models; of further trainings it is that of the point.
-        but_row (`str`, *optional*): The same without anything of the row; of rows that can be compared it is the same.
+        but_row (`str`, *optional*): Digest of base, prompts, lengths, dtype and judges; the same of rows that can be
+            compared.
         model_digest (`str`, *optional*): Digest of the model's weights; of interpolations there is none.
         omega (`float`, *optional*): `quality = omega * adherence + preference`; `None` if quality is adherence.
         more (`dict`): Fields of other versions of this package.
@@ -191,7 +192,7 @@ def read_results(file: str | Path, *more: str | Path) -> list[Result]:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"{file} has two rows {twice}, so it is not clear of which there are further samples")
     drawn, untold = {row.name: [row] for row in rows}, list[str]()
-    for row in (row for further in others for row in further):
+    for file_of, row in ((name, row) for name, further in zip(more, others, strict=True) for row in further):
         if row.name in drawn:
             drawn[row.name].append(row)
             continue
@@ -199,8 +200,9 @@ def read_results(file: str | Path, *more: str | Path) -> list[Result]:
         if trainings:
             _check_further_training(row, trainings)
         first = (trainings or rows or [row])[0]
-        _check_settings(first, row, "rows of another evaluation", COMPARABLE)
-        if not _of_the_same_prompts(first, row, "but_model" if trainings else "but_row"):
+        what = f"{row.name} in {file_of}"
+        _check_settings(first, row, what, COMPARABLE)
+        if not _of_the_same_prompts(first, row, what, "but_model" if trainings else "but_row"):
             untold.append(row.name)
         drawn[row.name] = [_without_other_quality(row, first)]
     if untold:
@@ -229,9 +231,9 @@ def _check_further_training(row: Result, trainings: Sequence[Result]) -> None:
             raise ValueError(f"{row.name} is the model of {other.name} once more; leave one of them out")
 
 
-def _of_the_same_prompts(first: Result, row: Result, digest: str) -> bool:
+def _of_the_same_prompts(first: Result, row: Result, what: str, digest: str) -> bool:
     """
-    Whether the rows tell by a digest that prompts, judges and lengths are the same.
+    Whether the rows tell by a digest that base, prompts, lengths, dtype and judges are the same.
 
     Raises:
         ValueError: If they tell that these are not.
@@ -239,7 +241,7 @@ def _of_the_same_prompts(first: Result, row: Result, digest: str) -> bool:
     one, other = getattr(first, digest), getattr(row, digest)
     if None not in (one, other) and one != other:
         raise ValueError(
-            f"{row.name}: rows of another evaluation must have the same prompts, judges and lengths, but the digests "
+            f"{what} must have the base, prompts, judges, lengths and dtype of {first.name}, but the digests "
             f"`{digest}` differ: {one}, {other}"
         )
     return None not in (one, other)
@@ -285,7 +287,10 @@ def joined(rows: Sequence[Result]) -> Result:
     if None in digests:
         logger.warning(f"{first.name}: rows of an earlier version do not tell whether their prompts are the same")
     if len({row.seed for row in rows}) < len(rows):
-        raise ValueError(f"{first.name}: further samples must have another `seed`, got {[row.seed for row in rows]}")
+        raise ValueError(
+            f"{first.name}: further samples must have another `seed`, got {[row.seed for row in rows]}; if these are "
+            "the same samples, leave the row out of one of the files"
+        )
     other_quality = {"quality"} if len({row.omega for row in rows}) > 1 else set()
     keys = [
         key for key in first.per_prompt if all(key in row.per_prompt for row in others) and key not in other_quality

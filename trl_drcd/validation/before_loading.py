@@ -34,7 +34,7 @@ REWARD_SETTINGS = {"normalize_advantages": False, "reward_clip_range": None}
 ELSEWHERE = {"subfolder", "variant", "gguf_file"}
 # LoRA initialisations that leave the model's output unchanged
 NEUTRAL_INITS = ("gaussian", "eva", "orthogonal", "mica")
-# Kinds of PEFT that this trainer would train as something else, without a word
+# Kinds of PEFT that this trainer cannot train as they are meant
 OTHER_PEFT = {
     PeftType.ADALORA: "allocates its ranks in calls, and with a penalty, that this trainer does not make",
     PeftType.POLY: "needs task ids in every forward", PeftType.XLORA: "mixes adapters that are already trained",
