@@ -1,11 +1,11 @@
 """
 Float32 products on x86 processors, by whichever of torch's libraries is the faster on this one.
 
-torch multiplies by MKL, which on AMD processors does less than half of what they can (benchmarks/products.py). There
-oneDNN, which torch has too, takes its place: in [`linear`], and by [`fast_products`] in all models that compute inside
-of it, where a product has the rows to be faster for it. Both libraries have kernels for a weight that was rearranged
-before ([`pack`]). The choice depends on processor and shapes, not on a measurement, so that runs on the same machine
-agree bit for bit.
+torch multiplies by MKL. On an AMD processor oneDNN, which torch has too, was 1.3 to 2.8 times as fast
+(benchmarks/products.py), so it takes MKL's place there: in [`linear`], and by [`fast_products`] in all models that
+compute inside of it, where a product has the rows to be faster for it. Both libraries have kernels for a weight that
+was rearranged before ([`pack`]). The choice depends on processor and shapes, not on a measurement, so that runs on the
+same machine agree bit for bit.
 """
 
 from __future__ import annotations
