@@ -13,9 +13,9 @@ import argparse
 from pathlib import Path
 
 from trl_drcd.evaluation.claims import claims_tables
+from trl_drcd.evaluation.joining import FURTHER_PROMPTS_HELP, RESULTS_HELP, read_joined
 from trl_drcd.evaluation.points import pooled, with_quality
 from trl_drcd.evaluation.report import write_report
-from trl_drcd.evaluation.results import RESULTS_HELP, read_results
 from trl_drcd.evaluation.tables import markdown
 from trl_drcd.files import write_text
 from trl_drcd.validation.messages import one_line_errors
@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     """Print a table for each measured pair of a quality and a diversity metric."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help=RESULTS_HELP)
+    parser.add_argument("--further_prompts", type=Path, nargs="+", default=[], help=FURTHER_PROMPTS_HELP)
     parser.add_argument(
         "--omega", help="quality = omega * adherence + preference: a number or `equal`; by default as stored"
     )
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--report", type=Path, help="a folder for all tables and plots of the evaluation")
     args = parser.parse_args(argv)
     with one_line_errors("claims.py"):
-        results = read_results(*args.results)
+        results = read_joined(*args.results, further_prompts=args.further_prompts)
     results = with_quality(results, args.omega) if args.omega else results
     points = pooled(results)
     known = set.intersection(*(set(point.values) for point in points))

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trl_drcd.evaluation.joining import RESULTS_HELP, read_joined
 from trl_drcd.evaluation.plots import agreement_plot, front_plot, lambda_plot, save, training_plot
 from trl_drcd.evaluation.points import Point, guided_bases, lambda_sweeps, pooled, training_sweeps
-from trl_drcd.evaluation.results import RESULTS_HELP, Result, read_results
+from trl_drcd.evaluation.results import Result
 from trl_drcd.files import write_text
 from trl_drcd.validation.messages import one_line_errors
 
@@ -101,7 +102,7 @@ def write(results: Sequence[Path], training: Sequence[Path], folder: Path, quali
 def _read(results: Sequence[Path]) -> list[Result]:
     """The rows of files `results.jsonl`, or of evaluations' folders."""
     files = [one / "results.jsonl" if one.is_dir() else one for one in results]
-    if not (rows := read_results(*files)):
+    if not (rows := read_joined(*files)):
         raise ValueError(f"{files[0]} has no rows")
     return rows
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from trl_drcd.evaluation.fronts import height_above
+from trl_drcd.evaluation.joining import FURTHER_PROMPTS_HELP, RESULTS_HELP, read_joined
 from trl_drcd.evaluation.points import (
     Comparison,
     Point,
@@ -28,7 +29,6 @@ from trl_drcd.evaluation.points import (
     of_training_seed,
     pooled,
 )
-from trl_drcd.evaluation.results import RESULTS_HELP, read_results
 from trl_drcd.evaluation.statistics import Interval
 from trl_drcd.evaluation.tables import formatted, markdown_table
 from trl_drcd.validation.messages import one_line_errors
@@ -129,11 +129,14 @@ def main(argv: list[str] | None = None) -> None:
     """Print a table with a row per hypothesis."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help=RESULTS_HELP)
+    parser.add_argument("--further_prompts", type=Path, nargs="+", default=[], help=FURTHER_PROMPTS_HELP)
     parser.add_argument("--training_seed", type=int, help="only the models at this place of their lists")
     parser.add_argument("--blinded", action="store_true", help="only how wide the intervals are, no value, no verdict")
     args = parser.parse_args(argv)
     with one_line_errors("hypotheses.py"):
-        points = pooled(of_training_seed(read_results(*args.results), args.training_seed))
+        points = pooled(
+            of_training_seed(read_joined(*args.results, further_prompts=args.further_prompts), args.training_seed)
+        )
         studies = {diversity: Study(points, diversity) for diversity in DIVERSITIES}
     found = {diversity: study.statistics() for diversity, study in studies.items()}
     main_ones = holm(studies["diversity"], found["diversity"])

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from trl_drcd.evaluation.fronts import height_above
+from trl_drcd.evaluation.joining import FURTHER_PROMPTS_HELP, RESULTS_HELP, read_joined
 from trl_drcd.evaluation.metrics import metric
 from trl_drcd.evaluation.points import Comparison, by_strategy, guidance_curve, of_training_seed, pooled
-from trl_drcd.evaluation.results import RESULTS_HELP, read_results
 from trl_drcd.evaluation.tables import formatted, markdown_table
 from trl_drcd.validation.messages import one_line_errors
 
@@ -33,12 +33,15 @@ def main(argv: list[str] | None = None) -> None:
     """Print a table with a row per point and, for a strategy of several, their mean."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help=RESULTS_HELP)
+    parser.add_argument("--further_prompts", type=Path, nargs="+", default=[], help=FURTHER_PROMPTS_HELP)
     parser.add_argument("--training_seed", type=int, help="only the models at this place of their lists")
     parser.add_argument("--metric", default="adherence", help="metric of the height (default: adherence)")
     parser.add_argument("--differences", nargs=2, metavar="POINT", help="also the first point - the second")
     args = parser.parse_args(argv)
     with one_line_errors("heights.py"):
-        points = pooled(of_training_seed(read_results(*args.results), args.training_seed))
+        points = pooled(
+            of_training_seed(read_joined(*args.results, further_prompts=args.further_prompts), args.training_seed)
+        )
         curve = guidance_curve(points)
         if len(curve) < 2:
             raise ValueError(f"{args.results[0]} needs rows of the base with two guidance scales, got {len(curve)}")

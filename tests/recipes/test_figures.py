@@ -6,8 +6,9 @@ import pytest
 from test_points import line, world
 
 from recipes import figures
+from trl_drcd.evaluation.joining import read_joined
 from trl_drcd.evaluation.points import pooled, training_sweeps
-from trl_drcd.evaluation.results import Result, ResultsFolder, read_results
+from trl_drcd.evaluation.results import Result, ResultsFolder
 
 
 def of_training():
@@ -55,6 +56,6 @@ def test_the_page_names_what_is_drawn_and_what_is_missing(tmp_path, capsys):
 
 def test_what_is_drawn_of_this_repository_is_there():
     for results, training in figures.OURS.values():
-        assert pooled(read_results(*(figures.ROOT / one for one in results)))
-        rows = read_results(*(figures.ROOT / one for one in training)) if training else []
+        assert pooled(read_joined(*(figures.ROOT / one for one in results)))
+        rows = read_joined(*(figures.ROOT / one for one in training)) if training else []
         assert not training or training_sweeps(pooled(rows))

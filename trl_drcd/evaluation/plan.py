@@ -65,6 +65,7 @@ class Task:
         but_seed (`str`): The same without the seed and the batch size: of rows that are further samples of each other.
         but_model (`str`): The same without the models too: of rows that are further trainings of each other.
         but_row (`str`): Digest of base, prompts, lengths, dtype and judges: of rows that can be compared.
+        but_prompts (`str`): The same without the prompts: of rows on further prompts.
         model_digest (`str`, *optional*): Digest of the weights of its model, if it is a single folder.
     """
 
@@ -74,6 +75,7 @@ class Task:
     but_seed: str = ""
     but_model: str = ""
     but_row: str = ""
+    but_prompts: str = ""
     model_digest: str | None = None
 
     @property
@@ -114,6 +116,7 @@ class Task:
             but_seed=self.but_seed,
             but_model=self.but_model,
             but_row=self.but_row,
+            but_prompts=self.but_prompts,
             model_digest=self.model_digest,
         )
 
@@ -162,6 +165,7 @@ def plan(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction]) -
     further = further_end(args.model) if policy_class(args.model).rolls_out_with_trl else None
     shared = [digest(args.model), args.max_new_tokens, args.dtype, args.allowed_token_ids, args.chat_template_kwargs]
     but_row = settings_digest([shared, held_out.prompts, held_out.teacher_prompts, judged[:4]])
+    but_prompts = settings_digest([shared, judged[:4]])
     tasks = []
     for row in rows:
         drawn, but_seed, but_model = (
@@ -172,7 +176,7 @@ def plan(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction]) -
         name = row.models[0] if row.models else args.model
         one_folder = len(row.models) < 2 and Path(name).is_dir()
         own = weights(name) if one_folder else None
-        tasks.append(Task(row, drawn, settings, but_seed, but_model, but_row, own))
+        tasks.append(Task(row, drawn, settings, but_seed, but_model, but_row, but_prompts, own))
     return held_out, tasks
 
 

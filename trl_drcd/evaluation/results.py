@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,10 +17,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import numpy as np
 from filelock import FileLock
 
-from trl_drcd.evaluation.statistics import Interval, bootstrap_interval
+from trl_drcd.evaluation.statistics import Interval
 from trl_drcd.files import remove_temporaries, write_text
 
 USUAL_TEMPERATURE = 0.99
@@ -34,22 +32,10 @@ LATER = (
     "but_seed",
     "but_model",
     "but_row",
+    "but_prompts",
     "model_digest",
 )
 """Fields that earlier versions did not have; `None` is not written."""
-RESULTS_HELP = (
-    "results.jsonl, and others of the same prompts, with further rows, further samples of a row (`trl-drcd evaluate "
-    "--seed 1`), or further trainings (`first_training_seed` of a strategy)"
-)
-"""Help of scripts that read several."""
-SETTINGS = (
-    "point", "model", "weights", "guidance_scale", "temperature", "early_steps", "early_guidance_scale", "checkpoint",
-    "negative_prompt", "teacher_negative_prompt", "teacher_guidance_scale", "prompts", "samples_per_prompt", "kind",
-)  # fmt: skip
-"""What rows that differ only in their samples have in common."""
-COMPARABLE = ("teacher_negative_prompt", "teacher_guidance_scale", "prompts", "kind")
-"""What rows that can be compared have in common."""
-logger = logging.getLogger(__name__)
 ROOM = 2**20
 """Approximate disk space of the results and kept samples of a row, bytes."""
 
@@ -83,6 +69,7 @@ class Result:
         but_model (`str`, *optional*): The same without seed and models; of further trainings it is that of the point.
         but_row (`str`, *optional*): Digest of base, prompts, lengths, dtype and judges; the same of rows that can be
             compared.
+        but_prompts (`str`, *optional*): The same without the prompts: of rows on further prompts.
         model_digest (`str`, *optional*): Digest of the model's weights; of interpolations there is none.
         omega (`float`, *optional*): `quality = omega * adherence + preference`; `None` if quality is adherence.
         more (`dict`): Fields of other versions of this package.
@@ -116,6 +103,7 @@ class Result:
     but_seed: str | None = None
     but_model: str | None = None
     but_row: str | None = None
+    but_prompts: str | None = None
     model_digest: str | None = None
     omega: float | None = None
     more: dict[str, Any] = field(default_factory=dict)
@@ -169,154 +157,15 @@ class Result:
 # ---------------------------------------------------------------- the file
 
 
-def read_results(file: str | Path, *more: str | Path) -> list[Result]:
+def read_results(file: str | Path) -> list[Result]:
     """
-    Read all lines of a `results.jsonl`, and join those of others with them.
-
-    Args:
-        file (`str` or `Path`): A `results.jsonl`.
-        more (`str` or `Path`): Others, of the same prompts: with rows of their own, with further samples of a row of
-            the first (`trl-drcd evaluate --seed 1`), or with further trainings of its points (`first_training_seed`).
-
-    Returns:
-        `list[Result]`: The lines of the first file, then the other rows; a row that several have is [`joined`].
+    Read all lines of a `results.jsonl`; [`read_joined`] reads several.
 
     Raises:
-        FileNotFoundError: If a file does not exist.
-        ValueError: If a line is not a result, or a row of another file cannot be compared with the first's.
+        FileNotFoundError: If it does not exist.
+        ValueError: If a line is not a result.
     """
-    rows, *others = (_parse(one, Path(one).read_text(encoding="utf-8")) for one in (file, *more))
-    if not others:
-        return rows
-    names = [row.name for row in rows]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"{file} has two rows {twice}, so it is not clear of which there are further samples")
-    drawn, untold = {row.name: [row] for row in rows}, list[str]()
-    for file_of, row in ((name, row) for name, further in zip(more, others, strict=True) for row in further):
-        if row.name in drawn:
-            drawn[row.name].append(row)
-            continue
-        trainings = [each[0] for each in drawn.values() if each[0].point == row.point]
-        if trainings:
-            _check_further_training(row, trainings)
-        first = (trainings or rows or [row])[0]
-        what = f"{row.name} in {file_of}"
-        _check_settings(first, row, what, COMPARABLE)
-        if not _of_the_same_prompts(first, row, what, "but_model" if trainings else "but_row"):
-            untold.append(row.name)
-        drawn[row.name] = [_without_other_quality(row, first)]
-    if untold:
-        logger.warning(
-            f"{untold[0]} and {len(untold) - 1} others: rows of an earlier version do not tell whether their prompts "
-            "are the same"
-        )
-    return [joined(each) for each in drawn.values()]
-
-
-def _check_further_training(row: Result, trainings: Sequence[Result]) -> None:
-    """
-    Refuse a row that is not another training of the point of `trainings`.
-
-    Raises:
-        ValueError: If it was sampled or measured otherwise, or is one of the `trainings` under another number.
-    """
-    first = trainings[0]
-    if None in (row.training_seed, first.training_seed):
-        raise ValueError(f"{row.name} is of the point of {first.name}, but one of them has no number of its training")
-    _check_settings(first, row, "further trainings", sorted({*SETTINGS, "diversity_coef"} - {"model"}))
-    for other in trainings:
-        digests = other.model_digest, row.model_digest
-        same_model = (other.model, other.weights) == (row.model, row.weights)
-        if same_model if None in digests else digests[0] == digests[1]:
-            raise ValueError(f"{row.name} is the model of {other.name} once more; leave one of them out")
-
-
-def _of_the_same_prompts(first: Result, row: Result, what: str, digest: str) -> bool:
-    """
-    Whether the rows tell by a digest that base, prompts, lengths, dtype and judges are the same.
-
-    Raises:
-        ValueError: If they tell that these are not.
-    """
-    one, other = getattr(first, digest), getattr(row, digest)
-    if None not in (one, other) and one != other:
-        raise ValueError(
-            f"{what} must have the base, prompts, judges, lengths and dtype of {first.name}, but the digests "
-            f"`{digest}` differ: {one}, {other}"
-        )
-    return None not in (one, other)
-
-
-def _without_other_quality(row: Result, first: Result) -> Result:
-    """The row; without `quality` if its weights of the terms are not the first's."""
-    if row.omega == first.omega:
-        return row
-    metrics = {name: one for name, one in row.metrics.items() if name != "quality"}
-    return replace(
-        row, metrics=metrics, per_prompt={name: one for name, one in row.per_prompt.items() if name != "quality"}
-    )
-
-
-def joined(rows: Sequence[Result]) -> Result:
-    """
-    A row with further samples of the same prompts: for each prompt the mean of what was measured of each.
-
-    A diversity within prompts thus counts pairs of samples that were drawn together, not pairs across. Metrics without
-    values per prompt, such as a Fréchet distance, whose bias depends on the number of samples, are those of the first.
-
-    Args:
-        rows (`list[Result]`): The same row, sampled with different seeds.
-
-    Returns:
-        `Result`: As the first, with all samples; itself if it is alone.
-
-    Raises:
-        ValueError: If the rows differ in more than their samples, or two have samples of the same seed.
-    """
-    first, *others = rows
-    if not others:
-        return first
-    for row in others:
-        _check_settings(first, row, "further samples", SETTINGS)
-    digests = [row.but_seed for row in rows]
-    if len({*digests} - {None}) > 1:
-        raise ValueError(
-            f"{first.name}: further samples must have the same prompts, model, judges and lengths, but the digests of "
-            f"these differ: {digests}"
-        )
-    if None in digests:
-        logger.warning(f"{first.name}: rows of an earlier version do not tell whether their prompts are the same")
-    if len({row.seed for row in rows}) < len(rows):
-        raise ValueError(
-            f"{first.name}: further samples must have another `seed`, got {[row.seed for row in rows]}; if these are "
-            "the same samples, leave the row out of one of the files"
-        )
-    other_quality = {"quality"} if len({row.omega for row in rows}) > 1 else set()
-    keys = [
-        key for key in first.per_prompt if all(key in row.per_prompt for row in others) and key not in other_quality
-    ]
-    values = {key: _mean([row.per_prompt[key] for row in rows]) for key in keys}
-    return replace(
-        first,
-        samples_per_prompt=first.samples_per_prompt * len(rows),
-        metrics={
-            key: bootstrap_interval(values[key]) if key in values else one
-            for key, one in first.metrics.items()
-            if key in values or key not in first.per_prompt
-        },
-        per_prompt={key: rounded(one) for key, one in values.items()},
-    )
-
-
-def _check_settings(first: Result, row: Result, what: str, settings: Sequence[str]) -> None:
-    if unlike := next((name for name in settings if getattr(row, name) != getattr(first, name)), None):
-        one, other = getattr(first, unlike), getattr(row, unlike)
-        raise ValueError(f"{first.name}: {what} must have the same `{unlike}`, got {one!r} and {other!r}")
-
-
-def _mean(values: Sequence[Sequence[float]]) -> np.ndarray:
-    """The mean of values `(R, P)` over `R`, without those that are NaN."""
-    return np.ma.masked_invalid(values).mean(0).filled(np.nan)
+    return _parse(file, Path(file).read_text(encoding="utf-8"))
 
 
 def _parse(file: str | Path, text: str) -> list[Result]:
