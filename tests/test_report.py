@@ -1,14 +1,18 @@
 """The page: which sample stands under which caption, what can be heard, how it is laid out."""
 
+import io
 import json
 import re
 from html.parser import HTMLParser
 
+import matplotlib.image
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from trl_drcd.evaluation import listening
-from trl_drcd.evaluation.listening import heard, keep_completions, read_clips
+from trl_drcd.evaluation.listening import heard, keep_completions, read_clips, spectrogram_png
 from trl_drcd.evaluation.plots import Plot
 from trl_drcd.evaluation.report import Item, Page, PromptItems, Sample, kept_samples, summary, write_report
 from trl_drcd.evaluation.results import Result
@@ -181,3 +185,31 @@ def test_an_interval_without_ends_is_not_written_as_one():
     ends = {"low": float("-inf"), "high": float("inf")}
     assert formatted({"mean": -0.0081, **ends}) == "-0.008 (no interval)"
     assert formatted({"mean": -0.0001, "low": -0.5, "high": 0.25}) == "0.000 [-0.500, 0.250]"
+
+
+def test_a_spectrogram_shows_time_to_the_right_and_frequency_upwards():
+    """A tone of 1 kHz in the second half only, at a quarter of the height up to 4 kHz."""
+    rate = 16000
+    tone = torch.sin(2 * torch.pi * 1000 * torch.arange(2 * rate) / rate) * (torch.arange(2 * rate) >= rate)
+    with Image.open(io.BytesIO(spectrogram_png(tone, rate))) as image:
+        pixels = np.asarray(image.convert("RGB")).sum(-1)
+    assert pixels.shape == (512, 63)  # 4 kHz in bins of 7.8 Hz, two seconds in hops of 32 ms
+    loudest = np.unravel_index(pixels.argmax(), pixels.shape)
+    assert 511 - loudest[0] == 128 and loudest[1] > 31
+    colours = matplotlib.colormaps["magma"]([0, 255], bytes=True)[:, :3].astype(int)
+    assert (pixels[:, :28] == colours[0].sum()).all() and pixels.max() == colours[1].sum()  # 60 dB
+
+
+def test_a_spectrogram_has_the_colours_of_matplotlib():
+    noise = torch.randn(16000, generator=torch.Generator().manual_seed(0)) * torch.linspace(0, 1, 16000) ** 4
+    spectrum = torch.stft(noise, 2048, 512, window=torch.hann_window(2048), pad_mode="constant", return_complex=True)[
+        :512
+    ].abs()
+    decibels = 20 * spectrum.log10()
+    file = io.BytesIO()
+    edges = {"vmin": decibels.max() - 60, "vmax": decibels.max()}
+    matplotlib.image.imsave(file, decibels.numpy(), cmap="magma", origin="lower", **edges)
+    with Image.open(file) as one, Image.open(io.BytesIO(spectrogram_png(noise, 16000))) as other:
+        expected, found = (np.asarray(image.convert("RGB")).astype(int) for image in (one, other))
+    assert found.shape == expected.shape and (found != expected).any(-1).mean() < 0.01
+    assert np.abs(found - expected).max() <= 4  # a neighbouring colour, where rounding differs

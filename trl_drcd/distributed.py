@@ -17,8 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 from trl.distributed import DistributedBackend
 from trl.models import prepare_deepspeed
 
+from trl_drcd.compat.family_hooks import forget_patched_forward
 from trl_drcd.compat.torch_distributed import initialize_fsdp_root, reshards_after_forward
-from trl_drcd.compat.trl_private import ForwardRedirection, forget_patched_forward, maybe_gather_lm_head_ctx
+from trl_drcd.compat.trl_private import ForwardRedirection, maybe_gather_lm_head_ctx
 from trl_drcd.heads import Head
 
 logger = get_logger(__name__)

@@ -24,7 +24,6 @@ from trl_drcd.callbacks import SampleCallback, WarmupCheck
 from trl_drcd.cards import CITATION, base_of, final_metrics, trained_model, write_card
 from trl_drcd.compat.products import fast_products
 from trl_drcd.compat.torch_distributed import set_group_timeout
-from trl_drcd.compat.trl_private import get_config_model_id
 from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.distributed import count_completions, separate_teacher
 from trl_drcd.diversity import DiversityReward
@@ -110,7 +109,7 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         **kwargs,
     ):
         if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            name = model if isinstance(model, str) else model.config.name_or_path
             args = CFGDistillDiversityConfig(f"{name.rstrip('/').split('/')[-1]}-DRCD")
         embedder = as_embedder(embedder)
         extra_rewards = [] if reward_funcs is None else reward_funcs

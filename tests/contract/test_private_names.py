@@ -51,7 +51,6 @@ CONTRACT = {
     },
     "trl.trainer.utils": {
         "RepeatSampler": "data_source, mini_repeat_count, batch_size=, repeat_count=, shuffle=, seed=",
-        "get_config_model_id": "config",
         "is_async_callable": "func",
         "maybe_gather_lm_head_ctx": "*params",
         "use_adapter": "model, adapter_name",

@@ -16,17 +16,15 @@ from unittest import mock
 
 from transformers import AutoTokenizer, DiaConfig, DiaProcessor, GenerationConfig, PreTrainedModel, ProcessorMixin
 
-from trl_drcd.compat.trl_private import get_config_model_id
-
 
 class DiaInTRL:
-    """See [`~trl_drcd.compat.trl_private.FamilyInTRL`]."""
+    """See [`~trl_drcd.compat.family_hooks.FamilyInTRL`]."""
 
     @staticmethod
     def processing_class(model: Any, given: object, revision: str | None = None) -> Any:
         """Return the tokenizer of the text; it keeps the processor, which knows the codec."""
         if given is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            name = model if isinstance(model, str) else model.config.name_or_path
             given = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         return keep_processor(given) if isinstance(given, ProcessorMixin) else given
 
@@ -75,7 +73,7 @@ def processor_of(tokenizer: Any, model: Any) -> DiaProcessor | None:
         ValueError: If the codec has no weights in safetensors, or cannot be found.
     """
     kept: DiaProcessor | None = getattr(tokenizer, "kept_processor", None)
-    name = get_config_model_id(model.config)
+    name = model.config.name_or_path
     if kept is None and name:
         problems: list[OSError] = []
         try:

@@ -17,8 +17,6 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, MusicgenConfig, ProcessorMixin
 from transformers.models.musicgen.modeling_musicgen import MusicgenSinusoidalPositionalEmbedding
 
-from trl_drcd.compat.trl_private import get_config_model_id
-
 
 class StaticPositions(MusicgenSinusoidalPositionalEmbedding):
     """
@@ -44,13 +42,13 @@ def hold_positions(decoder: Any, length: int) -> None:
 
 
 class MusicgenInTRL:
-    """See [`~trl_drcd.compat.trl_private.FamilyInTRL`]."""
+    """See [`~trl_drcd.compat.family_hooks.FamilyInTRL`]."""
 
     @staticmethod
     def processing_class(model: Any, given: object, revision: str | None = None) -> Any:
         """Return the T5 tokenizer: TRL would take MusicGen's processor for a vision model's."""
         if given is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            name = model if isinstance(model, str) else model.config.name_or_path
             given = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         return given.tokenizer if isinstance(given, ProcessorMixin) else given
 

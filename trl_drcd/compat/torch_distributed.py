@@ -8,11 +8,13 @@ module reshards its weights after the forward pass. `tests/contract` compares th
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
-from torch.distributed.fsdp import FSDPModule
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def set_group_timeout(seconds: float) -> None:

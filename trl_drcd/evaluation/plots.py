@@ -290,6 +290,7 @@ def save(figure: Figure, path: Path) -> bytes:
     for kind in ("png", "svg"):
         file = io.BytesIO()
         figure.savefig(file, format=kind, dpi=150)
+        figure.set_layout_engine("none")  # the places of the first hold for the second
         write_bytes(path.with_suffix(f".{kind}"), file.getvalue())
         written[kind] = file.getvalue()
     return written["png"]

@@ -44,7 +44,7 @@ class Policy(Protocol):
     first_frame_steps: int
     """Steps that hold the first whole frame: 1 more than the longest delay of a codebook; 1 for text."""
     in_trl: Any
-    """A [`~trl_drcd.compat.trl_private.FamilyInTRL`]."""
+    """A [`~trl_drcd.compat.family_hooks.FamilyInTRL`]."""
     frozen: str | None
     """
     Regular expression for the names of frozen modules; they stay unsharded when the rest is sharded. With one, this

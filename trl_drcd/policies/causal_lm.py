@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import get_logger
 
 from trl_drcd.compat.dropout import turn_off_dropout
-from trl_drcd.compat.trl_private import CausalLMInTRL
+from trl_drcd.compat.family_hooks import CausalLMInTRL
 from trl_drcd.guidance import EarlySteps, stacked_prompts
 from trl_drcd.heads import Head
 from trl_drcd.policies.allowed import AllowedTokens

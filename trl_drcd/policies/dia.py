@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl_drcd.audio.dac import DelayedCodec
 from trl_drcd.compat.dia import DiaInTRL, processor_of
 from trl_drcd.compat.dropout import turn_off_dropout
-from trl_drcd.compat.trl_private import forget_patched_forward
+from trl_drcd.compat.family_hooks import forget_patched_forward
 from trl_drcd.guidance import EarlySteps, left_pad, stacked_prompts
 from trl_drcd.heads import Head
 from trl_drcd.policies.causal_lm import _full

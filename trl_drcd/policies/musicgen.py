@@ -18,8 +18,8 @@ from transformers import EncodecFeatureExtractor, MusicgenProcessor, PreTrainedM
 
 from trl_drcd.audio.codecs import CodebookCodec, delays_of, is_coded
 from trl_drcd.compat.dropout import turn_off_dropout
+from trl_drcd.compat.family_hooks import forget_patched_forward
 from trl_drcd.compat.musicgen import MusicgenInTRL, hold_positions
-from trl_drcd.compat.trl_private import forget_patched_forward
 from trl_drcd.guidance import EarlySteps, left_pad, stacked_prompts
 from trl_drcd.heads import Head
 from trl_drcd.policies.causal_lm import _full

@@ -12,7 +12,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from torch import nn
 
-from trl_drcd.compat.trl_private import is_async_callable
 from trl_drcd.reliability.processes import report_status
 
 SHOWN = 4  # maximum number of problems listed in a message
@@ -98,6 +97,8 @@ def checked_reward(reward: Callable, problems: Problems) -> Callable:
     def failed(prompts: list, error: Exception) -> list:
         problems.add(f"the reward `{name}` raised {type(error).__name__}: {error}", cause=error)
         return [0.0] * len(prompts)
+
+    from trl_drcd.compat.trl_private import is_async_callable  # TRL takes seconds to import
 
     if is_async_callable(reward):
 
