@@ -27,7 +27,7 @@ from tqdm import tqdm
 from training_step import machine
 from transformers import AutoTokenizer
 
-from trl_drcd.evaluation.allowed import allowed_in_rows
+from trl_drcd.evaluation.allowed import allowed_in_rows, suppressed_in
 from trl_drcd.evaluation.arguments import EvaluateArguments
 from trl_drcd.evaluation.measuring import sample_row
 from trl_drcd.evaluation.models import Models
@@ -35,7 +35,6 @@ from trl_drcd.evaluation.plan import held_out_prompts
 from trl_drcd.evaluation.strategies import Row, expand
 from trl_drcd.evaluation.tables import markdown_table
 from trl_drcd.files import write_text
-from trl_drcd.merging.adapters import BASE
 from trl_drcd.validation.messages import one_line_errors
 from trl_drcd.validation.yaml_files import read_yaml
 
@@ -59,11 +58,10 @@ def seconds(rows: list[Row], args: EvaluateArguments, rounds: int) -> dict[str, 
     """Wall clock, processor time, and tokens of each row in each round but the first."""
     held_out = held_out_prompts(args)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    names = [args.model, *(name for row in rows for name in row.models if name != BASE)]
     models: dict[str, Any] = {}
     for row in rows:
         model = Models(args.model, getattr(torch, args.dtype))(row)
-        allowed = allowed_in_rows(args.allowed_token_ids, names, model, tokenizer)
+        allowed = allowed_in_rows(args.allowed_token_ids, suppressed_in(args), model, tokenizer)
         models[row.name] = model.merge_and_unload() if isinstance(model, PeftModel) else model
     found: dict[str, list[tuple[float, float, int]]] = {row.name: [] for row in rows}
     for number in tqdm(range(rounds + 1), unit="round"):

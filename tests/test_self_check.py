@@ -72,7 +72,14 @@ def test_padding_is_looked_at_with_prompts_of_one_length_too(tmp_path, tokenizer
     data = rows().select([0]).repeat(8)
     with pytest.raises(ValueError, match="left padding changes its output"):
         first_update(tmp_path / "guided", tokenizer, model=make(name), dataset=data)
-    first_update(tmp_path, tokenizer, model=make(name), dataset=data, guidance_scale=1.0)
+    if name == "bart":
+        first_update(tmp_path, tokenizer, model=make(name), dataset=data, guidance_scale=1.0)
+
+
+def test_a_family_whose_states_are_not_those_of_the_whole_sequence_is_refused(tmp_path, tokenizer):
+    data = rows().select([0]).repeat(8)  # without padding it is scored as it should be
+    with pytest.raises(ValueError, match=r"the sampler draws tokens at log-probabilities .* nats away"):
+        first_update(tmp_path, tokenizer, model=make("rwkv"), dataset=data, guidance_scale=1.0)
 
 
 def test_a_teacher_of_a_family_that_is_scored_wrong_is_refused(tmp_path, tokenizer):
@@ -249,3 +256,32 @@ def test_a_teacher_in_half_precision_is_not_held_to_the_rounding_of_float32(tmp_
     trainer = first_update(tmp_path, tokenizer, teacher=teacher)
     check = self_check._Check(trainer.policy, trainer.teacher, trainer.model)
     assert check.tolerance_of(trainer.teacher.copy) == self_check.HALF_TOLERANCE > check.tolerance
+
+
+def test_a_sampler_that_draws_from_another_distribution_is_refused(tmp_path, tokenizer, monkeypatch):
+    """Scores are right here, and only the sampler reads its cache one position off."""
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, embedder=None)
+    own = trainer.policy.rollout
+
+    def shifted(model, prompt_ids, *args, **kwargs):
+        return own(model, [ids[:-1] + ids[-2:-1] for ids in prompt_ids], *args, **kwargs)
+
+    monkeypatch.setattr(trainer.policy, "rollout", shifted)
+    with pytest.raises(ValueError, match=r"`model`: the sampler draws tokens at log-probabilities .* nats away"):
+        trainer.train()
+
+
+def test_the_sampled_log_probabilities_are_those_at_the_temperature(tmp_path, tokenizer):
+    """At temperature 0.5 they differ from the model's own, which alone is no error."""
+    first_update(tmp_path, tokenizer, temperature=0.5)
+
+
+def test_a_tokenizer_with_token_types_samples_what_is_scored(tmp_path, tokenizer):
+    """TRL would pass them on to `generate`; the loss knows nothing of them."""
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn['content'] }} {% endfor %}{% if add_generation_prompt %}a {% endif %}"
+    )
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    data = Dataset.from_dict({"prompt": [[{"role": "user", "content": row["prompt"]}] for row in rows()]})
+    trainer = first_update(tmp_path, tokenizer, dataset=data, model=make("gpt2", vocab_size=len(tokenizer)))
+    assert trainer._scoring_checked and not trainer._sampler.leaves_it_to_trl()

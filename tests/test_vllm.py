@@ -32,6 +32,28 @@ def test_an_adapter_on_half_precision_is_refused(tmp_path, tokenizer, caplog):
     check_vllm(get_peft_model(make_model(tokenizer), LoraConfig(r=2)), settings(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [{"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}, {"target_modules": ["embed_tokens"]}],
+)
+def test_an_adapter_that_unties_what_vllm_ties_is_refused(tmp_path, tokenizer, changed):
+    """PEFT gives embedding and head values of their own; vLLM would sample with those of the embedding alone."""
+    targets = {"target_modules": ["q_proj"]} | changed
+    tied = make_model(tokenizer)
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    with pytest.raises(ValueError, match=r"`use_vllm=True` with an adapter on the embedding or the head of a model"):
+        check_vllm(get_peft_model(tied, LoraConfig(r=2, **targets)), settings(tmp_path))
+    check_vllm(get_peft_model(make_model(tokenizer), LoraConfig(r=2, **targets)), settings(tmp_path))
+
+
+def test_an_adapter_elsewhere_in_a_tied_model_is_not_refused(tmp_path, tokenizer):
+    tied = make_model(tokenizer)
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    check_vllm(get_peft_model(tied, LoraConfig(r=2, target_modules=["q_proj"])), settings(tmp_path))
+
+
 @pytest.mark.parametrize(("mode", "seeded"), [("colocate", True), ("server", False)])
 def test_the_seed_reaches_a_colocated_engine(tmp_path, mode, seeded):
     """An engine seeds torch with the number of its process; the run's seed follows. Engines of two processes share."""

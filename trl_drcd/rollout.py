@@ -19,7 +19,7 @@ from trl_drcd.guidance import left_pad
 from trl_drcd.policies import Policy
 from trl_drcd.reliability.guard import BatchGuard
 from trl_drcd.reliability.processes import report_status
-from trl_drcd.sampling import static_cache
+from trl_drcd.sampling import Rollout, static_cache
 from trl_drcd.validation.before_loading import leaves_sampling_to_trl
 from trl_drcd.validation.once_loaded import check_lengths
 from trl_drcd.validation.vllm import check_vllm_lengths
@@ -51,6 +51,7 @@ class StudentSampler:
         self.tokenizer, self.eos_token_ids = tokenizer, eos_token_ids
         self.guard, self.accelerator = guard, accelerator
         self.max_length = int(args.max_completion_length or 0)  # `check_before_loading` refuses 0
+        self._latest: Rollout | None = None
 
     def rollout(
         self,
@@ -58,7 +59,6 @@ class StudentSampler:
         prompt_ids: list[list[int]],
         own: Callable[[list[list[int]]], list[list[int]]],
         by_trl: Callable[[], list[list[int]]],
-        multimodal: bool,
     ) -> list[list[int]]:
         """
         One completion of each prompt, token ids, never empty: RLOO looks at the last token of each.
@@ -67,16 +67,15 @@ class StudentSampler:
             wrapped: The student as wrapped by Accelerate; every process must call this.
             prompt_ids (`list[list[int]]`): Prompts, without padding.
             own (`Callable`): The trainer's way, from prompts to completions.
-            by_trl (`Callable`): TRL's way, for what is left to it: vLLM, settings of `generate`, images.
-            multimodal (`bool`): Whether there are images.
+            by_trl (`Callable`): TRL's way, for what is left to it: vLLM, settings of `generate`.
 
         Raises:
             ValueError: If a prompt and its completion do not fit the model, or vLLM's `vllm_max_model_length`.
         """
         self.check_lengths(wrapped, prompt_ids, "a prompt")
+        self._latest = None
         with self.precision():
-            to_trl = self.leaves_it_to_trl(multimodal)
-            ids = self.by_trl(wrapped, prompt_ids, by_trl) if to_trl else own(prompt_ids)
+            ids = self.by_trl(wrapped, prompt_ids, by_trl) if self.leaves_it_to_trl() else own(prompt_ids)
         return [row or [self.tokenizer.eos_token_id] for row in ids]
 
     @contextmanager
@@ -113,6 +112,7 @@ class StudentSampler:
             )
         report_status("it has sampled")
         self.guard.note_not_finite(~rollout.finite, prompt_ids)
+        self._latest = rollout
         return rollout.completions()
 
     def by_trl(
@@ -130,9 +130,14 @@ class StudentSampler:
         with weights, self.guard.watched_sampling(self.policy.sampled_from(student), prompt_ids):
             return generate()
 
-    def leaves_it_to_trl(self, multimodal: bool) -> bool:
-        """Whether vLLM, continuous batching, settings of `generate`, or images ask for TRL's own way."""
-        return self.policy.rolls_out_with_trl and bool(leaves_sampling_to_trl(self.args) or multimodal)
+    def leaves_it_to_trl(self) -> bool:
+        """Whether vLLM, continuous batching, or settings of `generate` ask for TRL's own way."""
+        return self.policy.rolls_out_with_trl and bool(leaves_sampling_to_trl(self.args))
+
+    def taken(self) -> Rollout | None:
+        """The latest rollout of the policy's own loop, which is then forgotten; `None` of TRL's."""
+        latest, self._latest = self._latest, None
+        return latest
 
     def precision(self) -> Any:
         """Autocast around a whole rollout casts the weights once, not per token; vLLM has a precision of its own."""

@@ -215,11 +215,14 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
 
     # ---------------------------------------------------------------- rollouts
 
+    def _tokenize_prompts(self, prompts):
+        # Without images, what a tokenizer returns beside ids (`token_type_ids`) is nothing that the loss reads
+        return super()._tokenize_prompts(prompts)[0], None, {}
+
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
         by_trl = partial(super()._generate_single_turn, prompt_ids, images, multimodal_fields)
         with self._stopwatch.timed("rollout"):
-            multimodal = bool(images or multimodal_fields)
-            return self._sampler.rollout(self.model_wrapped, prompt_ids, self.sample, by_trl, multimodal)
+            return self._sampler.rollout(self.model_wrapped, prompt_ids, self.sample, by_trl)
 
     def sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """
@@ -250,7 +253,10 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
         del output["old_logps"]
         if mode == "train" and not self._scoring_checked:
             untouched = self.state.global_step == 0 and self._other_teacher is None
-            self._scoring_checked = check_scoring(self.policy, self.teacher, self.model_wrapped, output, untouched)
+            sampled, temperature = self._sampler.taken(), self.args.temperature
+            self._scoring_checked = check_scoring(
+                self.policy, self.teacher, self.model_wrapped, output, untouched, sampled, temperature
+            )
         with self._stopwatch.timed("teacher"):
             negative, own = self.teacher.prompts(
                 inputs, self.args.negative_prompt, partial(self._sampler.padded, self.model)

@@ -5,7 +5,7 @@ from typing import Any
 from bad_world import Bad
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from peft.utils import NoMatchingPeftModuleError
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from trl_drcd.audio import MusicEmbedder
 from trl_drcd.policies import policy_class
@@ -41,6 +41,25 @@ def without_end(world: Any) -> Any:
 
 def trained(world: Any) -> Any:
     return get_peft_model(world.model(), LoraConfig(r=2, init_lora_weights=False))
+
+
+def injected(world: Any) -> Any:
+    """A model into which transformers has put an adapter."""
+    model = world.model()
+    model.add_adapter(LoraConfig(r=2))
+    return model
+
+
+def two_adapters(world: Any) -> Any:
+    model = get_peft_model(world.model(), LoraConfig(r=2))
+    model.add_adapter("other", LoraConfig(r=2))
+    model.base_model.set_adapter(["default", "other"])
+    return model
+
+
+def t5(world: Any) -> Any:
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(vocab_size=len(world.tokenizer), **sizes))
 
 
 def bert(world: Any) -> Any:
@@ -150,6 +169,25 @@ ROWS = [
     given(
         "an adapter that was trained", "already trained", "merge_and_unload", "`model`",
         lambda w: {"model": trained(w)},
+    ),
+    given(
+        "an adapter in the model and one beside", "carries an adapter already", "merge_and_unload", "`model`",
+        lambda w: {"model": injected(w), "peft_config": LoraConfig(r=2)},
+    ),
+    given(
+        "an adapter of another name", "'mine'", "must be called `default`", "`model`",
+        lambda w: {"model": get_peft_model(w.model(), LoraConfig(r=2), adapter_name="mine")},
+    ),
+    given(
+        "two active adapters", "'other'", "exactly one is trained", "`model`", lambda w: {"model": two_adapters(w)},
+    ),
+    given(
+        "nothing to train", "no trainable weight", "give a `peft_config`", "`model`",
+        lambda w: {"model": w.model().requires_grad_(False)},
+    ),
+    given(
+        "an encoder-decoder", "T5ForConditionalGeneration", "give a causal LM", "`model`",
+        lambda w: {"model": t5(w)},
     ),
     given(
         "virtual tokens", "PromptTuningConfig", "use LoRA", "`peft_config`",

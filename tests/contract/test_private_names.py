@@ -63,6 +63,7 @@ CONTRACT = {
         "update": "self, key_states, value_states, *args, **kwargs",
     },
     "transformers.configuration_utils.PreTrainedConfig": {"_name_or_path": "attribute"},
+    "transformers.integrations.peft.PeftAdapterMixin": {"_hf_peft_config_loaded": "attribute"},
     "transformers.generation.utils.GenerationMixin": {"_supports_default_dynamic_cache": "cls"},
     "transformers.models.musicgen.modeling_musicgen": {
         "MusicgenSinusoidalPositionalEmbedding": "num_positions, embedding_dim",

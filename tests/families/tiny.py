@@ -69,7 +69,7 @@ def make(name: str, seed: int = 0, **overrides):
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() in (2, 3):  # 3 of experts
                 parameter.normal_(std=0.25)
             elif parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))

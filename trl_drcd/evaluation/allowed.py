@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from trl_drcd.merging.adapters import BASE
 from trl_drcd.policies import allowed_token_ids
 from trl_drcd.policies.allowed import complement
 from trl_drcd.policies.causal_lm import as_list
+
+if TYPE_CHECKING:
+    from trl_drcd.evaluation.arguments import EvaluateArguments
+
+
+def suppressed_in(args: EvaluateArguments) -> list[int] | None:
+    """
+    The tokens that no row of an evaluation samples, whichever of its strategies are run now: `only`, or rows that are
+    there already, change nothing. `None` where there are none, or `allowed_token_ids` are given.
+
+    Raises:
+        ValueError: If two models suppress different tokens.
+    """
+    if args.allowed_token_ids:
+        return None
+    strategies = args.strategies if isinstance(args.strategies, list | tuple) else []
+    given = [one.get(key) for one in strategies if isinstance(one, dict) for key in ("model", "models")]
+    return suppressed_tokens([args.model, *(name for name in _strings(given) if name != BASE)])
+
+
+def _strings(given: object) -> Iterator[str]:
+    """The strings in nested lists."""
+    if isinstance(given, str):
+        yield given
+    elif isinstance(given, list | tuple):
+        for one in given:
+            yield from _strings(one)
 
 
 def suppressed_tokens(names: Iterable[str]) -> list[int] | None:
@@ -70,7 +98,7 @@ def _of_training(name: str) -> str:
 
 
 def allowed_in_rows(
-    entries: Sequence[str] | None, names: Iterable[str], model: Any, tokenizer: PreTrainedTokenizerBase
+    entries: Sequence[str] | None, suppressed: list[int] | None, model: Any, tokenizer: PreTrainedTokenizerBase
 ) -> torch.Tensor | None:
     """
     The tokens that all rows sample from; `None` where every token is allowed.
@@ -78,14 +106,14 @@ def allowed_in_rows(
     Args:
         entries (`Sequence[str]`, *optional*): `allowed_token_ids` of the evaluation; they take precedence
             over the suppressed tokens.
-        names (`Iterable[str]`): Folders or Hub names of all models and adapters.
+        suppressed (`list[int]`, *optional*): The tokens that no row samples, of [`suppressed_in`].
         model (`PreTrainedModel`): The base.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
 
     Raises:
-        ValueError: If the entries do not fit the tokenizer or the model, or the models suppress different tokens.
+        ValueError: If the entries do not fit the tokenizer or the model.
     """
     eos = {*as_list(model.generation_config.eos_token_id), tokenizer.eos_token_id} - {None}
-    if entries is not None or (suppressed := suppressed_tokens(names)) is None:
+    if entries is not None or suppressed is None:
         return allowed_token_ids(entries, model, tokenizer, sorted(eos))[0]
     return complement(suppressed, model.get_output_embeddings().weight.shape[0])

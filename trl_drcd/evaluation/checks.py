@@ -13,7 +13,8 @@ from trl_drcd.evaluation.judging import import_function, is_function
 from trl_drcd.evaluation.metrics import METRICS
 from trl_drcd.evaluation.strategies import Row, is_adapter
 from trl_drcd.merging.adapters import BASE
-from trl_drcd.merging.folders import find_folder, warn_of_other_base
+from trl_drcd.merging.architecture import check_same_architecture, flat
+from trl_drcd.merging.folders import find_folder, load_config, warn_of_other_base
 from trl_drcd.validation.encoders import check_encoder
 from trl_drcd.validation.messages import prefix_errors
 from trl_drcd.validation.model_folders import check_model, check_on_hub, is_hub_name
@@ -166,13 +167,17 @@ def _outputs(fields: dict[str, Any]) -> Any:
 
 def check_ends(base: Any, rows: Sequence[Row], base_name: str) -> None:
     """
-    Compare the shapes of the rows' models with the base's without reading weights; models on the Hub must exist. Warn
-    of an adapter that records another base.
+    Compare the shapes of the rows' models with the base's, and the architectures of models that are mixed, without
+    reading weights; models on the Hub must exist. Warn of an adapter that records another base.
 
     Raises:
         FileNotFoundError: If a name is neither a folder nor found on the Hub.
-        ValueError: If a tensor has another shape than the base's.
+        ValueError: If a tensor has another shape than the base's, or models that are mixed compute otherwise.
     """
+    for strategy, models in dict.fromkeys((row.strategy, row.models) for row in rows if len(row.models) > 1):
+        if not any(is_adapter(model) for model in models if model != BASE):
+            with prefix_errors(f"models` of `{strategy}"):
+                _check_mixed([base_name if model == BASE else model for model in models])
     shapes = {name: tuple(tensor.shape) for name, tensor in base.state_dict().items()}
     for strategy, model in dict.fromkeys((row.strategy, model) for row in rows for model in row.models):
         folder = Path(model)
@@ -193,6 +198,13 @@ def check_ends(base: Any, rows: Sequence[Row], base_name: str) -> None:
                     f"`strategies` ({strategy}): {name} of {model} has shape {shape}, the base's has {shapes[name]}; "
                     "give models with the same base and vocabulary"
                 )
+
+
+def _check_mixed(models: Sequence[str]) -> None:
+    """Check that full models have the same architecture."""
+    configs = {model: flat(load_config(find_folder(model)).to_dict()) for model in models}
+    for model in models[1:]:
+        check_same_architecture(models[0], configs[models[0]], model, configs[model])
 
 
 def _shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:

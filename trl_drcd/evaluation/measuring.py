@@ -28,7 +28,7 @@ from trl_drcd.compat.glibc import keep_freed_memory
 from trl_drcd.compat.products import fast_products
 from trl_drcd.compat.threads import use_own_cores
 from trl_drcd.diversity import one_channel
-from trl_drcd.evaluation.allowed import allowed_in_rows
+from trl_drcd.evaluation.allowed import allowed_in_rows, suppressed_in
 from trl_drcd.evaluation.arguments import EvaluateArguments
 from trl_drcd.evaluation.checks import check_ends
 from trl_drcd.evaluation.information import forward_information, prompt_information
@@ -41,7 +41,6 @@ from trl_drcd.evaluation.plan import HeldOut, Task
 from trl_drcd.evaluation.results import Result, rounded
 from trl_drcd.evaluation.sampling import Completion, Samples, sample_prompts
 from trl_drcd.evaluation.strategies import Row
-from trl_drcd.merging.adapters import BASE
 from trl_drcd.policies import policy_for
 from trl_drcd.text.reward_models import question_of
 
@@ -74,8 +73,7 @@ class Worker:
         self.models = Models(args.model, getattr(torch, args.dtype))
         check_ends(self.models.base, rows, self.args.model)
         self.tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-        names = [args.model, *(name for row in rows for name in row.models if name != BASE)]
-        self.allowed = allowed_in_rows(args.allowed_token_ids, names, self.models.base, self.tokenizer)
+        self.allowed = allowed_in_rows(args.allowed_token_ids, suppressed_in(args), self.models.base, self.tokenizer)
         own = policy_for(self.models.base, self.tokenizer).codec(self.models.base)
         self.codec: Any = SpectralCodec.from_pretrained(args.codec) if args.codec else own
 

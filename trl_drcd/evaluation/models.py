@@ -49,10 +49,10 @@ class Models:
             self._loaded = (row.models, self._assemble(row.models))
         model = self._loaded[1]
         if len(row.models) > 1:
-            weights: float | list[float] = list(row.weights)
-            if isinstance(model, PeftModel) and BASE in row.models:
-                weights = row.weights[row.models.index(BASE)]  # lambda of a single adapter is the weight of the base
-            set_interpolation_weight(model, weights)
+            ends = list(zip(row.models, row.weights, strict=True))
+            if isinstance(model, PeftModel):  # the base is the last end of an adapter, wherever it stands
+                ends = sorted(ends, key=lambda end: end[0] == BASE)
+            set_interpolation_weight(model, [weight for _, weight in ends])
         _check_finite(model, f"`strategies` ({row.strategy}): {' + '.join(row.models)}")
         return model
 

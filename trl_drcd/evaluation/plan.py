@@ -14,7 +14,7 @@ from typing import Any
 
 from datasets.fingerprint import Hasher
 
-from trl_drcd.evaluation.allowed import further_end, suppressed_tokens
+from trl_drcd.evaluation.allowed import further_end, suppressed_in
 from trl_drcd.evaluation.arguments import EvaluateArguments
 from trl_drcd.evaluation.checks import check_metric_names, check_parts
 from trl_drcd.evaluation.digests import content_digest, settings_digest, weights_digest
@@ -160,8 +160,7 @@ def plan(args: EvaluateArguments, extra_metrics: Mapping[str, RewardFunction]) -
         judged.append(list(held_out.teacher_prompts))
     if args.scored_samples != args.samples_per_prompt:
         judged.append(["likelihood_samples", args.scored_samples])
-    names = [args.model, *(name for row in rows for name in row.models if name != BASE)]
-    suppressed = None if args.allowed_token_ids else suppressed_tokens(names)
+    suppressed = suppressed_in(args)
     further = further_end(args.model) if policy_class(args.model).rolls_out_with_trl else None
     shared = [digest(args.model), args.max_new_tokens, args.dtype, args.allowed_token_ids, args.chat_template_kwargs]
     but_row = settings_digest([shared, held_out.prompts, held_out.teacher_prompts, judged[:4]])

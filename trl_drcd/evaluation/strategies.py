@@ -20,6 +20,7 @@ from trl_drcd.guidance import EarlySteps
 from trl_drcd.merging.adapters import BASE
 from trl_drcd.merging.blend import check_weights
 from trl_drcd.merging.folders import find_folder
+from trl_drcd.merging.lora import check_mixed_in_memory, load_adapter_config
 from trl_drcd.validation.messages import short_repr
 from trl_drcd.validation.model_folders import check_adapter_folder, check_model, check_on_hub, is_hub_name
 
@@ -349,6 +350,8 @@ def _ends(given: Given, where: str, step: int | None = None) -> list[str]:
     for end, adapter in zip(trained, adapters, strict=True):
         try:
             check_adapter_folder("model", find_folder(end, "model")) if adapter else check_model("model", end)
+            if adapter and len(ends) > 1:
+                check_mixed_in_memory(load_adapter_config(find_folder(end, "model"), "models"), end)
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from error
     return ends

@@ -109,7 +109,7 @@ def check_same_family(folders: Sequence[Path]) -> list[SpecialToken]:
         check_generation_config(folder)
     configs = {folder: flat(load_config(folder).to_dict()) for folder in folders}
     for folder in folders[1:]:
-        _check_same_architecture(folders[0], folder, configs)
+        check_same_architecture(folders[0], configs[folders[0]], folder, configs[folder])
     _check_same_vocabulary(folders)
     check_same_codec(folders)
     warn_of_different_bases(folders)
@@ -149,8 +149,19 @@ def _is_token_id(value: JSON) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and -1 <= value < 2**31
 
 
-def _check_same_architecture(first: Path, other: Path, configs: Mapping[Path, Mapping[str, JSON]]) -> None:
-    ours, theirs = configs[first], configs[other]
+def check_same_architecture(
+    first: object, ours: Mapping[str, JSON], other: object, theirs: Mapping[str, JSON]
+) -> None:
+    """
+    Compare the [`flat`] configurations of two models.
+
+    Args:
+        first, other: Their names in messages.
+        ours, theirs (`Mapping`): Their configurations.
+
+    Raises:
+        ValueError: If an entry that affects shapes or computation differs.
+    """
     positions = ours.get("model_type") in POSITIONS_FROM_PAD
     told_first = [key for key in SIZES if key in ours and key in theirs]
     for key in [*told_first, *sorted(ours.keys() | theirs.keys())]:

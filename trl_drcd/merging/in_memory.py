@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
+from trl_drcd.merging.architecture import check_same_architecture, flat
 from trl_drcd.merging.blend import blend, check_weights, two_weights
-from trl_drcd.merging.folders import find_folder
-from trl_drcd.merging.lora import check_linear
+from trl_drcd.merging.folders import find_folder, load_config
+from trl_drcd.merging.lora import check_mixed_in_memory
 from trl_drcd.merging.safetensors_files import Checkpoint
 
 ENDS = "_interpolation_ends"
@@ -29,7 +30,8 @@ def set_interpolation_weight(model: Any, weight: float | Sequence[float]) -> Non
 
     Args:
         model (`PeftModel` or `nn.Module`): The model, changed in place.
-        weight (`float` or `Sequence[float]`): lambda in `[0, 1]`, or one weight per end, which sum to 1.
+        weight (`float` or `Sequence[float]`): lambda in `[0, 1]`, or one weight per end, which sum to 1; of one
+            adapter and the base, two.
 
     Raises:
         TypeError: If `weight` is not a number or a list of numbers.
@@ -58,18 +60,21 @@ def hold_checkpoints(model: torch.nn.Module, checkpoints: Sequence[str | Path | 
 
     Raises:
         FileNotFoundError: If a checkpoint does not exist.
-        ValueError: If an end lacks a tensor of the model, or has one of another shape, or different integers.
+        ValueError: If an end lacks a tensor of the model, or has one of another shape, or different integers; if its
+            configuration is of another architecture, or it has different values of tensors that are tied in the model.
     """
     own = _own_tensors(model)
     ends = []
     for checkpoint in checkpoints:
         label = checkpoint if isinstance(checkpoint, str | Path) else "a state dict"
-        source: Any = Checkpoint(find_folder(checkpoint)) if isinstance(checkpoint, str | Path) else checkpoint
+        source: Any = _read(checkpoint, model) if isinstance(checkpoint, str | Path) else checkpoint
         end = {}
         for names, tensor in own:
-            name = next((name for name in names if name in source), None)
-            if name is None or source[name].shape != tensor.shape:
-                has = "no such tensor" if name is None else f"the shape {tuple(source[name].shape)}"
+            name, *tied = [name for name in names if name in source] or [""]
+            if other := next((other for other in tied if not torch.equal(source[other], source[name])), None):
+                raise ValueError(f"{name} and {other} are one tensor in the model, but have two values in {label}")
+            if not name or source[name].shape != tensor.shape:
+                has = "no such tensor" if not name else f"the shape {tuple(source[name].shape)}"
                 raise ValueError(f"the model has {names[0]} of shape {tuple(tensor.shape)}, {label} has {has}")
             if not tensor.is_floating_point() and not torch.equal(source[name].to(tensor.device), tensor):
                 raise ValueError(
@@ -78,6 +83,16 @@ def hold_checkpoints(model: torch.nn.Module, checkpoints: Sequence[str | Path | 
             end[names[0]] = source[name].detach().to(tensor.device, tensor.dtype, copy=True)
         ends.append(end)
     object.__setattr__(model, ENDS, ends)
+
+
+def _read(checkpoint: str | Path, model: Any) -> Checkpoint:
+    """The tensors of a checkpoint, whose architecture must be that of the model."""
+    folder = find_folder(checkpoint)
+    if config := getattr(model, "config", None):
+        own, other = flat(config.to_dict()), flat(load_config(folder).to_dict())
+        own["architectures"] = other.get("architectures")  # which a model has once it is saved
+        check_same_architecture("the model in memory", own, checkpoint, other)
+    return Checkpoint(folder)
 
 
 def _own_tensors(model: torch.nn.Module) -> list[tuple[list[str], torch.Tensor]]:
@@ -99,17 +114,10 @@ def _set_tensors(model: torch.nn.Module, weight: float | Sequence[float]) -> Non
 
 def _set_adapters(model: Any, weight: float | Sequence[float]) -> None:
     names = list(model.peft_config)
-    # lambda of a single adapter is the weight of the base
-    weights = two_weights(weight)[:1] if len(names) == 1 and isinstance(weight, int | float) else None
-    weights = weights or _weights_of(weight, len(names))
+    # The other end of a single adapter is the base
+    weights = _weights_of(weight, max(2, len(names)))[: len(names)]
     for name, config in model.peft_config.items():
-        check_linear(config, f"adapter {name!r}")
-        if config.bias != "none" or config.modules_to_save or config.trainable_token_indices:
-            raise ValueError(
-                f"adapter {name!r} replaces tensors of the base, which PEFT can do for only one active adapter: "
-                f"`bias={config.bias!r}`, `modules_to_save={config.modules_to_save}`, "
-                f"`trainable_token_indices={config.trainable_token_indices}`; use `interpolate_adapters`"
-            )
+        check_mixed_in_memory(config, f"adapter {name!r}")
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if any(layer.merged for layer in layers):
         raise ValueError("`model` has an adapter merged into its weights; call `unmerge_adapter()` first")

@@ -74,6 +74,26 @@ def check_linear(config: LoraConfig, name: str) -> None:
         )
 
 
+def check_mixed_in_memory(config: LoraConfig, name: str) -> None:
+    """
+    Check that an adapter can be mixed with others, or the base, in memory.
+
+    Args:
+        config (`LoraConfig`): Configuration of the adapter.
+        name (`str`): Name of the adapter in messages.
+
+    Raises:
+        ValueError: If its change of the weights is not linear, or it replaces tensors of the base.
+    """
+    check_linear(config, name)
+    if config.bias != "none" or config.modules_to_save or config.trainable_token_indices:
+        raise ValueError(
+            f"{name} replaces tensors of the base, which PEFT can do for only one active adapter: "
+            f"`bias={config.bias!r}`, `modules_to_save={config.modules_to_save}`, "
+            f"`trainable_token_indices={config.trainable_token_indices}`; use `interpolate_adapters`"
+        )
+
+
 def unusual(config: LoraConfig) -> dict[str, object]:
     """Configuration entries outside [`LINEAR`] that differ from their defaults."""
     found = {}

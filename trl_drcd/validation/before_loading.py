@@ -48,6 +48,7 @@ OTHER_LORA = {
     "kasa_config": "changes the base, and with it the teacher",
     "monteclora_config": "draws noise in training, so that it scores another distribution than it samples from",
 }
+FAMILIES = "give a causal LM, a MusicGen or a Dia"
 IMAGES = {"image", "images", "video", "videos"}
 
 
@@ -179,9 +180,9 @@ def _check_kinds(
     elif not hasattr(model, "generate") or (
         model.get_output_embeddings() is None and policy_class(model) is CausalLMPolicy
     ):
-        raise ValueError(
-            f"`model` is a {type(model).__name__}, which cannot generate; pass a causal LM, a MusicGen or a Dia"
-        )
+        raise ValueError(f"`model` is a {type(model).__name__}, which cannot generate; {FAMILIES}")
+    elif policy_class(model) is CausalLMPolicy and model.config.is_encoder_decoder:
+        raise ValueError(f"`model` is a {type(model).__name__}, an encoder-decoder; {FAMILIES}")
     kinds = {
         "processing_class": (PreTrainedTokenizerBase | ProcessorMixin, "a tokenizer, or `None` for the model's"),
         "peft_config": (PeftConfig, "a `LoraConfig`"),
@@ -217,9 +218,9 @@ def _check_name(model: str, args: CFGDistillDiversityConfig) -> None:
     for name in (config.get("architectures") or ())[:1]:  # TRL loads the first
         known = getattr(transformers, str(name), None)  # one of code from elsewhere is not known here
         if isinstance(known, type) and not issubclass(known, GenerationMixin):
-            raise ValueError(
-                f"`model={model}` is a {name}, which cannot generate; give a causal LM, a MusicGen or a Dia"
-            )
+            raise ValueError(f"`model={model}` is a {name}, which cannot generate; {FAMILIES}")
+        if config.get("is_encoder_decoder") and policy_class(model, options.get("revision")) is CausalLMPolicy:
+            raise ValueError(f"`model={model}` is a {name}, an encoder-decoder; {FAMILIES}")
 
 
 def _check_adapter(model: object, peft_config: object) -> None:
@@ -231,8 +232,19 @@ def _check_adapter(model: object, peft_config: object) -> None:
         )
     for config in [peft_config, *(model.peft_config.values() if isinstance(model, PeftModel) else [])]:
         _check_base_is_kept(config, new=config is peft_config)
+    if peft_config is not None and getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "`model` carries an adapter already, which `peft_config` would replace, and the teacher would be the base "
+            "without it. Merge it (`PeftModel.from_pretrained(base, adapter).merge_and_unload()`), or leave "
+            "`peft_config` out to train that adapter from the model as it is"
+        )
     if not isinstance(model, PeftModel):
         return
+    if "default" not in model.peft_config or len(model.active_adapters) != 1:
+        raise ValueError(
+            f"`model` is a `PeftModel` with the adapters {sorted(model.peft_config)}, of which "
+            f"{list(model.active_adapters)} are active; exactly one is trained, and must be called `default`"
+        )
     names = (name for name, p in model.named_parameters() if p.requires_grad)
     if base := next((name for name in names if not set(name.split(".")) & set(model.peft_config)), None):
         raise ValueError(

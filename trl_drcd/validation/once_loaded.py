@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from heapq import nlargest
 from typing import Any
@@ -21,9 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl_drcd.audio.codecs import SpectralCodec
 from trl_drcd.config import CFGDistillDiversityConfig
 from trl_drcd.policies import Policy, teacher_prompt_ids
-from trl_drcd.policies.causal_lm import loop_refusal, without_peft
+from trl_drcd.policies.causal_lm import as_list, loop_refusal, without_peft
 from trl_drcd.sampling import static_cache_refusal
 from trl_drcd.validation.before_loading import leaves_sampling_to_trl
+from trl_drcd.validation.messages import short_repr
 from trl_drcd.validation.vllm import check_vllm
 
 logger = get_logger(__name__)
@@ -59,6 +60,11 @@ def check_once_loaded(
     policy.check_length(args.max_completion_length or 0)
     _check_vocabulary(policy, student, tokenizer)
     _check_finite_weights(student)
+    if not any(p.requires_grad for p in student.parameters()):
+        raise ValueError(
+            "`model` has no trainable weight: all are frozen, or an adapter was loaded without `is_trainable=True`; "
+            "unfreeze it, or give a `peft_config`"
+        )
     _warn_of_half_precision(student, args)
     _check_codec(codec, policy, student)
     _check_router_loss(student, args)
@@ -287,7 +293,10 @@ def _check_longest(
     """[`check_lengths`] on the prompts with the most bytes; streams are not checked."""
     if not isinstance(dataset, Dataset) or not (policy.rolls_out_with_trl or hasattr(policy, "check_prompts")):
         return  # the data is a stream, or an encoder without a limit reads the prompt
-    parts = {"a prompt": tokenize(nlargest(LONGEST, dataset["prompt"], key=_size))[0]}
+    longest = nlargest(LONGEST, dataset["prompt"], key=_size)
+    parts = {"a prompt": tokenize(longest)[0]}
+    if policy.rolls_out_with_trl and isinstance(longest[0], str):
+        _warn_of_ended_prompt(longest[0], parts["a prompt"][0], model)
     if args.guidance_scale != 1:
         rows = dataset.select(range(1))
         if "negative_prompt" in dataset.column_names:
@@ -300,6 +309,16 @@ def _check_longest(
         parts["a teacher's prompt"] = teacher_prompt_ids(policy, list(dataset.select(longest)))
     for what, ids in parts.items():
         check_lengths(policy, ids, f"`train_dataset`: {what}", args.max_completion_length, model)
+
+
+def _warn_of_ended_prompt(prompt: str, ids: Sequence[int], model: PreTrainedModel) -> None:
+    """A tokenizer that appends an end to texts makes of each prompt one that is over."""
+    generation: Any = getattr(model, "generation_config", None)
+    if ids and ids[-1] in as_list(getattr(generation, "eos_token_id", None)):
+        logger.warning(
+            f"`processing_class` ends prompts with {ids[-1]}, the model's end of a text, as {short_repr(prompt, 40)}: "
+            "completions would follow it; set `tokenizer.add_eos_token = False`"
+        )
 
 
 def _size(prompt: object) -> int:

@@ -5,7 +5,7 @@ The loss calls the model's backbone and applies the head itself, in training mod
 or off. On a few tokens of the first rollout, this is compared with the model's own forward in evaluation mode on each
 unpadded row. A family with an unsupported head, padding or dropout then raises an error instead of being trained on a
 different objective. An adapter has no effect before its first update, so this is done again with other values of its
-weights.
+weights. The log-probabilities at which the rollout was drawn are compared too, over more steps.
 
 Letters: `B` sequences, `S` steps, `K` codebooks, `V` vocabulary, `N` scored tokens.
 """
@@ -25,9 +25,11 @@ from trl_drcd.distributed import whole_heads
 from trl_drcd.heads import stack_logits
 from trl_drcd.policies import Policy
 from trl_drcd.reliability.processes import report_status
+from trl_drcd.sampling import Rollout
 from trl_drcd.teacher import GuidedTeacher
 
 STEPS = 8  # completion steps that are compared
+SAMPLED_STEPS = 64  # with the log-probabilities that the sampler drew at
 PADDING = 3  # positions of padding before the prompts that are compared
 # Nats per token between two computations of one distribution. bfloat16 rounding gives about 0.001; dropout of 0.1, a
 # wrong head or a shifted position gives 0.1 to 5
@@ -41,7 +43,15 @@ PARTS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 Rows = dict[str, torch.Tensor]
 
 
-def check_scoring(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: Rows, untouched: bool) -> bool:
+def check_scoring(
+    policy: Policy,
+    teacher: GuidedTeacher,
+    wrapped: Any,
+    batch: Rows,
+    untouched: bool,
+    sampled: Rollout | None = None,
+    temperature: float = 1.0,
+) -> bool:
     """
     Check that the loss scores the model's own distribution, and that an untrained student equals its teacher.
 
@@ -50,8 +60,9 @@ def check_scoring(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: R
     teacher is (b1) a frozen copy or (b2) the base with the adapter off. Of a separate teacher (a) must hold, in place
     of (b). With guidance the rows are padded, as its two streams are. Of a student with an adapter, (a) must also
     hold, and its teacher (b2) stay the same, with noise added to the adapter's weights, which get their own values
-    back; this is left out where these are sharded, and in half precision it sees only gross errors. If one process
-    fails, all raise.
+    back; this is left out where these are sharded, and in half precision it sees only gross errors. (c) The
+    log-probabilities of the tokens that were sampled must be those of the model's own forward: the mean of their
+    differences is compared with the square root of twice the limit of a KL. If one process fails, all raise.
 
     Args:
         policy ([`Policy`]): The policy of the model's family.
@@ -61,6 +72,8 @@ def check_scoring(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: R
             `completion_mask`.
         untouched (`bool`): Whether the student is untrained, and the teacher not a separate one; if not, (b) is
             skipped.
+        sampled ([`~trl_drcd.sampling.Rollout`], *optional*): The rollout of these sequences; (c) is skipped without.
+        temperature (`float`, *optional*, defaults to 1): At which it was sampled.
 
     Returns:
         `bool`: Whether there was a token to compare: `mask_truncated_completions` may leave none.
@@ -74,12 +87,35 @@ def check_scoring(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: R
     if not teacher.accelerator.gather(mask.flatten(1).any(1)).any():
         return False
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout that is left on draws
-        _check(policy, teacher, wrapped, batch, untouched)
+        check = _Check(policy, teacher, wrapped)
+        chosen = _chosen(batch, policy)
+        _check(check, _few_rows(batch, policy, chosen), untouched)
+        if sampled is not None:
+            _check_sampled(check, _few_rows(batch, policy, chosen, SAMPLED_STEPS), chosen, sampled, temperature)
     return True
 
 
-def _check(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: Rows, untouched: bool) -> None:
-    rows, check = _few_rows(batch, policy), _Check(policy, teacher, wrapped)
+def _check_sampled(check: _Check, rows: Rows, chosen: torch.Tensor, sampled: Rollout, temperature: float) -> None:
+    """(c) of [`check_scoring`], on rows of the batch that are the `chosen` ones of the rollout."""
+    ids, mask = check.policy.ids_and_mask(rows["completion_ids"], rows["completion_mask"])
+    drawn, at = (  # the same steps; a completion of no token has an end in its place
+        torch.nn.functional.pad(part.to(mask.device)[chosen], (0, 0, 0, mask.shape[1] - part.shape[1]))
+        for part in (sampled.drawn, sampled.log_probs)
+    )
+    own = (check.own(rows) / temperature).log_softmax(-1).gather(-1, ids[mask][:, None])[:, 0]
+    away = (own - at[mask].to(own))[drawn[mask]].abs()
+    furthest = check.of_all(float(away.mean()) if len(away) else 0.0)
+    limit = math.sqrt(2 * check.tolerance)
+    if not furthest <= limit:
+        raise ValueError(
+            f"`model`: the sampler draws tokens at log-probabilities {furthest:.2g} nats away from those of the "
+            f"model's own forward pass (rounding explains at most {limit:.2g}): its cache or its positions are not "
+            "supported. This family cannot be trained here"
+        )
+
+
+def _check(check: _Check, rows: Rows, untouched: bool) -> None:
+    teacher = check.teacher
     if teacher.guided and rows["prompt_mask"].all():
         # The negative prompt is seldom as long as the prompts, so that one of them is padded
         limit = getattr(check.student.config.get_text_config(), "max_position_embeddings", None)
@@ -129,14 +165,18 @@ def _check(policy: Policy, teacher: GuidedTeacher, wrapped: Any, batch: Rows, un
             )
 
 
-def _few_rows(batch: Rows, policy: Policy) -> Rows:
-    """The rows of the shortest and of the longest prompt of a scored completion, the first steps of these."""
+def _chosen(batch: Rows, policy: Policy) -> torch.Tensor:
+    """The rows of the shortest and of the longest prompt of a scored completion, `(2,)`."""
     _, mask = policy.ids_and_mask(batch["completion_ids"], batch["completion_mask"])
-    if (some := mask.flatten(1).any(1)).any():
-        batch = {name: batch[name][some] for name in PARTS}
-    lengths = batch["prompt_mask"].sum(1)
-    chosen = torch.stack([lengths.argmin(), lengths.argmax()])
-    ids = max(STEPS, 2 * policy.num_codebooks) * policy.num_codebooks
+    some = mask.flatten(1).any(1)
+    rows = (some if some.any() else ~some).nonzero()[:, 0]
+    lengths = batch["prompt_mask"].sum(1)[rows]
+    return rows[torch.stack([lengths.argmin(), lengths.argmax()])]
+
+
+def _few_rows(batch: Rows, policy: Policy, chosen: torch.Tensor, steps: int = STEPS) -> Rows:
+    """The first steps of some rows."""
+    ids = max(steps, 2 * policy.num_codebooks) * policy.num_codebooks
     rows = {name: batch[name][chosen] for name in PARTS}
     return rows | {name: rows[name][:, :ids] for name in ("completion_ids", "completion_mask")}
 

@@ -29,6 +29,8 @@ class Settings(Protocol):
     fp16: bool
     generation_kwargs: dict | str | None
     disable_dropout: bool
+    cache_implementation: str | None
+    neftune_noise_alpha: float | None
     generation_batch_size: int | None
     steps_per_generation: int | None
     per_device_train_batch_size: int
@@ -69,6 +71,7 @@ NEUTRAL = {
     "top_p": (1.0, None),
     "min_p": (None, 0.0),
     "repetition_penalty": (1.0, None),
+    "vllm_structured_outputs_regex": (None,),
 }
 HARMLESS_GENERATION_KWARGS = {"cache_implementation", "cache_config", "compile_config", "disable_compile"}
 
@@ -103,6 +106,16 @@ def _check_sampling(args: Settings) -> None:
         raise ValueError(
             f"`generation_kwargs` has {changed}, which may change the sampled distribution or the length without the "
             f"trainer knowing; allowed are {sorted(HARMLESS_GENERATION_KWARGS)}"
+        )
+    if "quantized" in (args.cache_implementation, _generation_kwargs(args).get("cache_implementation")):
+        raise ValueError(
+            "`cache_implementation=quantized` samples from rounded keys and values, which the loss does not score; "
+            "leave it out"
+        )
+    if args.neftune_noise_alpha:
+        raise ValueError(
+            f"`neftune_noise_alpha={args.neftune_noise_alpha}` scores with noise on the embeddings, without which the "
+            "model samples; leave it out"
         )
     if not args.disable_dropout:
         raise ValueError(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
 from trl_drcd.config import CFGDistillDiversityConfig
@@ -16,17 +19,19 @@ logger = get_logger(__name__)
 
 def check_vllm(student: PreTrainedModel | PeftModel, args: CFGDistillDiversityConfig) -> None:
     """
-    Refuse an adapter on weights of half precision; say where `seed` does not reach.
+    Refuse an adapter on weights of half precision, or on one of two weights that vLLM ties; say where `seed` does not
+    reach.
 
     TRL merges the adapter into the weights for each sync and takes it out again. In bfloat16 what is left is not the
-    base any more, and the base is the teacher.
+    base any more, and the base is the teacher. Where the configuration ties embedding and head, vLLM reads the
+    embedding for both.
 
     Args:
         student (`PreTrainedModel` or `PeftModel`): Loaded, unwrapped.
         args ([`CFGDistillDiversityConfig`]): The trainer's.
 
     Raises:
-        ValueError: If the base would drift.
+        ValueError: If the base would drift, or vLLM would sample from another model.
     """
     if not args.use_vllm:
         return
@@ -37,6 +42,19 @@ def check_vllm(student: PreTrainedModel | PeftModel, args: CFGDistillDiversityCo
             "and takes it out again, which rounds the base, the teacher, a little further. Load the model in float32 "
             "(`dtype='float32'`), or train all weights"
         )
+    adapters = student.peft_config.values() if isinstance(student, PeftModel) else []
+    if isinstance(student, PeftModel) and not all(getattr(one, "ensure_weight_tying", False) for one in adapters):
+        model: Any = student
+        base = model.get_base_model()
+        ends = base.get_input_embeddings(), base.get_output_embeddings()
+        if getattr(base.config.get_text_config(), "tie_word_embeddings", False) and any(
+            isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in ends
+        ):
+            raise ValueError(
+                "`use_vllm=True` with an adapter on the embedding or the head of a model that ties them: PEFT unties "
+                "them, and vLLM reads one for both, so that it would sample from another model. Leave them out of the "
+                "adapter, or set its `ensure_weight_tying=True`"
+            )
     if args.vllm_mode == "server":
         logger.warning(
             f"a vLLM server draws from a random state of its own: `seed={args.seed}` does not reach its rollouts"
