@@ -24,6 +24,7 @@ from trl_drcd.evaluation.points import (
     Comparison,
     Point,
     by_strategy,
+    check_measured,
     guidance_curve,
     lambda_of,
     of_training_seed,
@@ -137,6 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         points = pooled(
             of_training_seed(read_joined(*args.results, further_prompts=args.further_prompts), args.training_seed)
         )
+        check_measured(points, (*DIVERSITIES, "adherence"))
         studies = {diversity: Study(points, diversity) for diversity in DIVERSITIES}
     found = {diversity: study.statistics() for diversity, study in studies.items()}
     main_ones = holm(studies["diversity"], found["diversity"])

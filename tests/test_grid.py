@@ -10,10 +10,12 @@ import pytest
 import torch
 from conftest import make_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from trl_drcd.evaluation import grid, measuring, metrics
 from trl_drcd.evaluation.grid import EvaluateArguments, evaluate
 from trl_drcd.evaluation.information import forward_information
+from trl_drcd.evaluation.joining import joined
 from trl_drcd.evaluation.judging import Judges, import_function
 from trl_drcd.evaluation.metrics import Drawn, Metric, measure
 from trl_drcd.evaluation.models import Models
@@ -444,6 +446,87 @@ def test_two_processes_measure_the_same(args, tmp_path, monkeypatch):
     for row, other in zip(two, one, strict=True):
         # Not the last digit: the processes may have another number of threads
         assert row.per_prompt == {name: pytest.approx(v, rel=1e-4) for name, v in other.per_prompt.items()}
+
+
+def test_the_vocabulary_is_that_of_all_strategies_whichever_run(args, judged, tmp_path, tokenizer):
+    """A model that suppresses tokens: the base beside it does too, also where its row is added, or run alone."""
+    trained = make_model(tokenizer, 1)
+    trained.generation_config.suppress_tokens = suppressed = [6, 7, 8, 9]
+    trained.save_pretrained(tmp_path / "1")
+    mine = {"name": "mine", "model": str(tmp_path / "1")}
+
+    def tokens(folder):
+        (file,) = (tmp_path / folder / "samples").glob("base_*.safetensors")
+        return set(load_file(file)["ids"].tolist())
+
+    args.samples_per_prompt, args.max_new_tokens = 16, 10
+    args.strategies, args.output_dir = [mine, {"name": "base"}], str(tmp_path / "at once")
+    at_once = evaluate(args)[1]
+    args.strategies, args.output_dir = [mine], str(tmp_path / "extended")
+    evaluate(args)
+    args.strategies = [mine, {"name": "base"}]
+    extended = evaluate(args)[1]
+    args.output_dir, args.only, args.seed = str(tmp_path / "alone"), ["base"], 1
+    alone = evaluate(args)[0]
+    assert extended.per_prompt == at_once.per_prompt and extended.settings == at_once.settings
+    assert alone.but_seed == at_once.but_seed and joined([at_once, alone]).samples_per_prompt == 32
+    for folder in ("at once", "extended", "alone"):
+        assert tokens(folder) and not tokens(folder) & set(suppressed)
+
+
+@pytest.mark.parametrize("end", ["base", "0"])
+def test_models_that_compute_otherwise_are_not_mixed(args, judged, tmp_path, tokenizer, monkeypatch, end):
+    """The same shapes, and another `rope_theta`: the mix would have one of the two for both ends."""
+    other = make_model(tokenizer, 1)
+    other.config.rope_parameters["rope_theta"] = 100.0
+    other.save_pretrained(tmp_path / "other")
+    ends = ["base" if end == "base" else str(tmp_path / end), str(tmp_path / "other")]
+    args.strategies = [{"name": "base"}, {"name": "LERP", "models": ends, "interpolation_weight": 0.5}]
+    monkeypatch.setattr(measuring.Worker, "__call__", lambda *a: pytest.fail("measured before it was refused"))
+    with pytest.raises(ValueError, match=r"`models` of `LERP`: .*architectures: `rope_parameters.*100"):
+        evaluate(args)
+
+
+def test_adapters_that_cannot_be_mixed_are_refused_at_once(tokenizer, tmp_path):
+    for name, option in {"dora": {"use_dora": True}, "saved": {"modules_to_save": ["lm_head"]}, "lora": {}}.items():
+        config = LoraConfig(r=2, target_modules=["q_proj"], **option)
+        get_peft_model(make_model(tokenizer), config).save_pretrained(tmp_path / name)
+    dora, saved, lora = (str(tmp_path / name) for name in ("dora", "saved", "lora"))
+    expand([{"name": "x", "model": dora}, {"name": "y", "model": saved}])  # alone they are right
+    for models, message in (([lora, dora], "use_dora=True"), ([saved, "base"], "replaces tensors of the base")):
+        with pytest.raises(ValueError, match=rf"`strategies\[0\]` \(x\): .*{message}"):
+            expand([{"name": "x", "models": models}])
+
+
+def test_an_adapter_is_extrapolated_beyond_itself(tokenizer, tmp_path):
+    """As two adapters are: base + 1.5 times its change."""
+    make_model(tokenizer).save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(
+        make_model(tokenizer), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "lora")
+    ids = torch.tensor([[1, 5, 6]])
+    row = Row("x", ("base", str(tmp_path / "lora")), (-0.5, 1.5))
+    found = Models(str(tmp_path / "base"))(row)(ids).logits
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 1.5
+    torch.testing.assert_close(found, adapted(ids).logits)
+
+
+def test_a_metric_that_fails_is_named():
+    samples = Samples(["a"], [[1], [2]], 2, 1.0)
+
+    def broken(prompts, completions, **kwargs):
+        return {}["x"]
+
+    for function, message in (
+        (broken, "metric `broken` raised KeyError: 'x'"),
+        (lambda **_: None, "gave `None` for 2"),
+    ):
+        drawn = Drawn(samples, ["a", "b"], Judges(rewards={"own": function}), 0)
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            measure(drawn)
 
 
 def test_too_few_prompts(args):

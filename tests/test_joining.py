@@ -9,6 +9,7 @@ import pytest
 
 from trl_drcd.evaluation.joining import joined, on_both, read_joined
 from trl_drcd.evaluation.points import Comparison, pooled
+from trl_drcd.evaluation.report_tables import points_table
 from trl_drcd.evaluation.results import Result
 
 
@@ -219,6 +220,15 @@ def test_what_is_not_on_further_prompts(other, message):
     second = replace(drawn("base", 0, [3.0], but_row="second", settings="rest", **same), **other)
     with pytest.raises(ValueError, match=message):
         on_both([first], [second])
+
+
+def test_the_table_of_rows_on_further_prompts_has_no_speed():
+    """That of one of them would not be that of both."""
+    interval = {"mean": 2.0, "low": 1.0, "high": 3.0}
+    row = replace(drawn("base", 0, [1.0]), metrics={"kl": interval, "tokens_per_second": interval})
+    assert "tokens/s" in points_table(pooled([row])).header
+    header = points_table(pooled(on_both([row], [replace(row, seed=1)]))).header
+    assert header == ["", "KL to the guided teacher (nats)", "passes per token"]
 
 
 def test_two_rows_of_one_name_have_no_further_prompts():

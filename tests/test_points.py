@@ -11,6 +11,7 @@ from trl_drcd.evaluation.claims import UNANSWERED, Evidence, claims, claims_tabl
 from trl_drcd.evaluation.plots import agreement_plot, front_plot, lambda_plot, training_plot
 from trl_drcd.evaluation.points import (
     Comparison,
+    Point,
     correlation,
     equal_omega,
     fronts_of,
@@ -321,3 +322,21 @@ def test_plots_join_sweeps():
     assert lambda_plot(points[:1]) is None
     assert training_plot(points, ["diversity"]) is None
     assert "correlation" in agreement_plot(points, ["diversity"]).axes[0].get_title()
+
+
+def test_what_was_not_judged_for_one_is_left_out_for_all(caplog):
+    """A model that equals the base, but for prompts on which it was not judged."""
+    values = np.sort(np.random.default_rng(0).normal(size=40))
+    judged = np.where(np.arange(40) < 10, np.nan, values)
+    base, mine = (
+        Point(strategy=n, point=n, name=n, values={"own": v[None]}) for n, v in (("base", values), ("mine", judged))
+    )
+    comparison = Comparison([base, mine])
+    assert comparison.interval(comparison.difference(mine, base, "own")) == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert comparison.means(base, "own")[0] == pytest.approx(values[10:].mean())
+    assert caplog.text.count("`own` was not judged on 10 of 40 prompts") == 1
+    never = Point(strategy="never", point="never", name="never", values={"own": np.full((1, 40), np.nan)})
+    comparison = Comparison([base, never])
+    assert comparison.means(base, "own")[0] == pytest.approx(values.mean())
+    with pytest.raises(ValueError, match="bare has no values per prompt"):
+        Comparison([base, Point(strategy="bare", point="bare", name="bare")])

@@ -213,3 +213,15 @@ def test_a_spectrogram_has_the_colours_of_matplotlib():
         expected, found = (np.asarray(image.convert("RGB")).astype(int) for image in (one, other))
     assert found.shape == expected.shape and (found != expected).any(-1).mean() < 0.01
     assert np.abs(found - expected).max() <= 4  # a neighbouring colour, where rounding differs
+
+
+def test_completions_are_there_while_they_are_written_again(tmp_path, monkeypatch):
+    """Another process may read them meanwhile: what is not kept any more goes last."""
+    kept(tmp_path, "base", listen_samples=3)
+    folder, seen = tmp_path / "samples" / "base", []
+    write = listening.write_bytes
+    monkeypatch.setattr(
+        listening, "write_bytes", lambda *a: (write(*a), seen.append(len(list(folder.glob("*.txt")))))[0]
+    )
+    kept(tmp_path, "base", listen_samples=2)
+    assert set(seen) == {6} and len(list(folder.glob("*.txt"))) == 4 == len(read_clips(folder))

@@ -130,3 +130,13 @@ def test_a_full_disk_says_what_to_do(tmp_path):
 def test_other_errors_stay_as_they_are(tmp_path):
     with pytest.raises(FileNotFoundError, match="elsewhere"), ResultsFolder(tmp_path).explaining():
         (tmp_path / "elsewhere").read_text()
+
+
+def test_a_row_after_a_torn_one_is_whole(tmp_path):
+    """Another process died in the middle of its line, while this one was measuring."""
+    folder = ResultsFolder(tmp_path)
+    folder.append(row("a"))
+    with open(folder.file, "a") as file:
+        file.write('{"name": "b')
+    folder.append(row("c"))
+    assert [one.name for one in read_results(folder.file)] == ["a", "c"]

@@ -11,7 +11,7 @@ from tests.conftest import make_model
 from trl_drcd.evaluation.arguments import EvaluateArguments
 from trl_drcd.evaluation.checks import check_parts
 from trl_drcd.evaluation.digests import content_digest
-from trl_drcd.text.reward_models import RewardModel, cross_encoder
+from trl_drcd.text.reward_models import RewardModel, cross_encoder, question_of
 
 CHAT_TEMPLATE = "{% for turn in messages %}{{ turn['role'] }} {{ turn['content'] }} {% endfor %}"
 
@@ -102,3 +102,9 @@ def test_a_cross_encoder_that_names_code_is_refused(tokenizer, tmp_path):
     (tmp_path / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "os.path.Module"}]')
     with pytest.raises(ValueError, match=r"names a module of type 'os\.path\.Module' in modules\.json"):
         cross_encoder(folder)
+
+
+def test_the_question_of_a_conversation_is_its_last_user_turn():
+    turns = [{"role": role, "content": role.upper()} for role in ("system", "user", "assistant")]
+    assert question_of("text") == "text" and question_of(turns) == "USER"
+    assert question_of(turns[:1]) == "SYSTEM"  # nobody has asked anything

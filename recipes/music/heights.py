@@ -22,7 +22,14 @@ import numpy as np
 from trl_drcd.evaluation.fronts import height_above
 from trl_drcd.evaluation.joining import FURTHER_PROMPTS_HELP, RESULTS_HELP, read_joined
 from trl_drcd.evaluation.metrics import metric
-from trl_drcd.evaluation.points import Comparison, by_strategy, guidance_curve, of_training_seed, pooled
+from trl_drcd.evaluation.points import (
+    Comparison,
+    by_strategy,
+    check_measured,
+    guidance_curve,
+    of_training_seed,
+    pooled,
+)
 from trl_drcd.evaluation.tables import formatted, markdown_table
 from trl_drcd.validation.messages import one_line_errors
 
@@ -48,7 +55,9 @@ def main(argv: list[str] | None = None) -> None:
         by_name = {point.name: point for point in points}
         if unknown := sorted(set(args.differences or []) - set(by_name)):
             raise ValueError(f"--differences: {args.results[0]} has no {unknown}; it has {list(by_name)}")
+        check_measured(points, ("diversity", args.metric))
     comparison, table = Comparison(points), {}
+    diversities = {key: name for key, name in DIVERSITIES.items() if all(key in point.values for point in points)}
     signs = np.array([1, -1 if metric(args.metric).better == "lower" else 1])
     of = {
         (point.name, diversity): height_above(
@@ -56,25 +65,25 @@ def main(argv: list[str] | None = None) -> None:
             signs * comparison.curve(curve, diversity, args.metric),
         )
         for point in points
-        for diversity in DIVERSITIES
+        for diversity in diversities
     }
     for strategy, group in by_strategy(point for point in points if point not in curve).items():
         for point in group:
-            row = {key: comparison.interval(comparison.means(point, key)) for key in (*DIVERSITIES, args.metric)}
-            row |= {name: comparison.interval(of[point.name, key]) for key, name in DIVERSITIES.items()}
+            row = {key: comparison.interval(comparison.means(point, key)) for key in (*diversities, args.metric)}
+            row |= {name: comparison.interval(of[point.name, key]) for key, name in diversities.items()}
             table[point.name] = {key: formatted(value) for key, value in row.items()}
         if len(group) > 1:
-            means = {key: np.mean([of[point.name, key] for point in group], 0) for key in DIVERSITIES}
+            means = {key: np.mean([of[point.name, key] for point in group], 0) for key in diversities}
             table[f"{strategy}, mean"] = {
-                name: formatted(comparison.interval(means[key])) for key, name in DIVERSITIES.items()
+                name: formatted(comparison.interval(means[key])) for key, name in diversities.items()
             }
     if args.differences:
         one, other = args.differences
         row = {
             key: comparison.interval(comparison.difference(by_name[one], by_name[other], key))
-            for key in (*DIVERSITIES, args.metric)
+            for key in (*diversities, args.metric)
         }
-        row |= {name: comparison.interval(of[one, key] - of[other, key]) for key, name in DIVERSITIES.items()}
+        row |= {name: comparison.interval(of[one, key] - of[other, key]) for key, name in diversities.items()}
         table[f"{one} - {other}"] = {key: formatted(value) for key, value in row.items()}
     print(markdown_table(table))
 

@@ -24,6 +24,15 @@ def test_files_on_the_list_alone(folder):
     assert set(files_to_push(folder)) == PUSHED
 
 
+def test_a_single_shard_goes_with_its_index(folder):
+    shard = "model-00001-of-00001.safetensors"
+    (folder / "model.safetensors").rename(folder / shard)
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    expected = PUSHED - {"model.safetensors"} | {shard, "model.safetensors.index.json"}
+    assert set(files_to_push(folder)) == expected
+
+
 def test_dry_run_shows_every_file_and_sends_nothing(hub, folder, capsys):
     main(["push", str(folder), "user/quality", "--dry_run"])
     shown = capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Models to merge: trained tiny-music models, small random ones, and adapters whose every tensor is random."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -127,3 +129,12 @@ def effective_weights(model) -> dict[str, torch.Tensor]:
         if not any(name.startswith(part + ".") for part in wrapped):
             weights[name] = tensor.double()
     return {name: tensor.detach() for name, tensor in weights.items()}
+
+
+def one_shard(folder):
+    """Give the weights of a folder the name of the only shard of an index."""
+    shard = folder / "model-00001-of-00001.safetensors"
+    (folder / "model.safetensors").rename(shard)
+    with safe_open(shard, "pt") as tensors:
+        weight_map = dict.fromkeys(tensors.keys(), shard.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model
-from merge_worlds import assert_equal_bits, assert_lerp, small_musicgen, tensors_of, trained_music_model
+from merge_worlds import assert_equal_bits, assert_lerp, one_shard, small_musicgen, tensors_of, trained_music_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, pipeline
 
@@ -89,6 +89,15 @@ def test_shards_stay_shards(pair, tmp_path):
     assert len(set(index["weight_map"].values())) > 3
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
     assert_equal_bits(dict(AutoModelForCausalLM.from_pretrained(merged).state_dict()), whole)
+
+
+def test_a_single_shard_keeps_its_index(pair, tmp_path):
+    """`model-00001-of-00001.safetensors`, which nothing finds without one."""
+    for folder in pair:
+        one_shard(folder)
+    merged = interpolate_checkpoints(pair, [0, 1], tmp_path / "m", verify=True)
+    expected = AutoModelForCausalLM.from_pretrained(pair[1]).state_dict()
+    assert_equal_bits(dict(AutoModelForCausalLM.from_pretrained(merged).state_dict()), dict(expected))
 
 
 def test_low_precision_is_summed_in_float32_and_rounded_once(tmp_path, tokenizer):

@@ -3,11 +3,12 @@
 import csv
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from ratings.conftest import MODELS, make_evaluation
+from ratings.conftest import MODELS, PROMPTS, make_evaluation
 from trl_drcd.cli import main
 from trl_drcd.ratings.design import DesignArguments
 from trl_drcd.ratings.report import ReportArguments, write_report
@@ -168,6 +169,37 @@ def test_what_is_degraded():
     assert 10 * float((tone.square().mean() / noise.square().mean()).log10()) == pytest.approx(0, abs=0.3)  # dB
     assert sorted(degraded_text("one two three four five").split()) == sorted(["one", "two", "three", "four", "five"])
     assert degraded_text("one two three four five") != "one two three four five"
+    for short in ("", "a", "aa", "a a", "word", "two words", "one two", "x y"):
+        assert degraded_text(short).split() != short.split() and degraded_text(short).strip()
+
+
+def test_an_evaluation_that_was_made_anew_on_other_prompts(tmp_path):
+    folder = make_evaluation(tmp_path / "evaluation")
+    study = create_study(DesignArguments(str(folder), str(tmp_path / "study"), raters=6, diversity_prompts=3))[0]
+    simulate(study, SimulateArguments(str(study.folder), judges=["quality", "diversity"]))
+    assert write_report(ReportArguments(str(study.folder), draws=100))["note"] == ""
+    shutil.rmtree(folder)
+    make_evaluation(folder, prompts=["other", *PROMPTS[1:]])
+    report = write_report(ReportArguments(str(study.folder), draws=100))
+    assert "number 0 is 'other' there and 'slow waltz' here" in report["note"]
+    assert not report["questions"]["quality"]["metrics"]
+    with pytest.raises(ValueError, match="other prompts than the study was designed on"):
+        write_report(ReportArguments(str(study.folder), draws=100, evaluation=str(folder)))
+
+
+def test_a_prompt_without_a_judgement_is_left_out_of_a_metric(tmp_path):
+    folder = make_evaluation(tmp_path / "evaluation")
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    lines[0]["per_prompt"]["quality"][0] = float("nan")
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    study = create_study(DesignArguments(str(folder), str(tmp_path / "study"), raters=6, diversity_prompts=3))[0]
+    simulate(study, SimulateArguments(str(study.folder), abilities=[0.0, 1.0, 2.0, 3.0, 4.0]))
+    found = write_report(ReportArguments(str(study.folder), draws=100))["questions"]["quality"]
+    mean = found["means"]["quality"]["base"]
+    assert mean["mean"] == pytest.approx(np.mean(lines[0]["per_prompt"]["quality"][1:]))
+    assert mean["low"] <= mean["mean"] <= mean["high"]
+    for agreement in found["metrics"]["quality"].values():
+        assert 0 < agreement["mean"] <= 1
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """Heights above the curve of constant guidance, against hand-computed values."""
 
+from dataclasses import replace
+
 import pytest
 
+from recipes import claims, hypotheses
 from recipes.music import heights
 from trl_drcd.evaluation.fronts import height_above
 from trl_drcd.evaluation.points import Comparison, guidance_curve, pooled
@@ -67,6 +70,28 @@ def test_the_table_has_means_of_strategies_and_differences(tmp_path, capsys):
     (tmp_path / "results.jsonl").write_text((tmp_path / "results.jsonl").read_text().splitlines()[0])
     with pytest.raises(SystemExit, match="needs rows of the base with two guidance scales, got 1"):
         heights.main([file])
+
+
+def test_what_was_not_measured_is_left_out_or_named(tmp_path, capsys):
+    """An evaluation without a second embedder, and a metric that there is not."""
+    folder = ResultsFolder(tmp_path)
+    for result in ROWS:
+        metrics, values = (
+            {key: value for key, value in part.items() if key != "diversity_second"}
+            for part in (result.metrics, result.per_prompt)
+        )
+        folder.append(replace(result, metrics=metrics, per_prompt=values))
+    heights.main([str(folder.file)])
+    header = capsys.readouterr().out.splitlines()[0]
+    assert "height" in header and "not rewarded" not in header
+    with pytest.raises(SystemExit, match=r"`adherance` was not measured for all rows; they have \['adherence'"):
+        heights.main([str(folder.file), "--metric", "adherance"])
+    with pytest.raises(SystemExit, match=r"`diversity_second` was not measured for all rows"):
+        hypotheses.main([str(folder.file)])
+    folder.file.write_text("")
+    for script in (heights, hypotheses, claims):
+        with pytest.raises(SystemExit, match=r"results\.jsonl has no rows"):
+            script.main([str(folder.file)])
 
 
 def test_of_a_metric_of_which_less_is_better_less_is_above(tmp_path, capsys):

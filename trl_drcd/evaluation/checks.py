@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_drcd.audio.codecs import SpectralCodec
+from trl_drcd.compat.extras import require
 from trl_drcd.evaluation.arguments import EvaluateArguments
 from trl_drcd.evaluation.frechet import Reference
 from trl_drcd.evaluation.judging import import_function, is_function
@@ -42,6 +43,7 @@ def check_parts(args: EvaluateArguments, digest: Callable[[str], str]) -> None:
     Raises:
         FileExistsError: If `output_dir` is a file.
         FileNotFoundError: If a folder does not exist.
+        ImportError: If a package that the report needs is not installed.
         ValueError: If a file is broken, a model is of the wrong kind, or a function cannot be imported.
     """
     if Path(args.output_dir).is_file():
@@ -58,6 +60,10 @@ def check_parts(args: EvaluateArguments, digest: Callable[[str], str]) -> None:
     for name in FURTHER:
         if folder := getattr(args, name):
             _check_further(name, folder, audio)
+    if args.embedder or args.second_embedder:
+        require("matplotlib", "plot")  # of the report, which comes last
+    if audio and args.listen:
+        require("soundfile", "audio")
     names = [name.rpartition(".")[2] for name in args.metrics]
     for name in args.metrics:
         import_function("metrics", name)

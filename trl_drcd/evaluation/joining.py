@@ -50,11 +50,14 @@ def read_joined(file: str | Path, *more: str | Path, further_prompts: Sequence[s
 
     Raises:
         FileNotFoundError: If a file does not exist.
-        ValueError: If a line is not a result, or a row of another file cannot be compared with the first's.
+        ValueError: If the first file has no rows, a line is not a result, or a row of another file cannot be compared
+            with the first's.
     """
     if further_prompts:
         return on_both(read_joined(file, *more), read_joined(*further_prompts))
     rows, *others = map(read_results, (file, *more))
+    if not rows:
+        raise ValueError(f"{file} has no rows")
     if not others:
         return rows
     drawn, untold = {name: [row] for name, row in _by_name(file, rows).items()}, list[str]()

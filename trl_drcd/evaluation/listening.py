@@ -96,23 +96,25 @@ def keep_completions(
     Write completions as `{prompt:02d}_{sample}.wav` or `.txt`, with their index.
 
     Args:
-        folder (`Path`): Output folder; completions that are already in it are removed.
+        folder (`Path`): Output folder; other completions that are already in it are removed.
         samples ([`Samples`]): The samples, for their prompts.
         completions (`list`): All decoded completions, those of a prompt contiguous.
         listen (`int`): Number of prompts whose completions are kept.
         listen_samples (`int`): Largest number of completions kept of each.
     """
-    for path in folder.glob("[0-9]*"):
-        path.unlink()
-    lines = []
+    lines, names = [], {INDEX}
     for number, prompt in enumerate(heard(len(samples.prompts), listen)):
         first = prompt * samples.samples_per_prompt
         for sample in range(min(listen_samples, samples.samples_per_prompt)):
             item = completions[first + sample]
             name = f"{number:02d}_{sample}.{'txt' if isinstance(item, str) else 'wav'}"
+            names.add(name)
             write_bytes(folder / name, item.encode() if isinstance(item, str) else wav_bytes(*item))
             lines.append(json.dumps({"prompt": samples.prompts[prompt], "file": name}))
     write_text(folder / INDEX, "".join(f"{line}\n" for line in lines))
+    for path in folder.glob("[0-9]*"):  # last, for another process may be reading the same row
+        if path.name not in names:
+            path.unlink(missing_ok=True)
 
 
 def read_clips(folder: Path) -> list[Clip]:

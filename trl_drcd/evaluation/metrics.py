@@ -141,10 +141,14 @@ def _preference(drawn: Drawn) -> Measured:
 
 
 def _reward(drawn: Drawn, function: RewardFunction) -> Measured:
-    values = function(prompts=drawn.samples.repeated_prompts, completions=drawn.completions)
-    if len(values) != len(drawn.completions):
-        name = getattr(function, "__name__", repr(function))
-        raise ValueError(f"metric `{name}` gave {len(values)} values for {len(drawn.completions)} completions")
+    name = getattr(function, "__name__", repr(function))
+    try:
+        values = function(prompts=drawn.samples.repeated_prompts, completions=drawn.completions)
+    except Exception as error:
+        raise RuntimeError(f"metric `{name}` raised {type(error).__name__}: {error}") from error
+    if values is None or len(values) != len(drawn.completions):
+        got = "`None`" if values is None else f"{len(values)} values"
+        raise ValueError(f"metric `{name}` gave {got} for {len(drawn.completions)} completions")
     judged = np.array([np.nan if value is None else float(value) for value in values])  # `None`: not judged, as in TRL
     grouped = judged.reshape(len(drawn.samples.prompts), -1)
     counts = (~np.isnan(grouped)).sum(1)

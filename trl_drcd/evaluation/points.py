@@ -6,6 +6,7 @@ Letters: `n` points, `R` training seeds of a point, `P` prompts.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 
@@ -13,6 +14,8 @@ import numpy as np
 
 from trl_drcd.evaluation.results import USUAL_TEMPERATURE, Result, rounded, with_metrics
 from trl_drcd.evaluation.statistics import Interval, Resampling, bootstrap_interval, t_interval, variance_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,18 @@ def pooled(results: Iterable[Result]) -> list[Point]:
     return [_pool(name, lines) for name, lines in groups.items()]
 
 
+def check_measured(points: Sequence[Point], metrics: Iterable[str]) -> None:
+    """
+    Check that metrics have values per prompt for all points.
+
+    Raises:
+        ValueError: If one has not; the message names those that have.
+    """
+    known = set.intersection(*(set(point.values) for point in points)) if points else set()
+    if missing := sorted(set(metrics) - known):
+        raise ValueError(f"`{missing[0]}` was not measured for all rows; they have {sorted(known)}")
+
+
 def of_training_seed(results: Iterable[Result], seed: int | None) -> list[Result]:
     """
     Rows of one training seed, and those of strategies that have no training seeds; all rows if `seed` is `None`.
@@ -154,24 +169,45 @@ class Comparison:
     """
     Compares statistics of points on the same prompts, replicate by replicate.
 
+    A prompt on which a metric was not judged for one of the points is left out of that metric for all of them.
+
     Args:
         points (`Sequence[Point]`): At least one.
+
+    Raises:
+        ValueError: If a point has no values per prompt.
     """
 
     def __init__(self, points: Sequence[Point]) -> None:
         self.points = list(points)
+        if bare := [point.name for point in self.points if not point.values]:
+            raise ValueError(f"{bare[0]} has no values per prompt, so it cannot be compared with others")
         self.resampling = Resampling.of(
             [next(iter(point.values.values())) for point in self.points],
             [point.training_seeds for point in self.points],
         )
         self._means: dict[tuple[str, str], np.ndarray] = {}
+        self._told: set[str] = set()
 
     def means(self, point: Point, metric: str) -> np.ndarray:
         """Mean of a metric of a point, followed by its replicates, `(replicates,)`."""
         key = point.name, metric
         if key not in self._means:
-            self._means[key] = self.resampling.means(point.values[metric], point.training_seeds)
+            values = np.where(self._judged(metric), point.values[metric], np.nan)
+            self._means[key] = self.resampling.means(values, point.training_seeds)
         return self._means[key]
+
+    def _judged(self, metric: str) -> np.ndarray:
+        """Whether each prompt was judged for every point that was judged at all, boolean `(P,)`."""
+        known = [np.isfinite(point.values[metric]) for point in self.points if metric in point.values]
+        judged: np.ndarray = np.all([one.all(0) for one in known if one.any()] or [known[0].any(0)], 0)
+        if not judged.all() and metric not in self._told:
+            self._told.add(metric)
+            logger.warning(
+                f"`{metric}` was not judged on {int((~judged).sum())} of {len(judged)} prompts for one of the points; "
+                "these prompts are left out of it for all"
+            )
+        return judged
 
     def curve(self, points: Sequence[Point], *metrics: str) -> np.ndarray:
         """Means of metrics of points, followed by their replicates, `(n, replicates, len(metrics))`."""

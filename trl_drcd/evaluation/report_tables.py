@@ -20,15 +20,16 @@ def points_table(points: Sequence[Point]) -> Table:
     if "preference" not in known:
         known -= {"quality"}  # equal to adherence without a preference
     columns = [one for one in in_order(points[0].metrics) if one.column and one.key in known]
-    first = points[0].metrics["tokens_per_second"]["mean"]
+    speeds = [point.metrics["tokens_per_second"]["mean"] for point in points if "tokens_per_second" in known]
     unit = "codes" if points[0].kind == "music" else "tokens"
     rows = []
-    for point in points:
-        speed = point.metrics["tokens_per_second"]["mean"]
+    for number, point in enumerate(points):
         name = point.name + (f" ({point.runs} trainings)" if point.runs > 1 else "")
         cells = [formatted(point.metrics[column.key]) for column in columns]
-        rows.append([name, *cells, f"{speed:.0f}", f"{first / speed:.2f}", str(point.passes_per_token)])
-    header = ["", *(column.heading for column in columns), f"{unit}/s", "time per token", "passes per token"]
+        timed = [f"{speeds[number]:.0f}", f"{speeds[0] / speeds[number]:.2f}"] if speeds else []
+        rows.append([name, *cells, *timed, str(point.passes_per_token)])
+    of_time = [f"{unit}/s", "time per token"] if speeds else []  # rows on further prompts have none
+    header = ["", *(column.heading for column in columns), *of_time, "passes per token"]
     return Table("", header, rows)
 
 

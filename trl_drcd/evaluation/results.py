@@ -240,8 +240,9 @@ class ResultsFolder:
             return {result.settings: result for result in self._read()}
 
     def append(self, result: Result) -> None:
-        """Append a line and flush it to disk."""
+        """Append a line and flush it to disk; a part of a line, which a process that died has left, is taken off."""
         with self.locked(), open(self.file, "a", encoding="utf-8") as stream:
+            _take_off_part_of_a_line(self.file)
             stream.write(json.dumps(result.to_json()) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
@@ -259,11 +260,15 @@ class ResultsFolder:
         return [result for file in (self.others, self.file) for result in _read_whole_lines(file)]
 
 
+def _take_off_part_of_a_line(file: Path) -> None:
+    text = file.read_bytes() if file.is_file() else b""
+    if text and not text.endswith(b"\n"):
+        os.truncate(file, text.rfind(b"\n") + 1)
+
+
 def _read_whole_lines(file: Path) -> list[Result]:
+    _take_off_part_of_a_line(file)
     text = file.read_text(encoding="utf-8") if file.exists() else ""
-    if text and not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
-        write_text(file, text)
     results = _parse(file, text)
     if unsettled := next((number for number, one in enumerate(results, 1) if not one.settings), None):
         raise ValueError(f"{file}, line {unsettled} is not a result of an evaluation; remove that line, or the file")

@@ -10,7 +10,7 @@ from typing import Literal
 from trl_drcd.files import own_file
 from trl_drcd.merging.cards import RECORD
 from trl_drcd.merging.folders import ADAPTER_FILES, CODEC, SIDE_FILES
-from trl_drcd.validation.saved_files import INDEX, open_safetensors, read_json, weight_files
+from trl_drcd.validation.saved_files import INDEX, WEIGHTS, open_safetensors, read_json, weight_files
 
 Kind = Literal["model", "adapter", "codec", "audio model"]
 CARD, PLOT, SAMPLES = "README.md", "front.png", "samples/samples.jsonl"
@@ -99,7 +99,8 @@ def _weights(folder: Path, kind: Kind) -> list[str]:
     for name in needed:
         own_file(folder, name)
         open_safetensors(folder / name)  # fails before the upload if it is broken, missing or a pickle
-    more = ["reference.safetensors"] if kind == "audio model" else [INDEX] if len(needed) > 1 else []
+    sharded = kind == "model" and needed != [WEIGHTS]
+    more = ["reference.safetensors"] if kind == "audio model" else [INDEX] if sharded else []
     return [*needed, *more]
 
 

@@ -114,7 +114,7 @@ def write_checkpoint(
     tensor_of: Callable[[str], torch.Tensor],
 ) -> None:
     """
-    Write shards and, if there are several, their index.
+    Write shards and, unless there is only `model.safetensors`, their index.
 
     Args:
         folder (`Path`): Output folder.
@@ -125,7 +125,7 @@ def write_checkpoint(
         write_safetensors(folder / file, {name: specs[name] for name in names}, tensor_of)
         for file, names in files.items()
     )
-    if len(files) > 1:
+    if list(files) != [WEIGHTS]:
         weight_map = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

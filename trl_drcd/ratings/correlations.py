@@ -78,7 +78,8 @@ def _over_models(
     one_hot[np.arange(len(comparisons)), comparisons.prompt] = 1
     of_prompt = weights @ one_hot  # (1 + D, P)
     with np.errstate(invalid="ignore"):
-        means = of_prompt @ values.T / of_prompt.sum(1, keepdims=True)
+        known = np.isfinite(values)  # others were not judged
+        means = of_prompt @ np.where(known, values, 0).T / (of_prompt @ known.T)
         draws = _pearson(scores, means)
     return _interval(draws)
 
@@ -96,13 +97,14 @@ def correlation_of_differences(x: np.ndarray, y: np.ndarray, weights: np.ndarray
     `sum(w x y') / sqrt(sum(w x^2) sum(w y'^2))` with `y' = y - 0.5`.
 
     Args:
-        x (`np.ndarray`): Differences of a metric, A - B, `(N,)`.
+        x (`np.ndarray`): Differences of a metric, A - B, `(N,)`; those that are not finite are left out.
         y (`np.ndarray`): Outcomes for A, in `[0, 1]`, `(N,)`.
         weights (`np.ndarray`): Weights of the comparisons, `(1 + D, N)`.
 
     Returns:
         `np.ndarray`: Shape `(1 + D,)`.
     """
-    y = y - 0.5
+    known = np.isfinite(x)
+    x, y = np.where(known, x, 0.0), np.where(known, y - 0.5, 0.0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (weights @ (x * y)) / np.sqrt((weights @ x**2) * (weights @ y**2))

@@ -117,6 +117,7 @@ def measured(study: Study, folder: str | None) -> tuple[dict[str, np.ndarray], s
     """The metrics of the study's evaluation, `(M, P)` each, and a note if they cannot be read."""
     try:
         evaluation = read_evaluation(folder or study.about["evaluation"])
+        study.check_prompts(evaluation.prompts)
         return metric_values(evaluation.results, study.about["models"], len(evaluation.prompts)), ""
     except (FileNotFoundError, KeyError, ValueError) as error:
         if folder:
@@ -153,10 +154,11 @@ def analysed(
 
 
 def _means(values: np.ndarray, models: Sequence[str]) -> dict[str, Interval]:
-    """Mean over prompts of each model with its bootstrap interval, from values `(M, P)`."""
-    draws = np.random.default_rng(0).integers(0, values.shape[1], (1000, values.shape[1]))
+    """Mean over the prompts that were judged of each model with its bootstrap interval, from values `(M, P)`."""
+    every = np.arange(values.shape[1])[None]
+    draws = np.concatenate([every, np.random.default_rng(0).integers(0, values.shape[1], (1000, values.shape[1]))])
     return {
-        name: percentile_interval(np.concatenate([[row.mean()], row[draws].mean(1)]))
+        name: percentile_interval(np.ma.masked_invalid(row[draws]).mean(1).filled(np.nan))
         for name, row in zip(models, values, strict=True)
     }
 

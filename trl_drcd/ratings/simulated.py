@@ -107,9 +107,10 @@ def judged_truth(study: Study, arguments: SimulateArguments) -> Truth:
     Ground truth from the evaluation's own metrics, standardised over models and prompts.
 
     Raises:
-        ValueError: If a metric was not measured for every model.
+        ValueError: If a metric was not measured for every model, or on other prompts.
     """
     evaluation = read_evaluation(study.about["evaluation"])
+    study.check_prompts(evaluation.prompts)
     per_prompt = {result.name: result.per_prompt for result in evaluation.results}
     models, count = study.about["models"], len(evaluation.prompts)
     of_question = {}

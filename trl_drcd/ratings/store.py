@@ -460,6 +460,28 @@ class Study:
             database.row_factory = sqlite3.Row
             return [dict(row) for row in database.execute(sql)]
 
+    def prompts(self) -> dict[int, str]:
+        """The text of each prompt by its number."""
+        return {
+            row["prompt"]: row["prompt_text"] for row in self.rows("SELECT DISTINCT prompt, prompt_text FROM items")
+        }
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """
+        Check that an evaluation is on the prompts of this study: it may have been made anew since the design.
+
+        Raises:
+            ValueError: If one of them is another.
+        """
+        for number, text in self.prompts().items():
+            found = prompts[number] if number < len(prompts) else None
+            if found != text:
+                raise ValueError(
+                    f"the evaluation has other prompts than the study was designed on: number {number} is "
+                    f"{short_repr(found, 40)} there and {short_repr(text, 40)} here; give a copy of the evaluation of "
+                    "that time"
+                )
+
     def ratings(self) -> list[dict[str, Any]]:
         """All ratings in the order of their slots, joined with items, sides and raters."""
         return self.rows(

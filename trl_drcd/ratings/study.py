@@ -18,6 +18,7 @@ from trl_drcd.ratings.design import Clip, Design, DesignArguments, make_design, 
 from trl_drcd.ratings.samples import Evaluation, read_evaluation
 from trl_drcd.ratings.store import CLIPS_FOLDER, FILE, Study
 
+NONSENSE = "? ? ?"
 NOISE = 1.0  # power of the noise in a degraded clip, relative to the clip's
 
 
@@ -96,6 +97,10 @@ def degraded_audio(waveform: torch.Tensor) -> torch.Tensor:
 
 
 def degraded_text(text: str) -> str:
-    """Shuffle the words of a text."""
-    words = text.split()
-    return " ".join(words[i] for i in np.random.default_rng(0).permutation(len(words)))
+    """Shuffle the words of a text or, where that changes nothing, its letters; else add what means nothing."""
+    words, letters = text.split(), list(text)
+    for parts, between in ((words, " "), (letters, "")):
+        shuffled = between.join(parts[i] for i in np.random.default_rng(0).permutation(len(parts)))
+        if shuffled.split() != words:
+            return shuffled
+    return f"{text} {NONSENSE}".strip()

@@ -14,8 +14,11 @@ from trl_drcd.validation.encoders import check_encoder
 
 
 def question_of(prompt: Any) -> str:
-    """A prompt as text: itself, or the last user turn of a conversation."""
-    return prompt if isinstance(prompt, str) else [turn["content"] for turn in prompt if turn["role"] == "user"][-1]
+    """A prompt as text: itself, or the last user turn of a conversation; without one, the last turn."""
+    if isinstance(prompt, str):
+        return prompt
+    turns = [turn["content"] for turn in prompt if turn["role"] == "user"] or [prompt[-1]["content"]]
+    return str(turns[-1])
 
 
 def _answer_of(completion: Any) -> str:
