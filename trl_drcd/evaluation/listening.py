@@ -148,7 +148,9 @@ def spectrogram_png(waveform: torch.Tensor, sampling_rate: int, max_hertz: float
     colours = require("matplotlib", "plot").colormaps["magma"](range(256), bytes=True)[:, :3]
     places = ((decibels - decibels.max()) / 60 + 1).mul(256).clamp(0, 255).to(torch.uint8)
     # With a palette: a byte per pixel to compress in place of four
-    image, file = require("PIL.Image", "plot").fromarray(places.flip(0).numpy()), io.BytesIO()
+    from PIL import Image  # a dependency of matplotlib
+
+    image, file = Image.fromarray(places.flip(0).numpy()), io.BytesIO()
     image.putpalette(colours.tobytes())
     image.save(file, "png")
     return file.getvalue()
