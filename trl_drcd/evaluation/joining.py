@@ -23,7 +23,7 @@ FURTHER_PROMPTS_HELP = (
     "the same rows on other prompts: a results.jsonl and, as above, others of its prompts; rows that only one set of "
     "prompts has are left out"
 )
-"""Help of scripts that read several."""
+"""Help of scripts that read several files, and of those that join prompts."""
 SETTINGS = (
     "point", "model", "weights", "guidance_scale", "temperature", "early_steps", "early_guidance_scale", "checkpoint",
     "negative_prompt", "teacher_negative_prompt", "teacher_guidance_scale", "prompts", "samples_per_prompt", "kind",

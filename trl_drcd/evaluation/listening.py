@@ -146,10 +146,10 @@ def spectrogram_png(waveform: torch.Tensor, sampling_rate: int, max_hertz: float
     bins = max(1, min(n_fft // 2, round(max_hertz * n_fft / sampling_rate)))
     decibels = 20 * spectrum[:bins].abs().clamp(min=1e-5).log10()
     colours = require("matplotlib", "plot").colormaps["magma"](range(256), bytes=True)[:, :3]
-    places = ((decibels - decibels.max()) / 60 + 1).mul(256).clamp(0, 255).to(torch.uint8)
-    # With a palette: a byte per pixel to compress in place of four
     from PIL import Image  # a dependency of matplotlib
 
+    # With a palette: a byte per pixel to compress in place of four
+    places = ((decibels - decibels.max()) / 60 + 1).mul(256).clamp(0, 255).to(torch.uint8)
     image, file = Image.fromarray(places.flip(0).numpy()), io.BytesIO()
     image.putpalette(colours.tobytes())
     image.save(file, "png")

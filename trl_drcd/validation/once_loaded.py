@@ -110,7 +110,7 @@ def check_lengths(
         return
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, sequences), default=0)
-    if limit is not None and longest + (max_completion_length or 0) > limit:
+    if limit is not None and 0 < limit < longest + (max_completion_length or 0):  # below 0: none, of XLNet
         raise ValueError(
             f"{what} of {longest} tokens and `max_completion_length={max_completion_length}` do not fit the model, "
             f"which has {limit} positions; prompts are never truncated: shorten it, or the completions"

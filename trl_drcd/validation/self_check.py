@@ -133,7 +133,8 @@ def _check(check: _Check, rows: Rows, untouched: bool) -> None:
             raise ValueError(
                 f"`model`: the teacher, {what}, is {away:.2g} nats per token away from the student before its first "
                 "update, which should be 0: the adapter changes the base, or was trained before. Merge it into the "
-                "model first, and use a new adapter that starts at zero (`init_lora_weights=True`)"
+                "model first, and use a new adapter that starts at zero (`init_lora_weights=True`, of other kinds "
+                "`init_weights=True`)"
             )
     elif teacher.copy is not None:
         away, limit = (
