@@ -31,6 +31,7 @@ SETTINGS = (
 """What rows that differ only in their samples have in common."""
 COMPARABLE = ("teacher_negative_prompt", "teacher_guidance_scale", "prompts", "kind")
 """What rows that can be compared have in common."""
+SHOWN = 5  # names of rows in a warning
 logger = logging.getLogger(__name__)
 
 
@@ -209,7 +210,9 @@ def on_both(rows: Sequence[Result], further: Sequence[Result]) -> list[Result]:
     if not (shared := [name for name in first if name in second]):
         raise ValueError(f"no row has further prompts: {list(first)} and {list(second)} have no name in common")
     if alone := [name for name in (*first, *second) if name not in shared]:
-        logger.warning(f"left out, for they are on one of the two sets of prompts only: {', '.join(alone)}")
+        more = f" and {len(alone) - SHOWN} others" if len(alone) > SHOWN else ""
+        some = ", ".join(alone[:SHOWN])
+        logger.warning(f"left out, for they are on one of the two sets of prompts only: {some}{more}")
     if any(None in (first[name].but_prompts, second[name].but_prompts) for name in shared):
         logger.warning("rows of an earlier version do not tell whether judges, lengths and dtype are the same")
     return [_on_both(first[name], second[name]) for name in shared]
