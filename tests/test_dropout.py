@@ -65,3 +65,12 @@ def test_routers_compute_in_training_as_in_evaluation(name):
     for trained in (model, copy.deepcopy(model)):
         for _ in range(3):
             assert torch.equal(logits(trained, ids, True), before)
+
+
+def test_a_dropout_of_another_name_is_turned_off():
+    class Drop(torch.nn.Dropout):
+        """Of one's own."""
+
+    model = torch.nn.Sequential(Drop(0.5))
+    turn_off_dropout(model)
+    assert model[0].p == 0.0

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from trl_drcd.evaluation import grid, measuring, metrics
+from trl_drcd.evaluation.allowed import suppressed_in
 from trl_drcd.evaluation.grid import EvaluateArguments, evaluate
 from trl_drcd.evaluation.information import forward_information
 from trl_drcd.evaluation.joining import joined
@@ -472,6 +473,17 @@ def test_the_vocabulary_is_that_of_all_strategies_whichever_run(args, judged, tm
     assert alone.but_seed == at_once.but_seed and joined([at_once, alone]).samples_per_prompt == 32
     for folder in ("at once", "extended", "alone"):
         assert tokens(folder) and not tokens(folder) & set(suppressed)
+
+
+def test_the_vocabulary_is_that_of_checkpoints_and_of_models_that_are_there(args, tmp_path, tokenizer, caplog):
+    model = make_model(tokenizer, 1)
+    model.save_pretrained(tmp_path / "run")
+    model.generation_config.suppress_tokens = [6, 7]
+    model.save_pretrained(tmp_path / "run" / "checkpoint-4")
+    args.strategies = [{"name": "base"}, {"name": "run", "model": str(tmp_path / "run"), "checkpoint": [4]}]
+    assert suppressed_in(args) == [6, 7] and not caplog.text
+    args.strategies = [{"name": "base"}, {"name": "run", "models": [[str(tmp_path / "gone")]]}]
+    assert suppressed_in(args) is None and "gone of `strategies` does not exist" in caplog.text
 
 
 @pytest.mark.parametrize("end", ["base", "0"])

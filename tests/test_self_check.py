@@ -1,5 +1,6 @@
 """What the check before the first update refuses, and that a right model passes it unnoticed."""
 
+import copy
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -278,10 +279,20 @@ def test_the_sampled_log_probabilities_are_those_at_the_temperature(tmp_path, to
 
 def test_a_tokenizer_with_token_types_samples_what_is_scored(tmp_path, tokenizer):
     """TRL would pass them on to `generate`; the loss knows nothing of them."""
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = (
         "{% for turn in messages %}{{ turn['content'] }} {% endfor %}{% if add_generation_prompt %}a {% endif %}"
     )
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     data = Dataset.from_dict({"prompt": [[{"role": "user", "content": row["prompt"]}] for row in rows()]})
     trainer = first_update(tmp_path, tokenizer, dataset=data, model=make("gpt2", vocab_size=len(tokenizer)))
-    assert trainer._scoring_checked and not trainer._sampler.leaves_it_to_trl()
+    assert trainer._scoring_checked and trainer._tokenize_prompts(list(data["prompt"]))[1:] == (None, {})
+
+
+def test_a_rollout_in_parts_is_not_compared(tmp_path, tokenizer):
+    """`trainer.sample` is public: what it gave last need not be the whole rollout."""
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, embedder=None)
+    own = trainer.sample
+    trainer.sample = lambda prompt_ids: [own([ids])[0] for ids in prompt_ids]
+    trainer.train()
+    assert trainer._scoring_checked and trainer._sampler.taken() is None

@@ -47,11 +47,12 @@ def test_an_adapter_that_unties_what_vllm_ties_is_refused(tmp_path, tokenizer, c
     check_vllm(get_peft_model(make_model(tokenizer), LoraConfig(r=2, **targets)), settings(tmp_path))
 
 
-def test_an_adapter_elsewhere_in_a_tied_model_is_not_refused(tmp_path, tokenizer):
+@pytest.mark.parametrize("more", [{}, {"trainable_token_indices": [5]}])
+def test_an_adapter_that_leaves_a_model_tied_is_not_refused(tmp_path, tokenizer, more):
     tied = make_model(tokenizer)
     tied.config.tie_word_embeddings = True
     tied.tie_weights()
-    check_vllm(get_peft_model(tied, LoraConfig(r=2, target_modules=["q_proj"])), settings(tmp_path))
+    check_vllm(get_peft_model(tied, LoraConfig(r=2, target_modules=["q_proj"], **more)), settings(tmp_path))
 
 
 @pytest.mark.parametrize(("mode", "seeded"), [("colocate", True), ("server", False)])

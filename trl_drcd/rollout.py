@@ -76,6 +76,8 @@ class StudentSampler:
         self._latest = None
         with self.precision():
             ids = self.by_trl(wrapped, prompt_ids, by_trl) if self.leaves_it_to_trl() else own(prompt_ids)
+        if self._latest is not None and self._latest.completions() != ids:
+            self._latest = None  # `own` has sampled in parts, or otherwise
         return [row or [self.tokenizer.eos_token_id] for row in ids]
 
     @contextmanager

@@ -250,12 +250,12 @@ class CFGDistillDiversityTrainer(RLOOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         output, mode = super()._generate_and_score_completions(inputs), self._mode
+        sampled = self._sampler.taken()
         del output["old_logps"]
         if mode == "train" and not self._scoring_checked:
             untouched = self.state.global_step == 0 and self._other_teacher is None
-            sampled, temperature = self._sampler.taken(), self.args.temperature
             self._scoring_checked = check_scoring(
-                self.policy, self.teacher, self.model_wrapped, output, untouched, sampled, temperature
+                self.policy, self.teacher, self.model_wrapped, output, untouched, sampled, self.args.temperature
             )
         with self._stopwatch.timed("teacher"):
             negative, own = self.teacher.prompts(

@@ -1,5 +1,6 @@
 """Bad models, tokenizers and adapters, given to the trainer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from bad_world import Bad
@@ -50,10 +51,10 @@ def injected(world: Any) -> Any:
     return model
 
 
-def two_adapters(world: Any) -> Any:
+def two_adapters(world: Any, active: Sequence[str] = ("default", "other")) -> Any:
     model = get_peft_model(world.model(), LoraConfig(r=2))
     model.add_adapter("other", LoraConfig(r=2))
-    model.base_model.set_adapter(["default", "other"])
+    model.base_model.set_adapter(list(active))
     return model
 
 
@@ -180,6 +181,10 @@ ROWS = [
     ),
     given(
         "two active adapters", "'other'", "exactly one is trained", "`model`", lambda w: {"model": two_adapters(w)},
+    ),
+    given(
+        "another active adapter", "'other'", "must be called `default`", "`model`",
+        lambda w: {"model": two_adapters(w, ["other"])},
     ),
     given(
         "nothing to train", "no trainable weight", "give a `peft_config`", "`model`",

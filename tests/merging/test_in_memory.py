@@ -7,6 +7,7 @@ import torch
 from conftest import make_model
 from merge_worlds import random_adapter, small_musicgen, tensors_of, trained_music_model
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from trl_drcd.merging import hold_checkpoints, interpolate_adapters, interpolate_checkpoints, set_interpolation_weight
@@ -150,3 +151,36 @@ def test_a_change_of_lambda_takes_milliseconds(adapters):
     for weight in SWEEP:
         set_interpolation_weight(model, weight)
     assert (time.process_time() - start) / len(SWEEP) < 0.1  # measured: recipes/README.md
+
+
+def test_ends_without_a_configuration_are_held_too(tmp_path):
+    """A module of one's own, and folders with safetensors alone."""
+    model, ends = torch.nn.Linear(2, 2), []
+    model.config = {"of": "one's own"}
+    for value in (1.0, 3.0):
+        folder = tmp_path / str(value)
+        folder.mkdir()
+        ends.append(folder)
+        tensors = {name: torch.full_like(p, value) for name, p in model.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors")
+    hold_checkpoints(model, ends)
+    set_interpolation_weight(model, 0.5)
+    assert all(torch.equal(p, torch.full_like(p, 2.0)) for p in model.state_dict().values())
+
+
+def test_ends_that_compute_otherwise_are_refused(tmp_path, tokenizer):
+    model = make_model(tokenizer)
+    model.save_pretrained(tmp_path / "one")
+    other = make_model(tokenizer, 1)
+    other.config.rope_parameters["rope_theta"] = 100.0
+    other.save_pretrained(tmp_path / "other")
+    hold_checkpoints(model, [tmp_path / "one"] * 2)
+    with pytest.raises(ValueError, match=r"architectures: `rope_parameters.rope_theta`"):
+        hold_checkpoints(model, [tmp_path / "one", tmp_path / "other"])
+    tied = make_model(tokenizer)
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    state = {name: tensor.clone() for name, tensor in tied.state_dict().items()}
+    state["lm_head.weight"] += 1
+    with pytest.raises(ValueError, match=r"are one tensor in the model, but have two values in a state dict"):
+        hold_checkpoints(tied, [state])

@@ -20,16 +20,18 @@ def turn_off_dropout(model: torch.nn.Module) -> None:
     """
     Set every dropout probability of a model to 0, and turn off the noise of its routers.
 
-    Covers the probability `p` of modules with "Dropout" in the name of their class, and every number in (0, 1] that a
-    module or its configuration stores in an attribute with "drop" in its name. A module with an attribute that has
-    "jitter" in its name computes as in evaluation: its value can also be a threshold, which stays.
+    Covers the probability `p` of modules with "Dropout" in the name of their class or of one above it, and every
+    number in (0, 1] that a module or its configuration stores in an attribute with "drop" in its name. A module with
+    an attribute that has "jitter" in its name computes as in evaluation: its value can also be a threshold, which
+    stays.
 
     Args:
         model (`nn.Module`): Modified in place, together with its configurations.
     """
     for module in model.modules():
         part: Any = module
-        if "dropout" in type(module).__name__.lower() and isinstance(getattr(part, "p", None), int | float):
+        named = any("dropout" in kind.__name__.lower() for kind in type(module).__mro__)
+        if named and isinstance(getattr(part, "p", None), int | float):
             part.p = 0.0
         _zero(module)
         if any("jitter" in name for name in vars(module)):

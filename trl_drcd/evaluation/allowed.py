@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +14,19 @@ from trl_drcd.merging.adapters import BASE
 from trl_drcd.policies import allowed_token_ids
 from trl_drcd.policies.allowed import complement
 from trl_drcd.policies.causal_lm import as_list
+from trl_drcd.validation.model_folders import is_hub_name
 
 if TYPE_CHECKING:
     from trl_drcd.evaluation.arguments import EvaluateArguments
+
+logger = logging.getLogger(__name__)
 
 
 def suppressed_in(args: EvaluateArguments) -> list[int] | None:
     """
     The tokens that no row of an evaluation samples, whichever of its strategies are run now: `only`, or rows that are
-    there already, change nothing. `None` where there are none, or `allowed_token_ids` are given.
+    there already, change nothing. `None` where there are none, or `allowed_token_ids` are given. Of a model that is
+    not there, because its strategy is not run, nothing is known, and a warning tells so.
 
     Raises:
         ValueError: If two models suppress different tokens.
@@ -29,8 +34,22 @@ def suppressed_in(args: EvaluateArguments) -> list[int] | None:
     if args.allowed_token_ids:
         return None
     strategies = args.strategies if isinstance(args.strategies, list | tuple) else []
-    given = [one.get(key) for one in strategies if isinstance(one, dict) for key in ("model", "models")]
-    return suppressed_tokens([args.model, *(name for name in _strings(given) if name != BASE)])
+    names = [name for one in strategies if isinstance(one, dict) for name in _models_of(one)]
+    if unknown := [name for name in names if not Path(name).exists() and not is_hub_name(name)]:
+        logger.warning(
+            f"{unknown[0]} of `strategies` does not exist: if its generation config suppresses tokens, as that of a "
+            "training with `allowed_token_ids` does, this evaluation samples tokens that one with it would not"
+        )
+    return suppressed_tokens([args.model, *names])
+
+
+def _models_of(strategy: Mapping[str, object]) -> Iterator[str]:
+    """The models of a strategy, or their checkpoints; those of a sweep too."""
+    given, steps = [strategy.get("model"), strategy.get("models")], strategy.get("checkpoint")
+    folders = [f"/checkpoint-{step}" for step in (steps if isinstance(steps, list) else [steps]) if step is not None]
+    for name in _strings(given):
+        if name != BASE:
+            yield from [f"{name}{folder}" for folder in folders or [""]]
 
 
 def _strings(given: object) -> Iterator[str]:

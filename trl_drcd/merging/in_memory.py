@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedConfig
 
 from trl_drcd.merging.architecture import check_same_architecture, flat
 from trl_drcd.merging.blend import blend, check_weights, two_weights
@@ -87,8 +88,12 @@ def hold_checkpoints(model: torch.nn.Module, checkpoints: Sequence[str | Path | 
 
 def _read(checkpoint: str | Path, model: Any) -> Checkpoint:
     """The tensors of a checkpoint, whose architecture must be that of the model."""
-    folder = find_folder(checkpoint)
-    if config := getattr(model, "config", None):
+    folder, config = find_folder(checkpoint), getattr(model, "config", None)
+    if (
+        isinstance(config, PreTrainedConfig)
+        and (folder / "config.json").is_file()
+        and not hasattr(config, "auto_map")  # of code from elsewhere, which is not run to read a configuration
+    ):
         own, other = flat(config.to_dict()), flat(load_config(folder).to_dict())
         own["architectures"] = other.get("architectures")  # which a model has once it is saved
         check_same_architecture("the model in memory", own, checkpoint, other)

@@ -240,7 +240,7 @@ def _check_adapter(model: object, peft_config: object) -> None:
         )
     if not isinstance(model, PeftModel):
         return
-    if "default" not in model.peft_config or len(model.active_adapters) != 1:
+    if list(model.active_adapters) != ["default"]:
         raise ValueError(
             f"`model` is a `PeftModel` with the adapters {sorted(model.peft_config)}, of which "
             f"{list(model.active_adapters)} are active; exactly one is trained, and must be called `default`"

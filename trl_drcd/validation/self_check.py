@@ -79,7 +79,7 @@ def check_scoring(
         `bool`: Whether there was a token to compare: `mask_truncated_completions` may leave none.
 
     Raises:
-        ValueError: If either fails; the message gives the difference in nats per token, its cause and the fix.
+        ValueError: If one of them fails; the message gives the difference in nats per token, its cause and the fix.
     """
     report_status("it checks its scoring")
     device = teacher.accelerator.device

@@ -9,7 +9,7 @@ import torch
 from accelerate.logging import get_logger
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 from trl_drcd.config import CFGDistillDiversityConfig
@@ -48,7 +48,7 @@ def check_vllm(student: PreTrainedModel | PeftModel, args: CFGDistillDiversityCo
         base = model.get_base_model()
         ends = base.get_input_embeddings(), base.get_output_embeddings()
         if getattr(base.config.get_text_config(), "tie_word_embeddings", False) and any(
-            isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in ends
+            isinstance(end, BaseTunerLayer | ModulesToSaveWrapper) for end in ends
         ):
             raise ValueError(
                 "`use_vllm=True` with an adapter on the embedding or the head of a model that ties them: PEFT unties "
