@@ -52,6 +52,7 @@ class StudentSampler:
         self.guard, self.accelerator = guard, accelerator
         self.max_length = int(args.max_completion_length or 0)  # `check_before_loading` refuses 0
         self._latest: Rollout | None = None
+        self._completions: list[list[int]] = []  # of the latest rollout
 
     def rollout(
         self,
@@ -76,7 +77,7 @@ class StudentSampler:
         self._latest = None
         with self.precision():
             ids = self.by_trl(wrapped, prompt_ids, by_trl) if self.leaves_it_to_trl() else own(prompt_ids)
-        if self._latest is not None and self._latest.completions() != ids:
+        if ids is not self._completions:
             self._latest = None  # `own` has sampled in parts, or otherwise
         return [row or [self.tokenizer.eos_token_id] for row in ids]
 
@@ -114,8 +115,8 @@ class StudentSampler:
             )
         report_status("it has sampled")
         self.guard.note_not_finite(~rollout.finite, prompt_ids)
-        self._latest = rollout
-        return rollout.completions()
+        self._latest, self._completions = rollout, rollout.completions()
+        return self._completions
 
     def by_trl(
         self, wrapped: Any, prompt_ids: list[list[int]], generate: Callable[[], list[list[int]]]

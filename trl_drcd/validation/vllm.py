@@ -13,6 +13,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 from trl_drcd.config import CFGDistillDiversityConfig
+from trl_drcd.policies.causal_lm import without_peft
 
 logger = get_logger(__name__)
 
@@ -42,14 +43,12 @@ def check_vllm(student: PreTrainedModel | PeftModel, args: CFGDistillDiversityCo
             "and takes it out again, which rounds the base, the teacher, a little further. Load the model in float32 "
             "(`dtype='float32'`), or train all weights"
         )
+    base: Any = without_peft(student)
+    tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
     adapters = student.peft_config.values() if isinstance(student, PeftModel) else []
-    if isinstance(student, PeftModel) and not all(getattr(one, "ensure_weight_tying", False) for one in adapters):
-        model: Any = student
-        base = model.get_base_model()
+    if tied and not all(getattr(one, "ensure_weight_tying", False) for one in adapters):
         ends = base.get_input_embeddings(), base.get_output_embeddings()
-        if getattr(base.config.get_text_config(), "tie_word_embeddings", False) and any(
-            isinstance(end, BaseTunerLayer | ModulesToSaveWrapper) for end in ends
-        ):
+        if any(isinstance(end, BaseTunerLayer | ModulesToSaveWrapper) for end in ends):
             raise ValueError(
                 "`use_vllm=True` with an adapter on the embedding or the head of a model that ties them: PEFT unties "
                 "them, and vLLM reads one for both, so that it would sample from another model. Leave them out of the "
