@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,12 @@ from trl_drcd.evaluation.results import read_results
 from trl_drcd.evaluation.sampling import Samples
 from trl_drcd.evaluation.strategies import Row, expand
 from trl_drcd.evaluation.variety import distinct_n, diversity_between_prompts
-from trl_drcd.policies import CausalLMPolicy
+from trl_drcd.policies import CausalLMPolicy, policy_for
+from trl_drcd.validation.sampler import check_sampler
+
+sys.path.insert(0, str(Path(__file__).parent / "families"))
+
+from tiny import REFUSED, RIGHT, make
 
 # ---------------------------------------------------------------- strategies
 
@@ -403,7 +409,7 @@ def test_own_negative_prompts_and_those_of_the_strategy_reach_sampling_and_scori
     (row,) = evaluate(args)
     tokenizer = measuring.AutoTokenizer.from_pretrained(args.model)
     expected = [tokenizer(text)["input_ids"] for text in ("fast", "slow", "flute") for _ in range(4)]
-    assert streams[0][1] == expected
+    assert next(negatives for _, negatives in streams if negatives) == expected
     assert row.per_prompt["kl"][0] == pytest.approx(0, abs=1e-5) and row.per_prompt["kl"][1] > 1e-3
     args.negative_prompt = "slow"
     assert evaluate(args)[0].per_prompt["kl"] == pytest.approx([0, 0, 0], abs=1e-5)
@@ -435,6 +441,22 @@ def test_log_probabilities_that_are_not_numbers_are_named(args, judged, tmp_path
     message = r"`x \(gamma 3\)` (gives log-probabilities that are NaN|cannot be sampled)"
     with pytest.raises((ValueError, RuntimeError), match=message):
         evaluate(args)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_family_that_is_sampled_wrong_is_refused(args, judged, tmp_path, tokenizer, name):
+    make(name, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "0")
+    args.strategies = [{"name": "base"}]
+    with pytest.raises(ValueError, match=r"`model`: \w+ cannot be sampled here: the sampler draws tokens at"):
+        evaluate(args)
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_families_that_are_sampled_right_pass(tokenizer, name):
+    model = make(name, vocab_size=len(tokenizer))
+    state = torch.get_rng_state()
+    check_sampler(policy_for(model, tokenizer), model, [[3, 4], [5, 6, 7, 8, 9]])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_two_processes_measure_the_same(args, tmp_path, monkeypatch):

@@ -39,10 +39,12 @@ from trl_drcd.evaluation.metrics import Drawn, measure
 from trl_drcd.evaluation.models import Models
 from trl_drcd.evaluation.plan import HeldOut, Task
 from trl_drcd.evaluation.results import Result, rounded
-from trl_drcd.evaluation.sampling import Completion, Samples, sample_prompts
+from trl_drcd.evaluation.sampling import Completion, Samples, sample_prompts, tokenize_prompts
 from trl_drcd.evaluation.strategies import Row
 from trl_drcd.policies import policy_for
 from trl_drcd.text.reward_models import question_of
+from trl_drcd.validation.messages import prefix_errors
+from trl_drcd.validation.sampler import check_sampler
 
 
 class Worker:
@@ -57,7 +59,8 @@ class Worker:
         quiet (`bool`, *optional*, defaults to `False`): Show no progress bars.
 
     Raises:
-        ValueError: If the shape of a model's weight is not the base's, or a weight of the base is not finite.
+        ValueError: If the shape of a model's weight is not the base's, a weight of the base is not finite, or its
+            family is sampled from another distribution than its own.
     """
 
     def __init__(
@@ -74,7 +77,11 @@ class Worker:
         check_ends(self.models.base, rows, self.args.model)
         self.tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
         self.allowed = allowed_in_rows(args.allowed_token_ids, suppressed_in(args), self.models.base, self.tokenizer)
-        own = policy_for(self.models.base, self.tokenizer).codec(self.models.base)
+        policy = policy_for(self.models.base, self.tokenizer, args.chat_template_kwargs, self.allowed)
+        prompts = sorted(tokenize_prompts(policy, held_out.prompts), key=len)
+        with prefix_errors("model"):
+            check_sampler(policy, self.models.base, [prompts[0], prompts[-1]])
+        own = policy.codec(self.models.base)
         self.codec: Any = SpectralCodec.from_pretrained(args.codec) if args.codec else own
 
     def __call__(self, task: Task) -> Result:

@@ -27,14 +27,11 @@ from trl_drcd.policies import Policy
 from trl_drcd.reliability.processes import report_status
 from trl_drcd.sampling import Rollout
 from trl_drcd.teacher import GuidedTeacher
+from trl_drcd.validation.sampler import HALF_TOLERANCE, TOLERANCE, largest_difference
 
 STEPS = 8  # completion steps that are compared
 SAMPLED_STEPS = 64  # with the log-probabilities that the sampler drew at
 PADDING = 3  # positions of padding before the prompts that are compared
-# Nats per token between two computations of one distribution. bfloat16 rounding gives about 0.001; dropout of 0.1, a
-# wrong head or a shifted position gives 0.1 to 5
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-HALF_TOLERANCE = 0.05
 # For the second comparison noise is added to an adapter's weights, of this standard deviation and then of twice as
 # much, until the model has moved by as many nats per token
 SPREAD, DOUBLINGS, MOVED = 0.02, 8, 0.3
@@ -105,7 +102,7 @@ def _check_sampled(check: _Check, rows: Rows, chosen: torch.Tensor, sampled: Rol
     own = (check.own(rows) / temperature).log_softmax(-1).gather(-1, ids[mask][:, None])[:, 0]
     away = (own - at[mask].to(own))[drawn[mask]].abs()
     furthest = check.of_all(float(away.mean()) if len(away) else 0.0)
-    limit = math.sqrt(2 * check.tolerance)
+    limit = largest_difference(check.tolerance)
     if not furthest <= limit:
         raise ValueError(
             f"`model`: the sampler draws tokens at log-probabilities {furthest:.2g} nats away from those of the "
