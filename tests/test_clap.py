@@ -1,6 +1,7 @@
 """The CLAP judge on a tiny CLAP with random weights, made by transformers' own classes."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +52,22 @@ def test_adherence_is_the_models_own_cosine(judge):
         output = judge.model(**inputs, **features)
     expected = torch.nn.functional.cosine_similarity(output.text_embeds, output.audio_embeds)
     torch.testing.assert_close(judge.adherence(captions, audio), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("truncation", ["rand_trunc", "fusion"])
+@pytest.mark.parametrize("seconds", [0.5, 1.5])
+def test_a_clip_has_one_embedding_whatever_stands_beside_it(judge, truncation, seconds):
+    if truncation == "fusion":  # transformers' extractor knows 64 bands only there
+        config = copy.deepcopy(judge.model.config)
+        for name, value in {"enable_fusion": True, "spec_size": 256, "num_mel_bins": 64}.items():
+            setattr(config.audio_config, name, value)
+        torch.manual_seed(0)
+        extractor = ClapFeatureExtractor(feature_size=64, sampling_rate=RATE, max_length_s=1, truncation="fusion")
+        judge = ClapJudge(ClapModel(config).eval(), SimpleNamespace(feature_extractor=extractor))
+    alone = judge([clip(0, seconds)])
+    beside = judge([clip(0, seconds), clip(1, 0.3), clip(0, seconds), clip(2, 1.7), clip(0, seconds)])
+    for place in (0, 2, 4):
+        torch.testing.assert_close(beside[place], alone[0], atol=1e-5, rtol=0)
 
 
 def test_it_is_an_embedder(judge):

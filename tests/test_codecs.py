@@ -8,6 +8,7 @@ import torch
 
 from trl_drcd.audio import MusicEmbedder
 from trl_drcd.audio.codecs import SpectralCodec, fit_codebooks, mel_matrix, nearest, overlap_add
+from trl_drcd.files import wav_bytes
 
 K, C, MELS = 2, 8, 32
 
@@ -204,3 +205,9 @@ def test_bad_windows_are_refused(n_fft, hop, message):
 def test_bad_waveform_is_refused(codec):
     with pytest.raises(ValueError, match="samples, got 100"):
         codec.encode(torch.zeros(100))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_sound_that_is_not_finite_is_not_written(value):
+    with pytest.raises(ValueError, match="`waveform` has samples that are NaN or infinite"):
+        wav_bytes(torch.tensor([0.0, value]), 8000)

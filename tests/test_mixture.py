@@ -30,6 +30,13 @@ def test_the_mixtures_distance_is_the_weighted_mean_of_distances():
     assert mixture.diversities(embeddings, 4) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("factor", [1e-30, 1e-22, 1e20])
+def test_lengths_of_vectors_do_not_count_however_extreme(factor):
+    two = {"words": bag_of_words, "lengths": lengths}
+    scaled = EmbedderMixture(two | {"words": lambda texts: bag_of_words(texts) * factor})(TEXTS)
+    torch.testing.assert_close(scaled, EmbedderMixture(two)(TEXTS), atol=1e-6, rtol=1e-5)
+
+
 def test_scales_make_embedders_of_other_spreads_count_alike():
     """One whose distances differ ten times as much gets a tenth of the weight."""
     generator = torch.Generator().manual_seed(0)

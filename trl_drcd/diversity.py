@@ -34,8 +34,8 @@ def _without_direction(embeddings: torch.Tensor) -> torch.Tensor:
     return ~embeddings.isfinite().all(-1) | (embeddings == 0).all(-1)
 
 
-def _unit_vectors(embeddings: torch.Tensor) -> torch.Tensor:
-    """Vectors that have a direction, of length one however long they are."""
+def unit_vectors(embeddings: torch.Tensor) -> torch.Tensor:
+    """Vectors `(..., D)` of length one, however long they are; NaN where one has no direction."""
     lengths = embeddings.norm(dim=-1, keepdim=True)
     extreme = ~((lengths > SHORT) & (lengths < LONG))
     if extreme.any():
@@ -74,7 +74,7 @@ def unit_groups(embeddings: torch.Tensor, num_generations: int) -> torch.Tensor:
             f"`embeddings` of rows {rows[:8]} have no direction (zero, infinite or NaN), so their cosine distance is "
             "undefined: the embedder must return a finite vector of non-zero length for every completion"
         )
-    return _unit_vectors(embeddings).view(-1, num_generations, embeddings.shape[1])
+    return unit_vectors(embeddings).view(-1, num_generations, embeddings.shape[1])
 
 
 def pairwise_cosine_distance(embeddings: torch.Tensor, num_generations: int) -> torch.Tensor:

@@ -200,7 +200,10 @@ def wav_bytes(waveform: torch.Tensor, sampling_rate: int) -> bytes:
 
     Raises:
         ImportError: If soundfile is missing; it comes with the extra `audio`.
+        ValueError: If a sample is NaN or infinite, which would be a click at full scale.
     """
+    if not waveform.isfinite().all():
+        raise ValueError("`waveform` has samples that are NaN or infinite, so it cannot be written as sound")
     file = io.BytesIO()
     require("soundfile", "audio").write(file, waveform.numpy().T, sampling_rate, subtype="PCM_16", format="WAV")
     return file.getvalue()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from trl_drcd.diversity import group_diversity
+from trl_drcd.diversity import group_diversity, unit_vectors
 
 Embed = Callable[[list[Any]], Any]
 
@@ -77,7 +77,7 @@ class EmbedderMixture:
                 )
             vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
             self.sizes[name] = vectors.shape[1]
-            parts.append(math.sqrt(self.shares[name]) * vectors / vectors.norm(dim=-1, keepdim=True))
+            parts.append(math.sqrt(self.shares[name]) * unit_vectors(vectors))
         return torch.cat([part.to(parts[0]) for part in parts], dim=1)
 
     def diversities(self, embeddings: torch.Tensor, num_generations: int) -> dict[str, float]:

@@ -7,9 +7,12 @@ import shutil
 
 import numpy as np
 import pytest
+import soundfile
+import torch
 
 from ratings.conftest import MODELS, PROMPTS, make_evaluation
 from trl_drcd.cli import main
+from trl_drcd.files import wav_bytes
 from trl_drcd.ratings.design import DesignArguments
 from trl_drcd.ratings.report import ReportArguments, write_report
 from trl_drcd.ratings.simulated import SimulateArguments, simulate
@@ -160,9 +163,61 @@ def test_texts(tmp_path):
     assert "several words" in items_csv(study)
 
 
-def test_what_is_degraded():
-    import torch
+@pytest.mark.parametrize("text", ["- a list", "=1", "+ 2", "@home"])
+def test_a_site_shows_texts_as_they_are(tmp_path, text):
+    folder = make_evaluation(tmp_path / "evaluation", "text", prompts=[text, *PROMPTS[1:]])
+    for file in (folder / "samples").glob("*/*.txt"):
+        file.write_text(text)
+    study, _ = create_study(DesignArguments(str(folder), str(tmp_path / "study"), raters=6, checks=0))
+    rows = list(csv.DictReader(io.StringIO(items_csv(study))))
+    assert {row["left0"] for row in rows} == {text} and text in {row["prompt"] for row in rows}
 
+
+def test_clips_of_two_channels(tmp_path):
+    folder = make_evaluation(tmp_path / "evaluation")
+    for number, file in enumerate(sorted((folder / "samples").glob("*/*.wav"))):
+        tones = 0.1 * torch.sin(torch.arange(2 * 800.0).view(2, 800) * (0.1 + 0.01 * number))
+        file.write_bytes(wav_bytes(tones, 8000))
+    study, design = create_study(DesignArguments(str(folder), str(tmp_path / "study"), raters=6, diversity_prompts=3))
+    assert any(item.check == "worse" for item in design.items)
+    clips = [soundfile.read(file)[0] for file in (study.folder / "clips").iterdir()]
+    assert {clip.shape for clip in clips} == {(800, 2)}
+    noisy = degraded_audio(torch.zeros(2, 800))
+    assert noisy.shape == (2, 800) and not torch.equal(noisy[0], noisy[1])
+
+
+def test_a_report_before_all_models_are_rated(study):
+    link = study.join("ann")
+    while task := study.next_task(link):
+        answer = Answer(2, 4) if task.question == "quality" else Answer(preference=4)
+        study.rate(link, task.slot, answer, must_play=False)
+        rated = {rating[side] for rating in study.ratings() for side in ("model_a", "model_b")}
+        if not set(MODELS) <= rated and any(each["check_kind"] is None for each in study.ratings()):
+            write_report(ReportArguments(str(study.folder), draws=100))
+            assert "better" not in (study.folder / "report" / "report.md").read_text()
+
+
+def test_metrics_of_other_samples_are_not_compared_with_ratings(tmp_path):
+    folder = make_evaluation(tmp_path / "evaluation")
+
+    def digests(value):
+        lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+        text = "".join(json.dumps(line | {"but_judges": value}) + "\n" for line in lines)
+        (folder / "results.jsonl").write_text(text)
+
+    digests("seed 0")
+    study = create_study(DesignArguments(str(folder), str(tmp_path / "study"), raters=6, diversity_prompts=3))[0]
+    simulate(study, SimulateArguments(str(study.folder), judges=["quality", "diversity"]))
+    assert write_report(ReportArguments(str(study.folder), draws=100))["note"] == ""
+    digests("seed 1")
+    report = write_report(ReportArguments(str(study.folder), draws=100))
+    assert "other samples of 'base' than those that were rated" in report["note"]
+    assert not report["questions"]["quality"]["metrics"]
+    digests(None)  # an earlier version's
+    assert write_report(ReportArguments(str(study.folder), draws=100))["note"] == ""
+
+
+def test_what_is_degraded():
     tone = 0.3 * torch.sin(torch.arange(8000) * 0.3)
     noisy = degraded_audio(tone)
     noise = noisy - tone

@@ -1,5 +1,8 @@
 """Win rates, scores, agreement and power: by hand, against closed forms, and on a truth that is known."""
 
+from dataclasses import replace
+from itertools import combinations
+
 import numpy as np
 import pytest
 
@@ -16,6 +19,7 @@ from trl_drcd.ratings.statistics import (
     draw_weights,
     krippendorff_alpha,
     win_and_tie_counts,
+    win_rate_intervals,
     win_rates,
 )
 
@@ -62,14 +66,26 @@ def test_scores_are_the_maximum_of_the_likelihood():
     np.testing.assert_allclose((wins + ties / 2)[0].sum(1), expected.sum(1), rtol=1e-4)
 
 
-def test_draws_are_what_evalica_computes():
+@pytest.mark.parametrize(
+    "pairs",
+    [[(0, 1)], [(0, 1), (2, 0), (0, 3)], [(0, 1), (1, 2), (2, 3), (3, 0)], list(combinations(range(4), 2))],
+    ids=["two models", "all against one", "a ring", "all pairs"],
+)
+def test_draws_are_what_evalica_computes(pairs):
     rng = np.random.default_rng(0)
-    rows = [(*rng.choice(4, 2, replace=False), rng.choice([0, 0.5, 1]), i % 40, i % 3) for i in range(400)]
-    found = comparisons(rows, "ABCD")
+    rows = [(*pairs[i % len(pairs)], rng.choice([0, 0.5, 1], p=[0.2, 0.2, 0.6]), i % 40, i % 3) for i in range(400)]
+    found = comparisons(rows, "ABCD"[: 1 + np.max(pairs)])
     weights = draw_weights(found, 20).prompts
     draws = bradley_terry_scores(found, weights)
     for draw in range(1, 21):  # the first row is evalica's
         np.testing.assert_allclose(bradley_terry_scores(found, weights[[draw]])[0], draws[draw], atol=0.01)
+
+
+def test_scores_of_two_models_follow_from_their_win_rate():
+    found = comparisons([(0, 1, int(i % 4 > 0), i, 0) for i in range(80)], "AB")
+    weights = draw_weights(found, 50).prompts
+    scores, rates = bradley_terry_scores(found, weights), win_rates(found, weights)[:, 0, 1]
+    np.testing.assert_allclose(scores[:, 0] - scores[:, 1], 400 * np.log10(rates / (1 - rates)), atol=0.01)
 
 
 def test_a_model_that_has_won_nothing_has_no_score():
@@ -170,6 +186,30 @@ def test_single_ratings_would_be_too_sure():
     assert effects[0] < 1.6 < effects[1] < 3.2  # 3 ratings of an item that always agree are worth one
 
 
+@pytest.mark.parametrize("prompts", [1, 12])
+def test_raters_who_are_always_alike_count_as_one_each(prompts):
+    """Then nothing varies over prompts: 3 of 4 raters prefer A."""
+    rows = [(0, 1, int(rater > 0), prompt, rater) for prompt in range(prompts) for rater in range(4)]
+    found = comparisons(rows, "AB")
+    cell = win_rate_intervals(found, draw_weights(found, 400))[0][1]
+    assert cell["mean"] == 0.75 and cell["low"] < 0.5 and cell["high"] == 1
+
+
+@pytest.mark.parametrize(
+    ("prompts", "raters", "better"), [(1, 1, False), (20, 1, False), (20, 3, False), (20, 20, True)]
+)
+def test_an_interval_of_what_never_varies(prompts, raters, better):
+    """Of n comparisons that all came out alike, it leaves room for others: (1 / 40) ** (1 / n)."""
+    rows = [(0, 1, 1, prompt, rater) for prompt in range(prompts) for rater in range(raters)]
+    for outcome in (1, 0.5):
+        found = comparisons([(a, b, outcome, p, r) for a, b, _, p, r in rows], "AB")
+        forth, back = (win_rate_intervals(found, draw_weights(found, 20))[i][1 - i] for i in (0, 1))
+        assert (forth["low"], forth["high"]) == pytest.approx((1 - back["high"], 1 - back["low"]))
+        assert forth["mean"] == outcome and forth["low"] < outcome
+        assert forth["low"] == pytest.approx(outcome * 0.025 ** (1 / min(prompts, raters)))
+        assert (forth["low"] > 0.5) == (better and outcome == 1)
+
+
 def test_raters_who_differ_widen_the_interval():
     rng = np.random.default_rng(0)
     found = simulated([0, 0.5], 60, 3, 6, rng, rater_noise=3.0, ties=0.0)
@@ -180,6 +220,22 @@ def test_raters_who_differ_widen_the_interval():
 
 
 # ---------------------------------------------------------------- metrics against ratings
+
+
+def test_intervals_of_correlations_count_raters():
+    rng = np.random.default_rng(0)
+    found = simulated([0, 0, 0], 60, 3, 4, rng, rater_noise=2.0)
+    metric = {"m": np.array([[0.0], [1], [2]]) + 0.1 * rng.standard_normal((3, 60))}
+    weights = draw_weights(found, 400)
+    over_prompts = draw_weights(replace(found, rater=np.arange(len(found))), 400)
+    both, prompts = (correlations(found, each, metric)["m"]["over_models"] for each in (weights, over_prompts))
+    assert both["high"] - both["low"] > 1.2 * (prompts["high"] - prompts["low"])
+
+
+def test_one_comparison_has_no_correlation():
+    found = comparisons([(0, 1, 1, 0, 0)], "AB")
+    metric = {"m": np.array([[1.0], [0.0]])}
+    assert correlations(found, draw_weights(found, 20), metric)["m"] == {"over_models": None, "over_comparisons": None}
 
 
 def test_correlation_does_not_depend_on_sides():

@@ -6,7 +6,10 @@ import sys
 
 import pytest
 
-from trl_drcd.ratings.store import Answer, Study
+from trl_drcd.ratings.design import DesignArguments
+from trl_drcd.ratings.simulated import SimulateArguments, simulate
+from trl_drcd.ratings.store import FILE, Answer, Study, _rename_new
+from trl_drcd.ratings.study import create_study
 
 # Rates as fast as it can, and says so after each rating that is on the disk
 RATER = """
@@ -102,6 +105,41 @@ def test_to_join_twice_takes_one_place(study):
         study.join("too late")
 
 
+def test_two_people_of_one_pseudonym_do_not_share_a_link(study, monkeypatch):
+    link = study.join("ann", page="one")
+    with pytest.raises(ValueError, match="'ann' is taken"):
+        study.join("ann", page="other")
+    assert study.join("ann", page="one") == link
+    monkeypatch.setattr("trl_drcd.ratings.store.ABANDONED", -1)
+    assert study.join("ann", page="other") == link  # who has chosen it has gone
+
+
+def test_books_that_were_imported_are_not_given_out(study):
+    for row in study.rows("SELECT * FROM slots JOIN items USING (item) WHERE book = 0"):
+        answer = Answer(3, 4) if row["question"] == "quality" else Answer(preference=4)
+        assert study.import_rating("a worker", row["slot"], answer, True)
+    assert simulate(study, SimulateArguments(str(study.folder), judges=["quality", "diversity"], raters=1))
+    assert study.rows("SELECT book FROM raters WHERE book IS NOT NULL") == [{"book": 1}]
+    assert simulate(study, SimulateArguments(str(study.folder), judges=["quality", "diversity"]))
+    with pytest.raises(ValueError, match="all places"):
+        study.join("too late", simulated=True)
+
+
+def test_a_design_that_is_killed_leaves_no_study(study, evaluation, tmp_path, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trl_drcd.ratings.store._rename_new", killed)
+    arguments = DesignArguments(str(evaluation), str(tmp_path / "new"), raters=6)
+    with pytest.raises(KeyboardInterrupt):
+        create_study(arguments)
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["clips"]
+    monkeypatch.undo()
+    assert create_study(arguments)[0].join("ann")
+    with pytest.raises(FileExistsError, match="already has a study"):  # of another process, meanwhile
+        _rename_new(study.folder / FILE, tmp_path / "new" / FILE)
+
+
 @pytest.mark.parametrize("name", ["", "  ", "x" * 41, "line\nbreak", "\u202eevil", None])
 def test_pseudonyms(study, name):
     with pytest.raises(ValueError, match="1 to 40 printable characters"):
@@ -177,7 +215,6 @@ def test_names_of_clips_tell_nothing(study):
 
 def test_a_study_is_not_overwritten(study, evaluation):
     from trl_drcd.ratings.design import DesignArguments
-    from trl_drcd.ratings.study import create_study
 
     with pytest.raises(FileExistsError, match="already has a study"):
         create_study(DesignArguments(str(evaluation), str(study.folder), raters=6))

@@ -79,10 +79,10 @@ class Rate:
         except ValueError as error:
             return View("welcome", message=pages.notice(str(error), "error"))
 
-    def begin(self, pseudonym: str) -> View:
-        """Join the study under a pseudonym."""
+    def begin(self, pseudonym: str, page: str = "") -> View:
+        """Join the study under a pseudonym, on a page that is told apart by its `session_hash`."""
         try:
-            return self._next(self.study.join(pseudonym))
+            return self._next(self.study.join(pseudonym, page=page))
         except ValueError as error:
             return View("welcome", message=pages.notice(str(error), "error"))
 
@@ -183,14 +183,17 @@ def build(gr: Any, blocks: Any, rate: Rate) -> list[Any]:
     def on_load(request: gr.Request) -> list[Any]:
         return updates(rate.open(str(request.query_params.get("rater") or "")))
 
-    on_load.__annotations__["request"] = gr.Request
+    def on_begin(name: str, request: gr.Request) -> list[Any]:
+        return updates(rate.begin(name, str(request.session_hash)))
+
+    for each in (on_load, on_begin):
+        each.__annotations__["request"] = gr.Request
     options = {"show_progress": "hidden", "concurrency_limit": 16, "api_visibility": "private"}
     keep = "(link) => { if (link) history.replaceState(null, '', '?rater=' + encodeURIComponent(link)); }"
     blocks.load(on_load, None, shown, **options)
-    gr.on(
-        [begin.click, pseudonym.submit], lambda name: updates(rate.begin(name)), pseudonym, shown,
-        trigger_mode="once", **options,
-    ).then(None, link, None, js=keep)  # fmt: skip
+    gr.on([begin.click, pseudonym.submit], on_begin, pseudonym, shown, trigger_mode="once", **options).then(
+        None, link, None, js=keep
+    )
     submit.click(
         lambda *values: updates(rate.answer(*values)), [link, slot, score_left, score_right, preference], shown,
         trigger_mode="once", **options,

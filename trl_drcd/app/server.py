@@ -112,7 +112,8 @@ def make_app(args: AppArguments, engine: Engine | None = None, sync: Any = None)
     app.add_middleware(Headers)
     if args.host in LOOPBACK:  # against DNS rebinding: a remote page could reach this server by its own name
         trusted = require("starlette.middleware.trustedhost", "app")
-        app.add_middleware(trusted.TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "testserver"])
+        # Starlette reads a host up to its first colon: of `[::1]:7860` the bracket, with which no name begins
+        app.add_middleware(trusted.TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[", "testserver"])
     blocks.queue(max_size=64)
     theme = gr.themes.Base(font=SYSTEM_FONTS, font_mono=SYSTEM_MONO).set(**CONTRAST)
     return gr.mount_gradio_app(
@@ -165,7 +166,8 @@ def serve(args: AppArguments) -> None:
 
         sync = Sync(Study(str(args.study)), args.sync_to)
     app = make_app(args, sync=sync)
-    print(f"Open http://{'127.0.0.1' if args.host == '0.0.0.0' else args.host}:{args.port}   (end with Ctrl-C)")
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(args.host, f"[{args.host}]" if ":" in args.host else args.host)
+    print(f"Open http://{host}:{args.port}   (end with Ctrl-C)")
     # Ctrl-C would wait forever for the connection of an open page; every rating is already on disk
     require("uvicorn", "app").run(
         app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=3

@@ -17,8 +17,9 @@ class ClapJudge:
     Scores how well audio matches a caption with a CLAP model of transformers; same interface as [`TextAudioJudge`].
 
     Called with a list of clips it is an embedder, so it can also measure diversity. Clips longer than the model's
-    window are handled by its feature extractor. Some checkpoints crop at random with NumPy's global random state,
-    which is seeded here for each call and then restored.
+    window are handled by its feature extractor, which gets each clip alone: of several short ones it would read one as
+    a long one. Some checkpoints crop at random with NumPy's global random state, which is seeded here for each clip
+    and then restored. So a clip's embedding does not depend on the others.
 
     Args:
         model (`ClapModel`): The model in evaluation mode, on any device.
@@ -55,12 +56,11 @@ class ClapJudge:
         rate, parts = self.processor.feature_extractor.sampling_rate, []
         waveforms = [self._resampled(check_waveform(wave, r, i), int(r), rate) for i, (wave, r) in enumerate(audio)]
         state = np.random.get_state()  # noqa: NPY002
-        np.random.seed(0)  # noqa: NPY002
         try:
             for start in range(0, len(waveforms), self.batch_size):
-                part = [waveform.numpy() for waveform in waveforms[start : start + self.batch_size]]
-                inputs = self.processor.feature_extractor(part, sampling_rate=rate, return_tensors="pt")
-                parts.append(_normalised(self.model.get_audio_features(**inputs.to(self.model.device))))
+                read = [self._features(waveform, rate) for waveform in waveforms[start : start + self.batch_size]]
+                inputs = {name: torch.cat([each[name] for each in read]).to(self.model.device) for name in read[0]}
+                parts.append(_normalised(self.model.get_audio_features(**inputs)))
         finally:
             np.random.set_state(state)  # noqa: NPY002
         return torch.cat(parts) if parts else torch.zeros(0, self.model.config.projection_dim)
@@ -86,6 +86,18 @@ class ClapJudge:
         if len(captions) != len(audio):
             raise ValueError(f"expected one caption per clip, got {len(captions)} `captions` and {len(audio)} clips")
         return (self.embed_text(captions) * self.embed_audio(audio)).sum(-1)
+
+    def _features(self, waveform: torch.Tensor, rate: int) -> dict[str, torch.Tensor]:
+        """What the model reads of a clip, a batch of one."""
+        import numpy as np
+
+        extractor = self.processor.feature_extractor
+        np.random.seed(0)  # noqa: NPY002
+        features = dict(extractor(waveform.numpy(), sampling_rate=rate, return_tensors="pt"))
+        if extractor.truncation == "fusion":  # which says it of one short clip of each call, where none is longer
+            frames, window = (samples // extractor.hop_length for samples in (len(waveform), extractor.nb_max_samples))
+            features["is_longer"] = torch.full_like(torch.as_tensor(features["is_longer"]), frames > window)
+        return features
 
     @staticmethod
     def _resampled(waveform: torch.Tensor, rate: int, wanted: int) -> torch.Tensor:

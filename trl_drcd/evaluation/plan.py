@@ -117,6 +117,7 @@ class Task:
             but_model=self.but_model,
             but_row=self.but_row,
             but_prompts=self.but_prompts,
+            but_judges=self.drawn,
             model_digest=self.model_digest,
         )
 

@@ -33,6 +33,7 @@ LATER = (
     "but_model",
     "but_row",
     "but_prompts",
+    "but_judges",
     "model_digest",
 )
 """Fields that earlier versions did not have; `None` is not written."""
@@ -70,6 +71,7 @@ class Result:
         but_row (`str`, *optional*): Digest of base, prompts, lengths, dtype and judges; the same of rows that can be
             compared.
         but_prompts (`str`, *optional*): The same without the prompts: of rows on further prompts.
+        but_judges (`str`, *optional*): Digest of all that the samples depend on: of rows with the same samples.
         model_digest (`str`, *optional*): Digest of the model's weights; of interpolations there is none.
         omega (`float`, *optional*): `quality = omega * adherence + preference`; `None` if quality is adherence.
         more (`dict`): Fields of other versions of this package.
@@ -104,6 +106,7 @@ class Result:
     but_model: str | None = None
     but_row: str | None = None
     but_prompts: str | None = None
+    but_judges: str | None = None
     model_digest: str | None = None
     omega: float | None = None
     more: dict[str, Any] = field(default_factory=dict)

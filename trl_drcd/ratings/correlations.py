@@ -11,7 +11,7 @@ from trl_drcd.evaluation.listening import heard
 from trl_drcd.evaluation.results import Result
 from trl_drcd.evaluation.statistics import Interval, percentile_interval
 from trl_drcd.ratings.comparisons import Comparisons
-from trl_drcd.ratings.statistics import Weights, bradley_terry_scores, crossed
+from trl_drcd.ratings.statistics import Weights, bradley_terry_scores, crossed, crossed_draws
 
 
 def metric_values(results: Sequence[Result], models: Sequence[str], kept: int) -> dict[str, np.ndarray]:
@@ -52,36 +52,39 @@ def correlations(
         outcome; each with `mean`, `low`, `high`. The value on a prompt is the mean over all its samples, not only the
         rated ones.
     """
-    scores = bradley_terry_scores(comparisons, weights.prompts)
+    scores = [bradley_terry_scores(comparisons, of) for of in weights.each]
     found: dict[str, dict[str, Interval | None]] = {}
     for metric, values in metrics.items():
         difference = values[comparisons.a, comparisons.prompt] - values[comparisons.b, comparisons.prompt]
         single = crossed(partial(correlation_of_differences, difference, comparisons.outcome), weights)
         found[metric] = {
-            "over_models": _over_models(scores, values, comparisons, weights.prompts),
-            "over_comparisons": _interval(np.clip(single, -1, 1)),
+            "over_models": _over_models(scores, values, comparisons, weights),
+            "over_comparisons": _interval(single),
         }
     return found
 
 
 def _interval(draws: np.ndarray) -> Interval | None:
-    return percentile_interval(draws) if np.isfinite(draws[1:]).any() else None
+    """The interval of a correlation; `None` if no draw is known, or none differs: of one comparison it is always 1."""
+    known = draws[1:][np.isfinite(draws[1:])]
+    return percentile_interval(np.clip(draws, -1, 1)) if len(known) and np.ptp(known) > 0 else None
 
 
 def _over_models(
-    scores: np.ndarray, values: np.ndarray, comparisons: Comparisons, weights: np.ndarray
+    scores: Sequence[np.ndarray], values: np.ndarray, comparisons: Comparisons, weights: Weights
 ) -> Interval | None:
-    """Correlation over models; the metric's prompts are resampled together with the ratings'."""
-    if scores.shape[1] < 3:
+    """Correlation over models, of scores for each of the weights; the metric's prompts have the ratings' weights."""
+    if scores[0].shape[1] < 3:
         return None
     one_hot = np.zeros((len(comparisons), values.shape[1]))
     one_hot[np.arange(len(comparisons)), comparisons.prompt] = 1
-    of_prompt = weights @ one_hot  # (1 + D, P)
-    with np.errstate(invalid="ignore"):
-        known = np.isfinite(values)  # others were not judged
-        means = of_prompt @ np.where(known, values, 0).T / (of_prompt @ known.T)
-        draws = _pearson(scores, means)
-    return _interval(draws)
+    known = np.isfinite(values)  # others were not judged
+    draws = []
+    for of, score in zip(weights.each, scores, strict=True):
+        of_prompt = of @ one_hot  # (1 + D, P)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            draws.append(_pearson(score, of_prompt @ np.where(known, values, 0).T / (of_prompt @ known.T)))
+    return _interval(crossed_draws(*draws))
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:

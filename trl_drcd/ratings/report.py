@@ -25,11 +25,10 @@ from trl_drcd.ratings.statistics import (
     crossed,
     design_effect,
     draw_weights,
-    interval_table,
     krippendorff_alpha,
     named,
     win_and_tie_counts,
-    win_rates,
+    win_rate_intervals,
 )
 from trl_drcd.ratings.store import Study
 from trl_drcd.ratings.tabular import ratings_csv
@@ -118,6 +117,7 @@ def measured(study: Study, folder: str | None) -> tuple[dict[str, np.ndarray], s
     try:
         evaluation = read_evaluation(folder or study.about["evaluation"])
         study.check_prompts(evaluation.prompts)
+        study.check_samples({result.name: result.but_judges for result in evaluation.results})
         return metric_values(evaluation.results, study.about["models"], len(evaluation.prompts)), ""
     except (FileNotFoundError, KeyError, ValueError) as error:
         if folder:
@@ -131,7 +131,6 @@ def analysed(
     """Analysis of one question: win rates, scores, agreement, correlations, power."""
     weights = draw_weights(comparisons, arguments.draws, arguments.seed)
     wins, ties = win_and_tie_counts(comparisons, np.ones((1, len(comparisons))))
-    rates = np.clip(crossed(lambda of: win_rates(comparisons, of), weights), 0, 1)
     scores = crossed(lambda of: bradley_terry_scores(comparisons, of), weights)
     effect = design_effect(comparisons, weights)
     share = float((comparisons.outcome == 0.5).mean())
@@ -142,7 +141,7 @@ def analysed(
         "per_pair": per_pair,
         "wins": wins[0].tolist(),
         "ties": ties[0].tolist(),
-        "win_rates": interval_table(rates),
+        "win_rates": win_rate_intervals(comparisons, weights),
         "scores": named(scores, comparisons.models),
         "alpha": agreement(comparisons, min(200, arguments.draws), arguments.seed),
         "design_effect": effect,
@@ -258,10 +257,9 @@ def _about(found: Mapping[str, Any]) -> str:
 def tables_of(found: Mapping[str, Any], models: Sequence[str]) -> list[Table]:
     """Scores, win rates and correlations of one question."""
     means = found.get("mean_scores", {})
-    scores = [
-        [name, formatted(found["scores"][name], 0), *([f"{means[name]:.2f}"] if name in means else [])]
-        for name in models
-    ]
+    scores = [[name, formatted(found["scores"][name], 0)] for name in models]
+    if means:
+        scores = [[*row, f"{means[row[0]]:.2f}" if row[0] in means else ""] for row in scores]
     rates = [
         [a, *("" if cell is None else f"{formatted(cell, 2)} {_word(cell)}".strip() for cell in row)]
         for a, row in zip(models, found["win_rates"], strict=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from trl_drcd.evaluation.listening import heard
 from trl_drcd.ratings.samples import read_evaluation
-from trl_drcd.ratings.store import Answer, Study
+from trl_drcd.ratings.store import FREE_BOOKS, Answer, Study
 from trl_drcd.validation.field_types import check_types
 from trl_drcd.validation.messages import short_repr
 
@@ -144,9 +144,7 @@ def simulate(study: Study, arguments: SimulateArguments) -> int:
         truth = judged_truth(study, arguments)
     else:
         truth = known_truth(models, prompts, arguments.abilities, arguments)
-    free = study.rows("SELECT count(DISTINCT book) AS n FROM slots WHERE book NOT IN (SELECT book FROM raters)")[0][
-        "n"
-    ]
+    free = study.rows(f"SELECT count(*) AS n FROM ({FREE_BOOKS})")[0]["n"]
     count = free if arguments.raters is None else arguments.raters
     if not 0 < count <= free:
         raise ValueError(f"`raters={count}` must be between 1 and the number of free places, {free}")

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from trl_drcd.compat.extras import require
-from trl_drcd.evaluation.statistics import Interval, percentile_interval
+from trl_drcd.evaluation.statistics import LEVEL, Interval, percentile_interval
 from trl_drcd.ratings.comparisons import Comparisons
 
 ELO_PER_NAT = 400 / np.log(10)
@@ -35,6 +35,11 @@ class Weights:
     prompts: np.ndarray
     raters: np.ndarray
     single: np.ndarray
+
+    @property
+    def each(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All three."""
+        return self.prompts, self.raters, self.single
 
 
 def draw_weights(comparisons: Comparisons, draws: int = 1000, seed: int = 0) -> Weights:
@@ -73,9 +78,9 @@ def crossed(statistic: Callable[[np.ndarray], np.ndarray], weights: Weights) -> 
 
     Comparisons of one prompt, or by one rater, are dependent. The two-way clustered variance is the variance over
     prompts, plus that over raters, minus that over single comparisons, which both contain (Cameron, Gelbach and
-    Miller, "Robust inference with multiway clustering", 2011). The draws over prompts are stretched around the
-    statistic to that variance, but never shrunk. (The product of weights of prompts and raters would triple the
-    variance of independent comparisons.)
+    Miller, "Robust inference with multiway clustering", 2011). The draws over prompts or over raters, whichever vary
+    more, are stretched around the statistic to that variance, but never shrunk. (The product of weights of prompts
+    and raters would triple the variance of independent comparisons.)
 
     Args:
         statistic (`Callable`): Maps weights `(1 + D, N)` to values `(1 + D, ...)`.
@@ -84,19 +89,18 @@ def crossed(statistic: Callable[[np.ndarray], np.ndarray], weights: Weights) -> 
     Returns:
         `np.ndarray`: Values `(1 + D, ...)` for `percentile_interval`, the statistic of all comparisons first.
     """
-    draws = statistic(weights.prompts)
-    of_prompts, of_both = variances(statistic, weights, draws)
+    return crossed_draws(*map(statistic, weights.each))
+
+
+def crossed_draws(of_prompts: np.ndarray, of_raters: np.ndarray, of_single: np.ndarray) -> np.ndarray:
+    """[`crossed`], given the values `(1 + D, ...)` for each of the three weights."""
+    over_prompts, over_raters, over_single = map(_variance, (of_prompts, of_raters, of_single))
+    by_raters = over_raters > over_prompts
+    draws, over_draws = np.where(by_raters, of_raters, of_prompts), np.where(by_raters, over_raters, over_prompts)
     with np.errstate(invalid="ignore", divide="ignore"):
-        spread = np.sqrt(np.where(of_prompts > 0, np.fmax(of_both / of_prompts, 1), 1))
+        stretch = np.fmax((over_prompts + over_raters - over_single) / over_draws, 1)
+        spread = np.sqrt(np.where(over_draws > 0, stretch, 1))
     return draws[:1] + (draws - draws[:1]) * spread
-
-
-def variances(
-    statistic: Callable[[np.ndarray], np.ndarray], weights: Weights, draws: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Variance over prompts (of `draws`) and over prompts and raters; see [`crossed`]."""
-    of_prompts, of_raters, of_single = map(_variance, (draws, statistic(weights.raters), statistic(weights.single)))
-    return of_prompts, of_prompts + of_raters - of_single
 
 
 def _variance(draws: np.ndarray) -> np.ndarray:
@@ -174,9 +178,12 @@ def bradley_terry_scores(comparisons: Comparisons, weights: np.ndarray) -> np.nd
     """
     wins, ties = win_and_tie_counts(comparisons, weights)
     beats = wins + ties / 2
-    log_strengths = np.log(_strengths(beats))
-    log_strengths[0] = np.log(_strengths_by_evalica(wins[0], ties[0]))
-    log_strengths[~_is_connected(beats)] = np.nan
+    strengths = np.full(beats.shape[:2], np.nan)
+    finite = _is_connected(beats)
+    strengths[finite] = _strengths(beats[finite])
+    if finite[0]:
+        strengths[0] = _strengths_by_evalica(wins[0], ties[0])
+    log_strengths = np.log(strengths)
     return ELO_MEAN + ELO_PER_NAT * (log_strengths - log_strengths.mean(1, keepdims=True))
 
 
@@ -196,26 +203,32 @@ def _strengths(beats: np.ndarray, tolerance: float = 1e-6, limit: int = 2000) ->
     """
     The same as evalica for many tables at once, a hundred times faster; a test compares them.
 
-    Newman's iteration, `p_i = sum_j(w_ij p_j / (p_i + p_j)) / sum_j(w_ji / (p_i + p_j))`.
+    Newman's iteration, `p_i = sum_j(w_ij p_j / (p_i + p_j)) / sum_j(w_ji / (p_i + p_j))`, one model after the other:
+    each step raises the likelihood. (All models at once, two models would exchange their values for ever.)
 
     Args:
-        beats (`np.ndarray`): Wins plus half the ties, `(D, M, M)`.
+        beats (`np.ndarray`): Wins plus half the ties, `(D, M, M)`, of tables with finite strengths, see
+            [`_is_connected`].
         tolerance (`float`, *optional*, defaults to 1e-6): Largest relative change at convergence.
         limit (`int`, *optional*, defaults to 2000): Largest number of iterations.
 
     Returns:
-        `np.ndarray`: Strengths `(D, M)`; meaningless for tables without finite strengths, see [`_is_connected`].
+        `np.ndarray`: Strengths `(D, M)`, of geometric mean 1; NaN where they have not converged.
     """
     strengths = np.ones(beats.shape[:2])
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        for _ in range(limit):
-            shares = 1 / (strengths[:, :, None] + strengths[:, None, :])
-            new = (beats * shares * strengths[:, None, :]).sum(2) / (beats.transpose(0, 2, 1) * shares).sum(2)
-            new = np.clip(new / np.exp(np.log(new).mean(1, keepdims=True)), 1e-12, 1e12)
-            change = np.abs(new / strengths - 1)
-            strengths = new
-            if not (change > tolerance).any():
-                break
+    changing = np.arange(len(beats))
+    for _ in range(limit):
+        if not len(changing):
+            break
+        old, new = strengths[changing], strengths[changing].copy()
+        for model in range(beats.shape[1]):
+            shares = 1 / (new[:, [model]] + new)
+            won, lost = beats[changing, model], beats[changing, :, model]
+            new[:, model] = (won * shares * new).sum(1) / (lost * shares).sum(1)
+        new /= np.exp(np.log(new).mean(1, keepdims=True))
+        strengths[changing] = new
+        changing = changing[(np.abs(new / old - 1) > tolerance).any(1)]
+    strengths[changing] = np.nan
     return strengths
 
 
@@ -292,11 +305,8 @@ def design_effect(comparisons: Comparisons, weights: Weights) -> float:
         `float`: At least 1; NaN if no pair has a variance.
     """
 
-    def rates(of: np.ndarray) -> np.ndarray:
-        return win_rates(comparisons, of)
-
-    _, of_both = variances(rates, weights, rates(weights.prompts))
-    of_single = _variance(rates(weights.single))
+    of_prompts, of_raters, of_single = (_variance(win_rates(comparisons, of)) for of in weights.each)
+    of_both = of_prompts + of_raters - of_single
     known = np.triu(of_single, 1) > 0
     return max(1.0, float(np.median(of_both[known] / of_single[known]))) if known.any() else float("nan")
 
@@ -306,10 +316,38 @@ def outcome_variance(win_rate: float, ties: float = 0.0) -> float:
     return win_rate * (1 - win_rate) - ties / 4
 
 
-def interval_table(draws: np.ndarray) -> list[list[Interval | None]]:
-    """Intervals of every cell of `(1 + D, M, M)`; `None` where a pair was not compared."""
-    rows = range(draws.shape[1])
-    return [[None if np.isnan(draws[0, i, j]) else percentile_interval(draws[:, i, j]) for j in rows] for i in rows]
+def win_rate_intervals(comparisons: Comparisons, weights: Weights) -> list[list[Interval | None]]:
+    """
+    Win rates with intervals over prompts and raters.
+
+    If all comparisons of a pair came out alike, no draw of them varies. Then the share of other outcomes that the
+    interval allows is the largest at which as many independent comparisons as there are prompts, or raters, if those
+    are fewer, would still come out alike in one of 40 studies (Clopper and Pearson).
+
+    Args:
+        comparisons ([`Comparisons`]): The `N` comparisons.
+        weights ([`Weights`]): From [`draw_weights`].
+
+    Returns:
+        `list[list]`: Of the row's model against the column's, `M` lists of `M`; `None` where a pair was not compared.
+    """
+    draws = np.clip(crossed(lambda of: win_rates(comparisons, of), weights), 0, 1)
+    models = range(len(comparisons.models))
+
+    def cell(row: int, column: int) -> Interval | None:
+        if np.isnan(draws[0, row, column]):
+            return None
+        interval = percentile_interval(draws[:, row, column])
+        of_pair = (np.minimum(comparisons.a, comparisons.b) == min(row, column)) & (
+            np.maximum(comparisons.a, comparisons.b) == max(row, column)
+        )
+        rate, clusters = interval["mean"], (comparisons.prompt[of_pair], comparisons.rater[of_pair])
+        if rate in (0, 0.5, 1) and (draws[1:, row, column] == rate)[~np.isnan(draws[1:, row, column])].all():
+            other = 1 - ((1 - LEVEL) / 2) ** (1 / min(len(np.unique(numbers)) for numbers in clusters))
+            return {"mean": rate, "low": rate * (1 - other), "high": rate + (1 - rate) * other}
+        return interval
+
+    return [[cell(row, column) for column in models] for row in models]
 
 
 def named(draws: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -8,10 +8,11 @@ keys ensure that no rater rates an item twice and no slot is rated twice; sendin
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,12 @@ CREATE TABLE ratings (
     CHECK ((preference IS NULL) = (score_left IS NOT NULL) AND (preference IS NULL) = (score_right IS NOT NULL))
 );
 """
+FREE_BOOKS = (
+    "SELECT DISTINCT book FROM slots WHERE slot NOT IN (SELECT slot FROM ratings) "
+    "AND book NOT IN (SELECT book FROM raters WHERE book IS NOT NULL)"
+)
 MAX_PSEUDONYM = 40
+ABANDONED = 600.0  # seconds after which a pseudonym without ratings can be taken up by anyone
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,7 @@ class Study:
         # Kept open but unused: otherwise each call, closing the last connection, would checkpoint the WAL
         self._open = sqlite3.connect(self.folder / FILE, timeout=30, check_same_thread=False)
         self._open.execute("SELECT count(*) FROM about").fetchone()
+        self._pages: dict[str, str] = {}  # link to the page that joined by it
         with self._connection() as database:
             self.about = {name: json.loads(value) for name, value in database.execute("SELECT name, value FROM about")}
 
@@ -178,7 +185,8 @@ class Study:
                 f"`out={folder}` already has a study, which may contain ratings; give another folder"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        database = sqlite3.connect(path, isolation_level=None)
+        unfinished = path.with_name(f".{FILE}.{secrets.token_hex(4)}.tmp")
+        database = sqlite3.connect(unfinished, isolation_level=None)
         try:
             database.execute("PRAGMA journal_mode = WAL")
             database.executescript(f"BEGIN; {SCHEMA}")
@@ -203,8 +211,11 @@ class Study:
                 [(slot.book, slot.position, slot.item, slot.a_left) for slot in slots],
             )
             database.execute("COMMIT")
+            database.close()
+            _rename_new(unfinished, path)
         finally:
             database.close()
+            unfinished.unlink(missing_ok=True)
         return cls(folder)
 
     @contextmanager
@@ -232,17 +243,18 @@ class Study:
 
     # ---------------------------------------------------------------- raters
 
-    def join(self, pseudonym: str, simulated: bool = False) -> str:
+    def join(self, pseudonym: str, simulated: bool = False, page: str = "") -> str:
         """
         Assign the next free book to a new rater.
 
-        A pseudonym without ratings gets its existing link again, so that a double click or a lost response does not
-        take a second book.
+        A pseudonym without ratings gets its existing link again on the page that has chosen it, so that a double
+        click or a lost response does not take a second book; on others after ten minutes.
 
         Args:
             pseudonym (`str`): Pseudonym of 1 to 40 printable characters; not a real name.
             simulated (`bool`, *optional*, defaults to `False`): Whether the rater is simulated. A study has either
                 human or simulated raters.
+            page (`str`, *optional*): What tells open pages apart, such as Gradio's `session_hash`.
 
         Returns:
             `str`: The rater's secret personal link.
@@ -259,21 +271,22 @@ class Study:
         with self._transaction() as database:
             self._check_kind(database, simulated)
             known = database.execute(
-                "SELECT link, (SELECT count(*) FROM ratings WHERE ratings.rater = raters.rater) FROM raters "
+                "SELECT link, (SELECT count(*) FROM ratings WHERE ratings.rater = raters.rater), joined FROM raters "
                 "WHERE pseudonym = ?", (name,)
             ).fetchone()  # fmt: skip
-            if known and known[1] == 0:
+            if known and known[1] == 0 and (self._pages.get(known[0]) == page or time.time() - known[2] > ABANDONED):
+                self._pages[known[0]] = page
                 return str(known[0])
             if known:
                 raise ValueError(
                     f"the pseudonym {short_repr(name)} is taken; continue with your personal link, or choose another"
                 )
-            (book,) = database.execute(
-                "SELECT min(book) FROM slots WHERE book NOT IN (SELECT book FROM raters WHERE book IS NOT NULL)"
-            ).fetchone()
+            (book,) = database.execute(f"SELECT min(book) FROM ({FREE_BOOKS})").fetchone()
             if book is None:
                 raise ValueError("all places of this study are taken; thank you")
-            return self._add_rater(database, name, book, simulated)
+            link = self._add_rater(database, name, book, simulated)
+            self._pages[link] = page
+            return link
 
     def _check_kind(self, database: sqlite3.Connection, simulated: bool) -> None:
         other = database.execute("SELECT 1 FROM raters WHERE simulated != ?", (simulated,)).fetchone()
@@ -482,6 +495,24 @@ class Study:
                     "that time"
                 )
 
+    def check_samples(self, digests: Mapping[str, str | None]) -> None:
+        """
+        Check that an evaluation has the samples that were rated, as far as both know what theirs depend on.
+
+        Args:
+            digests (`Mapping[str, str]`): `but_judges` of each model's line of `results.jsonl`.
+
+        Raises:
+            ValueError: If the samples of a model are others.
+        """
+        rated = self.about.get("samples", {})
+        for name in self.about["models"]:
+            if None not in (pair := (rated.get(name), digests.get(name))) and pair[0] != pair[1]:
+                raise ValueError(
+                    f"the evaluation has other samples of {name!r} than those that were rated, such as of another "
+                    "seed; give a copy of the evaluation of that time"
+                )
+
     def ratings(self) -> list[dict[str, Any]]:
         """All ratings in the order of their slots, joined with items, sides and raters."""
         return self.rows(
@@ -495,3 +526,15 @@ class Study:
     def simulated(self) -> bool:
         """Whether the study has simulated raters."""
         return bool(self.rows("SELECT 1 FROM raters WHERE simulated = 1 LIMIT 1"))
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    """Give a file a name that no other has: of two processes one fails."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise FileExistsError(
+            f"`out={target.parent}` already has a study, which may contain ratings; give another folder"
+        ) from None
+    except OSError:  # a filesystem without hard links
+        source.rename(target)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from trl_drcd.compat.extras import require
-from trl_drcd.evaluation.digests import content_digest
 from trl_drcd.files import wav_bytes, write_bytes, write_text
 from trl_drcd.ratings.design import Clip, Design, DesignArguments, make_design, strategies_of
 from trl_drcd.ratings.samples import Evaluation, read_evaluation
@@ -54,7 +53,7 @@ def create_study(arguments: DesignArguments) -> tuple[Study, Design]:
         "left_out": [name for name in evaluation.files if name not in models] if not arguments.models else [],
         "evaluation": str(evaluation.folder.resolve()),
         "salt": secrets.token_hex(16),
-        "evaluation_digest": content_digest(evaluation.folder / "results.jsonl"),
+        "samples": {result.name: result.but_judges for result in evaluation.results},
         "design": asdict(arguments),
     }
     return Study.create(out, design.items, design.slots, evaluation.prompts, names, about), design
@@ -84,14 +83,14 @@ def copy_clips(clips: Iterable[Clip], evaluation: Evaluation, folder: Path) -> d
         elif source.suffix == ".txt":
             write_text(target, degraded_text(source.read_text(encoding="utf-8")))
         else:
-            waveform, rate = require("soundfile", "audio").read(source, dtype="float32")
-            write_bytes(target, wav_bytes(degraded_audio(torch.from_numpy(waveform)), rate))
+            waveform, rate = require("soundfile", "audio").read(source, dtype="float32")  # (T,), or (T, C) of several
+            write_bytes(target, wav_bytes(degraded_audio(torch.from_numpy(waveform.T)), rate))
     return names
 
 
 def degraded_audio(waveform: torch.Tensor) -> torch.Tensor:
-    """Add white noise of equal power to a clip of shape `(T,)`; an attentive rater must find it worse."""
-    noise = torch.from_numpy(np.random.default_rng(0).standard_normal(waveform.shape[0]).astype(np.float32))
+    """Add white noise of equal power to a clip, `(T,)` or `(C, T)`; an attentive rater must find it worse."""
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal(waveform.shape).astype(np.float32))
     power = max(float(waveform.square().mean()), 1e-4)
     return (waveform + noise * (NOISE * power) ** 0.5).clamp(-1, 1)
 

@@ -55,7 +55,8 @@ def items_csv(study: Study, base_url: str = "") -> str:
             | {"prompt": row["prompt_text"]}
             | clips
         )
-    return to_csv(table, ["slot", "book", "position", "question", "prompt", "left0", "left1", "right0", "right1"])
+    columns = ["slot", "book", "position", "question", "prompt", "left0", "left1", "right0", "right1"]
+    return to_csv(table, columns, for_spreadsheets=False)  # a site shows these texts as they are
 
 
 def _content(study: Study, clip: str, base_url: str) -> str:
@@ -84,8 +85,8 @@ def ratings_csv(study: Study) -> str:
     return to_csv(table, columns)
 
 
-def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """Rows as CSV; text that a spreadsheet would interpret as a formula is prefixed with `'`."""
+def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], for_spreadsheets: bool = True) -> str:
+    """Rows as CSV; text that a spreadsheet would interpret as a formula is prefixed with `'` if it is for one."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
@@ -95,7 +96,7 @@ def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
             ""
             if c is None
             else f"'{c}"
-            if isinstance(c, str) and (c.startswith(FORMULA) or c.strip().startswith(FORMULA))
+            if for_spreadsheets and isinstance(c, str) and (c.startswith(FORMULA) or c.strip().startswith(FORMULA))
             else c
             for c in cells
         )
