@@ -532,6 +532,24 @@ def test_adapters_that_cannot_be_mixed_are_refused_at_once(tokenizer, tmp_path):
             expand([{"name": "x", "models": models}])
 
 
+def test_adapters_with_a_larger_vocabulary_are_not_mixed_in_memory(args, judged, tokenizer, tmp_path, monkeypatch):
+    """PEFT saves the embeddings of each by itself, and loads them into one."""
+    larger = make_model(tokenizer)
+    larger.resize_token_embeddings(len(tokenizer) + 2)
+    larger.save_pretrained(tmp_path / "0")
+    ends = [str(tmp_path / name) for name in ("a", "b")]
+    for end in ends:
+        model = get_peft_model(make_model(tokenizer), LoraConfig(r=2, target_modules=["q_proj"]))
+        model.base_model.model.resize_token_embeddings(len(tokenizer) + 2)
+        model.save_pretrained(end, save_embedding_layers=True)
+    args.strategies = [{"name": "LERP", "models": ends, "interpolation_weight": 0.5}]
+    monkeypatch.setattr(measuring.Worker, "__call__", lambda *a: pytest.fail("measured before it was refused"))
+    with pytest.raises(
+        ValueError, match=r"`strategies` \(LERP\): .*a replaces a tensor of the base, .*(lm_head|embed_tokens)"
+    ):
+        evaluate(args)
+
+
 def test_an_adapter_is_extrapolated_beyond_itself(tokenizer, tmp_path):
     """As two adapters are: base + 1.5 times its change."""
     make_model(tokenizer).save_pretrained(tmp_path / "base")

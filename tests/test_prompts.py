@@ -6,6 +6,7 @@ import json
 import pytest
 from datasets import Dataset, IterableDataset
 
+from trl_drcd.files import distinct_names, plain_name
 from trl_drcd.prompts import distinct, load_prompts, read_prompts, with_system_prompt
 from trl_drcd.validation.rows import check_rows
 
@@ -98,3 +99,9 @@ def test_a_system_prompt_is_the_teachers_too():
     assert with_system_prompt(row, SYSTEM["content"])["teacher_prompt"] == turns
     assert with_system_prompt(row | {"teacher_prompt": None}, SYSTEM["content"])["teacher_prompt"] is None
     assert "negative_prompt" not in with_system_prompt(row, SYSTEM["content"])  # the null prompt has none
+
+
+def test_names_of_files_are_distinct_and_fit():
+    assert len(set(distinct_names(["a", "2 a", "a", "a"]))) == 4
+    assert len(plain_name("音" * 90).encode()) <= 160 and plain_name("音" * 90).startswith("音")
+    assert len(plain_name("a" * 90)) == 80

@@ -171,10 +171,10 @@ def plain_name(text: str, length: int = 80) -> str:
     Turn a text into a name for files and log entries: letters, digits, spaces and a few punctuation marks.
 
     Characters with a special meaning in a path, a page or a shell and invisible characters become `_`. The name has at
-    most `length` characters.
+    most `length` characters, and at most twice as many bytes, which file systems count.
     """
     kept = "".join(c if c.isalnum() or c in " ,;-_+()!" else "_" for c in text)
-    return kept[:length].strip() or "_"
+    return kept[:length].encode()[: 2 * length].decode(errors="ignore").strip() or "_"
 
 
 def distinct_names(texts: Sequence[str]) -> list[str]:
@@ -182,7 +182,9 @@ def distinct_names(texts: Sequence[str]) -> list[str]:
     names: list[str] = []
     for number, text in enumerate(texts):
         name = plain_name(text)
-        names.append(plain_name(f"{number} {name}") if name in names else name)
+        while name in names:
+            name = plain_name(f"{number} {name}")
+        names.append(name)
     return names
 
 

@@ -107,16 +107,36 @@ def test_a_merge_says_its_lambda(hub, folder, tmp_path):
     assert {"merge.yaml", "lerp.yaml"} & set(hub.repos["user/merged"].files)
 
 
+def test_the_command_makes_the_merge_again(hub, folder, tmp_path):
+    interpolate_checkpoints([folder, folder], [0.6, 0.4], tmp_path / "merged", dtype="bfloat16")
+    push_to_hub(tmp_path / "merged", "user/merged", base_model=["user/quality", "user/diversity"])
+    assert "--weights 0.6 0.4 --out merged --dtype bfloat16" in card_of(hub, "user/merged").text
+    record = {"models": ["my run", "base"], "weights": [0.5, 0.5], "base_model": "tiny"}
+    (tmp_path / "merged" / "merge.yaml").write_text(json.dumps(record))
+    push_to_hub(tmp_path / "merged", "user/into", base_model=["user/base"])
+    command = "trl-drcd merge --models 'my run' base --weights 0.5 0.5 --out into --base_model tiny"
+    assert command in card_of(hub, "user/into").text
+
+
+def test_a_licence_that_is_given_goes_without_the_name_of_another(hub, folder):
+    text = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(text.replace("license: apache-2.0", "license: other\nlicense_name: llama3"))
+    push_to_hub(folder, "user/a", license="mit")
+    push_to_hub(folder, "user/b")
+    headers = [card_of(hub, name).data.to_dict() for name in ("user/a", "user/b")]
+    assert [header.get("license_name") for header in headers] == [None, "llama3"]
+
+
 def test_samples_are_heard_on_the_page(hub, folder):
     sound = wav_bytes(torch.linspace(-1, 1, 800), 8000)
-    (folder / "samples" / "00.wav").write_bytes(sound)
-    (folder / "samples" / "samples.jsonl").write_text('{"prompt": "slow | tune", "file": "00.wav"}\n')
+    (folder / "samples" / "0 #1.wav").write_bytes(sound)
+    (folder / "samples" / "samples.jsonl").write_text('{"prompt": "slow | tune", "file": "0 #1.wav"}\n')
     push_to_hub(folder, "user/quality")
     card = card_of(hub, "user/quality")
-    assert card.data.to_dict()["widget"] == [{"text": "slow | tune", "output": {"url": "samples/00.wav"}}]
-    url = "https://huggingface.co/user/quality/resolve/main/samples/00.wav"
+    assert card.data.to_dict()["widget"] == [{"text": "slow | tune", "output": {"url": "samples/0%20%231.wav"}}]
+    url = "https://huggingface.co/user/quality/resolve/main/samples/0%20%231.wav"
     assert f'<audio controls src="{url}"></audio>' in card.text and "slow \\| tune" in card.text
-    assert hub.repos["user/quality"].files["samples/00.wav"] == sound
+    assert hub.repos["user/quality"].files["samples/0 #1.wav"] == sound
 
 
 @pytest.mark.parametrize("name", ["embedder", "judge", "codec", "preference", "descriptors"])

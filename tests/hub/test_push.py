@@ -6,11 +6,15 @@ import os
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
+from tests.conftest import make_model
 from tests.hub.server import TOKEN
 from trl_drcd.cli import main
 from trl_drcd.hub import client, files_to_push, push_to_hub
+from trl_drcd.hub.metrics import plot_of
+from trl_drcd.hub.privacy import check_text
 from trl_drcd.hub.selection import read_samples
 from trl_drcd.hub.upload import check_repo_id
 
@@ -241,3 +245,51 @@ def test_the_base_of_an_adapter_must_be_on_the_hub(hub, folder, tmp_path):
 def test_names(name):
     with pytest.raises(ValueError, match="give owner/name"):
         check_repo_id(name)
+
+
+def test_a_model_replaces_an_adapter(hub, folder, tmp_path, tokenizer):
+    """What the adapter's push has left would be loaded with it."""
+    model = get_peft_model(make_model(tokenizer), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "chat_template.jinja").write_text("{{ messages }}")
+    push_to_hub(folder, "user/base")
+    push_to_hub(tmp_path / "adapter", "user/m", base_model=["user/base"])
+    repo = hub.repos["user/m"]
+    repo.files |= {"notes.txt": b"mine", "codec/config.json": b"{}"}
+    assert {"adapter_config.json", "chat_template.jinja"} <= set(repo.files)
+    assert "base_model:adapter" not in repo.files["README.md"].decode()
+    push_to_hub(folder, "user/m", overwrite=True)
+    assert set(repo.files) == PUSHED | {".gitattributes", "notes.txt"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "see /home/ann/x", "cwd:/home/ann/run", "file:///home/ann/x", "file:///x", "//home/ann/x", "C:/Users/ann/x",
+        "/fsx/ann/run", "/gpfs/x", "/lustre/x", "/app/x", "/Volumes/x", "/private/x", "github_pat_" + "1a" * 15,
+    ],
+)  # fmt: skip
+def test_paths_and_tokens_do_not_go_out(text):
+    with pytest.raises(ValueError, match=r"README.md, line 2 contains (a local path|an access token)"):
+        check_text("README.md", f"# model\nmade in {text}")
+
+
+@pytest.mark.parametrize(
+    "text", ["https://huggingface.co/data/x", "http://home/ann", "git@host:data/x", "a/home/ann", "and/or", "1:/2"]
+)
+def test_addresses_are_no_paths(text):
+    check_text("README.md", f"see {text}")
+
+
+def test_a_plot_that_is_a_link_out_of_the_folder_is_refused(hub, folder, tmp_path):
+    (tmp_path / "key").write_text("PRIVATE KEY")
+    (tmp_path / "front").mkdir()
+    (tmp_path / "front" / "front.png").symlink_to(tmp_path / "key")
+    with pytest.raises(ValueError, match=r"front\.png"):
+        plot_of(tmp_path / "front", [])
+
+
+def test_a_record_that_is_broken_is_named(hub, folder):
+    (folder / "merge.yaml").write_text("[")
+    with pytest.raises(ValueError, match=r"merge\.yaml must hold `models` and as many `weights`"):
+        push_to_hub(folder, "user/quality")

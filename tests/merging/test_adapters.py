@@ -381,3 +381,72 @@ def test_smollm2_adapters_both_ways(smollm2, tmp_path):
         assert ((mean[name].double() - exact).abs() <= 2**-7 * largest + slack).all(), name
     interpolate_adapters(pair, [0, 1], tmp_path / "end", base_model=base)
     assert_equal_bits(tensors_of(tmp_path / "end"), tensors_of(full[1]))
+
+
+def test_the_base_of_an_adapter_is_not_overwritten(base, tmp_path):
+    adapter = random_adapter(tmp_path / "a", base, 0)
+    before = tensors_of(base)
+    with pytest.raises(ValueError, match="contains the input model"):
+        interpolate_adapters([adapter, "base"], [0.5, 0.5], base, overwrite=True)
+    assert_equal_bits(tensors_of(base), before)
+
+
+def test_what_does_not_load_replaces_nothing(base, tmp_path, monkeypatch):
+    pair = [random_adapter(tmp_path / str(seed), base, seed) for seed in range(2)]
+    interpolate_adapters(pair, [1, 0], tmp_path / "m")
+    before = (tmp_path / "m" / "adapter_model.safetensors").read_bytes()
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("trl_drcd.merging.adapters.check_that_it_generates", fails)
+    with pytest.raises(RuntimeError):
+        interpolate_adapters(pair, [0, 1], tmp_path / "m", overwrite=True, verify=True)
+    assert (tmp_path / "m" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_base_of_several_data_types_keeps_them(base, tmp_path):
+    stored = {n: t if "norm" in n or "lm_head" in n else t.bfloat16() for n, t in tensors_of(base).items()}
+    save_file(stored, base / "model.safetensors", {"format": "pt"})
+    (base / "config.json").write_text(
+        json.dumps(json.loads((base / "config.json").read_text()) | {"dtype": "bfloat16"})
+    )
+    pair = [random_adapter(tmp_path / str(seed), base, seed, target_modules=["q_proj"]) for seed in range(2)]
+    interpolate_adapters(pair, [0.5, 0.5], tmp_path / "m", base_model=base)
+    merged = tensors_of(tmp_path / "m")
+    assert {name: tensor.dtype for name, tensor in merged.items()} == {n: t.dtype for n, t in stored.items()}
+    for name, tensor in stored.items():
+        assert torch.equal(tensor, merged[name]) == ("q_proj.weight" not in name), name
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_whole_tensors_of_two_data_types(base, tmp_path, order):
+    pair = [random_adapter(tmp_path / str(seed), base, seed, modules_to_save=["lm_head"]) for seed in range(2)]
+    tensors = load_file(pair[0] / "adapter_model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, pair[0] / "adapter_model.safetensors")
+    interpolate_adapters([pair[i] for i in order], [0.5, 0.5], tmp_path / "m")
+    merged, ends = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("m", "1")), pair
+    merged, second = merged
+    (name,) = (name for name in merged if "lm_head" in name)
+    assert merged[name].dtype == torch.float32 and len(ends) == 2
+    torch.testing.assert_close(merged[name], (tensors[name].bfloat16().float() + second[name]) / 2)
+
+
+def test_biases_that_the_base_lacks_are_not_lost(base, tmp_path, tokenizer):
+    adapter = random_adapter(tmp_path / "a", base, 0, bias="all")
+    make_model(tokenizer).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"the base has no \S+\.bias"):
+        interpolate_adapters([adapter], [1], tmp_path / "m", base_model=tmp_path / "plain")
+
+
+def test_adapters_of_other_vocabularies_are_refused(base, tmp_path, tokenizer):
+    pair = [random_adapter(tmp_path / str(seed), base, seed) for seed in range(2)]
+    for folder in pair:
+        tokenizer.save_pretrained(folder)
+    file = pair[1] / "tokenizer.json"
+    content = json.loads(file.read_text())
+    words = content["model"]["vocab"]
+    words["slow"], words["fast"] = words["fast"], words["slow"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"have different vocabularies, as at '(slow|fast)'"):
+        interpolate_adapters(pair, [0.5, 0.5], tmp_path / "m")

@@ -184,3 +184,14 @@ def test_ends_that_compute_otherwise_are_refused(tmp_path, tokenizer):
     state["lm_head.weight"] += 1
     with pytest.raises(ValueError, match=r"are one tensor in the model, but have two values in a state dict"):
         hold_checkpoints(tied, [state])
+
+
+def test_adapters_are_frozen_even_if_they_were_trained(adapters):
+    base, pair = adapters
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), pair[0], is_trainable=True)
+    set_interpolation_weight(model, 0.5)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    own = AutoModelForCausalLM.from_pretrained(base)
+    own.load_adapter(str(pair[0]))
+    with pytest.raises(ValueError, match="load them with `PeftModel`"):
+        set_interpolation_weight(own, 0.5)

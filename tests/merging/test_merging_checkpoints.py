@@ -1,5 +1,6 @@
 """Interpolation of full checkpoints: every tensor, every refusal, memory, and folders that are whole or absent."""
 
+import copy
 import json
 import re
 import shutil
@@ -10,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model
+from huggingface_hub import ModelCard
 from merge_worlds import assert_equal_bits, assert_lerp, one_shard, small_musicgen, tensors_of, trained_music_model
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from trl_drcd.audio.codecs import SpectralCodec
-from trl_drcd.merging import checkpoints, interpolate_checkpoints
+from trl_drcd.merging import checkpoints, interpolate_checkpoints, merge_with_mergekit
 from trl_drcd.merging.blend import blend, check_weights
 from trl_drcd.merging.verify import check_that_it_generates
 
@@ -345,3 +347,55 @@ def test_blend_by_hand():
     assert blend([minus_zero, five], [1, 0]).signbit().item()
     assert torch.isfinite(blend([one, torch.tensor([torch.inf])], [1.0, 0.0]))
     assert check_weights((1, 0), 2) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("merge", [interpolate_checkpoints, merge_with_mergekit])
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [0, 1]])
+def test_the_configuration_is_the_first_models(pair, tmp_path, monkeypatch, merge, weights):
+    """mergekit would take that of any, from run to run."""
+    monkeypatch.setenv("PYTHONHASHSEED", "0")  # with which it takes the second's
+    for folder, dropout in zip(pair, (0.1, 0.2), strict=True):
+        edit_config(folder, attention_dropout=dropout, id2label={"0": folder.name})
+    merge(pair, weights, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config["attention_dropout"] == 0.1 and config["id2label"] == {"0": "a"}
+
+
+def test_licences(pair, tmp_path):
+    def licence_of(*headers):
+        for folder, header in zip(pair, headers, strict=True):
+            (folder / "README.md").write_text(f"---\n{header}\ntags: [a, 'base_model:adapter:/home/ann/x']\n---\n")
+        interpolate_checkpoints(pair, [0.5, 0.5], tmp_path / "m", overwrite=True)
+        found = ModelCard.load(tmp_path / "m" / "README.md").data.to_dict()
+        assert "/home/ann" not in str(found)
+        return {key: value for key, value in found.items() if key.startswith("license")}
+
+    assert (
+        licence_of("license: mit", "license: mit") == licence_of("language: en", "license: mit") == {"license": "mit"}
+    )
+    other = {"license": "other", "license_name": "llama3", "license_link": "https://x.y/z"}
+    lines = "\n".join(f"{key}: {value}" for key, value in other.items())
+    assert licence_of(lines, lines) == other
+    for second in ("license: cc-by-nc-4.0", "license: other\nlicense_name: gemma"):
+        with pytest.warns(UserWarning, match="different licences .*, so the card of the merge names none"):
+            assert licence_of(lines, second) == {}
+
+
+def test_further_chat_templates_are_kept(pair, tmp_path, tokenizer):
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    own.save_pretrained(pair[0])
+    interpolate_checkpoints(pair, [0.5, 0.5], tmp_path / "m")
+    assert AutoTokenizer.from_pretrained(tmp_path / "m").chat_template == own.chat_template
+
+
+def test_tokenizers_that_split_otherwise_are_told_of(pair, tmp_path):
+    file = pair[1] / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "Lowercase"}}))
+    with pytest.warns(UserWarning, match=r"split texts otherwise \(`normalizer` of tokenizer.json\)"):
+        interpolate_checkpoints(pair, [0.5, 0.5], tmp_path / "m")
+
+
+def test_a_name_that_is_too_long(pair, tmp_path):
+    with pytest.raises(ValueError, match="has 240 bytes; give one of at most 220"):
+        interpolate_checkpoints(pair, [0.5, 0.5], tmp_path / ("音" * 80))

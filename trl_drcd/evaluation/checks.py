@@ -185,6 +185,7 @@ def check_ends(base: Any, rows: Sequence[Row], base_name: str) -> None:
             with prefix_errors(f"models` of `{strategy}"):
                 _check_mixed([base_name if model == BASE else model for model in models])
     shapes = {name: tuple(tensor.shape) for name, tensor in base.state_dict().items()}
+    mixed = {model for row in rows if len(row.models) > 1 for model in row.models}
     for strategy, model in dict.fromkeys((row.strategy, model) for row in rows for model in row.models):
         folder = Path(model)
         if model == BASE:
@@ -193,6 +194,11 @@ def check_ends(base: Any, rows: Sequence[Row], base_name: str) -> None:
             adapter = find_folder(model, "model")
             warn_of_other_base(adapter, base_name)
             found = _adapter_shapes(adapter)
+            if model in mixed and (whole := _whole_tensors(adapter)):
+                raise ValueError(
+                    f"`strategies` ({strategy}): {model} replaces a tensor of the base, {whole[0]}, of which PEFT "
+                    "keeps one for all adapters, so it cannot be mixed in memory; merge with `trl-drcd merge` first"
+                )
         elif folder.is_dir():
             found = _shapes([folder / file for file in weight_files(folder)])
         else:
@@ -220,6 +226,11 @@ def _shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
         with open_safetensors(file) as tensors:
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     return shapes
+
+
+def _whole_tensors(folder: Path) -> list[str]:
+    """Names of the tensors of an adapter that are no factors of it."""
+    return sorted(name for name in _shapes([folder / "adapter_model.safetensors"]) if ".lora_" not in name)
 
 
 def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

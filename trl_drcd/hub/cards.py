@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -18,7 +20,7 @@ from trl_drcd.cards import PAPER
 from trl_drcd.hub.privacy import is_local
 from trl_drcd.hub.selection import CARD, PLOT, Kind, kind_of, read_samples
 from trl_drcd.markdown import markdown_cell, markdown_text
-from trl_drcd.merging.cards import RECORD
+from trl_drcd.merging.cards import LICENCE, RECORD, own_tags
 from trl_drcd.merging.folders import load_card
 from trl_drcd.validation.saved_files import read_json
 
@@ -72,16 +74,17 @@ def complete_card(folder: Path, facts: CardFacts) -> ModelCard:
     kind, file = kind_of(folder), folder / CARD
     card = load_card(file) if file.is_file() else ModelCard("---\n{}\n---\n\n# " + markdown_text(_name(facts)) + "\n")
     header, text = card.data.to_dict(), card.text.strip()
-    parents = merged_from(folder)
+    parents = merged_from(merge_record(folder))
     names = _base_names(header, facts)
     header |= {"base_model": names[0] if len(names) == 1 else names} if names else {}
     if names:
         header["base_model_relation"] = "adapter" if kind == "adapter" else "merge" if parents else "finetune"
-    header |= {"license": facts.license} if facts.license else {}
+    if facts.license and facts.license != header.get("license"):
+        header = {key: value for key, value in header.items() if key not in LICENCE} | {"license": facts.license}
     if datasets := list(dict.fromkeys([*_listed(header.get("datasets")), *facts.datasets])):
         header["datasets"] = datasets
     header["library_name"] = header.get("library_name") or _library(kind)
-    header["tags"] = list(dict.fromkeys([*_listed(header.get("tags")), "trl-drcd"]))
+    header["tags"] = list(dict.fromkeys([*own_tags(header.get("tags")), "trl-drcd"]))
     samples = read_samples(folder)
     if widgets := [_widget(row) for row in samples if "prompt" in row]:
         header["widget"] = widgets
@@ -96,21 +99,34 @@ def complete_card(folder: Path, facts: CardFacts) -> ModelCard:
         *_samples_section(samples, facts.repo_id),
         *facts.sections,
         *([f"![Quality and diversity of models, and the front of the best]({PLOT})"] if facts.plot else []),
-        _made_section(facts, parents, names),
+        _made_section(facts, merge_record(folder), names if kind == "model" else []),
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
-def merged_from(folder: Path) -> list[tuple[str, float]]:
-    """Parents of a merge and their weights, from `merge.yaml`; empty without that file."""
+def merge_record(folder: Path) -> dict[str, Any]:
+    """
+    The record of a merge, `merge.yaml`; empty without that file.
+
+    Raises:
+        ValueError: If it has no `models` and as many `weights`.
+    """
     file = folder / RECORD
     if not file.is_file():
-        return []
-    record = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return {}
     try:
-        return [(str(name), float(weight)) for name, weight in zip(record["models"], record["weights"], strict=True)]
-    except (KeyError, TypeError, ValueError) as error:
+        record = yaml.safe_load(file.read_text(encoding="utf-8"))
+        merged_from(record)
+    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{file} must hold `models` and as many `weights`; merge again") from error
+    return dict(record)
+
+
+def merged_from(record: dict[str, Any]) -> list[tuple[str, float]]:
+    """Parents of a merge and their weights, from its record; empty if that is."""
+    if not record:
+        return []
+    return [(str(name), float(weight)) for name, weight in zip(record["models"], record["weights"], strict=True)]
 
 
 def has_license(card: ModelCard) -> bool:
@@ -147,7 +163,7 @@ def _library(kind: Kind) -> str:
 
 
 def _widget(row: dict[str, object]) -> dict[str, object]:
-    output = {"url": f"samples/{row['file']}"} if "file" in row else {"text": row.get("completion", "")}
+    output = {"url": f"samples/{quote(str(row['file']))}"} if "file" in row else {"text": row.get("completion", "")}
     return {"text": prompt_text(row["prompt"]), "output": output}
 
 
@@ -214,7 +230,7 @@ def _samples_section(samples: Sequence[dict[str, object]], repo_id: str) -> list
     lines = ["## Samples", "", "| prompt | sample |", "|---|---|"]
     for row in samples:
         if "file" in row:
-            url = f"https://huggingface.co/{repo_id}/resolve/main/samples/{row['file']}"
+            url = f"https://huggingface.co/{repo_id}/resolve/main/samples/{quote(str(row['file']))}"
             shown = f'<audio controls src="{url}"></audio>'
         else:
             shown = markdown_cell(str(row.get("completion", "")))
@@ -222,14 +238,21 @@ def _samples_section(samples: Sequence[dict[str, object]], repo_id: str) -> list
     return ["\n".join(lines)]
 
 
-def _made_section(facts: CardFacts, parents: Sequence[tuple[str, float]], bases: Sequence[str]) -> str:
-    """How the model was made: command, weights of a merge, versions, paper."""
-    lines = ["## How it was made", ""]
+def _made_section(facts: CardFacts, record: dict[str, Any], bases: Sequence[str]) -> str:
+    """
+    How the model was made: command, weights of a merge, versions, paper.
+
+    `bases` are the names on the Hub of a full model's bases: of a merge of checkpoints those of its parents.
+    """
+    lines, parents = ["## How it was made", ""], merged_from(record)
     command = facts.command
     if parents and not command:
-        named = list(bases) if len(bases) == len(parents) else [name for name, _ in parents]
-        weights = " ".join(repr(weight) for _, weight in parents)
-        command = f"trl-drcd merge --models {' '.join(named)} --weights {weights} --out {_name(facts)}"
+        on_hub = len(bases) == len(parents) and "base_model" not in record
+        named = list(bases) if on_hub else [name for name, _ in parents]
+        words = ["--models", *named, "--weights", *(repr(weight) for _, weight in parents), "--out", _name(facts)]
+        for option in ("dtype", "svd_rank", "base_model"):
+            words += [f"--{option}", str(record[option])] if option in record else []
+        command = f"trl-drcd merge {shlex.join(words)}"
     if len(parents) == 2:
         lines += [f"Interpolated at lambda = {parents[1][1]:g}: `(1 - lambda) * quality + lambda * diversity`.", ""]
     if command:

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult
 
 from trl_drcd.evaluation.digests import weights_digest
 from trl_drcd.evaluation.results import Result, read_results
+from trl_drcd.files import own_file
 from trl_drcd.markdown import markdown_table, markdown_text
 
 TASKS = {"text": ("text-generation", "Text generation"), "music": ("text-to-audio", "Text to audio")}
@@ -89,5 +90,5 @@ def plot_of(results: Path | None, names: Sequence[str]) -> dict[str, Path]:
     """`front.png` of an evaluation, unless the model's folder has its own."""
     if results is None or "front.png" in names:
         return {}
-    plot = (results if results.is_dir() else results.parent) / "front.png"
-    return {"front.png": plot} if plot.is_file() else {}
+    plot = own_file(results if results.is_dir() else results.parent, "front.png")
+    return {} if plot is None else {"front.png": plot}

@@ -20,11 +20,13 @@ PLACE_KEYS = {"_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "
 TEXTS = {".json", ".jsonl", ".yaml", ".md", ".jinja", ".txt"}
 # Vocabularies, in which text like `/home/a` may be an ordinary entry
 VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"}
-TOKEN = re.compile(r"\b(?:(?:hf_|api_org_|gh[pos]_)[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{32,})")
-PATH = re.compile(
-    r"(?<![\w:/.\-~])(?:/(?:home|root|Users|tmp|mnt|data|work|workspace|scratch|content|kaggle|var|opt|srv|media)"
-    r"/[\w.~-]+|[A-Z]:\\\\?[\w.]+)"
+TOKEN = re.compile(r"\b(?:(?:hf_|api_org_|gh[pos]_)[A-Za-z0-9]{30,}|github_pat_\w{20,}|sk-[A-Za-z0-9_-]{32,})")
+ROOTS = (
+    "home|root|Users|tmp|mnt|data|work|workspace|scratch|content|kaggle|var|opt|srv|media|fsx|gpfs|lustre|nfs|app|"
+    "Volumes|private|storage|shared"
 )
+# Not that of an address, such as https://host/data/x, whose host comes before the path
+PATH = re.compile(rf"file://\S+|(?<![\w/.\-~])(?:(?<!:)/)?/(?:{ROOTS})/[\w.~-]+|(?<!\w)[A-Z]:(?:\\\\?|/)[\w.]+")
 
 
 def is_local(name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from trl_drcd.hub.cards import CardFacts, complete_card, has_license, merged_from
+from trl_drcd.hub.cards import CardFacts, complete_card, has_license, merge_record, merged_from
 from trl_drcd.hub.collections import add_to_collection, check_title
 from trl_drcd.hub.metrics import eval_results, metrics_section, plot_of, result_of
 from trl_drcd.hub.privacy import BASE_KEY, check_text, content_to_push
@@ -143,5 +143,5 @@ def push_to_hub(
 
 def _note(folder: Path) -> str | None:
     """The note of a merge of two models in a collection."""
-    parents = merged_from(folder)
+    parents = merged_from(merge_record(folder))
     return f"lambda = {parents[1][1]:g}" if len(parents) == 2 else None

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from fnmatch import fnmatch
 from pathlib import Path, PurePath
 from typing import Literal
 
 from trl_drcd.files import own_file
 from trl_drcd.merging.cards import RECORD
-from trl_drcd.merging.folders import ADAPTER_FILES, CODEC, SIDE_FILES
+from trl_drcd.merging.folders import ADAPTER_FILES, CODEC, SIDE_FILES, listed
 from trl_drcd.validation.saved_files import INDEX, WEIGHTS, open_safetensors, read_json, weight_files
 
 Kind = Literal["model", "adapter", "codec", "audio model"]
 CARD, PLOT, SAMPLES = "README.md", "front.png", "samples/samples.jsonl"
 RECORDS = (RECORD, "lerp.yaml")
+EARLIER = (
+    *("config.json", INDEX, PLOT, "samples/*", *RECORDS, *ADAPTER_FILES),
+    *(name for group in SIDE_FILES for name in group),
+)
 SOUNDS = {".wav", ".flac", ".mp3", ".ogg"}
 PICTURE = re.compile(r"!\[[^\]]*\]\(([\w-][\w.-]*\.(?:png|jpe?g))\)")
 
@@ -66,7 +71,7 @@ def files_to_push(folder: str | Path) -> dict[str, Path]:
     kind = kind_of(folder)
     names = ["config.json", *_weights(folder, kind), CARD, PLOT, *RECORDS, *_pictures(folder), *_samples(folder)]
     if kind in ("model", "adapter"):
-        names += [ADAPTER_FILES[0], *(name for group in SIDE_FILES for name in group)]
+        names += [ADAPTER_FILES[0], *listed(folder, [name for group in SIDE_FILES for name in group])]
     found = {name: path for name in names if (path := own_file(folder, name)) is not None}
     for name in found:
         if name.endswith(".safetensors"):
@@ -83,10 +88,10 @@ def left_out(folder: Path, files: dict[str, Path]) -> list[str]:
 
 def is_replaced(name: str) -> bool:
     """
-    Whether a file of an earlier push is deleted if the new push does not have it: weights that would be loaded
-    together with the new ones, and samples of other weights.
+    Whether a file of an earlier push is deleted if the new push does not have it: all that would be loaded together
+    with the new weights, such as the configuration of an adapter, and what tells of others.
     """
-    return name == INDEX or name.endswith(".safetensors") or name.startswith("samples/")
+    return name.endswith(".safetensors") or any(fnmatch(name, pattern) for pattern in EARLIER)
 
 
 def _weights(folder: Path, kind: Kind) -> list[str]:

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from trl_drcd.merging.architecture import check_same_vocabulary
 from trl_drcd.merging.blend import blend, check_weights
 from trl_drcd.merging.cards import write_card, write_record
 from trl_drcd.merging.folders import (
@@ -36,6 +38,7 @@ from trl_drcd.merging.folders import (
 from trl_drcd.merging.into_base import write_into_base
 from trl_drcd.merging.lora import PREFIX, Adapter, check_linear, load_adapter
 from trl_drcd.merging.staging import new_folder
+from trl_drcd.merging.verify import check_that_it_generates
 from trl_drcd.validation.model_folders import check_model
 from trl_drcd.validation.saved_files import weight_files
 
@@ -52,6 +55,7 @@ def interpolate_adapters(
     svd_rank: int | None = None,
     base_model: str | Path | None = None,
     overwrite: bool = False,
+    verify: bool = False,
 ) -> dict[str, float]:
     """
     Write the LoRA adapter whose change of the base weights is `sum_i weights[i] * scaling_i * B_i @ A_i`.
@@ -73,6 +77,8 @@ def interpolate_adapters(
         base_model (`str` or `Path`, *optional*): Merge the interpolated adapter into this model and write the full
             checkpoint instead.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a folder that is not empty.
+        verify (`bool`, *optional*, defaults to `False`): Load the result and generate from it before it appears; an
+            adapter on the base that it records, if that is a folder.
 
     Returns:
         `dict[str, float]`: Relative error of the compression in the Frobenius norm, `||dW - dW_r|| / ||dW||`: of all
@@ -82,9 +88,10 @@ def interpolate_adapters(
         FileExistsError: If `output_dir` is not empty and `overwrite` is not set.
         FileNotFoundError: If a folder does not exist or holds no adapter.
         OSError: If the disk is too full or not writable.
+        RuntimeError: If `verify` is set and the result does not load or generate.
         TypeError: If `adapters`, `weights` or `svd_rank` has the wrong type.
-        ValueError: If the weights do not sum to 1, or the adapters cannot be interpolated exactly; the message gives
-            the reason.
+        ValueError: If the weights do not sum to 1, the adapters' tokenizers have different vocabularies, or they
+            cannot be interpolated exactly; the message gives the reason.
     """
     check_list("adapters", adapters)
     values = check_weights(weights, len(adapters))
@@ -99,21 +106,27 @@ def interpolate_adapters(
     if not used:
         raise ValueError(f"`weights={values}` select only the base; give at least one adapter a weight other than 0")
     folders = [adapter.folder for adapter in found.values()]
+    check_same_vocabulary(folders)
     warn_of_different_bases(folders)
     if base_model:
         for folder in folders:
             warn_of_other_base(folder, base_model)
     sources = [*folders, *([base_folder] if base_folder else [])]
-    with new_folder(output_dir, sources, overwrite, _needed_bytes(used, base_folder)) as folder:
+    bases = [Path(base) for parent in folders if (base := recorded_base(parent)) and Path(base).is_dir()]
+    with new_folder(output_dir, [*sources, *bases], overwrite, _needed_bytes(used, base_folder)) as folder:
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             errors = write_adapter(Path(scratch) if base_folder else folder, used, svd_rank)
             if base_folder:
                 write_into_base(Path(scratch), used, base_folder, folder)
         copy_side_files(sources, folder)
-        write_record(folder, named, svd_rank=svd_rank)
+        write_record(folder, named, svd_rank=svd_rank, base_model=base_model)
         sections = ["## Compression", f"Relative error of the weight changes: {errors['total']:.3g}."] * bool(svd_rank)
         base = None if base_model else recorded_base(used[0][0].folder)
         write_card(folder, Path(output_dir).resolve().name, named, folders, sections, base)
+        if verify and base_model:
+            check_that_it_generates(folder, called=Path(output_dir))
+        elif verify and base and Path(base).is_dir():
+            check_that_it_generates(Path(base), folder)
     return errors
 
 
@@ -267,7 +280,10 @@ def blend_full(parents: Sequence[tuple[Adapter, float]]) -> dict[str, torch.Tens
             )
         if len({adapter.full[key].shape for adapter, _ in parents}) > 1:
             raise ValueError(f"{key} has different shapes: {[tuple(a.full[key].shape) for a, _ in parents]}")
-    return {key: blend([a.full[key] for a, _ in parents], [weight for _, weight in parents]) for key in keys}
+    weights = [weight for _, weight in parents]
+    tensors = {key: [adapter.full[key] for adapter, _ in parents] for key in keys}
+    widest = {key: reduce(torch.promote_types, (tensor.dtype for tensor in each)) for key, each in tensors.items()}
+    return {key: blend(each, weights, widest[key]) for key, each in tensors.items()}
 
 
 def stacked_factors(parents: Sequence[tuple[Adapter, float]], module: str) -> tuple[torch.Tensor, torch.Tensor]:

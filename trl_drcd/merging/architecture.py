@@ -32,6 +32,7 @@ SPECIAL_TOKENS = {
     *("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id"),
     *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
 }
+TOKENIZED_BY = ("normalizer", "pre_tokenizer", "model", "post_processor")  # of tokenizer.json
 SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")  # the plainest words for another model
 NOT_ARCHITECTURE = {
     # origin and runtime
@@ -110,7 +111,7 @@ def check_same_family(folders: Sequence[Path]) -> list[SpecialToken]:
     configs = {folder: flat(load_config(folder).to_dict()) for folder in folders}
     for folder in folders[1:]:
         check_same_architecture(folders[0], configs[folders[0]], folder, configs[folder])
-    _check_same_vocabulary(folders)
+    check_same_vocabulary(folders)
     check_same_codec(folders)
     warn_of_different_bases(folders)
     return special_tokens(configs)
@@ -173,8 +174,13 @@ def check_same_architecture(
             )
 
 
-def _check_same_vocabulary(folders: Sequence[Path]) -> None:
-    """Compare the vocabularies of all models that have a tokenizer."""
+def check_same_vocabulary(folders: Sequence[Path]) -> None:
+    """
+    Compare the vocabularies of all models that have a tokenizer; warn if they split texts otherwise.
+
+    Raises:
+        ValueError: If two differ.
+    """
     found = {folder: words for folder in folders if (words := load_vocabulary(folder)) is not None}
     for other, words in found.items():
         first, vocabulary = next(iter(found.items()))
@@ -184,6 +190,23 @@ def _check_same_vocabulary(folders: Sequence[Path]) -> None:
                 f"the tokenizers of {first} and {other} have different vocabularies, as at {example!r}; "
                 "give models with the same tokenizer"
             )
+    splits = {folder: _splits(folder / "tokenizer.json") for folder in found}
+    for other, how in splits.items():
+        first, own = next(iter(splits.items()))
+        if differing := [key for key in TOKENIZED_BY if own and how and how.get(key) != own.get(key)]:
+            warnings.warn(
+                f"the tokenizers of {first} and {other} split texts otherwise (`{differing[0]}` of tokenizer.json): "
+                "the same text has other ids; the merge gets the first's",
+                stacklevel=4,
+            )
+
+
+def _splits(file: Path) -> dict[str, JSON]:
+    """What of a tokenizer, beside its vocabulary, decides the ids of a text."""
+    if not file.is_file():
+        return {}
+    found = read_json(file)
+    return {key: found.get(key) for key in TOKENIZED_BY} | {"model": {**(found.get("model") or {}), "vocab": None}}
 
 
 def special_tokens(configs: Mapping[Path, Mapping[str, JSON]]) -> list[SpecialToken]:

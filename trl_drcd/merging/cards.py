@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -16,6 +18,7 @@ from trl_drcd.merging.folders import load_card
 
 PAPER = "https://huggingface.co/papers/2410.06084"
 RECORD = "merge.yaml"
+LICENCE = ("license", "license_name", "license_link")
 
 
 def merge_recipe(
@@ -48,6 +51,7 @@ def write_record(
     parents: Sequence[tuple[str, float]],
     dtype: str | None = None,
     svd_rank: int | None = None,
+    base_model: str | Path | None = None,
 ) -> None:
     """
     Write `merge.yaml`: models and weights of a merge, in the format of `trl-drcd merge --config merge.yaml`.
@@ -59,9 +63,11 @@ def write_record(
         parents (`Sequence[tuple]`): Name of each parent as given by the user, and its weight.
         dtype (`str`, *optional*): Data type as given by the user.
         svd_rank (`int`, *optional*): Rank as given by the user.
+        base_model (`str` or `Path`, *optional*): Base as given by the user, that adapters are merged into.
     """
     names, weights = [local_name(parent) for parent, _ in parents], [weight for _, weight in parents]
     record = {"models": names, "weights": weights, "dtype": dtype, "svd_rank": svd_rank}
+    record["base_model"] = None if base_model is None else local_name(str(base_model))
     given = {name: value for name, value in record.items() if value is not None}
     write_text(folder / RECORD, yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
 
@@ -75,7 +81,8 @@ def write_card(
     adapter_base: str | None = None,
 ) -> None:
     """
-    Write the README.md of a merge, with the parents' tags, licence and pipeline tag.
+    Write the README.md of a merge, with the parents' tags, pipeline tag and licence. Of different licences none is
+    written, with a warning: which one holds is for the user to say.
 
     Args:
         folder (`Path`): Folder of the merged model.
@@ -92,7 +99,7 @@ def write_card(
         base_model_relation="adapter" if adapter_base else "merge",
         library_name="peft" if adapter_base else "transformers",
         pipeline_tag=next((card.pipeline_tag for card in cards if card.pipeline_tag), None),
-        license=next((card.license for card in cards if card.license), None),
+        **_common_licence(cards),
         tags=list(dict.fromkeys(["merge", "trl-drcd", *(tag for card in cards for tag in card.tags or [])])),
     )
     about = (
@@ -107,6 +114,20 @@ def write_card(
     use = usage(title) if adapter_base and (folder / "generation_config.json").is_file() else []
     body = "\n\n".join([f"# {markdown_text(title)}", about, *use, "## Parents", table, record, *sections])
     write_text(folder / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")))
+
+
+def _common_licence(cards: Sequence[ModelCardData]) -> dict[str, Any]:
+    """The licence of the cards that have one, with its name and link, if it is the same."""
+    found = [{key: value for key in LICENCE if (value := card.get(key))} for card in cards if card.license]
+    if any(other != found[0] for other in found):
+        named = " and ".join(sorted({str(each.get("license_name") or each["license"]) for each in found}))
+        warnings.warn(
+            f"the models have different licences ({named}), so the card of the merge names none; give one that both "
+            "allow, in the card or with `trl-drcd push --license`",
+            stacklevel=4,
+        )
+        return {}
+    return found[0] if found else {}
 
 
 def usage(title: str) -> list[str]:
@@ -134,12 +155,14 @@ def parent_card(file: Path) -> ModelCardData:
         ValueError: If its metadata is not plain YAML.
     """
     found = load_card(file).data.to_dict()
-    pipeline, licence, tags = (found.get(name) for name in ("pipeline_tag", "license", "tags"))
-    return ModelCardData(
-        pipeline_tag=pipeline if isinstance(pipeline, str) else None,
-        license=licence if isinstance(licence, str) else None,
-        tags=[tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else [],
-    )
+    kept: dict[str, Any] = {k: v for k in ("pipeline_tag", *LICENCE) if isinstance(v := found.get(k), str)}
+    return ModelCardData(**kept, tags=own_tags(found.get("tags")))
+
+
+def own_tags(tags: object) -> list[str]:
+    """Tags without those in which PEFT repeats the base model, which may be a local folder."""
+    listed = [tags] if isinstance(tags, str) else tags if isinstance(tags, list) else []
+    return [tag for tag in listed if isinstance(tag, str) and not tag.startswith("base_model:")]
 
 
 def special_token_section(tokens: Sequence[SpecialToken]) -> list[str]:

@@ -84,8 +84,6 @@ def _write_weights(
 
         files = {file: [name for name in listed if name in specs] for file, listed in first.files.items()}
         write_checkpoint(folder, files, specs, tensor_of)
-    config = with_dtype(read_json(first.folder / "config.json"), dtype)
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _merged_tensor(used: Sequence[tuple[Checkpoint, float]], name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -119,7 +117,8 @@ def merge_folders(
     verify: bool,
 ) -> Path:
     """
-    Do everything of a merge of checkpoints except the weights; arguments as for [`interpolate_checkpoints`].
+    Do everything of a merge of checkpoints except the weights; arguments as for [`interpolate_checkpoints`]. The
+    configuration is that of the first model.
 
     `write_weights` is called with the models, the names of their common tensors, the weights, and the output folder.
     """
@@ -134,6 +133,9 @@ def merge_folders(
     size = size_of(merged_specs(checkpoints[0], names, wanted))
     with new_folder(output_dir, folders, overwrite, size) as folder:
         write_weights(checkpoints, names, values, folder)
+        # The first model's: mergekit takes that of any
+        config = with_dtype(read_json(folders[0] / "config.json"), dtype)
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         set_special_tokens(folder / "config.json", tokens)
         copy_side_files(folders, folder, {token.key: token.value for token in tokens if "." not in token.key})
         named = [str(model) for model in models]

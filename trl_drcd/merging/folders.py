@@ -6,7 +6,7 @@ import filecmp
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +24,7 @@ JSON = bool | int | float | str | list | dict | None
 TOKENIZER = (
     *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "spiece.model", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    "additional_chat_templates/*.jinja",
 )
 CODEC = ("codec/config.json", "codec/codec.safetensors", "codec/README.md")
 # Files of a model besides its weights. Each group is copied from one parent, so that it stays consistent
@@ -270,6 +271,15 @@ def check_generation_config(folder: Path) -> None:
             GenerationConfig.from_pretrained(folder)
 
 
+def listed(folder: Path, names: Iterable[str]) -> list[str]:
+    """Names of files in a folder; those that are patterns stand for the files that it has."""
+    return [
+        found
+        for name in names
+        for found in (sorted(f.relative_to(folder).as_posix() for f in folder.glob(name)) if "*" in name else [name])
+    ]
+
+
 def copy_side_files(parents: Sequence[Path], folder: Path, special_tokens: Mapping[str, JSON] | None = None) -> None:
     """
     Copy tokenizer, processor, codec and generation config of the first parent that has them, and turn guidance off.
@@ -285,8 +295,9 @@ def copy_side_files(parents: Sequence[Path], folder: Path, special_tokens: Mappi
         ValueError: If a file is a link out of its folder, or broken.
     """
     for group in SIDE_FILES:
-        donor = next((parent for parent in parents if any((parent / name).is_file() for name in group)), None)
-        for name in group if donor else ():
+        having = (one for one in parents if any((one / name).is_file() for name in listed(one, group)))
+        donor = next(having, None)
+        for name in listed(donor, group) if donor else ():
             if (source := own_file(donor or folder, name)) is not None:
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source, folder / name)

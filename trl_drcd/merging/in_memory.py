@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedConfig
 
@@ -39,6 +40,8 @@ def set_interpolation_weight(model: Any, weight: float | Sequence[float]) -> Non
         ValueError: If there are no ends, their number does not match the weights, lambda is out of range, or an
             adapter is merged into the base or is not linear in `B @ A`.
     """
+    if hasattr(model, "peft_config") and not isinstance(model, PeftModel):
+        raise ValueError("`model` has adapters by `load_adapter` of transformers; load them with `PeftModel`")
     if hasattr(model, "peft_config"):
         _set_adapters(model, weight)
     elif hasattr(model, ENDS):
@@ -123,10 +126,11 @@ def _set_adapters(model: Any, weight: float | Sequence[float]) -> None:
     weights = _weights_of(weight, max(2, len(names)))[: len(names)]
     for name, config in model.peft_config.items():
         check_mixed_in_memory(config, f"adapter {name!r}")
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if any(layer.merged for layer in layers):
         raise ValueError("`model` has an adapter merged into its weights; call `unmerge_adapter()` first")
-    if list(model.active_adapters) != names:
+    trained = any(p.requires_grad for layer in layers for p in layer.parameters())
+    if list(model.active_adapters) != names or trained:
         model.base_model.set_adapter(names, inference_mode=True)
     for layer in layers:
         for name, share in zip(names, weights, strict=True):

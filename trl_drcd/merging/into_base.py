@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from trl_drcd.merging.folders import load_config, reading
 from trl_drcd.merging.lora import PREFIX, REASONS, Adapter, unusual
+from trl_drcd.merging.safetensors_files import Checkpoint
 from trl_drcd.validation.model_folders import load_model
 
 # Options that are not linear, but whose merge into the base is exact (tested)
@@ -19,7 +20,7 @@ MERGEABLE = {"use_dora"}
 
 def write_into_base(adapter: Path, parents: Sequence[tuple[Adapter, float]], base: Path, folder: Path) -> None:
     """
-    Write the base with the adapter merged in, computed in float32 and rounded once to the base's data type.
+    Write the base with the adapter merged in, computed in float32 and rounded once to each tensor's data type.
 
     Raises:
         ValueError: If base and adapter do not match, or the base's weights cannot represent the adapter; the message
@@ -40,7 +41,14 @@ def write_into_base(adapter: Path, parents: Sequence[tuple[Adapter, float]], bas
             f"`base_model={base}` does not match the adapter {parents[0][0].folder} in shapes or modules; give the "
             f"base that the adapter was trained on ({type(error).__name__}: {last_line(error)})"
         ) from error
-    merged.to(config.dtype or torch.float32).save_pretrained(folder)
+    stored, usual = Checkpoint(base), config.dtype or torch.float32
+    known = set(stored.names)
+    for tensors in (merged.named_parameters(), merged.named_buffers()):
+        for name, tensor in tensors:
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(stored.spec(name)[0] if name in known else usual)
+    merged.config.dtype = usual
+    merged.save_pretrained(folder)
 
 
 def last_line(error: Exception) -> str:
@@ -84,3 +92,12 @@ def _check_all_found(adapted: PeftModel, parents: Sequence[tuple[Adapter, float]
     have = {name for name, _ in adapted.named_modules()}
     if lacking := sorted({module for parent, _ in parents for module in parent.factors} - have):
         raise ValueError(f"the base has no module {lacking[0].removeprefix(PREFIX)}")
+    biases = {key for parent, _ in parents for key in parent.full if key.endswith(".bias")}
+    own = {_plain(name) for name, _ in adapted.named_parameters()}
+    if lacking := sorted(key for key in biases if _plain(key) not in own):
+        raise ValueError(f"the base has no {lacking[0].removeprefix(PREFIX)}")
+
+
+def _plain(name: str) -> str:
+    """The name of a parameter without what PEFT adds to it."""
+    return name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")

@@ -21,9 +21,9 @@ from pathlib import Path
 from trl_drcd.files import own_file
 from trl_drcd.merging.cards import merge_recipe
 from trl_drcd.merging.checkpoints import merge_folders
-from trl_drcd.merging.folders import SIDE_FILES
+from trl_drcd.merging.folders import SIDE_FILES, listed
 from trl_drcd.merging.safetensors_files import Checkpoint
-from trl_drcd.validation.saved_files import INDEX, WEIGHTS, read_json
+from trl_drcd.validation.saved_files import INDEX, WEIGHTS, read_json, weight_files
 
 # Request SIGKILL on the parent's death, exit if the parent has died already, then exec the program
 END_WITH_PARENT = """
@@ -88,14 +88,18 @@ def _write_weights(
         )
     if run.returncode:
         raise RuntimeError("mergekit-yaml failed:\n" + "\n".join(run.stderr.splitlines()[-15:]))
+    if missing := [name for name in weight_files(folder) if not (folder / name).is_file()]:
+        raise RuntimeError(f"mergekit-yaml has not written {missing[0]}")
 
 
 def view_of(model: Checkpoint, folder: Path) -> Path:
     """Create a folder that contains only links to the configuration, weights and side files of a model."""
     folder.mkdir()
     index = [] if WEIGHTS in model.files else [INDEX]
-    for name in ["config.json", *index, *model.files, *(name for group in SIDE_FILES[:3] for name in group)]:
+    others = listed(model.folder, [name for group in SIDE_FILES[:3] for name in group])
+    for name in ["config.json", *index, *model.files, *others]:
         if (file := own_file(model.folder, name)) is not None:
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).symlink_to(file.resolve())
     return folder
 

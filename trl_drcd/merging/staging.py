@@ -38,6 +38,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 STAGING, REPLACED = "merging", "replaced"
+LONGEST_NAME = 220  # bytes, of the 255 of most file systems: temporary names are longer
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
@@ -94,6 +95,8 @@ def _check_output(given: str | Path, output: Path, parents: Sequence[Path], over
     for parent in parents:
         if output in (parent.resolve(), *parent.resolve().parents):
             raise ValueError(f"`output_dir={given}` contains the input model {parent}; give another folder")
+    if (size := len(os.fsencode(output.name))) > LONGEST_NAME:
+        raise ValueError(f"`output_dir`: the name {output.name} has {size} bytes; give one of at most {LONGEST_NAME}")
     if output.is_file():
         raise FileExistsError(f"`output_dir={given}` is a file; give a folder")
     if output.is_mount():
