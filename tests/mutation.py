@@ -105,8 +105,8 @@ MUTATIONS = [
     Mutation(
         "groups mixed over prompts",
         "diversity.py",
-        "return _unit_vectors(embeddings).view(-1, num_generations, embeddings.shape[1])",
-        "return _unit_vectors(embeddings).view(num_generations, -1, embeddings.shape[1]).transpose(0, 1)",
+        "return unit_vectors(embeddings).view(-1, num_generations, embeddings.shape[1])",
+        "return unit_vectors(embeddings).view(num_generations, -1, embeddings.shape[1]).transpose(0, 1)",
         "tests/test_diversity.py",
     ),
     Mutation(

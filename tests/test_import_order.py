@@ -36,6 +36,7 @@ ORDER = [
     "text",
     "sampling",
     "policies",
+    "validation.sampler",
     "config",
     "callbacks",
     "validation.vllm",

@@ -46,10 +46,9 @@ def check_sampler(policy: Policy, model: Any, prompt_ids: Sequence[list[int]]) -
         ids = torch.tensor([completion], device=model.device)
         own = policy.own_logits(model, torch.tensor([prompt], device=model.device), ids).float().log_softmax(-1)
         tokens, scored = (part[0] for part in policy.ids_and_mask(ids, torch.ones_like(ids)))
-        steps = len(tokens)
-        counted = scored & rollout.drawn[row, :steps]
-        found = own.gather(-1, tokens[..., None])[..., 0] - rollout.log_probs[row, :steps].float()
-        differences.append(found[counted].abs())
+        counted = scored & rollout.drawn[row, : len(tokens)]
+        found = own[counted].gather(-1, tokens[counted][:, None])[:, 0]
+        differences.append((found - rollout.log_probs[row, : len(tokens)][counted].float()).abs())
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     limit = largest_difference(TOLERANCE.get(dtype, HALF_TOLERANCE))
     away = float(torch.cat(differences).mean())
