@@ -3,6 +3,7 @@
 import itertools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -465,6 +466,28 @@ def test_a_completion_of_which_nothing_was_read_teaches_nothing(share, most):
 def test_an_embedder_whose_vectors_change_their_size_is_named():
     with pytest.raises(ValueError, match=r"its vectors have shape \(2, 2\) instead of \(2, 5\)"):
         embed_prefixes(lambda ids: torch.zeros(len(ids), len(ids[0])), [[1] * 5, [2] * 5], [2], 5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_regression_is_that_of_the_normal_equations(threads):
+    """At a hidden size at which MKL's factors with pivots fail on two threads."""
+    generator, before, size, prefixes = torch.Generator().manual_seed(0), torch.get_num_threads(), 256, 39
+    critic = PrefixCritic(prefixes, hidden_states=True)
+    rows = torch.randn(critic.BINS, 640, size, generator=generator, dtype=torch.float64)
+    told = torch.randn(critic.BINS, 640, 192, generator=generator, dtype=torch.float64)
+    gram, cross = rows.mT @ rows, rows.mT @ told
+    counts = torch.full((critic.BINS,), 640.0, dtype=torch.float64)
+    critic.load_state_dict({"sums": critic.sums, "gram": gram, "cross": cross, "rows": counts})
+    means = torch.randn(4, prefixes, size, generator=generator)
+    try:
+        torch.set_num_threads(threads)
+        found = critic.told(means, 192)
+    finally:
+        torch.set_num_threads(before)
+    for prefix, b in enumerate(critic.bin_of.tolist()):
+        prior = critic.PRIOR_RIDGE * (critic.bin_of == b).sum() * gram[b].diagonal() / 640
+        weights = np.linalg.solve((gram[b] + torch.diag(prior)).numpy(), cross[b].numpy())
+        np.testing.assert_allclose(found[:, prefix].numpy(), means[:, prefix].double().numpy() @ weights, atol=1e-9)
 
 
 def test_a_hidden_state_that_is_far_larger_than_the_others_does_not_drown_them():

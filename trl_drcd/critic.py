@@ -205,7 +205,8 @@ class PrefixCritic:
         scale = self.gram.diagonal(dim1=1, dim2=2) / self.rows.clamp(min=1)[:, None]
         prior = self.PRIOR_RIDGE * self.bin_of.bincount()[:, None] * scale + 1e-30
         ridge = self.gram + torch.diag_embed(prior)
-        weights = torch.linalg.solve(ridge, self.cross)[self.bin_of]
+        # Positive definite. `solve`, which factors with pivots, fails in MKL for several matrices on several threads
+        weights = torch.cholesky_solve(self.cross, torch.linalg.cholesky(ridge))[self.bin_of]
         return torch.einsum("...mf,mfd->...md", means.double(), weights.to(means.device))
 
     def fit(
