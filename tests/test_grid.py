@@ -12,6 +12,7 @@ import torch
 from conftest import make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from trl_drcd.evaluation import grid, measuring, metrics
 from trl_drcd.evaluation.allowed import suppressed_in
@@ -541,6 +542,7 @@ def test_adapters_with_a_larger_vocabulary_are_not_mixed_in_memory(args, judged,
     for end in ends:
         model = get_peft_model(make_model(tokenizer), LoraConfig(r=2, target_modules=["q_proj"]))
         model.base_model.model.resize_token_embeddings(len(tokenizer) + 2)
+        model.base_model.model.get_input_embeddings().weight.data += 0.1 * (1 + ends.index(end))
         model.save_pretrained(end, save_embedding_layers=True)
     args.strategies = [{"name": "LERP", "models": ends, "interpolation_weight": 0.5}]
     monkeypatch.setattr(measuring.Worker, "__call__", lambda *a: pytest.fail("measured before it was refused"))
@@ -548,6 +550,26 @@ def test_adapters_with_a_larger_vocabulary_are_not_mixed_in_memory(args, judged,
         ValueError, match=r"`strategies` \(LERP\): .*a replaces a tensor of the base, .*(lm_head|embed_tokens)"
     ):
         evaluate(args)
+
+
+def test_adapters_of_the_embedding_are_mixed_in_memory(args, judged, tokenizer, tmp_path):
+    """PEFT saves the base's embedding beside its factors."""
+    ends = [str(tmp_path / name) for name in ("a", "b")]
+    for end in ends:
+        config = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False)
+        get_peft_model(make_model(tokenizer), config).save_pretrained(end)
+        assert any(
+            "embed_tokens" in name and "lora" not in name for name in load_file(f"{end}/adapter_model.safetensors")
+        )
+    args.strategies = [{"name": "LERP", "models": ends, "interpolation_weight": 0.5}]
+    assert len(evaluate(args)) == 1
+
+
+def test_a_model_is_sampled_no_further_than_asked_for(args, judged, tmp_path, tokenizer):
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=12, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "0")
+    args.strategies = [{"name": "base"}]
+    assert len(evaluate(args)) == 1
 
 
 def test_an_adapter_is_extrapolated_beyond_itself(tokenizer, tmp_path):

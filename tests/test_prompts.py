@@ -105,3 +105,4 @@ def test_names_of_files_are_distinct_and_fit():
     assert len(set(distinct_names(["a", "2 a", "a", "a"]))) == 4
     assert len(plain_name("音" * 90).encode()) <= 160 and plain_name("音" * 90).startswith("音")
     assert len(plain_name("a" * 90)) == 80
+    assert len(set(distinct_names(["1 " * 40] * 4))) == 4

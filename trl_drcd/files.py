@@ -181,9 +181,9 @@ def distinct_names(texts: Sequence[str]) -> list[str]:
     """[`plain_name`] of each text; duplicates are prefixed with their index."""
     names: list[str] = []
     for number, text in enumerate(texts):
-        name = plain_name(text)
+        plain = name = plain_name(text)
         while name in names:
-            name = plain_name(f"{number} {name}")
+            name, number = plain_name(f"{number} {plain}"), number + 1
         names.append(name)
     return names
 

@@ -266,7 +266,8 @@ def test_a_model_replaces_an_adapter(hub, folder, tmp_path, tokenizer):
     "text",
     [
         "see /home/ann/x", "cwd:/home/ann/run", "file:///home/ann/x", "file:///x", "//home/ann/x", "C:/Users/ann/x",
-        "/fsx/ann/run", "/gpfs/x", "/lustre/x", "/app/x", "/Volumes/x", "/private/x", "github_pat_" + "1a" * 15,
+        "/fsx/ann/run", "/gpfs/x", "/lustre/x", "/Volumes/x", "/private/x", "///home/ann/x", "sqlite:////home/ann/x",
+        "docker -v/home/ann:/x", "gcc -I/home/ann/x", "C:/models/mine/x", r"D:\models", "github_pat_" + "1a" * 15,
     ],
 )  # fmt: skip
 def test_paths_and_tokens_do_not_go_out(text):
@@ -275,7 +276,19 @@ def test_paths_and_tokens_do_not_go_out(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["https://huggingface.co/data/x", "http://home/ann", "git@host:data/x", "a/home/ann", "and/or", "1:/2"]
+    "text",
+    [
+        "https://huggingface.co/data/x",
+        "http://home/ann",
+        "git@host:data/x",
+        "a/home/ann",
+        "and/or",
+        "1:/2",
+        "Q:/A",
+        "N:/A",
+        "M:/4 x",
+        "<a href='/app/index.html'>",
+    ],
 )
 def test_addresses_are_no_paths(text):
     check_text("README.md", f"see {text}")
@@ -289,7 +302,8 @@ def test_a_plot_that_is_a_link_out_of_the_folder_is_refused(hub, folder, tmp_pat
         plot_of(tmp_path / "front", [])
 
 
-def test_a_record_that_is_broken_is_named(hub, folder):
-    (folder / "merge.yaml").write_text("[")
+@pytest.mark.parametrize("text", ["[", "", "{}", "models: [a]", "models: [a]\nweights: [x]"])
+def test_a_record_that_is_broken_is_named(hub, folder, text):
+    (folder / "merge.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"merge\.yaml must hold `models` and as many `weights`"):
         push_to_hub(folder, "user/quality")

@@ -405,8 +405,9 @@ def test_what_does_not_load_replaces_nothing(base, tmp_path, monkeypatch):
     assert (tmp_path / "m" / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_a_base_of_several_data_types_keeps_them(base, tmp_path):
-    stored = {n: t if "norm" in n or "lm_head" in n else t.bfloat16() for n, t in tensors_of(base).items()}
+@pytest.mark.parametrize("wide", [("norm", "lm_head"), ("embed_tokens",)])
+def test_a_base_of_several_data_types_keeps_them(base, tmp_path, wide):
+    stored = {n: t if any(one in n for one in wide) else t.bfloat16() for n, t in tensors_of(base).items()}
     save_file(stored, base / "model.safetensors", {"format": "pt"})
     (base / "config.json").write_text(
         json.dumps(json.loads((base / "config.json").read_text()) | {"dtype": "bfloat16"})
@@ -415,6 +416,7 @@ def test_a_base_of_several_data_types_keeps_them(base, tmp_path):
     interpolate_adapters(pair, [0.5, 0.5], tmp_path / "m", base_model=base)
     merged = tensors_of(tmp_path / "m")
     assert {name: tensor.dtype for name, tensor in merged.items()} == {n: t.dtype for n, t in stored.items()}
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == "bfloat16"
     for name, tensor in stored.items():
         assert torch.equal(tensor, merged[name]) == ("q_proj.weight" not in name), name
 

@@ -196,7 +196,7 @@ def test_raters_who_are_always_alike_count_as_one_each(prompts):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "raters", "better"), [(1, 1, False), (20, 1, False), (20, 3, False), (20, 20, True)]
+    ("prompts", "raters", "better"), [(1, 1, False), (20, 1, True), (20, 3, False), (20, 20, True)]
 )
 def test_an_interval_of_what_never_varies(prompts, raters, better):
     """Of n comparisons that all came out alike, it leaves room for others: (1 / 40) ** (1 / n)."""
@@ -206,8 +206,14 @@ def test_an_interval_of_what_never_varies(prompts, raters, better):
         forth, back = (win_rate_intervals(found, draw_weights(found, 20))[i][1 - i] for i in (0, 1))
         assert (forth["low"], forth["high"]) == pytest.approx((1 - back["high"], 1 - back["low"]))
         assert forth["mean"] == outcome and forth["low"] < outcome
-        assert forth["low"] == pytest.approx(outcome * 0.025 ** (1 / min(prompts, raters)))
+        assert forth["low"] == pytest.approx(outcome * 0.025 ** (1 / (prompts if raters == 1 else raters)))
         assert (forth["low"] > 0.5) == (better and outcome == 1)
+
+
+def test_an_interval_of_a_win_and_a_tie_on_each_prompt():
+    rows = [(0, 1, outcome, prompt, 0) for prompt in range(20) for outcome in (1, 0.5)]
+    cell = win_rate_intervals(comparisons(rows, "AB"), draw_weights(comparisons(rows, "AB"), 20))[0][1]
+    assert cell["low"] < cell["mean"] == 0.75 < cell["high"]
 
 
 def test_raters_who_differ_widen_the_interval():

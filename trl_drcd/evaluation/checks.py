@@ -194,7 +194,7 @@ def check_ends(base: Any, rows: Sequence[Row], base_name: str) -> None:
             adapter = find_folder(model, "model")
             warn_of_other_base(adapter, base_name)
             found = _adapter_shapes(adapter)
-            if model in mixed and (whole := _whole_tensors(adapter)):
+            if model in mixed and (whole := _replaced(adapter, base)):
                 raise ValueError(
                     f"`strategies` ({strategy}): {model} replaces a tensor of the base, {whole[0]}, of which PEFT "
                     "keeps one for all adapters, so it cannot be mixed in memory; merge with `trl-drcd merge` first"
@@ -228,9 +228,16 @@ def _shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _whole_tensors(folder: Path) -> list[str]:
-    """Names of the tensors of an adapter that are no factors of it."""
-    return sorted(name for name in _shapes([folder / "adapter_model.safetensors"]) if ".lora_" not in name)
+def _replaced(folder: Path, base: Any) -> list[str]:
+    """Names of the tensors in an adapter that are no factors of it, and others than the base's."""
+    own, found = base.state_dict(), []
+    with open_safetensors(folder / "adapter_model.safetensors") as tensors:
+        for name in sorted(name for name in tensors.keys() if ".lora_" not in name):  # noqa: SIM118
+            of_base = own.get(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
+            tensor = tensors.get_tensor(name)
+            if of_base is None or of_base.shape != tensor.shape or not tensor.to(of_base).equal(of_base):
+                found.append(name)
+    return found
 
 
 def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -78,9 +78,9 @@ class Worker:
         self.tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
         self.allowed = allowed_in_rows(args.allowed_token_ids, suppressed_in(args), self.models.base, self.tokenizer)
         policy = policy_for(self.models.base, self.tokenizer, args.chat_template_kwargs, self.allowed)
-        prompts = sorted(tokenize_prompts(policy, held_out.prompts), key=len)
         with prefix_errors("model"):
-            check_sampler(policy, self.models.base, [prompts[0], prompts[-1]])
+            prompts = tokenize_prompts(policy, held_out.prompts)
+            check_sampler(policy, self.models.base, prompts, args.max_new_tokens)
         own = policy.codec(self.models.base)
         self.codec: Any = SpectralCodec.from_pretrained(args.codec) if args.codec else own
 

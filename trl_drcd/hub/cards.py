@@ -116,7 +116,8 @@ def merge_record(folder: Path) -> dict[str, Any]:
         return {}
     try:
         record = yaml.safe_load(file.read_text(encoding="utf-8"))
-        merged_from(record)
+        if not merged_from(record):
+            raise ValueError("it names no models")
     except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{file} must hold `models` and as many `weights`; merge again") from error
     return dict(record)

@@ -22,11 +22,14 @@ TEXTS = {".json", ".jsonl", ".yaml", ".md", ".jinja", ".txt"}
 VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"}
 TOKEN = re.compile(r"\b(?:(?:hf_|api_org_|gh[pos]_)[A-Za-z0-9]{30,}|github_pat_\w{20,}|sk-[A-Za-z0-9_-]{32,})")
 ROOTS = (
-    "home|root|Users|tmp|mnt|data|work|workspace|scratch|content|kaggle|var|opt|srv|media|fsx|gpfs|lustre|nfs|app|"
-    "Volumes|private|storage|shared"
+    "home|root|Users|tmp|mnt|data|work|workspace|scratch|content|kaggle|var|opt|srv|media|fsx|gpfs|lustre|nfs|Volumes|"
+    "private"
 )
 # Not that of an address, such as https://host/data/x, whose host comes before the path
-PATH = re.compile(rf"file://\S+|(?<![\w/.\-~])(?:(?<!:)/)?/(?:{ROOTS})/[\w.~-]+|(?<!\w)[A-Z]:(?:\\\\?|/)[\w.]+")
+PATH = re.compile(
+    rf"file://\S+|(?:(?<![\w/.\-~])|(?<=\s-\w))(?:/|(?<!:)//|///+)(?:{ROOTS})/[\w.~-]+"
+    r"|(?<!\w)[A-Z]:(?:\\\\?[\w.]+|/[\w. -]+/)"
+)
 
 
 def is_local(name: str) -> bool:

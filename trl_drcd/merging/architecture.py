@@ -8,12 +8,14 @@ first model; special tokens that the first model does not set come from the firs
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import GenerationConfig
 
 from trl_drcd.merging.folders import (
@@ -202,10 +204,11 @@ def check_same_vocabulary(folders: Sequence[Path]) -> None:
 
 
 def _splits(file: Path) -> dict[str, JSON]:
-    """What of a tokenizer, beside its vocabulary, decides the ids of a text."""
-    if not file.is_file():
+    """What of a tokenizer, beside its vocabulary, decides the ids of a text; empty if it cannot be read."""
+    try:
+        found = json.loads(Tokenizer.from_file(str(file)).to_str())  # files of other versions have other forms
+    except Exception:  # `tokenizers` raises nothing else, also without a file
         return {}
-    found = read_json(file)
     return {key: found.get(key) for key in TOKENIZED_BY} | {"model": {**(found.get("model") or {}), "vocab": None}}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from trl_drcd.files import write_text
+from trl_drcd.merging.checkpoints import with_dtype
 from trl_drcd.merging.folders import load_config, reading
 from trl_drcd.merging.lora import PREFIX, REASONS, Adapter, unusual
 from trl_drcd.merging.safetensors_files import Checkpoint
 from trl_drcd.validation.model_folders import load_model
+from trl_drcd.validation.saved_files import read_json
 
 # Options that are not linear, but whose merge into the base is exact (tested)
 MERGEABLE = {"use_dora"}
@@ -47,8 +51,9 @@ def write_into_base(adapter: Path, parents: Sequence[tuple[Adapter, float]], bas
         for name, tensor in tensors:
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(stored.spec(name)[0] if name in known else usual)
-    merged.config.dtype = usual
-    merged.save_pretrained(folder)
+    merged.save_pretrained(folder)  # which records the data type of the first parameter
+    config_file = with_dtype(read_json(folder / "config.json"), str(usual).removeprefix("torch."))
+    write_text(folder / "config.json", json.dumps(config_file, indent=2) + "\n")
 
 
 def last_line(error: Exception) -> str:

@@ -322,7 +322,7 @@ def win_rate_intervals(comparisons: Comparisons, weights: Weights) -> list[list[
 
     If all comparisons of a pair came out alike, no draw of them varies. Then the share of other outcomes that the
     interval allows is the largest at which as many independent comparisons as there are prompts, or raters, if those
-    are fewer, would still come out alike in one of 40 studies (Clopper and Pearson).
+    are fewer but several, would still come out alike in one of 40 studies (Clopper and Pearson).
 
     Args:
         comparisons ([`Comparisons`]): The `N` comparisons.
@@ -341,9 +341,10 @@ def win_rate_intervals(comparisons: Comparisons, weights: Weights) -> list[list[
         of_pair = (np.minimum(comparisons.a, comparisons.b) == min(row, column)) & (
             np.maximum(comparisons.a, comparisons.b) == max(row, column)
         )
-        rate, clusters = interval["mean"], (comparisons.prompt[of_pair], comparisons.rater[of_pair])
-        if rate in (0, 0.5, 1) and (draws[1:, row, column] == rate)[~np.isnan(draws[1:, row, column])].all():
-            other = 1 - ((1 - LEVEL) / 2) ** (1 / min(len(np.unique(numbers)) for numbers in clusters))
+        rate, known = interval["mean"], draws[1:, row, column]
+        if (known == rate)[~np.isnan(known)].all():
+            of_each = [len(np.unique(numbers[of_pair])) for numbers in (comparisons.prompt, comparisons.rater)]
+            other = 1 - ((1 - LEVEL) / 2) ** (1 / min([count for count in of_each if count > 1], default=1))
             return {"mean": rate, "low": rate * (1 - other), "high": rate + (1 - rate) * other}
         return interval
 

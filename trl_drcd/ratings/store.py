@@ -248,7 +248,7 @@ class Study:
         Assign the next free book to a new rater.
 
         A pseudonym without ratings gets its existing link again on the page that has chosen it, so that a double
-        click or a lost response does not take a second book; on others after ten minutes.
+        click or a lost response does not take a second book, while this process runs; otherwise after ten minutes.
 
         Args:
             pseudonym (`str`): Pseudonym of 1 to 40 printable characters; not a real name.

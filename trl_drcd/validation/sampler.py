@@ -23,7 +23,7 @@ def largest_difference(tolerance: float) -> float:
 
 
 @torch.no_grad()
-def check_sampler(policy: Policy, model: Any, prompt_ids: Sequence[list[int]]) -> None:
+def check_sampler(policy: Policy, model: Any, prompt_ids: Sequence[list[int]], max_new_tokens: int = STEPS) -> None:
     """
     Check that the sampler's log-probabilities are those of the model's own forward on each unpadded sequence.
 
@@ -33,16 +33,20 @@ def check_sampler(policy: Policy, model: Any, prompt_ids: Sequence[list[int]]) -
     Args:
         policy ([`~trl_drcd.policies.Policy`]): The policy of the model's family.
         model (`PreTrainedModel`): In evaluation mode.
-        prompt_ids (`list[list[int]]`): A few prompts, of different lengths if they may be.
+        prompt_ids (`list[list[int]]`): Prompts; the shortest and one of the next length are read.
+        max_new_tokens (`int`, *optional*, defaults to 16): The most that will be sampled.
 
     Raises:
         ValueError: If the mean difference is larger than rounding explains.
     """
+    shortest = min(prompt_ids, key=len)
+    longer = min((prompt for prompt in prompt_ids if len(prompt) > len(shortest)), key=len, default=shortest)
+    prompts, steps = [shortest, longer], min(max_new_tokens, max(STEPS, 2 * policy.num_codebooks))
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(0)
-        rollout = policy.rollout(model, list(prompt_ids), max_new_tokens=max(STEPS, 2 * policy.num_codebooks))
+        rollout = policy.rollout(model, prompts, max_new_tokens=steps)
     differences = []
-    for row, (prompt, completion) in enumerate(zip(prompt_ids, rollout.completions(), strict=True)):
+    for row, (prompt, completion) in enumerate(zip(prompts, rollout.completions(), strict=True)):
         ids = torch.tensor([completion], device=model.device)
         own = policy.own_logits(model, torch.tensor([prompt], device=model.device), ids).float().log_softmax(-1)
         tokens, scored = (part[0] for part in policy.ids_and_mask(ids, torch.ones_like(ids)))
