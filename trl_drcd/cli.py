@@ -27,6 +27,11 @@ from trl_drcd.validation.messages import one_line_errors
 
 SCRIPTS = Path(__file__).parent / "scripts"
 TRAINERS = {"music": "train_music", "text": "train_text"}
+# Its launcher, which without a configuration of its own would list arguments that `trl-drcd train` does not take
+ACCELERATE = (
+    "import logging; logging.getLogger('accelerate.commands.launch').setLevel(logging.ERROR); "
+    "from accelerate.commands.accelerate_cli import main; main()"
+)
 
 
 @dataclass
@@ -147,7 +152,7 @@ def train(argv: list[str]) -> None:
     from trl_drcd.launch.processes import run_job
 
     # `--quiet`: without accelerate's traceback, the script's own error is the last output
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+    launch = [sys.executable, "-c", ACCELERATE, "launch", "--quiet"]
     if "OMP_NUM_THREADS" not in os.environ:  # accelerate would set 1
         launch += ["--num_cpu_threads_per_process", str(own_cores())]  # which the script divides by its processes
     if status := run_job([*launch, str(SCRIPTS / f"{script}.py"), *words]):

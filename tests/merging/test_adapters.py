@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -452,3 +453,17 @@ def test_adapters_of_other_vocabularies_are_refused(base, tmp_path, tokenizer):
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"have different vocabularies, as at '(slow|fast)'"):
         interpolate_adapters(pair, [0.5, 0.5], tmp_path / "m")
+
+
+def test_the_cards_example_runs_where_the_merge_ran(base, tmp_path, monkeypatch):
+    """The base, too, may be recorded by a path from there."""
+    monkeypatch.chdir(tmp_path)
+    adapter = random_adapter(tmp_path / "a", base, 0)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "llama"}))
+    (adapter / "generation_config.json").write_text("{}")
+    interpolate_adapters(["a", "base"], [0.5, 0.5], "outputs/merged")
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "outputs/merged/README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert isinstance(names["model"], PeftModel)

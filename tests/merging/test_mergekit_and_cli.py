@@ -210,7 +210,7 @@ def test_train_launches_the_packages_script(monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     cli.main(["train", "music", "--config", "x.yaml", "--max_steps", "1"])
     words = ["launch", "--quiet", str(cli.SCRIPTS / "train_music.py"), "--config", "x.yaml", "--max_steps", "1"]
-    assert seen[0][-7:] == words
+    assert seen[0][-7:] == words and seen[0][1:3] == ["-c", cli.ACCELERATE]
     monkeypatch.delenv("OMP_NUM_THREADS")  # then a thread per core, where accelerate alone would set 1
     with pytest.raises(SystemExit) as end:
         cli.main(["train", "text"])

@@ -78,7 +78,7 @@ def read_joined(file: str | Path, *more: str | Path, further_prompts: Sequence[s
     if untold:
         logger.warning(
             f"{untold[0]} and {len(untold) - 1} others: rows of an earlier version do not tell whether their prompts "
-            "are the same"
+            "are the same, and are taken to be on the same"
         )
     return [joined(each) for each in drawn.values()]
 

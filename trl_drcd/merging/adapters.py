@@ -122,7 +122,8 @@ def interpolate_adapters(
         write_record(folder, named, svd_rank=svd_rank, base_model=base_model)
         sections = ["## Compression", f"Relative error of the weight changes: {errors['total']:.3g}."] * bool(svd_rank)
         base = None if base_model else recorded_base(used[0][0].folder)
-        write_card(folder, Path(output_dir).resolve().name, named, folders, sections, base)
+        path = None if Path(output_dir).is_absolute() else str(output_dir)  # as the base's may be, from here
+        write_card(folder, Path(output_dir).resolve().name, named, folders, sections, base, path)
         if verify and base_model:
             check_that_it_generates(folder, called=Path(output_dir))
         elif verify and base and Path(base).is_dir():

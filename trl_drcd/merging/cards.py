@@ -79,6 +79,7 @@ def write_card(
     sources: Sequence[Path],
     sections: Sequence[str],
     adapter_base: str | None = None,
+    path: str | None = None,
 ) -> None:
     """
     Write the README.md of a merge, with the parents' tags, pipeline tag and licence. Of different licences none is
@@ -91,6 +92,7 @@ def write_card(
         sources (`Sequence[Path]`): Folders of the parents.
         sections (`Sequence[str]`): Further paragraphs, in Markdown.
         adapter_base (`str`, *optional*): Base model, if the merge is itself an adapter.
+        path (`str`, *optional*): Path of the folder in the example; its name by default.
     """
     names = [(local_name(parent), weight) for parent, weight in parents]
     cards = [parent_card(path / "README.md") for path in sources if (path / "README.md").is_file()]
@@ -111,7 +113,7 @@ def write_card(
     rows = [f"| {markdown_cell(parent)} | {weight:g} |" for parent, weight in names]
     table = "\n".join(["| parent | weight |", "|---|---|", *rows])
     record = f"`{RECORD}` has the exact weights."
-    use = usage(title) if adapter_base and (folder / "generation_config.json").is_file() else []
+    use = usage(path or title) if adapter_base and (folder / "generation_config.json").is_file() else []
     body = "\n\n".join([f"# {markdown_text(title)}", about, *use, "## Parents", table, record, *sections])
     write_text(folder / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")))
 
@@ -130,12 +132,12 @@ def _common_licence(cards: Sequence[ModelCardData]) -> dict[str, Any]:
     return found[0] if found else {}
 
 
-def usage(title: str) -> list[str]:
+def usage(name: str) -> list[str]:
     """Card section on loading an adapter with its own generation config."""
     code = [
         "from trl_drcd.merging import load_adapter_model",
         "",
-        f"name = {json.dumps(title)}  # of this folder, or on the Hub",
+        f"name = {json.dumps(name)}  # of this folder, or on the Hub",
         "model = load_adapter_model(name)",
     ]
     without = (

@@ -9,6 +9,8 @@ from typing import Any
 from trl_drcd.validation.messages import short_repr
 from trl_drcd.validation.yaml_files import read_yaml
 
+OF_ACCELERATE = ("num_processes", "num_machines", "mixed_precision", "dynamo_backend", "multi_gpu", "config_file")
+
 
 def refuse_bare_file(argv: Sequence[str]) -> None:
     """
@@ -69,5 +71,7 @@ def parse_command_line(parser: Any, argv: Sequence[str]) -> Any:
 
 def _instead(name: str, known: Iterable[str]) -> str:
     """A hint with the closest known name."""
+    if name.lstrip("-").partition("=")[0] in OF_ACCELERATE:
+        return "it is one of `accelerate launch`, which starts a training in other ways (docs/many_gpus.md)"
     close = get_close_matches(name, known, 1)
     return f"did you mean `{close[0]}`?" if close else "`--help` lists all arguments"
