@@ -363,3 +363,4 @@ def test_nothing_comes_from_elsewhere(client):
     assert "default-src 'self'" in answer.headers["content-security-policy"]
     assert "fonts.googleapis" not in answer.text and "cdn" not in answer.text.lower()
     assert client.get("/", headers={"host": "evil.example"}).status_code == 400
+    assert client.get("/", headers={"host": "[::1]:7860"}).status_code == 200

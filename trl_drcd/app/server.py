@@ -112,8 +112,9 @@ def make_app(args: AppArguments, engine: Engine | None = None, sync: Any = None)
     app.add_middleware(Headers)
     if args.host in LOOPBACK:  # against DNS rebinding: a remote page could reach this server by its own name
         trusted = require("starlette.middleware.trustedhost", "app")
-        # Starlette reads a host up to its first colon: of `[::1]:7860` the bracket, with which no name begins
-        app.add_middleware(trusted.TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[", "testserver"])
+        # Of `[::1]:7860` Starlette reads the address, or in some versions the bracket alone, with which no name begins
+        allowed = [*LOOPBACK, "[::1]", "[", "testserver"]
+        app.add_middleware(trusted.TrustedHostMiddleware, allowed_hosts=allowed)
     blocks.queue(max_size=64)
     theme = gr.themes.Base(font=SYSTEM_FONTS, font_mono=SYSTEM_MONO).set(**CONTRAST)
     return gr.mount_gradio_app(

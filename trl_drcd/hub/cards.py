@@ -74,7 +74,8 @@ def complete_card(folder: Path, facts: CardFacts) -> ModelCard:
     kind, file = kind_of(folder), folder / CARD
     card = load_card(file) if file.is_file() else ModelCard("---\n{}\n---\n\n# " + markdown_text(_name(facts)) + "\n")
     header, text = card.data.to_dict(), card.text.strip()
-    parents = merged_from(merge_record(folder))
+    record = merge_record(folder)
+    parents = merged_from(record)
     names = _base_names(header, facts)
     header |= {"base_model": names[0] if len(names) == 1 else names} if names else {}
     if names:
@@ -99,7 +100,7 @@ def complete_card(folder: Path, facts: CardFacts) -> ModelCard:
         *_samples_section(samples, facts.repo_id),
         *facts.sections,
         *([f"![Quality and diversity of models, and the front of the best]({PLOT})"] if facts.plot else []),
-        _made_section(facts, merge_record(folder), names if kind == "model" else []),
+        _made_section(facts, record, names if kind == "model" else []),
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 

@@ -52,8 +52,8 @@ def write_into_base(adapter: Path, parents: Sequence[tuple[Adapter, float]], bas
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(stored.spec(name)[0] if name in known else usual)
     merged.save_pretrained(folder)  # which records the data type of the first parameter
-    config_file = with_dtype(read_json(folder / "config.json"), str(usual).removeprefix("torch."))
-    write_text(folder / "config.json", json.dumps(config_file, indent=2) + "\n")
+    written = with_dtype(read_json(folder / "config.json"), str(usual).removeprefix("torch."))
+    write_text(folder / "config.json", json.dumps(written, indent=2) + "\n")
 
 
 def last_line(error: Exception) -> str:
